@@ -1,0 +1,1350 @@
+"""Teach a vision-language model to hear a surgeon's spoken question, watch endoscopic frames, and answer.
+
+    python train_vqa.py \\
+        --train_data_path test_set/in_002-001.jsonl --frames_dir dataset/frames --audio_dir audio/in_002-001 \\
+        --output_dir ./checkpoints/surgical_vqa_50samples \\
+        --per_device_train_batch_size 1 --gradient_accumulation_steps 4 --learning_rate 2e-4 \\
+        --num_train_epochs 20 --save_strategy epoch --bf16 True --logging_steps 5
+
+    python train_vqa.py --dry_run ...     # reads the data, counts parameters, tokens and steps; allocates no weights
+
+Qwen2-VL answers, the encoder of Whisper listens, one linear layer joins them:
+
+    speech -> log-mel [mel, 3000] -> Whisper encoder (frozen) -> [1500, d] -> audio_projector (trained) -> audio tokens
+    frames -> Qwen2-VL vision tower (frozen)                                                            -> image tokens
+    both + prompt -> Qwen2 decoder (LoRA) -> answer
+
+This file holds the whole of it in reading order: arguments, data, prompt and labels, dataset, model, loaders,
+callbacks, main(). `evaluate_checkpoint.py` imports from here, so that training and evaluation cannot drift apart.
+"""
+
+import hashlib
+import importlib.metadata
+import json
+import math
+import os
+import re
+import sys
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from pathlib import Path
+
+import accelerate
+import numpy as np
+import soundfile
+import torch
+import torch.nn.functional as F
+import torchaudio.functional
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from PIL import Image, ImageOps, UnidentifiedImageError
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
+from torch import nn
+from tqdm.auto import tqdm
+from transformers import (
+    AutoTokenizer,
+    HfArgumentParser,
+    PreTrainedTokenizerBase,
+    Qwen2VLConfig,
+    Qwen2VLForConditionalGeneration,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+    WhisperConfig,
+    WhisperFeatureExtractor,
+    set_seed,
+)
+from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+from transformers.models.whisper.modeling_whisper import WhisperEncoder
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Constants
+# ----------------------------------------------------------------------------------------------------------------------
+
+DEFAULT_MODEL = "kulsoom-abdullah/Qwen2-Audio-7B-Transcription"  # the published stage-2 checkpoint
+
+SAMPLE_RATE = 16_000  # Hz, what Whisper was trained on
+HOP_LENGTH = 160  # samples between two mel frames: 10 ms
+MEL_FRAMES_PER_TOKEN = 2  # the encoder's second convolution has stride 2: one output covers 320 samples, 20 ms
+MAX_SPEECH_SECONDS = 30  # Whisper's window: 30 s x 16,000 / 320 = 1500 encoder outputs
+
+FRAME_EXTENSIONS = (".jpg", ".jpeg", ".png")
+AUDIO_EXTENSIONS = (".mp3", ".wav", ".flac", ".ogg")
+
+INPUT_MODES = ("audio", "audio_text", "text")
+INSTRUCTION = "Answer the question concisely based on the visual and audio evidence."
+# The published stage-2 checkpoint was trained with these two as plain text, which the tokenizer splits into pieces.
+AUDIO_BOS, AUDIO_EOS = "<|audio_bos|>", "<|audio_eos|>"
+AUDIO_PAD, NEW_PAD = "<|audio_pad|>", "<|pad|>"
+TURN_ENDS = ("<|im_end|>", "<|endoftext|>")
+IGNORE_INDEX = -100  # torch's cross entropy leaves these labels out
+
+# Only the linear layers of the decoder: the same suffixes also occur in the Whisper encoder.
+LORA_TARGETS = r"model\.language_model\.layers\.\d+\.(?:self_attn\.[qkvo]_proj|mlp\.(?:gate|up|down)_proj)"
+LORA_MODULES_PER_LAYER = 7
+# The encoder of openai/whisper-large-v3-turbo, which checkpoints in the 4.47 layout carry without saying so.
+WHISPER_LARGE_V3_TURBO = {
+    "d_model": 1280,
+    "encoder_layers": 32,
+    "encoder_attention_heads": 20,
+    "encoder_ffn_dim": 5120,
+    "num_mel_bins": 128,
+    "max_source_positions": 1500,
+}
+
+SETTINGS_FILE = "vqa_settings.json"
+MAX_PROBLEMS_SHOWN = 20
+
+
+class VQAError(ValueError):
+    """Something the user can mend: its text names the file, line, id or flag, and says what to do."""
+
+
+def raise_problems(problems: Sequence[str]) -> None:
+    """Raise one VQAError for all `problems` (one line each, the first 20 shown, then the total); none: return."""
+    if problems:
+        shown = list(problems[:MAX_PROBLEMS_SHOWN])
+        if len(problems) > 1:
+            shown.append(f"{len(problems)} problems in all" + (", the first 20 shown" if len(problems) > 20 else ""))
+        raise VQAError("\n".join(shown))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Arguments
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class ModelArguments:
+    """What is trained, and from where it starts."""
+
+    model_name_or_path: str = field(
+        default=DEFAULT_MODEL, metadata={"help": "Folder or hub id of the base model (config, tokenizer, safetensors)."}
+    )
+    init: str = field(
+        default="pretrained",
+        metadata={
+            "help": "pretrained: load the weights. random: build the model from the folder's config with weights drawn "
+            "from --seed; the settings record it, so that evaluation rebuilds the same base.",
+            "choices": ["pretrained", "random"],
+        },
+    )
+    attn_implementation: str = field(default="sdpa", metadata={"help": "Attention kernel, as in transformers."})
+    lora_r: int = field(default=64, metadata={"help": "LoRA rank on the decoder's linear layers."})
+    lora_alpha: int = field(default=16, metadata={"help": "LoRA scale: the update is multiplied by alpha / r."})
+    lora_dropout: float = field(default=0.05, metadata={"help": "Dropout on the LoRA input during training."})
+    checkpoint_every_n: int = field(
+        default=1,
+        metadata={
+            "help": "Activation checkpointing of the decoder: 1 recomputes every layer (least memory), N every N-th "
+            "layer, 0 none (fastest). The result is the same."
+        },
+    )
+    gpu_memory_limit_gib: float | None = field(
+        default=None,
+        metadata={"help": "Hard cap in GiB on this process's GPU memory, to rehearse a smaller card. None: no cap."},
+    )
+
+
+@dataclass
+class DataArguments:
+    """Where the questions, the frames and the speech are, and how much of them the model gets."""
+
+    train_data_path: str | None = field(default=None, metadata={"help": "JSONL of training questions. Required."})
+    frames_dir: str | None = field(
+        default=None,
+        metadata={"help": "Folder with {video_id}/{frame}.jpg or {video_id}/{frame_number}.jpg. Required."},
+    )
+    audio_dir: str | None = field(
+        default=None,
+        metadata={"help": "Folder with the spoken questions of --train_data_path. Required unless --input_mode text."},
+    )
+    eval_data_path: str | None = field(
+        default=None,
+        metadata={"help": "JSONL of questions for the loss during training (--eval_strategy; without one, once at the "
+                  "end). None: no evaluation."},
+    )  # fmt: skip
+    eval_audio_dir: str | None = field(
+        default=None, metadata={"help": "Folder with the speech of --eval_data_path. None: --audio_dir."}
+    )
+    input_mode: str = field(
+        default="audio",
+        metadata={
+            "help": "How the question reaches the model. audio: by ear only. text: in the prompt only. audio_text: "
+            "both (then the model need not listen; for comparison).",
+            "choices": list(INPUT_MODES),
+        },
+    )
+    max_train_frames: int | None = field(
+        default=None, metadata={"help": "Frames per clip in training, evenly sampled. None: all."}
+    )
+    max_eval_frames: int | None = field(
+        default=6, metadata={"help": "Frames per clip in evaluation, evenly sampled. 0: all."}
+    )
+    max_image_size: int = field(
+        default=384,
+        metadata={"help": "Longer side of a frame in pixels, before Qwen2-VL rounds it to multiples of 28."},
+    )
+    max_train_samples: int | None = field(default=None, metadata={"help": "Use the first N training rows. None: all."})
+    max_eval_samples: int | None = field(default=None, metadata={"help": "Use the first N eval rows. None: all."})
+    dry_run: bool = field(
+        default=False,
+        metadata={"help": "Read the data, count parameters, tokens and steps without allocating weights, and exit."},
+    )
+    target_train_loss: float | None = field(
+        default=None,
+        metadata={"help": "Stop once the logged training loss is below this; exit status 1 if the run ends above it. "
+                  "None: train to the end."},
+    )  # fmt: skip
+
+
+@dataclass
+class VQATrainingArguments(TrainingArguments):
+    """transformers' TrainingArguments; what this script decides itself is no flag, so that none is silently unused."""
+
+    logging_nan_inf_filter: bool = field(
+        default=False, metadata={"help": "True prints the last finite loss in place of NaN, as transformers does."}
+    )
+    do_train: bool = field(default=True, init=False)
+    do_eval: bool = field(default=False, init=False)
+    do_predict: bool = field(default=False, init=False)
+    remove_unused_columns: bool = field(default=False, init=False)
+    # Gathering the logits of an evaluation, [B, T, 152064] a step, does not fit beside the model.
+    prediction_loss_only: bool = field(default=True, init=False)
+    label_smoothing_factor: float = field(default=0.0, init=False)
+    label_names: list[str] | None = field(default_factory=lambda: ["labels"], init=False)
+    # --checkpoint_every_n says which layers are checkpointed, under either of transformers' names for it.
+    gradient_checkpointing: bool | None = field(default=None, init=False)
+    gradient_checkpointing_kwargs: dict | None = field(default=None, init=False)
+    activation_checkpointing: bool | None = field(default=None, init=False)
+    activation_checkpointing_kwargs: dict | None = field(default=None, init=False)
+
+
+def parse_arguments(argv: Sequence[str]) -> tuple[ModelArguments, DataArguments, VQATrainingArguments]:
+    """Parse `argv`; an unknown or abbreviated flag ends the process with status 2, as argparse does.
+
+    Without an accelerator `use_cpu` is set, since TrainingArguments refuses `--bf16 True` there otherwise.
+
+    Raises:
+        VQAError: a required flag is missing, or two contradict each other.
+    """
+    parser = HfArgumentParser(
+        (ModelArguments, DataArguments, VQATrainingArguments), allow_abbrev=False, description=__doc__.split("\n\n")[0]
+    )
+    given = {a.split("=")[0] for a in argv if a.startswith("--")}
+    parser.parse_args(argv)  # unknown flags: usage and status 2; transformers would raise
+    if not torch.accelerator.is_available() and "--use_cpu" not in given:
+        print("No accelerator found: training on the CPU (use_cpu).")
+        argv = [*argv, "--use_cpu", "True"]
+    try:
+        model_args, data_args, training_args = parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
+    except ValueError as error:  # TrainingArguments' own cross-checks
+        raise VQAError(str(error)) from error
+    missing = ["--train_data_path"] * (not data_args.train_data_path) + ["--frames_dir"] * (not data_args.frames_dir)
+    if data_args.input_mode != "text" and not data_args.audio_dir:
+        missing.append("--audio_dir (or --input_mode text)")
+    if "--output_dir" not in given and not data_args.dry_run:
+        missing.append("--output_dir")
+    if missing:
+        raise VQAError("missing flag: " + ", ".join(missing))
+    if training_args.eval_strategy != "no" and not data_args.eval_data_path:
+        raise VQAError("--eval_strategy needs --eval_data_path: name the questions to evaluate on")
+    if model_args.checkpoint_every_n < 0:
+        raise VQAError("--checkpoint_every_n must be 0 (none), 1 (every layer) or N (every N-th layer)")
+    for flag in ("max_train_frames", "max_train_samples", "max_eval_samples"):
+        if getattr(data_args, flag) is not None and getattr(data_args, flag) < 1:
+            raise VQAError(f"--{flag} must be at least 1; leave it out for all")
+    data_args.max_eval_frames = frame_limit(data_args.max_eval_frames)
+    return model_args, data_args, training_args
+
+
+def frame_limit(flag: int | None) -> int | None:
+    """`--max_eval_frames` as a limit: 0 or None is None (all frames); VQAError below 0."""
+    if flag is not None and flag < 0:
+        raise VQAError("--max_eval_frames must be 0 (all frames) or more")
+    return flag or None
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Reading the data: rows, frames, speech
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(slots=True)
+class VQARow:
+    """One line of a question file in the REAL-Colon-VQA schema, and where its media were found."""
+
+    source: str  # the file
+    line: int  # counted from 1
+    id: str
+    video_id: str
+    frames: tuple[str, ...]  # frame names, such as "002-001_18743"
+    question: str
+    question_type: str
+    answer: str  # the full sentence, which is learned
+    short_answer: str  # the closed answer, which is looked for in a prediction
+    frame_paths: tuple[Path, ...] = ()
+    audio_path: Path | None = None
+
+    @property
+    def key(self) -> str:
+        """`{video_id}/{id}/{question_type}`: `id` alone is not unique in the real data."""
+        return f"{self.video_id}/{self.id}/{self.question_type}"
+
+    @property
+    def where(self) -> str:
+        """`file:line`."""
+        return f"{self.source}:{self.line}"
+
+
+def read_rows(path: str | Path, max_samples: int | None = None) -> list[VQARow]:
+    """Read a question file, one JSON object a line; blank lines are passed over.
+
+    Args:
+        path: JSONL in the REAL-Colon-VQA schema.
+        max_samples: stop after this many rows. None: all.
+
+    Raises:
+        VQAError: the file is missing or empty, or lines are malformed (all of them named as `file:line: ...`).
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise VQAError(f"{path}: no such file")
+    rows, problems, seen = [], [], {}
+    with path.open(encoding="utf-8-sig") as lines:
+        for number, line in enumerate(lines, start=1):
+            if max_samples is not None and len(rows) + len(problems) >= max_samples:
+                break
+            if not line.strip():
+                continue
+            try:
+                row = parse_row(line, str(path), number)
+                if row.key in seen:
+                    raise VQAError(f"the same video, id and question type as line {seen[row.key]}; remove one")
+            except VQAError as error:
+                problems.append(f"{path}:{number}: {error}")
+                continue
+            seen[row.key] = number
+            rows.append(row)
+    raise_problems(problems)
+    if not rows:
+        raise VQAError(f"{path}: holds no rows")
+    return rows
+
+
+def parse_row(line: str, source: str, number: int) -> VQARow:
+    """One JSONL line as a VQARow; VQAError says what is wrong with it."""
+    try:
+        data = json.loads(line, parse_constant=_refuse_constant, object_pairs_hook=_unique_keys)
+    except json.JSONDecodeError as error:
+        raise VQAError(f"not valid JSON ({error.msg} at column {error.colno})") from error
+    if not isinstance(data, dict):
+        raise VQAError("not a JSON object")
+    text_fields = ("id", "video_id", "question", "question_type", "answer", "short_answer")
+    for name in text_fields:
+        if name not in data:
+            raise VQAError(f"field {name!r} is missing")
+        if not isinstance(data[name], str) or not data[name].strip():
+            raise VQAError(f"field {name!r} must be text, not {data[name]!r}")
+    frames = data.get("frames")
+    if not isinstance(frames, list) or not frames or not all(isinstance(f, str) and f for f in frames):
+        raise VQAError("field 'frames' must be a list of at least one frame name")
+    for name, value in [("id", data["id"]), ("video_id", data["video_id"]), ("question_type", data["question_type"])]:
+        _refuse_path(name, value)
+    for frame in frames:
+        _refuse_path("frames", frame)
+    return VQARow(source, number, frames=tuple(frames), **{name: data[name] for name in text_fields})
+
+
+def _refuse_constant(name: str) -> None:
+    raise VQAError(f"{name} is not a JSON number")
+
+
+def _unique_keys(pairs: list[tuple[str, object]]) -> dict:
+    keys = [key for key, _ in pairs]
+    if len(set(keys)) != len(keys):
+        raise VQAError(f"field {next(k for k in keys if keys.count(k) > 1)!r} occurs twice")
+    return dict(pairs)
+
+
+def _refuse_path(name: str, value: str) -> None:
+    """These become file names, and must stay inside the folder that the flag names."""
+    if re.search(r"[/\\\0]", value) or value in (".", ".."):
+        raise VQAError(f"field {name!r} must be a plain name, not {value!r}")
+
+
+def find_media(rows: Iterable[VQARow], frames_dir: str | Path, audio_dir: str | Path | None) -> list[str]:
+    """Fill in `frame_paths` and, with an `audio_dir`, `audio_path` of each row.
+
+    Frames are looked for as `{frames_dir}/{video}/{frame}` and `{frames_dir}/{video}/{frame_number}`, where `video` is
+    the part of the frame name before its last `_`; speech as `{video_id}_{id}_{question_type}`, `{video_id}_{id}`,
+    `{id}`.
+
+    Returns:
+        What was not found, one `file:line: ...` each.
+    """
+    problems = []
+    for row in rows:
+        paths = []
+        for frame in row.frames:
+            video, _, number = frame.rpartition("_")
+            folder = Path(frames_dir) / (video or row.video_id)
+            found = _first_file(folder, (frame, number), FRAME_EXTENSIONS)
+            if found is None:
+                problems.append(f"{row.where}: frame {folder / frame}{{{','.join(FRAME_EXTENSIONS)}}} is missing")
+                break
+            paths.append(found)
+        row.frame_paths = tuple(paths)
+        if audio_dir is not None:
+            stems = (f"{row.video_id}_{row.id}_{row.question_type}", f"{row.video_id}_{row.id}", row.id)
+            row.audio_path = _first_file(Path(audio_dir), stems, AUDIO_EXTENSIONS)
+            if row.audio_path is None:
+                problems.append(
+                    f"{row.where}: no speech in {audio_dir} as {stems[0]}, {stems[1]} or {stems[2]} "
+                    f"({', '.join(AUDIO_EXTENSIONS)})"
+                )
+    return problems
+
+
+def _first_file(folder: Path, stems: Sequence[str], extensions: Sequence[str]) -> Path | None:
+    candidates = (folder / (stem + extension) for stem in stems for extension in extensions)
+    return next((path for path in candidates if path.is_file()), None)
+
+
+def find_shared_speech(rows: Iterable[VQARow]) -> list[str]:
+    """Rows with different questions that one speech file would have to serve: one of them would hear the wrong one."""
+    first, problems = {}, []
+    for row in rows:
+        if row.audio_path is None:
+            continue
+        other = first.setdefault(row.audio_path, row)
+        if other.question != row.question:
+            problems.append(
+                f"{row.where}: asks another question than {other.where}, but both would play {row.audio_path}; "
+                f"name the files {{video_id}}_{{id}}_{{question_type}}, or give each question file its own folder"
+            )
+    return problems
+
+
+def check_media(rows: Sequence[VQARow]) -> list[str]:
+    """Decode every frame and speech file once, on all cores; returns `file:line: ...` for each that does not decode."""
+    users = {}  # path -> the first row that needs it
+    for row in rows:
+        for path in (*row.frame_paths, row.audio_path):
+            if path is not None:
+                users.setdefault(path, row)
+
+    def problem(path: Path) -> str | None:
+        try:
+            decode_audio(path) if path.suffix in AUDIO_EXTENSIONS else decode_frame(path)
+        except VQAError as error:
+            return f"{users[path].where}: {error}"
+        return None
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        found = list(tqdm(pool.map(problem, users), total=len(users), desc="Checking media", unit="file", leave=False))
+    return [text for text in found if text]
+
+
+def load_rows(
+    data_path: str | Path, frames_dir: str | Path, audio_dir: str | Path | None, max_samples: int | None = None
+) -> list[VQARow]:
+    """Rows with their media found and decoded once; `audio_dir` None where the question is only read.
+
+    Raises:
+        VQAError: naming every malformed line, and every missing, undecodable or ambiguous file.
+    """
+    rows = read_rows(data_path, max_samples)
+    raise_problems(find_media(rows, frames_dir, audio_dir))
+    raise_problems(find_shared_speech(rows) + check_media(rows))
+    return rows
+
+
+def fit_size(size: tuple[int, int], max_image_size: int) -> tuple[int, int]:
+    """(width, height) in pixels scaled down, never up, so that the longer side is at most `max_image_size`."""
+    scale = min(1.0, max_image_size / max(size))
+    return max(1, round(size[0] * scale)), max(1, round(size[1] * scale))
+
+
+def decode_frame(path: Path) -> Image.Image:
+    """A whole decoded frame, RGB, upright (EXIF orientation applied); VQAError names a file that does not decode."""
+    try:
+        with Image.open(path) as image:
+            return ImageOps.exif_transpose(image).convert("RGB")
+    except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError, ValueError) as error:
+        raise VQAError(f"frame {path} cannot be decoded ({error}); replace it or remove the row") from error
+
+
+def load_frame(path: Path, max_image_size: int) -> Image.Image:
+    """A decoded RGB frame, at most `max_image_size` pixels on its longer side."""
+    image = decode_frame(path)
+    return image.resize(fit_size(image.size, max_image_size), Image.Resampling.BICUBIC, reducing_gap=2.0)
+
+
+def decode_audio(path: Path) -> tuple[np.ndarray, int]:
+    """Speech as stored: float32 samples [n, channels] and the rate in Hz.
+
+    Raises:
+        VQAError: the file cannot be decoded, is empty, is not finite, or is longer than 30 s.
+    """
+    try:
+        samples, rate = soundfile.read(path, dtype="float32", always_2d=True)
+    except (soundfile.SoundFileError, OSError) as error:
+        raise VQAError(f"speech {path} cannot be decoded ({error}); replace it or remove the row") from error
+    if not len(samples):
+        raise VQAError(f"speech {path} holds no sound; replace it or remove the row")
+    if not np.isfinite(samples).all():
+        raise VQAError(f"speech {path} holds samples that are not finite; replace it or remove the row")
+    if len(samples) > MAX_SPEECH_SECONDS * rate:
+        seconds = len(samples) / rate
+        raise VQAError(f"speech {path} lasts {seconds:.1f} s, the model hears at most {MAX_SPEECH_SECONDS}; shorten it")
+    return samples, rate
+
+
+def load_speech(path: Path) -> np.ndarray:
+    """Speech as the encoder wants it: float32 [n] at 16 kHz, channels averaged."""
+    samples, rate = decode_audio(path)
+    mono = torch.from_numpy(samples.mean(axis=1))
+    return torchaudio.functional.resample(mono, rate, SAMPLE_RATE).numpy()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Prompt and labels
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+class VQAProcessor:
+    """Turns a row's frames, speech and words into model inputs, the same way for training and evaluation.
+
+    Args:
+        tokenizer: from `load_tokenizer`, so that it has a pad token of its own and `<|audio_pad|>`.
+        config: of the model; its geometry decides how many tokens frames and speech take.
+        max_image_size: longer side of a frame in pixels.
+        input_mode: one of `INPUT_MODES`.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        config: Qwen2VLConfig,
+        max_image_size: int = 384,
+        input_mode: str = "audio",
+    ):
+        if input_mode not in INPUT_MODES:
+            raise VQAError(f"--input_mode must be one of {', '.join(INPUT_MODES)}, not {input_mode!r}")
+        self.tokenizer, self.max_image_size, self.input_mode = tokenizer, max_image_size, input_mode
+        audio = audio_config_of(config)
+        self.audio_tokens = audio.max_source_positions
+        self.merge_size = config.vision_config.spatial_merge_size
+        self.image_processor = Qwen2VLImageProcessorPil(
+            patch_size=config.vision_config.patch_size,
+            temporal_patch_size=config.vision_config.temporal_patch_size,
+            merge_size=self.merge_size,
+        )
+        mel_frames = self.audio_tokens * MEL_FRAMES_PER_TOKEN
+        self.max_samples = mel_frames * HOP_LENGTH
+        self.feature_extractor = WhisperFeatureExtractor(
+            feature_size=audio.num_mel_bins, sampling_rate=SAMPLE_RATE, hop_length=HOP_LENGTH, chunk_length=1
+        )
+        self.feature_extractor.n_samples, self.feature_extractor.nb_max_frames = self.max_samples, mel_frames
+        self.audio_id = tokenizer.convert_tokens_to_ids(AUDIO_PAD)
+        self.image_id = config.image_token_id
+        self.vision_ids = (config.vision_start_token_id, config.vision_end_token_id)
+
+    def build(self, question: str, image_tokens: Sequence[int], answer: str | None) -> dict[str, torch.Tensor]:
+        """Token ids of one sample, in the layout of the published stage-2 checkpoint.
+
+        Args:
+            question: in words; only the text modes use it.
+            image_tokens: tokens of each frame.
+            answer: to be learned, or None for the prompt alone.
+
+        Returns:
+            `input_ids`, `mm_token_type_ids` (0 text and speech, 1 image) and `labels` (the answer and its turn end;
+            -100 elsewhere), each int64 [T].
+        """
+        words = partial(self.tokenizer.encode, add_special_tokens=False)
+        ids = words("<|im_start|>user\n" + (AUDIO_BOS if self.input_mode != "text" else ""))
+        if self.input_mode != "text":
+            ids += [self.audio_id] * self.audio_tokens + words(AUDIO_EOS + "\n")
+        image_spans = []
+        for count in image_tokens:
+            image_spans.append((len(ids) + 1, len(ids) + 1 + count))
+            ids += [self.vision_ids[0], *[self.image_id] * count, self.vision_ids[1]]
+        if self.input_mode != "audio":
+            ids += words(f"Question: {question}\n", split_special_tokens=True)
+        ids += words(f"{INSTRUCTION}<|im_end|>\n<|im_start|>assistant\n")
+        labels = [IGNORE_INDEX] * len(ids)
+        if answer is not None:
+            learned = [*words(answer, split_special_tokens=True), *words("<|im_end|>")]
+            ids += learned
+            labels += learned
+        types = torch.zeros(len(ids), dtype=torch.long)
+        for start, end in image_spans:
+            types[start:end] = 1
+        return {"input_ids": torch.tensor(ids), "mm_token_type_ids": types, "labels": torch.tensor(labels)}
+
+    def encode(
+        self, row: VQARow, frames: Sequence[Image.Image], speech: np.ndarray | None, with_answer: bool
+    ) -> dict[str, torch.Tensor]:
+        """One sample as model inputs, without a batch dimension.
+
+        Args:
+            row: question and answer.
+            frames: RGB, from `load_frame`.
+            speech: float32 [n] at 16 kHz; None in text mode.
+            with_answer: append the answer and label it.
+
+        Returns:
+            The tensors of `build`, `pixel_values` float32 [patches, channels * temporal patch * patch * patch],
+            `image_grid_thw` int64 [frames, 3], and outside text mode `input_features` float32 [1, mel bins, frames].
+
+        Raises:
+            VQAError: speech longer than the encoder's window, or labels all or none masked.
+        """
+        images = self.image_processor(images=list(frames), return_tensors="pt")
+        counts = (images["image_grid_thw"].prod(-1) // self.merge_size**2).tolist()
+        sample = self.build(row.question, counts, row.answer if with_answer else None)
+        sample["pixel_values"], sample["image_grid_thw"] = images["pixel_values"], images["image_grid_thw"]
+        if self.input_mode != "text":
+            if len(speech) > self.max_samples:
+                raise VQAError(
+                    f"{row.where}: speech {row.audio_path} lasts {len(speech) / SAMPLE_RATE:.1f} s, this model's "
+                    f"encoder hears {self.max_samples / SAMPLE_RATE:.1f}; shorten it"
+                )
+            sample["input_features"] = self.feature_extractor(
+                speech, sampling_rate=SAMPLE_RATE, return_tensors="pt", padding="max_length"
+            )["input_features"]
+        if with_answer:
+            check_labels(sample["labels"], row)
+        return sample
+
+    def count_tokens(self, row: VQARow, frame_paths: Sequence[Path]) -> int:
+        """Length of the training sample of `row`, from the frames' headers alone."""
+        counts = []
+        for path in frame_paths:
+            with Image.open(path) as image:
+                turned = image.getexif().get(0x0112, 1) >= 5  # EXIF orientations 5 to 8 lie on their side
+                width, height = fit_size(image.size[::-1] if turned else image.size, self.max_image_size)
+            patches = self.image_processor.get_number_of_image_patches(height, width, {})
+            counts.append(patches // self.merge_size**2)
+        return len(self.build(row.question, counts, row.answer)["input_ids"])
+
+
+def check_labels(labels: torch.Tensor, row: VQARow) -> None:
+    """VQAError where the labels [T] of a training sample are all or none masked: nothing, or the prompt, is learned."""
+    learned = int((labels != IGNORE_INDEX).sum())
+    if learned in (0, len(labels)):
+        masked = "all" if learned == 0 else "none"
+        raise VQAError(f"{row.where}: {masked} of the labels are masked; the answer {row.answer!r} cannot be learned")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Dataset and collator
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+class SurgicalVQADataset(torch.utils.data.Dataset):
+    """Spoken questions about clips, as model inputs.
+
+    Args:
+        rows: from `load_rows`, or the path of a question file (then read and checked here).
+        processor: turns a row into tensors.
+        frames_dir: needed with a path.
+        audio_dir: needed with a path, outside text mode.
+        max_train_frames: frames per clip when `is_eval` is False. None: all.
+        max_eval_frames: frames per clip when `is_eval` is True. None: all.
+        is_eval: which of the two limits holds.
+        with_answer: False leaves the answer out, for generation.
+    """
+
+    def __init__(
+        self,
+        rows: Sequence[VQARow] | str | Path,
+        processor: VQAProcessor,
+        frames_dir: str | Path | None = None,
+        audio_dir: str | Path | None = None,
+        max_train_frames: int | None = None,
+        max_eval_frames: int | None = None,
+        is_eval: bool = False,
+        with_answer: bool = True,
+    ):
+        if isinstance(rows, str | Path):
+            rows = load_rows(rows, frames_dir, audio_dir if processor.input_mode != "text" else None)
+        self.rows, self.processor = rows, processor
+        self.max_train_frames, self.max_eval_frames = max_train_frames, max_eval_frames
+        self.is_eval, self.with_answer = is_eval, with_answer
+
+    def _select_frames(self, frames: Sequence) -> Sequence:
+        """Evenly spaced frames, the first among them, so that the order in time is kept; a short clip is kept whole."""
+        limit = self.max_eval_frames if self.is_eval else self.max_train_frames
+        if limit is None or len(frames) <= limit:
+            return frames
+        stride = len(frames) / limit
+        return [frames[int(i * stride)] for i in range(limit)]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        row = self.rows[index]
+        frames = [load_frame(path, self.processor.max_image_size) for path in self._select_frames(row.frame_paths)]
+        speech = load_speech(row.audio_path) if self.processor.input_mode != "text" else None
+        return self.processor.encode(row, frames, speech, self.with_answer)
+
+    def token_counts(self) -> list[int]:
+        """Tokens of each sample, without decoding any frame."""
+        return [self.processor.count_tokens(row, self._select_frames(row.frame_paths)) for row in self.rows]
+
+
+class VQACollator:
+    """Batches samples: text is padded, frames are concatenated, speech is stacked.
+
+    Args:
+        pad_token_id: fills `input_ids`; the attention mask, not this id, says what is padding.
+        padding_side: `right` for training, `left` for generation.
+    """
+
+    FILL = {"labels": IGNORE_INDEX, "mm_token_type_ids": 0, "attention_mask": 0}  # noqa: RUF012
+
+    def __init__(self, pad_token_id: int, padding_side: str = "right"):
+        self.pad_token_id, self.padding_side = pad_token_id, padding_side
+
+    def __call__(self, samples: Sequence[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+        """`input_ids`, `labels`, `mm_token_type_ids`, `attention_mask` int64 [B, T]; `pixel_values`, `image_grid_thw`
+        along all frames of the batch; `input_features` float32 [B, mel bins, mel frames]."""
+        padded = {name: [s[name] for s in samples] for name in ("input_ids", "labels", "mm_token_type_ids")}
+        padded["attention_mask"] = [torch.ones_like(s["input_ids"]) for s in samples]
+        batch = {
+            name: nn.utils.rnn.pad_sequence(
+                values,
+                batch_first=True,
+                padding_value=self.FILL.get(name, self.pad_token_id),
+                padding_side=self.padding_side,
+            )
+            for name, values in padded.items()
+        }
+        for name in ("pixel_values", "image_grid_thw", "input_features"):
+            if name in samples[0]:
+                batch[name] = torch.cat([s[name] for s in samples])
+        return batch
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The grafted model
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def audio_config_of(config: Qwen2VLConfig) -> WhisperConfig:
+    """Geometry of the grafted encoder: the config's `audio_config`, else that of Whisper-large-v3-turbo."""
+    return WhisperConfig(**(getattr(config, "audio_config", None) or WHISPER_LARGE_V3_TURBO))
+
+
+class AudioProjector(nn.Linear):
+    """[..., d_audio] -> [..., hidden], computed in the dtype of its weight: trained in float32 beside a bf16 model."""
+
+    def forward(self, states: torch.Tensor) -> torch.Tensor:
+        """Project `states`; under autocast the product runs in the autocast dtype."""
+        return super().forward(states.to(self.weight.dtype))
+
+
+class SurgicalVQAModel(Qwen2VLForConditionalGeneration):
+    """Qwen2-VL with a frozen Whisper encoder (`audio_encoder.*`) and a linear bridge (`audio_projector.weight`).
+
+    `<|audio_pad|>` ids stand where the speech goes, as `<|image_pad|>` ids do for the frames, so that ids, token types,
+    positions and embeddings have one length and M-RoPE positions come out right.
+    """
+
+    accepts_loss_kwargs = True  # the Trainer then passes num_items_in_batch, and accumulation weighs tokens alike
+
+    def __init__(self, config: Qwen2VLConfig):
+        super().__init__(config)
+        audio = audio_config_of(config)
+        audio._attn_implementation = config._attn_implementation
+        self.audio_encoder = WhisperEncoder(audio)
+        self.audio_projector = AudioProjector(audio.d_model, config.text_config.hidden_size, bias=False)
+        self.post_init()
+
+    def train(self, mode: bool = True) -> "SurgicalVQAModel":
+        """As usual, but the frozen towers stay in evaluation mode."""
+        super().train(mode)
+        self.model.visual.eval()
+        self.audio_encoder.eval()
+        return self
+
+    def set_checkpointing(self, every_n: int) -> None:
+        """Recompute every `every_n`-th decoder layer in the backward pass; 0: none."""
+        for index, layer in enumerate(self.model.language_model.layers):
+            layer.gradient_checkpointing = every_n > 0 and index % every_n == 0
+            layer._gradient_checkpointing_func = partial(torch.utils.checkpoint.checkpoint, use_reentrant=False)
+
+    def embed(
+        self,
+        input_ids: torch.Tensor,
+        pixel_values: torch.Tensor | None,
+        image_grid_thw: torch.Tensor | None,
+        input_features: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """Embeddings [B, T, hidden] of `input_ids` [B, T] with frames and speech in their places.
+
+        Raises:
+            ValueError: placeholders and features differ in number.
+        """
+        embeds = self.get_input_embeddings()(input_ids)
+        if pixel_values is not None:
+            with torch.no_grad():
+                images = self.model.visual(pixel_values.to(self.dtype), grid_thw=image_grid_thw).pooler_output
+            embeds = _splice(embeds, input_ids == self.config.image_token_id, images, "image")
+        if input_features is not None:
+            with torch.no_grad():
+                heard = self.audio_encoder(input_features.to(self.dtype)).last_hidden_state
+            speech = self.audio_projector(heard).flatten(0, 1)
+            embeds = _splice(embeds, input_ids == self.config.audio_token_id, speech, "audio")
+        return embeds
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        past_key_values=None,
+        labels: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        pixel_values: torch.Tensor | None = None,
+        image_grid_thw: torch.Tensor | None = None,
+        input_features: torch.Tensor | None = None,
+        mm_token_type_ids: torch.Tensor | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        num_items_in_batch: torch.Tensor | int | None = None,
+        inputs_embeds: None = None,
+        **kwargs,
+    ) -> CausalLMOutputWithPast:
+        """With `labels`: the loss alone, its logits built at answer positions only. Without: logits for generation.
+
+        Args:
+            input_ids: int64 [B, T] with placeholders for speech and frames.
+            attention_mask: [B, T], 0 on padding. None: no padding.
+            position_ids: [3 or 4, B, T] M-RoPE positions; None computes them from `mm_token_type_ids` and the grids.
+            past_key_values: the cache, in generation.
+            labels: int64 [B, T], -100 where nothing is learned.
+            use_cache: keep keys and values; never with labels.
+            pixel_values: patches of all frames of the batch.
+            image_grid_thw: int64 [frames, 3].
+            input_features: float32 [B, mel bins, mel frames].
+            mm_token_type_ids: int64 [B, T], 0 text and speech, 1 image.
+            logits_to_keep: number of last positions (0: all), or the positions.
+            num_items_in_batch: labels in the whole accumulated batch, which the loss is divided by. None: in this one.
+            inputs_embeds: always None (PEFT passes it); speech and frames are placed by id.
+        """
+        embeds = self.embed(input_ids, pixel_values, image_grid_thw, input_features)
+        if position_ids is None:
+            position_ids, _ = self.model.get_rope_index(
+                input_ids,
+                mm_token_type_ids=mm_token_type_ids,
+                image_grid_thw=image_grid_thw,
+                attention_mask=attention_mask,
+            )
+        outputs = self.model.language_model(
+            inputs_embeds=embeds,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            use_cache=False if labels is not None else use_cache,
+            **kwargs,
+        )
+        hidden = outputs.last_hidden_state
+        if labels is not None:
+            targets = labels[:, 1:]
+            learned = targets != IGNORE_INDEX
+            logits = self.lm_head(hidden[:, :-1][learned]).float()
+            total = F.cross_entropy(logits, targets[learned], reduction="sum")
+            count = learned.sum() if num_items_in_batch is None else num_items_in_batch
+            return CausalLMOutputWithPast(loss=total / count)
+        keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        return CausalLMOutputWithPast(logits=self.lm_head(hidden[:, keep]), past_key_values=outputs.past_key_values)
+
+
+def _splice(embeds: torch.Tensor, mask: torch.Tensor, features: torch.Tensor, kind: str) -> torch.Tensor:
+    """Put `features` [N, hidden] in place of the N embeddings where `mask` [B, T] is True."""
+    wanted = int(mask.sum())
+    if wanted != len(features):
+        raise ValueError(f"{wanted} {kind} placeholders but {len(features)} {kind} features")
+    return embeds.masked_scatter(mask.unsqueeze(-1), features.to(embeds.dtype))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Tokenizer, model and LoRA loaders
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def resolve_model_dir(name: str | Path, weights: bool = False) -> Path:
+    """The folder of a model: `name` itself, or the hub id's snapshot (config and tokenizer, and `weights` if asked).
+
+    Raises:
+        VQAError: neither a folder nor a hub id that can be fetched.
+    """
+    if Path(name).is_dir():
+        return Path(name)
+    patterns = ["*.json", "*.txt", *(["*.safetensors"] if weights else [])]
+    try:
+        return Path(snapshot_download(str(name), allow_patterns=patterns))
+    except (LocalEntryNotFoundError, HFValidationError, HfHubHTTPError, OSError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise VQAError(
+            f"--model_name_or_path {name}: no such folder, and not to be had from the hub ({reason}); "
+            "name a folder with the model, or connect to the hub"
+        ) from error
+
+
+def load_config(model_name_or_path: str | Path) -> Qwen2VLConfig:
+    """The model's config, from its folder or hub id; VQAError where there is none or it is not Qwen2-VL's."""
+    path = resolve_model_dir(model_name_or_path) / "config.json"
+    try:
+        stored = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, json.JSONDecodeError) as error:
+        raise VQAError(f"{path}: no readable config ({error}); name a folder with a model") from error
+    if stored.get("model_type") != "qwen2_vl":
+        raise VQAError(f"{path}: model_type is {stored.get('model_type')!r}, this script trains 'qwen2_vl'")
+    return Qwen2VLConfig.from_pretrained(path.parent)
+
+
+def load_tokenizer(model_name_or_path: str | Path) -> PreTrainedTokenizerBase:
+    """The tokenizer, with a pad token apart from EOS and with `<|audio_pad|>`; says so where it sets a pad token.
+
+    With PAD equal to EOS a mask by id hides the end of the answer, and a model is never taught to stop.
+    """
+    path = resolve_model_dir(model_name_or_path)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise VQAError(f"{path}: no readable tokenizer ({reason}); its tokenizer.json belongs there") from error
+    if AUDIO_PAD not in tokenizer.get_vocab():
+        tokenizer.add_special_tokens({"additional_special_tokens": [AUDIO_PAD]}, replace_extra_special_tokens=False)
+    if tokenizer.pad_token_id is None or tokenizer.pad_token_id == tokenizer.eos_token_id:
+        print("🔧 Setting dedicated pad token (was same as EOS)" if tokenizer.pad_token_id is not None else
+              "🔧 Setting dedicated pad token (there was none)")  # fmt: skip
+        tokenizer.add_special_tokens({"pad_token": NEW_PAD})
+        print(f"   PAD token: {tokenizer.pad_token!r} (ID: {tokenizer.pad_token_id})")
+        print(f"   EOS token: {tokenizer.eos_token!r} (ID: {tokenizer.eos_token_id})")
+    return tokenizer
+
+
+def turn_end_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Every id that ends a turn, sorted: `<|im_end|>`, `<|endoftext|>` and the tokenizer's EOS."""
+    vocab = tokenizer.get_vocab()
+    return sorted({vocab[token] for token in (*TURN_ENDS, tokenizer.eos_token) if token in vocab})
+
+
+def grow_embeddings(model: SurgicalVQAModel, tokenizer: PreTrainedTokenizerBase) -> int:
+    """Add embedding and head rows for ids that have none; never shrink. New rows are the mean of the old ones.
+
+    Returns:
+        The number of rows added.
+    """
+    embeddings = model.get_input_embeddings()
+    rows, needed = embeddings.num_embeddings, max(tokenizer.get_vocab().values()) + 1
+    if needed <= rows:
+        return 0
+    model.resize_token_embeddings(needed, mean_resizing=False)
+    for matrix in (model.get_input_embeddings().weight, model.get_output_embeddings().weight):
+        matrix.data[rows:] = matrix.data[:rows].mean(dim=0)
+    return needed - rows
+
+
+def load_model(
+    model_name_or_path: str | Path,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    init: str = "pretrained",
+    seed: int = 42,
+    dtype: torch.dtype = torch.bfloat16,
+    device: torch.device | str = "cpu",
+    attn_implementation: str = "sdpa",
+) -> SurgicalVQAModel:
+    """The base model on `device`, frozen, in evaluation mode, with a row for every token id.
+
+    Args:
+        model_name_or_path: folder or hub id.
+        tokenizer: from `load_tokenizer`.
+        init: `pretrained`, or `random` for weights drawn from `seed` on `device` in `dtype`. Other devices and dtypes
+            draw other numbers: `fingerprint` tells.
+        seed: of the random weights.
+        dtype: of the weights.
+        device: `meta` allocates nothing.
+        attn_implementation: as in transformers.
+
+    Raises:
+        VQAError: no weights, or missing, unexpected or mis-shaped tensors.
+    """
+    config = load_config(model_name_or_path)
+    stated, actual = getattr(config, "audio_token_id", None), tokenizer.convert_tokens_to_ids(AUDIO_PAD)
+    if stated is not None and stated != actual:
+        raise VQAError(
+            f"{model_name_or_path}: config.json says audio_token_id {stated}, the tokenizer has {AUDIO_PAD} as "
+            f"{actual}; tokenizer and config must belong together"
+        )
+    config.audio_token_id = actual
+    device = torch.device(device)
+    build = partial(SurgicalVQAModel._from_config, config, dtype=dtype, attn_implementation=attn_implementation)
+    if device.type == "meta":
+        with device:
+            model = build()
+    elif init == "random":
+        with torch.random.fork_rng(), device:
+            torch.manual_seed(seed)
+            model = build()
+    else:
+        with accelerate.init_empty_weights(include_buffers=False):
+            model = build()
+        load_weights(model, resolve_model_dir(model_name_or_path, weights=True), dtype, device)
+        model.to(device)  # the buffers; the weights are there
+    grow_embeddings(model, tokenizer)
+    model.generation_config.eos_token_id = turn_end_ids(tokenizer)
+    model.generation_config.pad_token_id = tokenizer.pad_token_id
+    return model.requires_grad_(False).eval()
+
+
+def load_weights(model: SurgicalVQAModel, folder: Path, dtype: torch.dtype, device: torch.device) -> None:
+    """Fill `model` (on the meta device) from the safetensors shards of `folder`, one shard at a time.
+
+    Raises:
+        VQAError: naming and counting tensors that are missing, unexpected or of another shape, before any is read.
+    """
+    files = weight_files(folder)
+    wanted = dict(model.named_parameters())  # a tied head is listed once
+    found, problems = {}, []
+    for file in files:
+        try:
+            with safe_open(file, framework="pt") as shard:
+                for key in shard.keys():  # noqa: SIM118
+                    name, shape = current_name(key), tuple(shard.get_slice(key).get_shape())
+                    if name not in wanted:
+                        problems.append(f"{file}: unexpected tensor {key}")
+                    elif shape != tuple(wanted[name].shape):
+                        problems.append(f"{file}: {key} has shape {shape}, the config says {tuple(wanted[name].shape)}")
+                    found[name] = file
+        except (SafetensorError, OSError) as error:
+            raise VQAError(f"{file}: not a readable safetensors file ({error}); copy it again") from error
+    problems += [f"{folder}: tensor {name} is missing" for name in wanted if name not in found]
+    raise_problems(problems)
+    for file in files:
+        with safe_open(file, framework="pt", device=str(device)) as shard:
+            for key in shard.keys():  # noqa: SIM118
+                tensor = shard.get_tensor(key).to(dtype)
+                accelerate.utils.set_module_tensor_to_device(model, current_name(key), device, tensor)
+    model.tie_weights()
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a model folder, from its index if it has one; VQAError where there are none."""
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    else:
+        names = ["model.safetensors"]
+    files = [folder / name for name in names]
+    raise_problems([f"{file}: no such file; the model's weights belong there" for file in files if not file.is_file()])
+    return files
+
+
+def current_name(key: str) -> str:
+    """The name in this model of a stored tensor: transformers 4 had no `model.language_model.` and a bare `visual.`."""
+    key = re.sub(r"^visual\.", "model.visual.", key)
+    return re.sub(r"^model\.(?!language_model\.|visual\.)", "model.language_model.", key)
+
+
+def fingerprint(model: nn.Module, samples: int = 16) -> str:
+    """sha256 over the name, shape and `samples` evenly spaced values of every parameter, without its LoRA layers."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.named_parameters()):
+        if "lora_" in name or "modules_to_save" in name:
+            continue
+        name = name.removeprefix("base_model.model.").replace(".base_layer.", ".").replace(".original_module.", ".")
+        flat = tensor.detach().flatten()
+        picked = flat[:: max(1, flat.numel() // samples)][:samples].float().cpu()
+        digest.update(f"{name}{tuple(tensor.shape)}".encode())
+        digest.update(picked.numpy().tobytes())
+    return digest.hexdigest()
+
+
+def add_lora(model: SurgicalVQAModel, r: int = 64, alpha: int = 16, dropout: float = 0.05) -> PeftModel:
+    """LoRA on the seven linear layers of every decoder layer; the projector is trained whole, in float32.
+
+    Raises:
+        RuntimeError: the adapters did not land on exactly those layers.
+    """
+    config = LoraConfig(
+        r=r,
+        lora_alpha=alpha,
+        lora_dropout=dropout,
+        bias="none",
+        task_type="CAUSAL_LM",
+        target_modules=LORA_TARGETS,
+        modules_to_save=["audio_projector"],
+    )
+    peft_model = get_peft_model(model, config)
+    adapted = [name for name, _ in peft_model.named_parameters() if name.endswith("lora_A.default.weight")]
+    expected = LORA_MODULES_PER_LAYER * model.config.text_config.num_hidden_layers
+    if len(adapted) != expected or not all(".language_model.layers." in name for name in adapted):
+        raise RuntimeError(f"LoRA on {len(adapted)} layers, expected {expected} in the decoder alone")
+    # A step of 2e-4 is lost in bf16's 8 bits; PEFT keeps its own layers in float32, but not the copies it saves.
+    model.audio_projector.modules_to_save.float()
+    return peft_model
+
+
+def load_adapter(model: SurgicalVQAModel, path: str | Path) -> PeftModel:
+    """`model` with the adapter of `path`, every tensor of it accounted for.
+
+    Raises:
+        VQAError: no adapter there, or tensors that do not fit.
+    """
+    path = Path(path)
+    file = path / "adapter_model.safetensors"
+    if not file.is_file() or not (path / "adapter_config.json").is_file():
+        raise VQAError(f"{path}: holds no adapter (adapter_config.json, adapter_model.safetensors)")
+    config = LoraConfig.from_pretrained(path)
+    try:
+        stored = load_file(file)
+    except SafetensorError as error:
+        raise VQAError(f"{file}: not a readable safetensors file ({error}); copy it again") from error
+    peft_model = add_lora(model, config.r, config.lora_alpha, config.lora_dropout)
+    wanted = get_peft_model_state_dict(peft_model, save_embedding_layers=False)
+    raise_problems(
+        [f"{file}: tensor {name} is missing" for name in wanted if name not in stored]
+        + [f"{file}: unexpected tensor {name}" for name in stored if name not in wanted]
+        + [
+            f"{file}: {name} has shape {tuple(stored[name].shape)}, the model wants {tuple(wanted[name].shape)}"
+            for name in wanted
+            if name in stored and stored[name].shape != wanted[name].shape
+        ]
+    )
+    set_peft_model_state_dict(peft_model, stored)
+    return peft_model.eval()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Settings, Trainer and callbacks
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def resolved_settings(
+    model_args: ModelArguments,
+    data_args: DataArguments,
+    training_args: VQATrainingArguments,
+    processor: VQAProcessor,
+    base_fingerprint: str,
+) -> dict:
+    """All that training chose, as JSON: `model` and `input` are what evaluation repeats, the rest is for the record."""
+    packages = ("torch", "transformers", "peft", "accelerate", "pillow", "torchaudio", "soundfile")
+    return {
+        "model": {
+            "model_name_or_path": model_args.model_name_or_path,
+            "init": model_args.init,
+            "init_seed": training_args.seed,
+            "init_device": training_args.device.type,
+            "dtype": "bfloat16" if training_args.bf16 else "float32",
+            "attn_implementation": model_args.attn_implementation,
+            "base_fingerprint": base_fingerprint,
+        },
+        "input": {
+            "input_mode": data_args.input_mode,
+            "max_train_frames": data_args.max_train_frames,
+            "max_eval_frames": data_args.max_eval_frames,
+            "max_image_size": data_args.max_image_size,
+            "audio_tokens": processor.audio_tokens,
+            "instruction": INSTRUCTION,
+        },
+        "lora": {"r": model_args.lora_r, "alpha": model_args.lora_alpha, "dropout": model_args.lora_dropout},
+        "tokens": {
+            "pad": processor.tokenizer.pad_token_id,
+            "audio": processor.audio_id,
+            "turn_ends": turn_end_ids(processor.tokenizer),
+        },
+        "data": {k: v for k, v in asdict(data_args).items() if k.endswith(("_path", "_dir", "_samples"))},
+        "training": json.loads(training_args.to_json_string()),
+        "versions": {name: importlib.metadata.version(name) for name in packages},
+    }
+
+
+def load_settings(checkpoint: str | Path) -> dict:
+    """The settings saved beside an adapter; VQAError where there are none, or of another kind."""
+    path = Path(checkpoint) / SETTINGS_FILE
+    try:
+        settings = json.loads(path.read_text(encoding="utf-8"))
+        settings["model"]["model_name_or_path"], settings["input"]["input_mode"]
+    except (OSError, json.JSONDecodeError, KeyError, TypeError) as error:
+        raise VQAError(f"{path}: no readable settings; name a folder that train_vqa.py wrote") from error
+    return settings
+
+
+class VQATrainer(Trainer):
+    """Trainer whose checkpoints hold the adapter, the projector, the tokenizer and the settings, and nothing more.
+
+    Args:
+        tokenizer: saved with every checkpoint. (As `processing_class` it would overwrite the model's turn-end ids.)
+        settings: from `resolved_settings`.
+    """
+
+    def __init__(self, *args, tokenizer: PreTrainedTokenizerBase, settings: dict, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.tokenizer, self.settings = tokenizer, settings
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        folder = Path(output_dir or self.args.output_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        self.model.save_pretrained(folder, state_dict=state_dict, save_embedding_layers=False)
+        self.tokenizer.save_pretrained(folder)
+        (folder / SETTINGS_FILE).write_text(json.dumps(self.settings, indent=2) + "\n", encoding="utf-8")
+
+
+class StopAtLoss(TrainerCallback):
+    """Ends training once the logged loss is below `target`; `reached` says whether it was."""
+
+    def __init__(self, target: float):
+        self.target, self.reached = target, False
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        """Called by the Trainer with each log."""
+        if logs and "loss" in logs and float(logs["loss"]) < self.target:
+            self.reached = control.should_training_stop = True
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# main
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def limit_gpu_memory(gib: float | None) -> None:
+    """Cap this process at `gib` GiB of GPU memory; None: no cap. VQAError without a GPU, or beyond its memory."""
+    if gib is None:
+        return
+    if not torch.cuda.is_available():
+        raise VQAError("--gpu_memory_limit_gib needs a CUDA GPU; leave it out here")
+    total = torch.cuda.get_device_properties(0).total_memory / 2**30
+    if not 0 < gib <= total:
+        raise VQAError(f"--gpu_memory_limit_gib {gib}: this card has {total:.1f} GiB")
+    torch.cuda.set_per_process_memory_fraction(gib / total)
+
+
+def report_plan(train: SurgicalVQADataset, evaluation: SurgicalVQADataset | None, args: VQATrainingArguments) -> None:
+    """Print tokens per sample and the number of optimizer steps that the Trainer will make."""
+    for name, dataset in (("train", train), ("eval", evaluation)):
+        if dataset is not None:
+            counts = sorted(dataset.token_counts())
+            spread = f"min {counts[0]}, median {counts[len(counts) // 2]}, max {counts[-1]}"
+            print(f"{name}: {len(counts)} samples, tokens per sample: {spread}")
+    batches = math.ceil(len(train) / args.train_batch_size)
+    per_epoch = max(1, math.ceil(batches / args.gradient_accumulation_steps))
+    steps = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * per_epoch)
+    print(f"steps: {steps} ({per_epoch} an epoch of {len(train)} samples)")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Train as the flags say; returns the exit status."""
+    # 1. Arguments
+    model_args, data_args, training_args = parse_arguments(sys.argv[1:] if argv is None else list(argv))
+    limit_gpu_memory(model_args.gpu_memory_limit_gib)
+    dtype = torch.bfloat16 if training_args.bf16 else torch.float32
+
+    # 2. Data: everything is read and decoded once before any weight is loaded
+    by_ear = data_args.input_mode != "text"
+    audio_dir = data_args.audio_dir if by_ear else None
+    eval_audio_dir = (data_args.eval_audio_dir or data_args.audio_dir) if by_ear else None
+    train_rows = load_rows(data_args.train_data_path, data_args.frames_dir, audio_dir, data_args.max_train_samples)
+    eval_rows = None
+    if data_args.eval_data_path:
+        eval_rows = load_rows(
+            data_args.eval_data_path, data_args.frames_dir, eval_audio_dir, data_args.max_eval_samples
+        )
+        raise_problems(find_shared_speech([*train_rows, *eval_rows]))
+
+    # 3. Tokenizer and model
+    kernel = {"sdpa": "SDPA", "flash_attention_2": "FlashAttention-2"}.get(model_args.attn_implementation)
+    precision = "BF16" if training_args.bf16 else "FP32"
+    print(f"⏳ Loading merged {precision} model with {kernel or model_args.attn_implementation} attention...")
+    tokenizer = load_tokenizer(model_args.model_name_or_path)
+    model = load_model(
+        model_args.model_name_or_path,
+        tokenizer,
+        init=model_args.init,
+        seed=training_args.seed,
+        dtype=dtype,
+        device="meta" if data_args.dry_run else training_args.device,
+        attn_implementation=model_args.attn_implementation,
+    )
+    print(f"✓ Model loaded in full {precision}" if not data_args.dry_run else "✓ Model built without weights")
+    base_fingerprint = fingerprint(model) if not data_args.dry_run else ""
+
+    # 4. LoRA
+    print("🧠 Adding LoRA Adapters...")
+    set_seed(training_args.seed)
+    with torch.device("meta" if data_args.dry_run else training_args.device):
+        peft_model = add_lora(model, model_args.lora_r, model_args.lora_alpha, model_args.lora_dropout)
+    model.set_checkpointing(model_args.checkpoint_every_n)
+    peft_model.print_trainable_parameters()
+
+    # 5. Datasets
+    processor = VQAProcessor(tokenizer, model.config, data_args.max_image_size, data_args.input_mode)
+    print(f"📁 Loading Train Data: {data_args.train_data_path}")
+    train_dataset = SurgicalVQADataset(train_rows, processor, max_train_frames=data_args.max_train_frames)
+    eval_dataset = None
+    if eval_rows:
+        print(f"📁 Loading Eval Data: {data_args.eval_data_path}")
+        limit = data_args.max_eval_frames
+        eval_dataset = SurgicalVQADataset(eval_rows, processor, max_eval_frames=limit, is_eval=True)
+        if limit is not None and any(len(row.frames) > limit for row in eval_rows):
+            print(f"   Using {limit} frames (evenly sampled) to reduce eval memory")
+    if data_args.dry_run:
+        report_plan(train_dataset, eval_dataset, training_args)
+        return 0
+
+    # 6. Training; evaluation computes the loss only
+    settings = resolved_settings(model_args, data_args, training_args, processor, base_fingerprint)
+    stop = StopAtLoss(data_args.target_train_loss) if data_args.target_train_loss is not None else None
+    trainer = VQATrainer(
+        model=peft_model,
+        args=training_args,
+        train_dataset=train_dataset,
+        eval_dataset=eval_dataset,
+        data_collator=VQACollator(tokenizer.pad_token_id),
+        tokenizer=tokenizer,
+        callbacks=[stop] if stop else None,
+        settings=settings,
+    )
+    trainer.train(resume_from_checkpoint=resume_argument(training_args.resume_from_checkpoint))
+
+    # 7. Results
+    trainer.save_model()
+    trainer.save_state()
+    if eval_dataset is not None and training_args.eval_strategy == "no":
+        print(trainer.evaluate())
+    print(f"Saved adapter, projector, tokenizer and {SETTINGS_FILE} to {training_args.output_dir}")
+    if stop and not stop.reached:
+        print(f"error: the loss did not fall below --target_train_loss {stop.target}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def resume_argument(flag: str | None) -> str | bool | None:
+    """`--resume_from_checkpoint` as the Trainer wants it: True for the newest checkpoint of the output folder."""
+    return {"true": True, "false": None, None: None}.get(flag.lower() if flag else None, flag)
+
+
+def run(entry) -> None:
+    """Exit with the status of `entry()`; a VQAError becomes its text and status 1, without a traceback."""
+    try:
+        status = entry()
+    except VQAError as error:
+        print("\n".join(f"error: {line}" for line in str(error).splitlines()), file=sys.stderr)
+        status = 1
+    sys.exit(status)
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,143 @@
+#!/usr/bin/env bash
+# Trains with the seed's settings, then evaluates the result by generation.
+#
+#   bash train_with_eval_FINAL.sh [flags...]        flags are passed on to train_vqa.py and win over the ones below
+#   bash train_with_eval_FINAL.sh --smoke           the same two steps with the tiny model and the fixtures, on the CPU
+#   bash train_with_eval_FINAL.sh --python [FILE]   only sees to the packages (and those of requirements FILE), and
+#                                                   prints the interpreter that has them
+#
+# Environment: MODEL TRAIN_DATA EVAL_DATA FRAMES_DIR AUDIO_DIR EVAL_AUDIO_DIR OUTPUT_DIR RESULTS PYTHON
+set -euo pipefail
+
+here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+
+# Prints the first interpreter (.venv beside this script, then $PYTHON) that has every package named in the given
+# requirements files; makes the .venv where none has. Without requirements.txt, names what is missing instead.
+find_python() {
+    local requirements=("$@") listed=() candidate missing
+    for file in "${requirements[@]}"; do [ -f "$file" ] && listed+=("$file"); done
+    for candidate in "$here/.venv/bin/python" "${PYTHON:-python3}"; do
+        command -v "$candidate" >/dev/null || continue
+        missing=$("$candidate" - "${listed[@]}" <<'PY'
+import importlib.metadata, re, sys
+lines = [line for path in sys.argv[1:] for line in open(path)] or [
+    "torch", "transformers", "peft", "accelerate", "pillow", "torchaudio", "soundfile", "tqdm"]
+names = [re.split(r"[<>=!~;\[ #]", line.strip())[0] for line in lines]
+installed = {dist.metadata["Name"].lower() for dist in importlib.metadata.distributions()}
+print(*[name for name in names if name and name.lower() not in installed])
+PY
+        )
+        if [ -z "$missing" ]; then echo "$candidate"; return; fi
+    done
+    if [ ${#listed[@]} -eq 0 ]; then
+        echo "error: packages are missing; run: python3 -m pip install $missing" >&2
+        return 1
+    fi
+    make_venv "${listed[@]}" >&2
+    echo "$here/.venv/bin/python"
+}
+
+make_venv() {
+    echo "Installing the packages into $here/.venv (a few minutes)..."
+    local arguments=()
+    for file in "$@"; do arguments+=(-r "$file"); done
+    if [ -f "$here/tests/constraints.txt" ]; then arguments+=(-c "$here/tests/constraints.txt"); fi
+    "${PYTHON:-python3}" -m venv "$here/.venv"
+    "$here/.venv/bin/python" -m pip install -qq --disable-pip-version-check "${arguments[@]}"
+    # The torchaudio wheel for Linux is a CUDA build. Beside a CPU-only torch its extension cannot be loaded, and then
+    # transformers cannot be imported either; without that file torchaudio runs in pure Python, which is all we need.
+    "$here/.venv/bin/python" - <<'PY'
+import importlib.util, pathlib, torch
+if torch.version.cuda is None and torch.version.hip is None:
+    folder = pathlib.Path(importlib.util.find_spec("torchaudio").origin).parent / "lib"
+    for extension in folder.glob("_torchaudio*.so"):
+        extension.unlink()
+PY
+}
+
+# Prints the value that the flag $1 has in the remaining arguments (the last one counts), or the default $2.
+flag_value() {
+    local flag=$1 value=$2
+    shift 2
+    while [ $# -gt 0 ]; do
+        case $1 in
+            "$flag") value=${2-} ;;
+            "$flag="*) value=${1#*=} ;;
+        esac
+        shift
+    done
+    echo "$value"
+}
+
+case ${1-} in
+    --python)
+        find_python "$here/requirements.txt" "${@:2}"
+        exit
+        ;;
+    --smoke)
+        shift
+        fixtures=$here/tests/fixtures
+        if [ ! -d "$fixtures" ]; then
+            echo "error: --smoke needs the fixtures in $fixtures; run it in a clone of the project" >&2
+            exit 1
+        fi
+        MODEL=$fixtures/tiny_model
+        TRAIN_DATA=$fixtures/smoke.jsonl EVAL_DATA=$fixtures/smoke.jsonl FRAMES_DIR=$fixtures/frames
+        AUDIO_DIR=$fixtures/audio EVAL_AUDIO_DIR=$fixtures/audio
+        OUTPUT_DIR=checkpoints/smoke RESULTS=results/smoke.jsonl
+        # A model this small learns five answers with a large step, all rows at once and no dropout.
+        settings=(
+            --init random --use_cpu True --seed 1 --lora_dropout 0 --max_image_size 112 --max_eval_frames 0
+            --per_device_train_batch_size 5 --gradient_accumulation_steps 1
+            --learning_rate 1e-2 --lr_scheduler_type cosine --warmup_steps 5 --max_steps 150
+            --logging_steps 5 --save_strategy no --target_train_loss 1e-3
+        )
+        evaluation=(--overwrite)
+        smoke=1
+        ;;
+    *)
+        settings=(
+            --per_device_train_batch_size 1 --gradient_accumulation_steps 4
+            --learning_rate 2e-4 --num_train_epochs 20 --bf16 True --logging_steps 5
+            --save_strategy epoch --eval_strategy epoch --per_device_eval_batch_size 1 --eval_accumulation_steps 4
+            --max_eval_frames 6
+        )
+        evaluation=()
+        smoke=0
+        ;;
+esac
+
+flags=(
+    --train_data_path "${TRAIN_DATA:-test_set/in_002-001.jsonl}"
+    --eval_data_path "${EVAL_DATA:-test_set/out_002-001.jsonl}"
+    --frames_dir "${FRAMES_DIR:-dataset/frames}"
+    --audio_dir "${AUDIO_DIR:-audio/in_002-001}"
+    --eval_audio_dir "${EVAL_AUDIO_DIR:-audio/out_002-001}"
+    --output_dir "${OUTPUT_DIR:-./checkpoints/surgical_vqa_50samples}"
+    ${MODEL:+--model_name_or_path "$MODEL"}
+    "${settings[@]}" "$@"
+)
+python=$(find_python "$here/requirements.txt")
+"$python" "$here/train_vqa.py" "${flags[@]}"
+
+if [ "$(flag_value --dry_run False "${flags[@]/%--dry_run/--dry_run=True}")" != False ]; then exit; fi
+
+results=${RESULTS:-results/eval_out.jsonl}
+limit=$(flag_value --gpu_memory_limit_gib "" "${flags[@]}")
+"$python" "$here/evaluate_checkpoint.py" \
+    --checkpoint_path "$(flag_value --output_dir "" "${flags[@]}")" \
+    --eval_data_path "$(flag_value --eval_data_path "" "${flags[@]}")" \
+    --frames_dir "$(flag_value --frames_dir "" "${flags[@]}")" \
+    --audio_dir "$(flag_value --eval_audio_dir "" "${flags[@]}")" \
+    --output_file "$results" ${limit:+--gpu_memory_limit_gib "$limit"} "${evaluation[@]}"
+
+if [ "$smoke" = 1 ]; then
+    "$python" - "${results%.jsonl}.summary.json" <<'PY'
+import json, sys
+summary = json.load(open(sys.argv[1]))
+total, correct = summary["n_total"], round(summary["metrics"]["contains"]["accuracy"] * summary["n_total"])
+stopped = summary["finish"]["eos"]
+print(f"smoke: {correct}/{total} correct, {stopped}/{total} stopped by themselves")
+sys.exit(not correct == stopped == total == 5)
+PY
+fi

@@ -1,0 +1,49 @@
+#!/usr/bin/env bash
+# Is PAD apart from EOS? Prints both before and after the fix in train_vqa.py; exit status 0 when the state after is
+# sound, 1 when not.
+#
+#   bash verify_tokenizer.sh [MODEL]    folder or hub id; without one the default of train_vqa.py
+set -euo pipefail
+
+here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+python=$(bash "$here/train_with_eval_FINAL.sh" --python)
+PYTHONPATH=$here "$python" - "$@" <<'PY'
+import sys
+
+from transformers import AutoTokenizer
+
+import train_vqa
+
+
+def show(when, tokenizer):
+    print(f"{when}:")
+    print(f"   PAD token: {tokenizer.pad_token!r} (ID: {tokenizer.pad_token_id})")
+    print(f"   EOS token: {tokenizer.eos_token!r} (ID: {tokenizer.eos_token_id})")
+
+
+def main():
+    model = sys.argv[1] if len(sys.argv) > 1 else train_vqa.DEFAULT_MODEL
+    before = AutoTokenizer.from_pretrained(train_vqa.resolve_model_dir(model), trust_remote_code=False)
+    show("Before", before)
+    if before.pad_token_id is None:
+        print("❌ ISSUE: there is no PAD token")
+    elif before.pad_token_id == before.eos_token_id:
+        print(f"❌ ISSUE: PAD and EOS tokens are THE SAME\n   Both have ID: {before.eos_token_id}")
+    else:
+        print("✅ PAD and EOS tokens are different")
+    print()
+    after = train_vqa.load_tokenizer(model)
+    show("After load_tokenizer", after)
+    stops = train_vqa.turn_end_ids(after)
+    print(f"   Generation stops at: {', '.join(f'{after.convert_ids_to_tokens(i)!r} (ID: {i})' for i in stops)}")
+    print()
+    if after.pad_token_id in (None, after.eos_token_id) or not stops:
+        print("❌ ISSUE: PAD and EOS are not apart, or no token ends a turn")
+        return 1
+    if after.pad_token != before.pad_token:
+        print(f"✅ FIX: Updated train_vqa.py adds dedicated {after.pad_token} token")
+    return 0
+
+
+train_vqa.run(main)
+PY
