@@ -323,7 +323,7 @@ def read_rows(path: str | Path, max_samples: int | None = None) -> list[VQARow]:
             if not line.strip():
                 continue
             try:
-                row = parse_row(line, str(path), number)
+                row = parse_row(line.strip(), str(path), number)
                 if row.key in seen:
                     raise VQAError(f"the same video, id and question type as line {seen[row.key]}; remove one")
             except VQAError as error:

@@ -1,0 +1,298 @@
+"""The grafted model: names, positions, losses, gradients, LoRA, weights and adapters on disk."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import Qwen2VLForConditionalGeneration
+
+import train_vqa as vqa
+from tests.conftest import TINY
+
+
+@pytest.fixture(scope="module")
+def batch(processor, rows):
+    """Two training samples of different length, right-padded."""
+    dataset = vqa.SurgicalVQADataset(rows, processor, max_train_frames=2)
+    return vqa.VQACollator(497)([dataset[0], dataset[3]])
+
+
+# --------------------------------------------------------------------------------------------------- names and forward
+
+
+def test_grafted_weights_stand_at_the_top_level(base):
+    tops = {name.split(".")[0] for name, _ in base.named_parameters()}
+    assert tops == {"model", "lm_head", "audio_encoder", "audio_projector"}
+    assert base.audio_projector.weight.shape == (64, 64)
+    stock = dict(Qwen2VLForConditionalGeneration(base.config).named_parameters())
+    grafted = [name for name, _ in base.named_parameters() if name not in stock]
+    assert all(name.startswith(("audio_encoder.", "audio_projector.weight")) for name in grafted)
+
+
+def test_random_weights_are_a_function_of_the_seed(base, fresh):
+    assert vqa.fingerprint(fresh()) == vqa.fingerprint(base)
+    assert vqa.fingerprint(fresh(seed=2)) != vqa.fingerprint(base)
+
+
+def test_random_weights_leave_the_callers_generator_alone(fresh):
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    fresh()
+    assert torch.equal(torch.rand(3), expected)
+
+
+def test_loss_is_the_mean_cross_entropy_of_the_answer_tokens(base, batch):
+    """The same loss from the logits of every position, as plain transformers builds them."""
+    with torch.no_grad():
+        loss = base(**batch).loss
+        inputs = {k: v for k, v in batch.items() if k != "labels"}
+        logits = base(**inputs).logits
+    expected = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten())
+    assert torch.allclose(loss, expected, atol=1e-5)
+
+
+def test_loss_is_divided_by_the_labels_of_the_accumulated_batch(base, batch):
+    count = int((batch["labels"] != -100).sum())
+    with torch.no_grad():
+        whole, half = base(**batch).loss, base(**batch, num_items_in_batch=torch.tensor(2 * count)).loss
+    assert torch.allclose(whole, 2 * half)
+
+
+def test_training_builds_logits_at_answer_positions_only(base, batch):
+    seen = []
+    hook = base.lm_head.register_forward_hook(lambda module, inputs, output: seen.append(tuple(output.shape)))
+    with torch.no_grad():
+        output = base(**batch)
+    hook.remove()
+    assert seen == [(int((batch["labels"] != -100).sum()), 512)]
+    assert output.logits is None
+    assert output.past_key_values is None
+
+
+def test_padding_does_not_change_a_sample(base, batch, processor, rows):
+    alone = vqa.VQACollator(497)([vqa.SurgicalVQADataset(rows, processor, max_train_frames=2)[0]])
+    length = alone["input_ids"].shape[1]
+    assert length < batch["input_ids"].shape[1] or length == max(batch["attention_mask"].sum(-1)).item()
+    labels = batch["labels"].clone()
+    labels[1] = -100
+    with torch.no_grad():
+        assert torch.allclose(base(**alone).loss, base(**{**batch, "labels": labels}).loss, atol=1e-5)
+
+
+def test_speech_and_frames_reach_the_logits(base, batch):
+    inputs = {k: v for k, v in batch.items() if k != "labels"}
+    with torch.no_grad():
+        logits = base(**inputs).logits
+        deaf = base(**{**inputs, "input_features": inputs["input_features"].flip(0)}).logits
+        blind = base(**{**inputs, "pixel_values": torch.zeros_like(inputs["pixel_values"])}).logits
+    assert not torch.allclose(logits, deaf, atol=1e-3)
+    assert not torch.allclose(logits, blind, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("token", "message"),
+    [(494, "2999 audio placeholders but 3000 audio features"), (492, "15 image placeholders but 16 image features")],
+)
+def test_placeholders_and_features_must_match(base, batch, token, message):
+    ids = batch["input_ids"].clone()
+    ids[0, (ids[0] == token).nonzero()[0]] = 13
+    with pytest.raises(ValueError, match=message):
+        base(**{**batch, "input_ids": ids})
+
+
+# ----------------------------------------------------------------------------------------------------------------- LoRA
+
+
+def test_lora_lands_on_the_decoder_alone(fresh):
+    model = vqa.add_lora(fresh(), r=4)
+    adapted = [name for name, _ in model.named_parameters() if "lora_A" in name]
+    per_tower = {
+        tower: sum(part in name for name in adapted)
+        for tower, part in {"decoder": ".language_model.", "vision": ".visual.", "speech": ".audio_encoder."}.items()
+    }
+    assert per_tower == {"decoder": 14, "vision": 0, "speech": 0}
+    kinds = {name.split(".")[-4] for name in adapted}
+    assert kinds == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
+
+
+def test_what_is_trained_and_in_which_precision(fresh):
+    model = vqa.add_lora(fresh(dtype=torch.bfloat16), r=4)
+    trained = {name: p.dtype for name, p in model.named_parameters() if p.requires_grad}
+    assert len(trained) == 2 * 14 + 1
+    assert set(trained.values()) == {torch.float32}
+    assert "base_model.model.audio_projector.modules_to_save.default.weight" in trained
+    frozen = {p.dtype for p in model.parameters() if not p.requires_grad}
+    assert frozen == {torch.bfloat16}
+
+
+def test_a_step_moves_lora_and_projector_and_nothing_else(fresh, batch):
+    model = vqa.add_lora(fresh(), r=4)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    model.train()
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    for _ in range(2):  # lora_B starts at zero, so that lora_A moves from the second step on
+        optimizer.zero_grad()
+        model(**batch).loss.backward()
+        optimizer.step()
+    moved = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
+    assert moved == {name for name, p in model.named_parameters() if p.requires_grad}
+
+
+def test_frozen_towers_keep_no_graph_and_stay_in_evaluation_mode(fresh, batch):
+    model = vqa.add_lora(fresh(), r=4).train()
+    grads = {}
+    grafted = model.base_model.model
+    for name, tower in (("vision", grafted.model.visual.merger), ("speech", grafted.audio_encoder.layer_norm)):
+        tower.register_forward_hook(lambda module, inputs, output, name=name: grads.update({name: output.requires_grad}))
+    model(**batch)
+    assert grads == {"vision": False, "speech": False}
+    assert grafted.training
+    assert not grafted.model.visual.training
+    assert not grafted.audio_encoder.training
+
+
+@pytest.mark.parametrize(("every_n", "expected"), [(0, [False, False]), (1, [True, True]), (2, [True, False])])
+def test_checkpointed_layers(fresh, every_n, expected):
+    model = fresh()
+    model.set_checkpointing(every_n)
+    assert [layer.gradient_checkpointing for layer in model.model.language_model.layers] == expected
+
+
+def test_checkpointing_does_not_change_the_gradients(fresh, batch):
+    gradients = []
+    for every_n in (0, 1):
+        model = fresh()
+        peft_model = vqa.add_lora(model, r=4, dropout=0.0)
+        generator = torch.Generator().manual_seed(0)
+        with torch.no_grad():
+            for name, p in peft_model.named_parameters():
+                if "lora_" in name:
+                    p.copy_(torch.randn(p.shape, generator=generator) * 0.1)
+        model.set_checkpointing(every_n)
+        peft_model.train()
+        peft_model(**batch).loss.backward()
+        gradients.append({name: p.grad for name, p in peft_model.named_parameters() if p.requires_grad})
+    assert gradients[0].keys() == gradients[1].keys()
+    assert all(torch.allclose(gradients[0][name], gradients[1][name], atol=1e-5) for name in gradients[0])
+
+
+# ------------------------------------------------------------------------------------------------------ weights on disk
+
+
+@pytest.fixture()
+def stored(base, tmp_path):
+    """The base model on disk in the layout of transformers 4.47, in two shards; returns a function to change it."""
+
+    def old_name(name):
+        return name.replace("model.visual.", "visual.").replace("model.language_model.", "model.")
+
+    def write(change=lambda tensors: None):
+        folder = tmp_path / "stored"
+        shutil.copytree(TINY, folder)
+        tensors = {old_name(name): p.detach().clone() for name, p in base.named_parameters()}
+        change(tensors)
+        names = sorted(tensors)
+        files = {"model-1.safetensors": names[::2], "model-2.safetensors": names[1::2]}
+        for file, part in files.items():
+            save_file({name: tensors[name] for name in part}, folder / file)
+        index = {"weight_map": {name: file for file, part in files.items() for name in part}}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+        return folder
+
+    return write
+
+
+def test_old_layout_is_loaded_bit_for_bit(stored, base, tokenizer):
+    model = vqa.load_model(stored(), tokenizer, dtype=torch.float32)
+    loaded = dict(model.named_parameters())
+    assert loaded.keys() == dict(base.named_parameters()).keys()
+    assert all(torch.equal(loaded[name], p) for name, p in base.named_parameters())
+    buffers = dict(model.named_buffers())
+    assert all(torch.equal(buffers[name], b) for name, b in base.named_buffers())
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: t.pop("audio_projector.weight"), r"stored: tensor audio_projector\.weight is missing"),
+        (lambda t: t.pop("model.norm.weight"), r"stored: tensor model\.language_model\.norm\.weight is missing"),
+        (lambda t: t.update(extra=torch.zeros(1)), r"unexpected tensor extra"),
+        (
+            lambda t: t.update({"lm_head.weight": torch.zeros(500, 64)}),
+            r"lm_head\.weight has shape \(500, 64\), the config says \(512, 64\)",
+        ),
+    ],
+)
+def test_weights_that_do_not_fit_are_refused_by_name(stored, tokenizer, change, message):
+    with pytest.raises(vqa.VQAError, match=message):
+        vqa.load_model(stored(change), tokenizer, dtype=torch.float32)
+
+
+def test_a_folder_without_weights_is_refused(tokenizer):
+    with pytest.raises(vqa.VQAError, match=r"tiny_model/model\.safetensors: no such file; the model's weights belong"):
+        vqa.load_model(TINY, tokenizer, dtype=torch.float32)
+
+
+# ----------------------------------------------------------------------------------------------------- adapters on disk
+
+
+@pytest.fixture()
+def adapter(fresh, tmp_path):
+    """A saved adapter with random LoRA and projector weights, and the model it came from."""
+    model = vqa.add_lora(fresh(), r=4)
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.requires_grad:
+                p.copy_(torch.randn(p.shape, generator=generator))
+    model.save_pretrained(tmp_path / "adapter", save_embedding_layers=False)
+    return tmp_path / "adapter", model.eval()
+
+
+def test_adapter_file_holds_lora_and_projector_and_nothing_else(adapter):
+    stored = load_file(adapter[0] / "adapter_model.safetensors")
+    assert len(stored) == 2 * 14 + 1
+    assert "base_model.model.audio_projector.weight" in stored
+    assert "base_model.model.model.language_model.layers.0.self_attn.q_proj.lora_A.weight" in stored
+
+
+def test_adapter_is_loaded_bit_for_bit(adapter, fresh, batch):
+    path, trained = adapter
+    loaded = vqa.load_adapter(fresh(dtype=torch.float32), path)
+    wanted = {name: p for name, p in trained.named_parameters() if p.requires_grad}
+    found = dict(loaded.named_parameters())
+    assert all(torch.equal(found[name], p) for name, p in wanted.items())
+    with torch.no_grad():
+        assert torch.equal(loaded(**batch).loss, trained(**batch).loss)
+
+
+def test_fingerprint_is_that_of_the_base_with_or_without_adapter(adapter, base):
+    assert vqa.fingerprint(adapter[1]) == vqa.fingerprint(base)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: t.pop("base_model.model.audio_projector.weight"), "audio_projector.weight is missing"),
+        (lambda t: t.update(extra=torch.zeros(1)), "unexpected tensor extra"),
+        (
+            lambda t: t.update({"base_model.model.audio_projector.weight": torch.zeros(64, 32)}),
+            r"audio_projector.weight has shape \(64, 32\), the model wants \(64, 64\)",
+        ),
+    ],
+)
+def test_adapter_that_does_not_fit_is_refused_by_name(adapter, fresh, change, message):
+    file = adapter[0] / "adapter_model.safetensors"
+    tensors = load_file(file)
+    change(tensors)
+    save_file(tensors, file)
+    with pytest.raises(vqa.VQAError, match=message):
+        vqa.load_adapter(fresh(), adapter[0])
+
+
+def test_a_folder_without_an_adapter_is_refused(fresh, tmp_path):
+    with pytest.raises(vqa.VQAError, match="holds no adapter"):
+        vqa.load_adapter(fresh(), tmp_path)

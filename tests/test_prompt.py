@@ -1,0 +1,123 @@
+"""Ids, labels, token types, positions and batches, written out."""
+
+import pytest
+import torch
+
+import train_vqa as vqa
+
+PAD, START, END, AUDIO, IMAGE, VISION_START, VISION_END = 497, 481, 482, 494, 492, 489, 490
+USER = [START, 429, 198]  # <|im_start|> user \n
+AUDIO_BOS, AUDIO_EOS = [311, 318, 479, 345], [311, 318, 396, 302, 467]  # pieces: these are no tokens of their own
+INSTRUCTION = [477, 281, 259, 472, 452, 463, 448, 403, 267, 259, 460, 349, 455, 436, 465, 13]
+ASSISTANT = [END, 198, START, 459, 426, 198]  # <|im_end|> \n <|im_start|> assis tant \n
+ANSWER = [315, 11, 434, 291, 270, 267, 276, 356, 377, 13]  # Yes , NBI light is on in these frames .
+FRAME = [VISION_START, *[IMAGE] * 4, VISION_END]  # 56 x 56 px: 4 x 4 patches, merged 2 x 2
+PROMPT = [*USER, *AUDIO_BOS, *[AUDIO] * 1500, *AUDIO_EOS, *FRAME, *FRAME, *INSTRUCTION, *ASSISTANT]
+
+
+@pytest.fixture(scope="module")
+def sample(processor, rows):
+    return vqa.SurgicalVQADataset(rows, processor, max_train_frames=2)[0]
+
+
+def test_ids_and_labels_of_one_whole_sample(sample):
+    # 3 + 4 + 1500 + 5 + 2 x 6 + 16 + 6 = 1546 of the prompt, 10 + 1 of the answer
+    assert sample["input_ids"].tolist() == [*PROMPT, *ANSWER, END]
+    assert sample["labels"].tolist() == [-100] * 1546 + [*ANSWER, END]
+
+
+def test_token_types_and_shapes_of_one_whole_sample(sample):
+    # image tokens stand at 1513 and at 1519, behind 3 + 4 + 1500 + 5 + 1 others
+    assert sample["mm_token_type_ids"].tolist() == [0] * 1513 + [1] * 4 + [0] * 2 + [1] * 4 + [0] * 34
+    assert sample["image_grid_thw"].tolist() == [[1, 4, 4], [1, 4, 4]]
+    assert sample["pixel_values"].shape == (32, 3 * 2 * 14 * 14)
+    assert sample["input_features"].shape == (1, 128, 3000)
+
+
+def test_positions_of_one_whole_sample(sample, base):
+    """Text and speech count on by one in all three axes; a 2 x 2 frame takes one step in time and two in space."""
+    positions, delta = base.model.get_rope_index(
+        sample["input_ids"][None],
+        mm_token_type_ids=sample["mm_token_type_ids"][None],
+        image_grid_thw=sample["image_grid_thw"],
+    )
+    before, after = list(range(1513)), list(range(1519, 1519 + 34 - 1))
+    time = [*before, *[1513] * 4, 1515, 1516, *[1517] * 4, *after]
+    height = [*before, 1513, 1513, 1514, 1514, 1515, 1516, 1517, 1517, 1518, 1518, *after]
+    width = [*before, 1513, 1514, 1513, 1514, 1515, 1516, 1517, 1518, 1517, 1518, *after]
+    assert positions[:, 0].tolist() == [[*axis, 1552] for axis in (time, height, width)]
+    assert delta.tolist() == [[1553 - 1557]]
+
+
+def test_the_prompt_alone_is_the_sample_without_its_answer(processor, rows):
+    sample = vqa.SurgicalVQADataset(rows, processor, max_train_frames=2, with_answer=False)[0]
+    assert sample["input_ids"].tolist() == PROMPT
+    assert set(sample["labels"].tolist()) == {-100}
+
+
+@pytest.mark.parametrize(
+    ("mode", "spoken", "written"), [("audio", True, False), ("audio_text", True, True), ("text", False, True)]
+)
+def test_input_modes(tokenizer, base, mode, spoken, written):
+    processor = vqa.VQAProcessor(tokenizer, base.config, input_mode=mode)
+    ids = processor.build("Is NBI on?", [4], None)["input_ids"].tolist()
+    assert ids.count(AUDIO) == (1500 if spoken else 0)
+    text = tokenizer.decode(ids)
+    assert ("<|audio_bos|>" in text) == spoken
+    assert ("<|vision_end|>Question: Is NBI on?\nAnswer the question" in text) == written
+
+
+def test_special_tokens_in_a_question_or_answer_are_plain_text(tokenizer, base):
+    processor = vqa.VQAProcessor(tokenizer, base.config, input_mode="audio_text")
+    sample = processor.build("<|im_end|><|image_pad|>", [4], "<|im_end|>")
+    ids = sample["input_ids"].tolist()
+    assert ids.count(IMAGE) == 4
+    assert ids.count(END) == 2  # of the user's turn and of the answer's
+    assert sample["labels"].tolist().count(END) == 1
+
+
+def test_unknown_input_mode_is_refused(tokenizer, base):
+    with pytest.raises(vqa.VQAError, match="--input_mode must be one of audio, audio_text, text, not 'speech'"):
+        vqa.VQAProcessor(tokenizer, base.config, input_mode="speech")
+
+
+@pytest.mark.parametrize(("labels", "word"), [([-100, -100], "all"), ([5, 6], "none")])
+def test_labels_all_or_none_masked_are_refused(rows, labels, word):
+    with pytest.raises(vqa.VQAError, match=f"smoke.jsonl:1: {word} of the labels are masked"):
+        vqa.check_labels(torch.tensor(labels), rows[0])
+
+
+def test_token_count_from_headers_is_the_length_of_the_sample(tokenizer, base, rows):
+    for size in (56, 112, 384):
+        dataset = vqa.SurgicalVQADataset(rows, vqa.VQAProcessor(tokenizer, base.config, max_image_size=size))
+        assert dataset.token_counts()[2] == len(dataset[2]["input_ids"])
+
+
+def test_a_real_frame_takes_168_tokens(tokenizer, base):
+    processor = vqa.VQAProcessor(tokenizer, base.config)
+    width, height = vqa.fit_size((1240, 1080), 384)
+    assert processor.image_processor.get_number_of_image_patches(height, width, {}) == 24 * 28  # 392 x 336 px
+
+
+def test_speech_longer_than_the_encoder_window_is_refused(tokenizer, base, rows):
+    processor = vqa.VQAProcessor(tokenizer, base.config)
+    processor.max_samples = 16000
+    with pytest.raises(vqa.VQAError, match=r"smoke.jsonl:1: speech .* lasts 1.5 s, this model's encoder hears 1.0"):
+        processor.encode(rows[0], [vqa.load_frame(rows[0].frame_paths[0], 56)], torch.zeros(24000).numpy(), True)
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_padding_sides(side):
+    def sample(length):
+        ids = torch.arange(1, length + 1)
+        return {"input_ids": ids, "labels": ids * 10, "mm_token_type_ids": torch.ones_like(ids)}
+
+    batch = vqa.VQACollator(PAD, side)([sample(2), sample(3)])
+    first = {
+        "right": ([1, 2, PAD], [10, 20, -100], [1, 1, 0], [1, 1, 0]),
+        "left": ([PAD, 1, 2], [-100, 10, 20], [0, 1, 1], [0, 1, 1]),
+    }[side]
+    for name, short in zip(("input_ids", "labels", "mm_token_type_ids", "attention_mask"), first, strict=True):
+        assert batch[name][0].tolist() == short
+    assert batch["input_ids"][1].tolist() == [1, 2, 3]
+    assert batch["attention_mask"][1].tolist() == [1, 1, 1]
