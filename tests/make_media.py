@@ -180,10 +180,12 @@ RING_SPACING = 0.5  # distance of neighbouring folds, in log radius
 # Fold spacings per clip: 0.19 a frame of 8. From half a spacing a frame on, rings would seem to run the other way; this
 # leaves room for leaving out every second frame.
 RING_TRAVEL = 1.3
-DRIFT = 0.16  # of the frame's width or height, over the clip
-QUADRANT_CENTRE = (0.27, 0.73)  # of the frame's width and height
+# Of the frame's width or height. With the jitter of 0.03 a lesion keeps to its quadrant, whole, wherever it drifts, and
+# off the tip of a tool.
+DRIFT = 0.14  # over the clip
+QUADRANT_CENTRE = (0.25, 0.75)
 DRIFT_XY = {"stable": (0, 0), "left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
-LESION_RADIUS = {"<5": 0.07, "5-10": 0.11, ">10": 0.15}
+LESION_RADIUS = {"<5": 0.06, "5-10": 0.095, ">10": 0.13}
 
 
 def _fold_radius(site: str, u: np.ndarray, v: np.ndarray) -> np.ndarray:
@@ -299,7 +301,7 @@ def _draw_tool(kind: str, draw: ImageDraw.ImageDraw, w: int, h: int, layout: np.
         _tube(draw, start, tip, 0.035 * s, (90, 150, 235))
         angle = np.linspace(0, 2 * math.pi, 40)
         loop = [tip + along * (0.14 - 0.14 * math.cos(a)) * s + across * 0.11 * math.sin(a) * s for a in angle]
-        draw.line([tuple(p) for p in loop], fill=(255, 225, 60), width=max(2, round(0.016 * s)), joint="curve")
+        draw.line([tuple(p) for p in loop], fill=(255, 225, 60), width=max(2, round(0.025 * s)), joint="curve")
 
 
 def _draw_lesion(
@@ -307,7 +309,7 @@ def _draw_lesion(
 ) -> None:
     """The polyp at clip time t: pale with white dots (hyperplastic) or dark with stripes (adenoma)."""
     down, right = scene.quadrant.split("-")
-    jitter = layout.uniform(-0.04, 0.04, 2)
+    jitter = layout.uniform(-0.03, 0.03, 2)
     x = (QUADRANT_CENTRE[right == "right"] + jitter[0] + DRIFT * DRIFT_XY[scene.drift][0] * (t - 0.5)) * w
     y = (QUADRANT_CENTRE[down == "lower"] + jitter[1] + DRIFT * DRIFT_XY[scene.drift][1] * (t - 0.5)) * h
     r = LESION_RADIUS[scene.lesion_size] * min(w, h)
@@ -457,34 +459,48 @@ def read_rows(paths: list[Path]) -> list[dict]:
     for path in paths:
         if not path.is_file():
             raise SystemExit(f"{path}: no such file")
-        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+        for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), start=1):
             if not line.strip():
                 continue
             try:
                 row = json.loads(line)
             except json.JSONDecodeError as error:
                 raise SystemExit(f"{path}:{number}: not JSON: {error}") from None
-            missing = [key for key in ROW_KEYS if not isinstance(row, dict) or key not in row]
+            if not isinstance(row, dict):
+                raise SystemExit(f"{path}:{number}: not a JSON object")
+            missing = [key for key in ROW_KEYS if key not in row]
             if missing:
                 raise SystemExit(f"{path}:{number}: lacks {', '.join(missing)}")
-            if len(row["frames"]) != len(row["frame_numbers"]):
-                raise SystemExit(f"{path}:{number}: frames and frame_numbers differ in length")
-            for name in (row["id"], row["video_id"], row["question_type"], *row["frames"]):
-                if not re.fullmatch(r"\w[\w.-]*", name):
-                    raise SystemExit(f"{path}:{number}: {name!r} cannot be a file name")
+            for key in ("question", "short_answer"):
+                if not isinstance(row[key], str) or not row[key].strip():
+                    raise SystemExit(f"{path}:{number}: {key} is not a text")
+            for key in ("frames", "frame_numbers"):
+                if not isinstance(row[key], list) or len(row[key]) != len(row["frames"]):
+                    raise SystemExit(f"{path}:{number}: frames and frame_numbers are not lists of one length")
+            names = (row["id"], row["video_id"], row["question_type"], *row["frames"], *map(str, row["frame_numbers"]))
+            for name in names:
+                if not isinstance(name, str) or not re.fullmatch(r"\w[\w.-]*", name):
+                    raise SystemExit(f"{path}:{number}: {name!r} cannot be part of a file name")
             rows.append({**row, "where": f"{path}:{number}", "file": path.stem})
     return rows
 
 
-def save(path: Path, data: bytes, overwrite: bool) -> bool:
-    """Write `data`, by way of a `.part` file so that `path` is never half a file; False where `path` was kept."""
-    if path.exists() and not overwrite:
-        return False
+def save(path: Path, data: bytes) -> None:
+    """Write `data`, by way of a `.part` file: a run that is killed must not leave half a file for the next to keep."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")
     part.write_bytes(data)
     part.replace(path)
-    return True
+
+
+def image_bytes(image: Image.Image, frame_format: str) -> bytes:
+    """The image as a JPEG ("jpg") or PNG ("png") file."""
+    buffer = io.BytesIO()
+    if frame_format == "jpg":
+        image.save(buffer, "JPEG", quality=JPEG_QUALITY)
+    else:
+        image.save(buffer, "PNG", optimize=True)
+    return buffer.getvalue()
 
 
 def clip_seed(seed: int, frames: list[str]) -> list[int]:
@@ -510,15 +526,16 @@ def make_frames(
     """
     clips = defaultdict(list)
     for row in rows:
-        clips[tuple(row["frames"])].append(row)
+        clips[row["video_id"], *row["frames"]].append(row)
     counts = Counter(clips=len(clips))
-    taken: set[tuple[str, str]] = set()
-    for frames, sharing in clips.items():
-        rng = np.random.default_rng(clip_seed(seed, list(frames)))
+    taken: set[Path] = set()
+    for (video_id, *frames), sharing in clips.items():
+        rng = np.random.default_rng(clip_seed(seed, frames))
         asked = [(row["question_type"], row["short_answer"]) for row in sharing]
         scene, visible = scene_for_rows(asked, rng)
-        video_id = sharing[0]["video_id"]
-        overlaps = any((video_id, frame) in taken for frame in frames)
+        stems = frames if frame_name == "frame" else sharing[0]["frame_numbers"]
+        paths = [frames_dir / video_id / f"{stem}.{frame_format}" for stem in stems]
+        overlaps = not taken.isdisjoint(paths)
         for pair, shows in zip(asked, visible, strict=True):
             if requirements(*pair) is None:
                 counts["unknown"] += 1
@@ -526,19 +543,15 @@ def make_frames(
                 counts["conflict"] += 1
             elif overlaps:
                 counts["overlap"] += 1
-        images = draw_clip(scene, len(frames), size, rng)
-        for frame, number, image in zip(frames, sharing[0]["frame_numbers"], images, strict=True):
-            if (video_id, frame) in taken:
-                continue
-            taken.add((video_id, frame))
-            buffer = io.BytesIO()
-            if frame_format == "jpg":
-                image.save(buffer, "JPEG", quality=JPEG_QUALITY)
-            else:
-                image.save(buffer, "PNG", optimize=True)
-            name = frame if frame_name == "frame" else str(number)
-            path = frames_dir / video_id / f"{name}.{frame_format}"
-            counts["drawn" if save(path, buffer.getvalue(), overwrite) else "kept"] += 1
+        own = [path for path in paths if path not in taken]
+        taken.update(own)
+        missing = {path for path in own if overwrite or not path.exists()}
+        counts["kept"] += len(own) - len(missing)
+        counts["drawn"] += len(missing)
+        if missing:
+            for path, image in zip(paths, draw_clip(scene, len(paths), size, rng), strict=True):
+                if path in missing:
+                    save(path, image_bytes(image, frame_format))
     return counts
 
 
@@ -568,7 +581,7 @@ def make_speech(
             continue
         if text not in spoken:
             spoken[text] = encode(*speak(text, voice, speed), audio_format)
-        save(path, spoken[text], overwrite)
+        save(path, spoken[text])
         counts["spoken"] += 1
     counts["texts"] = len(spoken)
     return counts
@@ -615,14 +628,19 @@ def make_fixtures(folder: Path, overwrite: bool = False) -> str:
         clip = [row for row in rows if row["video_id"] == video_id]
         frames += make_frames(clip, folder / "frames", 0, FIXTURE_SIZE, name, image_format, overwrite)
     speech: Counter = Counter()
+    texts = set()
     for row, (audio_name, audio_format, rate, gains) in zip(rows, FIXTURE_SPEECH, strict=True):
         path = folder / "audio" / f"{AUDIO_NAMES[audio_name].format(**row)}.{audio_format}"
+        if path.exists() and not overwrite:
+            speech["kept"] += 1
+            continue
         samples, spoken_rate = speak(row["question"])
         n = round(len(samples) * rate / spoken_rate)
         samples = np.interp(np.arange(n) * spoken_rate / rate, np.arange(len(samples)), samples).astype(np.float32)
-        channels = samples[:, None] * np.float32(gains)
-        speech["spoken" if save(path, encode(channels, rate, audio_format), overwrite) else "kept"] += 1
-    speech["texts"] = len({row["question"] for row in rows})
+        save(path, encode(samples[:, None] * np.float32(gains), rate, audio_format))
+        speech["spoken"] += 1
+        texts.add(row["question"])
+    speech["texts"] = len(texts)
     return report(len(rows), frames, speech)
 
 

@@ -7,8 +7,8 @@ tiny_model       hidden 64, 2 layers: learns the five fixture rows from random w
 full_size_model  the geometry of Qwen2-VL-7B with the Whisper large v3 turbo encoder, for `--dry_run` and key names.
 
 Both share one byte-level BPE of a few hundred entries. Its special tokens carry small consecutive ids in tiny_model and
-the real Qwen2 ids in full_size_model, whose vocabulary therefore has a hole: `len(tokenizer)` is a count there, not
-1 + the largest id.
+the real Qwen2 ids in full_size_model, whose vocabulary therefore has a hole: there `len(tokenizer)` is a count, not
+1 + the largest id, and a token added to it gets 151660 but comes back from save and reload as 497, the count.
 In both, PAD and EOS are `<|endoftext|>`: that is the state which `load_tokenizer` has to repair.
 """
 
