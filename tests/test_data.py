@@ -170,8 +170,9 @@ def test_one_speech_file_for_two_questions_names_both_lines(data):
     for path in data.audio.glob("*qa_000101*"):
         path.unlink()
     soundfile.write(data.audio / "qa_000101.wav", np.zeros(1600), 16000)
+    shared = data.audio / "qa_000101.wav"
     assert refusal(vqa.load_rows, *data.args) == (
-        f"{data.jsonl}:4: asks another question than {data.jsonl}:1, but both would play {data.audio / 'qa_000101.wav'}; "
+        f"{data.jsonl}:4: asks another question than {data.jsonl}:1, but both would play {shared}; "
         "name the files {video_id}_{id}_{question_type}, or give each question file its own folder"
     )
 

@@ -146,7 +146,9 @@ def test_frozen_towers_keep_no_graph_and_stay_in_evaluation_mode(fresh, batch):
     grads = {}
     grafted = model.base_model.model
     for name, tower in (("vision", grafted.model.visual.merger), ("speech", grafted.audio_encoder.layer_norm)):
-        tower.register_forward_hook(lambda module, inputs, output, name=name: grads.update({name: output.requires_grad}))
+        tower.register_forward_hook(
+            lambda module, inputs, output, name=name: grads.update({name: output.requires_grad})
+        )
     model(**batch)
     assert grads == {"vision": False, "speech": False}
     assert grafted.training
