@@ -25,6 +25,7 @@ import math
 import os
 import re
 import sys
+import warnings
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
@@ -99,6 +100,9 @@ WHISPER_LARGE_V3_TURBO = {
 
 SETTINGS_FILE = "vqa_settings.json"
 MAX_PROBLEMS_SHOWN = 20
+
+# PEFT asks for the model's state of checkpointing under the name that transformers 5 gave up.
+warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
 
 
 class VQAError(ValueError):

@@ -1,6 +1,7 @@
 """train_vqa.py from its command line: flags, progress lines, refusals, and what a run leaves behind."""
 
 import json
+import os
 import resource
 import shutil
 import subprocess
@@ -44,14 +45,17 @@ def test_unknown_and_abbreviated_flags_are_errors(flag, capsys):
             [*FIXTURE_DATA, "--dry_run", "--eval_strategy", "epoch"],
             "--eval_strategy needs --eval_data_path: name the questions to evaluate on",
         ),
-        ([*FIXTURE_DATA, "--dry_run", "--max_train_frames", "0"], "--max_train_frames must be at least 1; leave it out for all"),
+        (
+            [*FIXTURE_DATA, "--dry_run", "--max_train_frames", "0"],
+            "--max_train_frames must be at least 1; leave it out for all",
+        ),
         ([*FIXTURE_DATA, "--dry_run", "--max_eval_frames", "-1"], "--max_eval_frames must be 0 (all frames) or more"),
         (
             [*FIXTURE_DATA, "--dry_run", "--checkpoint_every_n", "-1"],
             "--checkpoint_every_n must be 0 (none), 1 (every layer) or N (every N-th layer)",
         ),
     ],
-)  # fmt: skip
+)
 def test_flags_that_are_missing_or_wrong(argv, message):
     with pytest.raises(vqa.VQAError) as error:
         vqa.main(argv)
@@ -83,14 +87,8 @@ def test_zero_eval_frames_means_all():
 
 def test_dry_run_at_full_size_within_2_gb():
     command = [sys.executable, str(ROOT / "train_vqa.py"), "--dry_run", "--init", "random", *FIXTURE_DATA]
-    command += [
-        "--model_name_or_path",
-        str(FULL_SIZE),
-        "--num_train_epochs",
-        "20",
-        "--gradient_accumulation_steps",
-        "4",
-    ]
+    command += ["--model_name_or_path", str(FULL_SIZE)]
+    command += ["--num_train_epochs", "20", "--gradient_accumulation_steps", "4"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
@@ -273,8 +271,6 @@ def test_verify_tokenizer_fails_where_the_model_is_nowhere(tmp_path):
 
 def environment(**extra) -> dict[str, str]:
     """The environment of a user on whose PATH this interpreter is python3."""
-    import os
-
     return {**os.environ, "PYTHON": sys.executable, **extra}
 
 
