@@ -211,7 +211,8 @@ def simplify(text: str) -> str:
     "upper-left" becomes "upper left", "5-10mm" "5 to 10 mm", "< 5" "<5", "isn't" "is not", "yes/no" "yes or no".
     """
     text = unicodedata.normalize("NFKC", text).casefold()
-    text = re.sub(r"[‐-―−]", "-", text)
+    text = re.sub(r"[‐‑‒−]|(?<=\d)[–—](?=\d)", "-", text)
+    text = re.sub(r"[–—―]|\s-+\s|--+", ", ", text)
     text = re.sub(r"n['’]t\b", " not", text).replace("cannot", "can not")
     text = re.sub(r"(?<=\d)\s*-\s*(?=\d)", " to ", text)
     text = re.sub(r"(?<=[<>])\s+(?=\d)", "", text)
@@ -281,7 +282,7 @@ _MM = r"(?: ?(?:mm|milli\w+))?(?! ?(?:cm|centi\w+)|\.?\d)"
 # row of the published files has. They are here so that naming one beside the right option counts as naming two.
 CLOSED_ANSWERS: dict[str, ClosedAnswers] = {
     "blue_dye_presence": _yes_no(
-        r"dyed?|stain(?:s|ed|ing)?|contrast|indigo carmine|methylene blue|chromoendoscopy", denied=_SEEN
+        r"dye[sd]?|stain(?:s|ed|ing)?|contrast|indigo carmine|methylene blue|chromoendoscopy", denied=_SEEN
     ),
     "endoscope_visibility": _yes_no(
         rf"{_SCOPE}(?: \w+){{0,4}}? (?:{_SEEN})|see\w*(?: \w+){{0,2}} {_SCOPE}|^(?:{_SEEN})$",
@@ -390,7 +391,8 @@ CLOSED_ANSWERS: dict[str, ClosedAnswers] = {
 
 _SENTENCE_END = re.compile(r"(?<=[!?;])|\.(?!\d)")
 _ECHO = re.compile(  # a question, with or without its mark: zero-shot models often repeat what they heard
-    r".*\?$|(?:is|are|was|were|do|does|did|can|could|has|have|what|where|which|how|(?:in|at|into) (?:what|which))\b"
+    r".*\?$|(?:is|are|was|were|do|does|did|can|could|has|have)\b(?! not)"
+    r"|(?:what|where|which|how|(?:in|at|into) (?:what|which))\b"
     r"|(?:if|when)\b[^,]*, (?:is|are|do|does)\b"
 )
 _CLAUSE_START = re.compile(
