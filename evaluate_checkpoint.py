@@ -104,7 +104,7 @@ def read_jsonl(path: str | Path) -> Iterator[tuple[int, Row]]:
                 continue
             try:
                 row = json.loads(line.decode(), object_pairs_hook=_unique_pairs, parse_constant=_refuse_constant)
-            except ValueError as error:  # JSONDecodeError and UnicodeDecodeError are ValueErrors
+            except (ValueError, RecursionError) as error:  # JSONDecodeError, UnicodeDecodeError; brackets without end
                 raise InputError(f"{path}:{number}: not a JSON object ({error}); mend or remove the line") from error
             if not isinstance(row, dict):
                 raise InputError(f"{path}:{number}: a JSON object is expected, found {type(row).__name__}")
@@ -132,7 +132,7 @@ def read_annotations(path: str | Path) -> list[Row]:
             raise InputError(f"{where}: the row {key_text(row_key(row))} stands already on line {first}; remove one")
         rows.append(row)
     if not rows:
-        raise InputError(f"{path}: no rows")
+        raise InputError(f"{path}: no rows; give a file with at least one")
     return rows
 
 
@@ -148,7 +148,8 @@ def match_predictions(annotations: Sequence[Row], path: str | Path) -> dict[Key,
 
     A prediction row carries `id` (or `question_id`) and `predicted_answer`; `video_id` and `question_type` are used
     where present and needed where the id alone does not tell two annotation rows apart.
-    Raises InputError for a row that fits no annotation or several, and for two predictions of one row.
+    Raises InputError for a row that fits no annotation or several, for two predictions of one row, and for a row whose
+    own question or short answer, where it has one, is not the annotation's.
     """
     index: dict[tuple, list[Key]] = defaultdict(list)
     for key in map(row_key, annotations):
@@ -157,6 +158,7 @@ def match_predictions(annotations: Sequence[Row], path: str | Path) -> dict[Key,
             for subset in combinations(parts, size):
                 index[subset].append(key)
 
+    annotation_of = {row_key(row): row for row in annotations}
     matched, lines = {}, {}
     for number, row in read_jsonl(path):
         where = f"{path}:{number}"
@@ -180,6 +182,13 @@ def match_predictions(annotations: Sequence[Row], path: str | Path) -> dict[Key,
         first = lines.setdefault(keys[0], number)
         if first != number:
             raise InputError(f"{where}: a second prediction for {key_text(keys[0])}, first on line {first}; remove one")
+        for name in ("question", "short_answer"):
+            theirs, ours = row.get(name), annotation_of[keys[0]][name]
+            if isinstance(theirs, str) and normalise(theirs) != normalise(ours):
+                raise InputError(
+                    f"{where}: the {name} of {key_text(keys[0])} is {theirs!r} here but {ours!r} in --eval_data_path; "
+                    f"give the file that the predictions were made from"
+                )
         matched[keys[0]] = row
     return matched
 
@@ -213,7 +222,8 @@ def simplify(text: str) -> str:
     text = unicodedata.normalize("NFKC", text).casefold()
     text = re.sub(r"[‐‑‒−]|(?<=\d)[–—](?=\d)", "-", text)
     text = re.sub(r"[–—―]|\s-+\s|--+", ", ", text)
-    text = re.sub(r"n['’]t\b", " not", text).replace("cannot", "can not")
+    text = re.sub(r"\bcan(?:['’]?t|not)\b", "can not", text)
+    text = re.sub(r"n['’]t\b|(?<=\b(?:is|do))nt\b|(?<=\b(?:are|was|did|has))nt\b|(?<=\bdoes)nt\b", " not", text)
     text = re.sub(r"(?<=\d)\s*-\s*(?=\d)", " to ", text)
     text = re.sub(r"(?<=[<>])\s+(?=\d)", "", text)
     text = re.sub(r"(?<=\d)(?=[a-z])", " ", text)
@@ -262,8 +272,12 @@ def _yes_no(yes: str, no: str = "", denied: str = "") -> ClosedAnswers:
 
     Denying a `no` word says nothing: a scope that is "not withdrawing" may stand still.
     """
-    asserted = {"yes": _forms(yes)} | ({"no": _forms(no)} if no else {"no": re.compile(r"(?!)")})
-    return ClosedAnswers(asserted, {"no": _forms(*filter(None, (yes, denied)))}, polar=True)
+    nothing = r"(?!)"  # matches nowhere
+    return ClosedAnswers(
+        asserted={"yes": _forms(yes), "no": _forms(no or nothing)},
+        denied={"no": _forms(yes, denied or nothing)},
+        polar=True,
+    )
 
 
 _ADVANCE = r"advanc\w*|forwards?|push\w*|insert\w*"
@@ -271,7 +285,7 @@ _WITHDRAW = r"withdr(?:aw|ew)\w*|retract\w*|backwards?|pull\w*|mov\w+ back"
 _MOVE = r"mov(?:e|es|ed|ing|ements?)|motion"
 _REST = r"stationary|static|motionless|immobile|at rest|in place|(?:is|stays?|remains?) still(?! \w+ing| in motion)"
 _BLOCK = r"obstruct\w*|occlu\w*|block\w*|obscur\w*|cover(?:s|ed|ing)?"
-_WHOLLY = r"(?:complete|full|entire|total|whole)(?:ly|y)?"
+_WHOLLY = r"(?:(?:complete|entire|total)(?:ly)?|fully?|whole|wholly)"
 _SEEN = r"visible|seen|present|observed|observable|apparent|in view"
 _SCOPE = r"(?:endoscope|scope)(?: body)?"
 _NBI = r"nbi|narrow ?band(?: imaging)?"
@@ -292,11 +306,12 @@ CLOSED_ANSWERS: dict[str, ClosedAnswers] = {
     "fluid_occlusion_level": ClosedAnswers(
         asserted={
             "absent": _forms(
-                rf"(?:{_WHOLLY} )?(?:clear|clean|free|unobstructed|unobscured)",
+                rf"(?:{_WHOLLY} )?(?:clear|free|unobstructed|unobscured)|{_WHOLLY} visible",
                 r"mucosa(?: \w+){0,2}? visible",
             ),
             "partial": _forms(rf"partial(?:ly)?|partly|(?:nearly|almost) {_WHOLLY}"),  # (+)
             "complete": _forms(_WHOLLY),
+            OTHER: _forms(r"(?:full|complete) (?:view|visibility)"),  # of what is seen, or of what is blocked?
         },
         denied={
             "absent": _forms(
@@ -321,7 +336,7 @@ CLOSED_ANSWERS: dict[str, ClosedAnswers] = {
             "right": _forms(r"(?:from )?(?:the )?left to (?:the )?right|right(?:wards?)?"),
             "up": _forms(r"(?:from )?(?:the )?bottom to (?:the )?top|towards? the top|(?<!close )up(?:wards?)?"),
             "down": _forms(r"(?:from )?(?:the )?top to (?:the )?bottom|towards? the bottom|down(?:wards?)?"),
-            "stable": _forms(rf"stable|unchanged|fixed|still|same (?:place|position|location)|{_REST}"),
+            "stable": _forms(rf"stable|unchanged|fixed|^still$|same (?:place|position|location)|{_REST}"),
             OTHER: _forms(r"(?:upper|lower|top|bottom) (?:left|right)|(?:left|right) (?:upper|lower|top|bottom)"),
         },
         denied={"stable": _forms(rf"{_MOVE}|drift\w*|shift\w*|displac\w*")},
@@ -413,6 +428,7 @@ _UNDECIDED = re.compile(
     r"\bwhether\b|\bun(?:sure|certain|clear|known|able)\b|\bnot (?:sure|certain|know)\b|\bnot clear (?:if|from)\b"
     r"|\b(?:can not|could not|impossible to|not possible to|hard to|difficult to)(?: be)?"
     r" (?:determin|tell|say|know|confirm|assess|judg|identif|answer|conclu)"
+    r"|\b(?:tell|say|know|see|determine|judge|sure|clear) if\b"
 )
 
 
@@ -514,7 +530,7 @@ def loops(prediction: str) -> bool:
 
 @dataclass(frozen=True)
 class Scored:
-    """One evaluated row: its annotation, the model's text (None: failed or missing), and right or wrong per metric."""
+    """One evaluated row: what was asked for, the model's text (None: failed or missing), right or wrong per metric."""
 
     key: Key
     question_type: str
@@ -1415,7 +1431,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     data = parser.add_argument_group("data")
     data.add_argument("--eval_data_path", help="JSONL in the REAL-Colon-VQA schema; its rows are the denominator")
-    data.add_argument("--frames_dir", help="folder with {video_id}/{frame}.jpg")
+    data.add_argument("--frames_dir", help="folder with {video_id}/{frame}.jpg or .png")
     data.add_argument("--audio_dir", help="folder with the spoken questions")
     data.add_argument(
         "--train_data_path",
@@ -1469,7 +1485,7 @@ def build_parser() -> argparse.ArgumentParser:
     answers.add_argument(
         "--batch_size", type=_at_least(1), default=1, help="samples answered at a time; does not change the answers"
     )
-    answers.add_argument("--max_new_tokens", type=_at_least(1), default=32, help="an answer is cut after this many")
+    answers.add_argument("--max_new_tokens", type=_at_least(1), default=32, help="tokens after which an answer is cut")
     answers.add_argument(
         "--arms", type=_arm_list, help=f"comma-separated, of {', '.join(ARMS)}. None: the input mode alone"
     )

@@ -76,6 +76,7 @@ def error_line(result):
         (b'{"id": NaN}', "NaN is not JSON"),
         (b'{"id": "a", "id": "b"}', "the field 'id' occurs twice"),
         (b'{"id": "\xff"}', "not a JSON object"),
+        (b"[" * 10**5, "not a JSON object"),
     ],
 )
 def test_a_bad_line_is_named(tmp_path, line, complaint):
@@ -188,6 +189,11 @@ def test_score_only_limit_is_the_denominator(run, tmp_path, data):
             [{"id": "q2", "video_id": "v2", "predicted_answer": "yes"}],
             "p.jsonl:1: no row of --eval_data_path has video_id 'v2', id 'q2'; "
             "remove the prediction or give the file it was made from",
+        ),
+        (
+            [{"id": "q2", "question": "Is it resting?", "predicted_answer": "yes"}],
+            "p.jsonl:1: the question of v1/q2/scope_motion is 'Is it resting?' here but 'About scope_motion?' in "
+            "--eval_data_path; give the file that the predictions were made from",
         ),
         ([{"id": "q2"}], "p.jsonl:1: 'predicted_answer' is missing; give the model's text, or null where it failed"),
         ([{"id": "q2", "predicted_answer": 5}], "p.jsonl:1: 'predicted_answer' must be a text or null, found 5"),

@@ -56,6 +56,10 @@ CHOICE_CASES = {
         ("The view is clear of fluid.", "absent", RIGHT),
         ("The view is fully obscured by fluid.", "complete", RIGHT),
         ("Clean mucosa stays visible without any fluid.", "absent", RIGHT),
+        ("Fluid completely obscures the clean mucosa.", "complete", RIGHT),
+        ("Fluid covers the whole view.", "complete", RIGHT),
+        ("The mucosa is completely visible.", "complete", WRONG),
+        ("There is a full view.", "complete", WRONG),
     ],
     "flush_action": [
         ("There is no flushing observed.", "no", RIGHT),
@@ -97,6 +101,8 @@ CHOICE_CASES = {
         ("Leftward", "left", RIGHT),
         ("bright", "right", WRONG),
         ("The lesion moves left or right", "left", WRONG),
+        ("The lesion is still drifting left.", "left", RIGHT),
+        ("Still.", "stable", RIGHT),
     ],
     "lesion_screen_position": [
         ("upper left", "upper-left", RIGHT),
@@ -235,6 +241,10 @@ CHOICE_CASES = {
         ("The answer is: no.", "no", RIGHT),
         ("No\nassistant\nYes", "no", WRONG),
         ("Yes yes", "yes", RIGHT),
+        ("I can't tell if the scope is moving.", "no", WRONG),
+        ("It is difficult to see if the scope is moving.", "yes", WRONG),
+        ("The scope isnt moving", "no", RIGHT),
+        ("The scope doesn't move.", "no", RIGHT),
     ],
     "scope_motion_type": [
         ("The scope is primarily advancing or withdrawing in this sequence.", "advancing", WRONG),
@@ -426,7 +436,7 @@ def test_strict_allows_case_punctuation_and_hyphens_only(text, right):
     ("text", "normal"),
     [
         ("Upper-Left.", "upper left"),
-        ("It isn’t; it can't.", "it is not it ca not"),
+        ("It isn’t; it can't.", "it is not it can not"),
         ("5–10mm / < 5 MM", "5 to 10 mm or <5 mm"),
         ("9.9 mm.", "9.9 mm"),
         ("  two\nlines ", "two lines"),
