@@ -1037,7 +1037,7 @@ def _rounded(ci95: Sequence[float]) -> str:
 
 
 def _points(value: float) -> str:
-    return f"{100 * value:+.1f}"
+    return f"{round(100 * value, 1) + 0.0:+.1f}"  # + 0.0: a difference of -0.04 points is +0.0, not -0.0
 
 
 def _p_text(p: float) -> str:
