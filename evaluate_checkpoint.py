@@ -759,6 +759,14 @@ def group_by_type(rows: Iterable[Scored]) -> dict[str, list[Scored]]:
     return dict(sorted(groups.items()))
 
 
+def finish_counts(rows: Sequence[Scored]) -> Row:
+    """How the answers ended. `loops` counts repetition loops, whichever way they ended."""
+    counts = Counter(row.finish_reason for row in rows)
+    looping = sum(loops(row.prediction) for row in rows if row.prediction is not None)
+    reasons = ("eos", "length", "error", "missing", "unknown")
+    return {reason: counts[reason] for reason in reasons} | {"loops": looping}
+
+
 def collapse_warnings(rows: Sequence[Scored]) -> list[str]:
     """One line for each type (of at least COLLAPSE_MIN_ROWS rows and two gold answers) that the model answers alike:
     one answer for over 90 % of a balanced type, or fewer than half of its gold answers ever given.
@@ -782,7 +790,7 @@ def collapse_warnings(rows: Sequence[Scored]) -> list[str]:
 
 
 def overlap_warnings(annotations: Sequence[Row], train_rows: Sequence[Row]) -> list[str]:
-    """Lines for evaluated rows whose frames, ids or videos also stand in the training file."""
+    """Lines for evaluated rows whose frames, or ids within their video, also stand in the training file."""
 
     def frames(row: Row) -> set[tuple[str, str]]:
         return {(row["video_id"], str(frame)) for frame in row.get("frames") or ()}
@@ -801,13 +809,11 @@ def overlap_warnings(annotations: Sequence[Row], train_rows: Sequence[Row]) -> l
 
 def answer_warnings(rows: Sequence[Scored]) -> list[str]:
     """Lines for answers cut at the length limit, repetition loops, failed or missing rows, and a single video."""
-    n, lines = len(rows), []
-    finish = Counter(row.finish_reason for row in rows)
-    looping = sum(loops(row.prediction) for row in rows if row.prediction is not None)
+    n, finish, lines = len(rows), finish_counts(rows), []
     if finish["length"]:
         lines.append(f"{finish['length']} of {n} answers were cut at the length limit (--max_new_tokens)")
-    if looping:
-        lines.append(f"{looping} of {n} answers are repetition loops")
+    if finish["loops"]:
+        lines.append(f"{finish['loops']} of {n} answers are repetition loops")
     if finish["error"]:
         lines.append(f"{finish['error']} of {n} rows failed; they count as wrong")
     if finish["missing"]:
@@ -821,13 +827,13 @@ def below_majority_warnings(choice: float, baselines: Row, discriminative: Row) 
     """Lines that say that `choice` is below the training majority, on all rows or on the discriminative ones."""
     cases = [("all rows", choice, baselines["train_majority"])]
     if discriminative["n"]:
-        accuracy = discriminative["metrics"]["choice"]["accuracy"]
-        cases.append(("the discriminative rows", accuracy, discriminative["baselines"]["train_majority"]))
+        subset_choice = discriminative["metrics"]["choice"]["accuracy"]
+        cases.append(("the discriminative rows", subset_choice, discriminative["baselines"]["train_majority"]))
     return [
         f"below the training majority on {name}: one constant answer per question type scores "
-        f"{100 * line:.1f} %, this model {100 * accuracy:.1f} %"
-        for name, accuracy, line in cases
-        if line is not None and accuracy < line
+        f"{100 * line:.1f} %, this model {100 * model:.1f} %"
+        for name, model, line in cases
+        if line is not None and model < line
     ]
 
 
@@ -855,14 +861,6 @@ def accuracies(rows: Sequence[Scored]) -> Row:
         }
         for metric in METRICS
     }
-
-
-def finish_counts(rows: Sequence[Scored]) -> Row:
-    """How the answers ended. `loops` counts repetition loops, whichever way they ended."""
-    counts = Counter(row.finish_reason for row in rows)
-    looping = sum(loops(row.prediction) for row in rows if row.prediction is not None)
-    reasons = ("eos", "length", "error", "missing", "unknown")
-    return {reason: counts[reason] for reason in reasons} | {"loops": looping}
 
 
 def summarise(
@@ -907,9 +905,7 @@ def summarise(
             kind: {
                 "n": len(group),
                 **{metric: accuracy(group, metric) for metric in METRICS},
-                **reference_lines(
-                    group, train_majority if train_majority is not None and kind in train_majority else None
-                ),
+                **reference_lines(group, train_majority if train_majority and kind in train_majority else None),
             }
             for kind, group in groups.items()
         },
@@ -1060,75 +1056,85 @@ def _table(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
     )
 
 
-def render_summary(summary: Row) -> str:
-    """The report that the terminal shows: metrics, reference lines, question types, endings, baseline, warnings."""
-    metrics, finish, n = summary["metrics"], summary["finish"], summary["n_total"]
-    seeds = metrics["contains"]
-    reference = [
+REFERENCES = ("chance", "train_majority", "test_majority")
+
+
+def _metrics_table(metrics: Row) -> str:
+    lines = [
         (
             name,
+            str(part["correct"]),
             str(part["n"]),
-            _percent(part["metrics"]["choice"]["accuracy"]),
-            *(_percent(part["baselines"][line]) for line in ("chance", "train_majority", "test_majority")),
+            _percent(part["accuracy"]),
+            _range(part["ci95"]),
+            _percent(part["macro"]),
+            _range(part["ci95_videos"]),
         )
-        for name, part in (
-            ("all rows", {"n": n, "metrics": metrics, "baselines": summary["baselines"]}),
-            ("discriminative rows", summary["discriminative"]),
+        for name, part in metrics.items()
+    ]
+    return _table(("metric", "right", "n", "accuracy", "95 % interval", "macro", "over videos"), lines)
+
+
+def _reference_table(summary: Row) -> str:
+    lines = [
+        (name, str(n), _percent(part["metrics"]["choice"]["accuracy"]))
+        + tuple(_percent(part["baselines"][line]) for line in REFERENCES)
+        for name, n, part in (
+            ("all rows", summary["n_total"], summary),
+            ("discriminative rows", summary["discriminative"]["n"], summary["discriminative"]),
         )
     ]
-    types = [
+    return _table(("", "n", "choice", "chance", "train majority", "test majority"), lines)
+
+
+def _types_table(by_type: Row) -> str:
+    lines = [
         (
             kind[:25],
             str(part["n"]),
             _percent(part["choice"]["accuracy"]),
             _rounded(part["choice"]["ci95"]),
             _percent(part["contains"]["accuracy"]),
-            *(_percent(part[line]) for line in ("chance", "train_majority", "test_majority")),
+            *(_percent(part[line]) for line in REFERENCES),
         )
-        for kind, part in summary["by_type"].items()
+        for kind, part in by_type.items()
     ]
-    endings = "" if finish["unknown"] == 0 else f"; for {finish['unknown']} the file does not say"
+    return _table(("question type", "n", "choice", "95 %", "contains", "chance", "train", "test"), lines)
+
+
+def render_summary(summary: Row) -> str:
+    """The report that the terminal shows: metrics, reference lines, question types, endings, baseline, warnings."""
+    n, finish, seeds = summary["n_total"], summary["finish"], summary["metrics"]["contains"]
     parts = [
         f"Accuracy in %, of all {n} rows ({summary['n_errors']} failed, {summary['n_missing']} missing: wrong)",
-        _table(
-            ("metric", "right", "n", "accuracy", "95 % interval", "macro", "over videos"),
-            [
-                (
-                    metric,
-                    str(metrics[metric]["correct"]),
-                    str(metrics[metric]["n"]),
-                    _percent(metrics[metric]["accuracy"]),
-                    _range(metrics[metric]["ci95"]),
-                    _percent(metrics[metric]["macro"]),
-                    _range(metrics[metric]["ci95_videos"]),
-                )
-                for metric in METRICS
-            ],
-        ),
+        _metrics_table(summary["metrics"]),
         "",
         "choice beside what needs neither ears nor eyes",
-        _table(("", "n", "choice", "chance", "train majority", "test majority"), reference),
-        *(
-            [_wrap("not discriminative (one gold answer): " + ", ".join(summary["discriminative"]["types_excluded"]))]
-            if summary["discriminative"]["types_excluded"]
-            else []
-        ),
+        _reference_table(summary),
+    ]
+    if summary["discriminative"]["types_excluded"]:
+        excluded = ", ".join(summary["discriminative"]["types_excluded"])
+        parts.append(_wrap(f"not discriminative (one gold answer): {excluded}"))
+    unknown = f"; for {finish['unknown']} the file does not say" if finish["unknown"] else ""
+    parts += [
         "",
-        _table(("question type", "n", "choice", "95 %", "contains", "chance", "train", "test"), types),
+        _types_table(summary["by_type"]),
         "",
         _wrap(
             f"By the seed's rule (contains): {seeds['correct']}/{n} correct = {_percent(seeds['accuracy'])} %, "
             f"95 % {_range(seeds['ci95'])}, beside the {100 * SEED_BASELINE:.0f} % baseline "
             f"(audio + image, zero-shot, the 50 clips of 002-001)."
         ),
-        _wrap(f"{finish['eos']}/{n} stopped by themselves = {_percent(finish['eos'] / n)} %{endings}."),
+        _wrap(f"{finish['eos']}/{n} stopped by themselves = {_percent(finish['eos'] / n)} %{unknown}."),
     ]
     if summary["types_without_options"]:
         names = ", ".join(summary["types_without_options"])
         parts.append(_wrap(f"No table of options covers every answer of {names}: choice is strict there."))
-    if summary["missing"]:
-        listed, more = summary["missing"][:LISTED], len(summary["missing"]) - LISTED
-        parts.append(_wrap("Missing: " + ", ".join(listed) + (f" and {more} more" if more > 0 else "")))
+    for name in ("missing", "failed"):
+        keys = summary[name]
+        if keys:
+            more = f" and {len(keys) - LISTED} more" if len(keys) > LISTED else ""
+            parts.append(_wrap(f"{name.capitalize()}: {', '.join(keys[:LISTED])}{more}"))
     if summary["arms"]:
         parts += ["", render_arms(summary["arms"])]
     if summary["warnings"]:
