@@ -1077,8 +1077,12 @@ def _metrics_table(metrics: Row) -> str:
 
 def _reference_table(summary: Row) -> str:
     lines = [
-        (name, str(n), _percent(part["metrics"]["choice"]["accuracy"]))
-        + tuple(_percent(part["baselines"][line]) for line in REFERENCES)
+        (
+            name,
+            str(n),
+            _percent(part["metrics"]["choice"]["accuracy"]),
+            *(_percent(part["baselines"][line]) for line in REFERENCES),
+        )
         for name, n, part in (
             ("all rows", summary["n_total"], summary),
             ("discriminative rows", summary["discriminative"]["n"], summary["discriminative"]),
