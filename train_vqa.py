@@ -1207,6 +1207,30 @@ class VQATrainer(Trainer):
         (folder / SETTINGS_FILE).write_text(json.dumps(self.settings, indent=2) + "\n", encoding="utf-8")
 
 
+class PeakMemory(TrainerCallback):
+    """Keeps the peak GPU memory of each phase in GiB, as the allocator reserved it; empty without a CUDA GPU."""
+
+    def __init__(self):
+        self.gib: dict[str, float] = {}
+
+    def _note(self, phase: str) -> None:
+        if torch.cuda.is_available():
+            self.gib[phase] = max(self.gib.get(phase, 0.0), torch.cuda.max_memory_reserved() / 2**30)
+            torch.cuda.reset_peak_memory_stats()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        """Called by the Trainer after each optimizer step."""
+        self._note("training")
+
+    def on_prediction_step(self, args, state, control, **kwargs):
+        """Called by the Trainer after each evaluation batch."""
+        self._note("evaluation")
+
+    def on_save(self, args, state, control, **kwargs):
+        """Called by the Trainer after each checkpoint."""
+        self._note("saving")
+
+
 class StopAtLoss(TrainerCallback):
     """Ends training once the logged loss is below `target`; `reached` says whether it was."""
 
@@ -1310,6 +1334,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     # 6. Training; evaluation computes the loss only
     settings = resolved_settings(model_args, data_args, training_args, processor, base_fingerprint)
+    memory = PeakMemory()
     stop = StopAtLoss(data_args.target_train_loss) if data_args.target_train_loss is not None else None
     trainer = VQATrainer(
         model=peft_model,
@@ -1318,7 +1343,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         eval_dataset=eval_dataset,
         data_collator=VQACollator(tokenizer.pad_token_id),
         tokenizer=tokenizer,
-        callbacks=[stop] if stop else None,
+        callbacks=[memory, *([stop] if stop else [])],
         settings=settings,
     )
     trainer.train(resume_from_checkpoint=resume_argument(training_args.resume_from_checkpoint))
@@ -1328,6 +1353,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     trainer.save_state()
     if eval_dataset is not None and training_args.eval_strategy == "no":
         print(trainer.evaluate())
+    if memory.gib:
+        print("Peak GPU memory: " + ", ".join(f"{phase} {gib:.1f} GiB" for phase, gib in memory.gib.items()))
     print(f"Saved adapter, projector, tokenizer and {SETTINGS_FILE} to {training_args.output_dir}")
     if stop and not stop.reached:
         print(f"error: the loss did not fall below --target_train_loss {stop.target}", file=sys.stderr)
