@@ -15,7 +15,6 @@ import json
 import sys
 from pathlib import Path
 
-import accelerate
 import torch
 from transformers import Trainer
 
@@ -38,8 +37,7 @@ class GatheringModel(vqa.SurgicalVQAModel):
 
 def measure(model, tokenizer, dataset, gather: bool, accumulation: int | None, bf16: bool) -> dict:
     """Evaluate `dataset` once; peak GPU memory in GiB, gathered logits in GiB, or the reason why it failed."""
-    # The Trainer before left its autocast around this model's forward.
-    model = accelerate.utils.extract_model_from_parallel(model, keep_fp32_wrapper=False)
+    vars(model).pop("forward", None)  # the Trainer before left its autocast around this model's forward
     model.__class__ = GatheringModel if gather else vqa.SurgicalVQAModel
     args = vqa.VQATrainingArguments(
         output_dir="unused",
