@@ -1491,11 +1491,11 @@ def load_subject(subject: Subject, device: Any) -> tuple[Any, Any, str]:
     precision = {"bfloat16": "BF16", "float32": "FP32"}[subject.dtype]
     print(f"⏳ Loading merged {precision} model with {kernel or subject.attn_implementation} attention...", flush=True)
     tokenizer = vqa.load_tokenizer(subject.tokenizer)
-    drawn_on = torch.device(subject.init_device or device.type) if subject.init == "random" else device
-    if drawn_on.type not in ("cpu", device.type):
+    drawn_on = (subject.init_device or device.type) if subject.init == "random" else device.type
+    if drawn_on not in ("cpu", device.type):
         raise InputError(
-            f"{subject.adapter}: its random base was drawn on {drawn_on.type}, which draws other numbers than "
-            f"{device.type}; evaluate it on a machine with {drawn_on.type}"
+            f"{subject.adapter}: its random base was drawn on {drawn_on}, which draws other numbers than {device.type}; "
+            f"evaluate it on a machine with {drawn_on}"
         )
     model = vqa.load_model(
         subject.base,
@@ -1683,8 +1683,8 @@ def check_liveness(model: Any, inputs: ArmInputs) -> Row:
     dead = [path for path, distance in moved.items() if distance == 0]
     if dead:
         raise InputError(
-            f"liveness gate: the {' and '.join(dead)} path is dead: other {' and '.join(dead)} leave every logit as it "
-            f"is, so this model would be answering without; check the checkpoint"
+            f"liveness gate: the path of {' and '.join(dead)} is dead: with other {' and '.join(dead)} every logit "
+            f"stays as it is; check the checkpoint"
         )
     return moved
 
@@ -1849,8 +1849,8 @@ def _generate(args: argparse.Namespace) -> int:
     # 4. Gates
     check_leaks(arms.values())
     moved = check_liveness(model, next((part for arm, part in arms.items() if modes[arm] != "text"), arms[main_arm]))
-    figures = ", ".join(f"other {path} move a logit by {by:.3g}" for path, by in moved.items() if by is not None)
-    print(f"Gates passed: no question stands in a prompt it should not; {figures}")
+    figures = ", ".join(f"other {path} by {by:.3g}" for path, by in moved.items() if by is not None)
+    print(f"Gates passed: no prompt gives its question away; logits move with {figures}")
 
     # 5. Answers
     files = {arm: arm_path(args.output_file, arm, main_arm) for arm in arms}
