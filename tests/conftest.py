@@ -11,7 +11,7 @@ import train_vqa as vqa
 
 FIXTURES = Path(__file__).resolve().parent / "fixtures"
 TINY, FULL_SIZE = FIXTURES / "tiny_model", FIXTURES / "full_size_model"
-torch.set_num_threads(2)
+torch.set_num_threads(1)  # with more, every operation waits for cores that other work holds
 
 
 @pytest.fixture(scope="session")
