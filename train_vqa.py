@@ -1082,9 +1082,9 @@ def load_model(
     device = torch.device(device)
     on_meta = device.type == "meta"
     folder = resolve_model_dir(model_name_or_path, weights=init != "random" and not on_meta, pickles=allow_pickle)
-    stored = {}
-    if init != "random" and not (on_meta and not any(folder.glob("model*.safetensors"))):
-        stored = find_weights(folder, audio_encoder, allow_pickle)
+    stored, unused = {}, 0
+    if init != "random" and (not on_meta or any(folder.glob("model*.safetensors"))):
+        stored, unused = find_weights(folder, audio_encoder, allow_pickle)
     config.audio_config = audio_geometry(config, stored, audio_encoder)
     build = partial(SurgicalVQAModel._from_config, config, dtype=dtype, attn_implementation=attn_implementation)
     if init == "random" and not on_meta:
@@ -1099,7 +1099,7 @@ def load_model(
         check_fit(model, stored, folder, untrained=["audio_projector.weight"] if audio_encoder else [])
     if stored and not on_meta:
         load_weights(model, stored, dtype, device, load_in_4bit)
-        print("   Weights: " + describe_sources(stored, load_in_4bit))
+        print("   Weights: " + describe_sources(stored, unused, load_in_4bit))
         if "audio_projector.weight" not in stored:
             draw_projector(model, seed, dtype, device)
             print(f"   audio_projector is UNTRAINED: drawn from seed {seed}; the model hears nothing before training")
@@ -1252,14 +1252,17 @@ def fold_4bit(tensors: dict[str, StoredTensor]) -> list[str]:
 
 def find_weights(
     folder: Path, audio_encoder: str | Path | None = None, allow_pickle: bool = False
-) -> dict[str, StoredTensor]:
+) -> tuple[dict[str, StoredTensor], int]:
     """The tensors of a model folder under this model's names, with those of a Whisper's encoder if one is named.
+
+    Returns:
+        Name -> tensor, and the number of the Whisper's tensors that have no use here (its decoder).
 
     Raises:
         VQAError: as `list_tensors`; two keys for one name; no speech encoder, or two.
     """
     keys = [(current_name(key), tensor) for key, tensor in list_tensors(folder, allow_pickle).items()]
-    hears = any(name.startswith("audio_encoder.") for name, _ in keys)
+    unused, hears = 0, any(name.startswith("audio_encoder.") for name, _ in keys)
     if hears and audio_encoder:
         raise VQAError(f"{folder}: brings its own speech encoder (audio_encoder.*); leave --audio_encoder out")
     if not hears and not audio_encoder:
@@ -1270,17 +1273,16 @@ def find_weights(
     if audio_encoder:
         source = resolve_model_dir(audio_encoder, weights=True, pickles=allow_pickle, flag="--audio_encoder")
         whisper = list_tensors(source, allow_pickle)
-        # The decoder and its head have no use here.
         used = {key: t for key, t in whisper.items() if not re.match(r"(?:model\.)?decoder\.|proj_out\.", key)}
         keys += [(re.sub(r"^(?:model\.)?encoder\.", "audio_encoder.", key), tensor) for key, tensor in used.items()]
-        print(f"   Whisper {source}: encoder taken, {len(whisper) - len(used)} decoder tensors not used")
+        unused = len(whisper) - len(used)
     stored, problems = {}, []
     for name, tensor in keys:
         if name in stored:
             problems.append(f"{tensor.file}: {tensor.key} and {stored[name].key} are both {name}; remove one")
         stored[name] = tensor
     raise_problems(problems)
-    return stored
+    return stored, unused
 
 
 def audio_geometry(config: Qwen2VLConfig, stored: dict[str, StoredTensor], audio_encoder: str | Path | None) -> dict:
@@ -1433,7 +1435,7 @@ def keep_4bit(
         kept = bnb.nn.Linear4bit(linear.in_features, linear.out_features, bias=False, compute_dtype=dtype)
     kept.bias = linear.bias  # on its own key, before or after
     kept.weight = bnb.nn.Params4bit.from_prequantized(packed, state, device=device, module=kept)
-    model.get_submodule(layer).set_submodule(child, kept)
+    setattr(model.get_submodule(layer), child, kept)
     model.is_loaded_in_4bit = True  # PEFT then adapts this layer in its own way
 
 
@@ -1444,13 +1446,15 @@ def draw_projector(model: SurgicalVQAModel, seed: int, dtype: torch.dtype, devic
     model.audio_projector.weight = nn.Parameter(weight.to(device, dtype))
 
 
-def describe_sources(stored: dict[str, StoredTensor], load_in_4bit: bool) -> str:
-    """How many tensors came from which folder, in how many files, and how many of them in 4 bits; one line."""
+def describe_sources(stored: dict[str, StoredTensor], unused: int, load_in_4bit: bool) -> str:
+    """How many tensors came from which folder, in how many files, how many were not used, how many in 4 bits."""
     parts = []
     for folder in dict.fromkeys(tensor.file.parent for tensor in stored.values()):
         tensors = [tensor for tensor in stored.values() if tensor.file.parent == folder]
         files = len({tensor.file for tensor in tensors})
         parts.append(f"{len(tensors)} tensors from {folder} ({files} file{'s' if files > 1 else ''})")
+    if unused:
+        parts.append(f"{unused} tensors of the Whisper decoder there not used")
     if packed := sum(bool(tensor.statistics) for tensor in stored.values()):
         kept = sum(bool(re.fullmatch(LORA_TARGETS + r"\.weight", n)) for n, t in stored.items() if t.statistics)
         parts.append(f"{packed} of them in 4 bits, {packed - kept if load_in_4bit else packed} dequantised")
@@ -1548,8 +1552,9 @@ def read_adapter_config(path: Path) -> dict:
     for name, value in config.items():
         if name not in ADAPTER_FIELDS_READ and value and value != getattr(plain, name, None):
             raise VQAError(f"{path}: {name} is {value!r}, which this script does not compute; it reads plain LoRA")
-    if config.get("peft_type") != "LORA" or not isinstance(config.get("r"), int):
-        raise VQAError(f"{path}: peft_type {config.get('peft_type')!r}, r {config.get('r')!r}; this script reads LoRA")
+    kind, numbers = config.get("peft_type"), [config.get("r"), config.get("lora_alpha")]
+    if kind != "LORA" or not all(isinstance(number, int | float) for number in numbers):
+        raise VQAError(f"{path}: peft_type {kind!r}, r and lora_alpha {numbers}; this script reads LoRA")
     if config.get("init_lora_weights", True) not in (True, False, "gaussian"):
         raise VQAError(
             f"{path}: init_lora_weights {config['init_lora_weights']!r} changed the base as well; merge the adapter "
