@@ -22,6 +22,15 @@ needs_bitsandbytes = pytest.mark.skipif(
 PACKED = "model.layers.0.mlp.up_proj.weight"  # [128, 64]: 8192 values, 128 blocks of 64
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """On cores that others use too, two threads wait for each other at each of these small products: 40 x slower."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory):
     """The tiny model's folder with a Whisper that hears 2 s: 100 audio tokens make a forward pass quick."""
