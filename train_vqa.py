@@ -23,7 +23,9 @@ import importlib.metadata
 import json
 import math
 import os
+import pickle
 import re
+import statistics
 import sys
 import warnings
 from collections.abc import Iterable, Sequence
@@ -44,7 +46,7 @@ from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dic
 from peft.tuners.tuners_utils import BaseTunerLayer
 from PIL import Image, ImageOps, UnidentifiedImageError
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
+from safetensors.torch import save_file
 from torch import nn
 from tqdm.auto import tqdm
 from transformers import (
@@ -63,6 +65,7 @@ from transformers import (
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
+from transformers.utils import is_flash_attn_2_available
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Constants
@@ -100,8 +103,26 @@ WHISPER_LARGE_V3_TURBO = {
 }
 
 MAX_WORKERS = 8  # decoding 8 frames of 1240x1080 and the speech takes one core 0.3 s, a GPU step less than twice that
+# What the grafted encoder computes with; the rest of a Whisper config speaks of its decoder.
+AUDIO_CONFIG_FIELDS = (*WHISPER_LARGE_V3_TURBO, "activation_function", "scale_embedding", "init_std")
+WHISPER_HEAD_SIZE = 64  # channels of one attention head, in every Whisper from tiny to large
+
+ATTENTION_KERNELS = ("sdpa", "eager", "flash_attention_2")
+# bitsandbytes keeps the statistics of a 4-bit weight as tensors of their own, beside the packed one.
+FOUR_BIT_KEY = re.compile(
+    r"(.+)\.(absmax|quant_map|nested_absmax|nested_quant_map|quant_state\.bitsandbytes__(?:nf4|fp4))"
+)
+# Pickles that training leaves beside the weights; nobody reads them here.
+NO_WEIGHTS = r"(?:optimizer|scheduler|scaler|training_args|rng_state.*)\.(?:bin|pth?)"
 
 SETTINGS_FILE = "vqa_settings.json"
+# Fields of an adapter_config.json that `load_adapter` reads, or that show in the names of the adapter's tensors.
+ADAPTER_FIELDS_READ = (
+    *("r", "lora_alpha", "lora_dropout", "init_lora_weights", "target_modules", "exclude_modules", "modules_to_save"),
+    *("layers_to_transform", "layers_pattern", "peft_type", "peft_version", "task_type", "inference_mode"),
+    *("auto_mapping", "base_model_name_or_path", "revision"),
+)
+NEW_ROWS_FILE = "new_token_rows.safetensors"
 MAX_PROBLEMS_SHOWN = 20
 
 # PEFT asks for the model's state of checkpointing under the name that transformers 5 gave up.
@@ -112,13 +133,13 @@ class VQAError(ValueError):
     """Something the user can mend: its text names the file, line, id or flag, and says what to do."""
 
 
-def raise_problems(problems: Sequence[str]) -> None:
-    """Raise one VQAError for all `problems` (one line each, the first 20 shown, then the total); none: return."""
+def raise_problems(problems: Sequence[str], meaning: str = "") -> None:
+    """Raise one VQAError for all `problems` (one line each, 20 at most, then the total and what they mean)."""
     if problems:
         shown = list(problems[:MAX_PROBLEMS_SHOWN])
         if len(problems) > 1:
             shown.append(f"{len(problems)} problems in all" + (", the first 20 shown" if len(problems) > 20 else ""))
-        raise VQAError("\n".join(shown))
+        raise VQAError("\n".join([*shown, meaning] if meaning else shown))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -141,7 +162,27 @@ class ModelArguments:
             "choices": ["pretrained", "random"],
         },
     )
-    attn_implementation: str = field(default="sdpa", metadata={"help": "Attention kernel, as in transformers."})
+    audio_encoder: str | None = field(
+        default=None,
+        metadata={"help": "Folder or hub id of a Whisper whose encoder is grafted onto a plain Qwen2-VL. None: the "
+                  "model brings its own."},
+    )  # fmt: skip
+    load_in_4bit: bool = field(
+        default=False,
+        metadata={"help": "Keep decoder weights that are stored in bitsandbytes' 4 bits as they are (QLoRA). False: "
+                  "dequantise them."},
+    )  # fmt: skip
+    allow_pickle: bool = field(
+        default=False,
+        metadata={"help": "Read .bin and .pt weights where there are no safetensors (weights_only=True)."},
+    )
+    attn_implementation: str = field(
+        default="sdpa",
+        metadata={
+            "help": "Attention kernel. flash_attention_2 needs the flash-attn package, a CUDA GPU and --bf16 True.",
+            "choices": list(ATTENTION_KERNELS),
+        },
+    )
     lora_r: int = field(default=64, metadata={"help": "LoRA rank on the decoder's linear layers."})
     lora_alpha: int = field(default=16, metadata={"help": "LoRA scale: the update is multiplied by alpha / r."})
     lora_dropout: float = field(default=0.05, metadata={"help": "Dropout on the LoRA input during training."})
@@ -781,6 +822,7 @@ class SurgicalVQAModel(Qwen2VLForConditionalGeneration):
         audio._attn_implementation = config._attn_implementation
         self.audio_encoder = WhisperEncoder(audio)
         self.audio_projector = AudioProjector(audio.d_model, config.text_config.hidden_size, bias=False)
+        self.stored_rows = config.text_config.vocab_size  # `grow_embeddings` may add rows, which travel with an adapter
         self.post_init()
 
     def train(self, mode: bool = True) -> "SurgicalVQAModel":
@@ -895,35 +937,65 @@ def _splice(embeds: torch.Tensor, mask: torch.Tensor, features: torch.Tensor, ki
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def resolve_model_dir(name: str | Path, weights: bool = False) -> Path:
+def resolve_model_dir(
+    name: str | Path, weights: bool = False, *, pickles: bool = False, flag: str = "--model_name_or_path"
+) -> Path:
     """The folder of a model: `name` itself, or the hub id's snapshot (config and tokenizer, and `weights` if asked).
+
+    Args:
+        name: folder or hub id.
+        weights: fetch the safetensors too.
+        pickles: and the `.bin` files.
+        flag: which the message names.
 
     Raises:
         VQAError: neither a folder nor a hub id that can be fetched.
     """
     if Path(name).is_dir():
         return Path(name)
-    patterns = ["*.json", "*.txt", *(["*.safetensors"] if weights else [])]
+    patterns = ["*.json", "*.txt", *(["model.safetensors", "model-*.safetensors"] if weights else [])]
+    patterns += ["pytorch_model*.bin"] if weights and pickles else []
     try:
         return Path(snapshot_download(str(name), allow_patterns=patterns))
     except (LocalEntryNotFoundError, HFValidationError, HfHubHTTPError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
         raise VQAError(
-            f"--model_name_or_path {name}: no such folder, and not to be had from the hub ({reason}); "
+            f"{flag} {name}: no such folder, and not to be had from the hub ({reason}); "
             "name a folder with the model, or connect to the hub"
         ) from error
+
+
+def read_config(path: Path) -> dict:
+    """A JSON file of a model folder; VQAError where it cannot be read, or asks for code to be fetched and run."""
+    try:
+        stored = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise VQAError(f"{path}: no readable config ({error}); name a folder with a model") from error
+    if not isinstance(stored, dict):
+        raise VQAError(f"{path}: holds no JSON object; name a folder with a model")
+    if stored.get("auto_map"):
+        raise VQAError(
+            f"{path}: its field auto_map asks for Python code from the model's author ({stored['auto_map']}), and this "
+            "script runs none; remove the field if the model is a plain Qwen2-VL"
+        )
+    return stored
 
 
 def load_config(model_name_or_path: str | Path) -> Qwen2VLConfig:
     """The model's config, from its folder or hub id; VQAError where there is none or it is not Qwen2-VL's."""
     path = resolve_model_dir(model_name_or_path) / "config.json"
-    try:
-        stored = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError) as error:
-        raise VQAError(f"{path}: no readable config ({error}); name a folder with a model") from error
+    stored = read_config(path)
     if stored.get("model_type") != "qwen2_vl":
         raise VQAError(f"{path}: model_type is {stored.get('model_type')!r}, this script trains 'qwen2_vl'")
-    return Qwen2VLConfig.from_pretrained(path.parent)
+    method = (stored.get("quantization_config") or {}).get("quant_method", "bitsandbytes")
+    if method != "bitsandbytes":
+        raise VQAError(
+            f"{path}: quantization_config says {method!r}; this script reads 16-bit and bitsandbytes weights"
+        )
+    config = Qwen2VLConfig.from_pretrained(path.parent)
+    # The keys say which weights are in 4 bits; transformers would act on the field once more when saving.
+    config.__dict__.pop("quantization_config", None)
+    return config
 
 
 def load_tokenizer(model_name_or_path: str | Path) -> PreTrainedTokenizerBase:
@@ -932,6 +1004,8 @@ def load_tokenizer(model_name_or_path: str | Path) -> PreTrainedTokenizerBase:
     With PAD equal to EOS a mask by id hides the end of the answer, and a model is never taught to stop.
     """
     path = resolve_model_dir(model_name_or_path)
+    if (path / "tokenizer_config.json").is_file():
+        read_config(path / "tokenizer_config.json")
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     except (OSError, ValueError) as error:
@@ -979,22 +1053,32 @@ def load_model(
     dtype: torch.dtype = torch.bfloat16,
     device: torch.device | str = "cpu",
     attn_implementation: str = "sdpa",
+    audio_encoder: str | Path | None = None,
+    load_in_4bit: bool = False,
+    allow_pickle: bool = False,
 ) -> SurgicalVQAModel:
     """The base model on `device`, frozen, in evaluation mode, with a row for every token id.
+
+    Which checkpoint it is, the tensors' names and shapes say: transformers 4's or today's names, 16 bits or
+    bitsandbytes' 4, speech encoder included or not. Every tensor has to fit. Prints how many came from where.
 
     Args:
         model_name_or_path: folder or hub id.
         tokenizer: from `load_tokenizer`.
         init: `pretrained`, or `random` for weights drawn from `seed` on `device` in `dtype`. Other devices and dtypes
             draw other numbers: `fingerprint` tells.
-        seed: of the random weights.
+        seed: of the random weights, and of the projector where a Whisper encoder is newly grafted on.
         dtype: of the weights.
-        device: `meta` allocates nothing.
-        attn_implementation: as in transformers.
+        device: `meta` allocates nothing, and checks the weights' names and shapes where they are already on disk.
+        attn_implementation: one of `ATTENTION_KERNELS`.
+        audio_encoder: folder or hub id of a Whisper, for a Qwen2-VL without speech encoder.
+        load_in_4bit: keep the decoder's 4-bit weights.
+        allow_pickle: read pickled weights where there are no safetensors.
 
     Raises:
         VQAError: no weights, or missing, unexpected or mis-shaped tensors.
     """
+    check_attention(attn_implementation, dtype)
     config = load_config(model_name_or_path)
     stated, actual = getattr(config, "audio_token_id", None), tokenizer.convert_tokens_to_ids(AUDIO_PAD)
     if stated is not None and stated != actual:
@@ -1004,18 +1088,29 @@ def load_model(
         )
     config.audio_token_id = actual
     device = torch.device(device)
+    on_meta = device.type == "meta"
+    folder = resolve_model_dir(model_name_or_path, weights=init != "random" and not on_meta, pickles=allow_pickle)
+    stored, unused = {}, 0
+    if init != "random" and (not on_meta or any(folder.glob("model*.safetensors"))):
+        stored, unused = find_weights(folder, audio_encoder, allow_pickle)
+    config.audio_config = audio_geometry(config, stored, audio_encoder)
     build = partial(SurgicalVQAModel._from_config, config, dtype=dtype, attn_implementation=attn_implementation)
-    if device.type == "meta":
-        with device:
-            model = build()
-    elif init == "random":
+    if init == "random" and not on_meta:
         with torch.random.fork_rng(), device:
             torch.manual_seed(seed)
             model = build()
     else:
-        with accelerate.init_empty_weights(include_buffers=False):
+        # Buffers are computed, not loaded: with weights to come they are needed in earnest.
+        with device if on_meta else accelerate.init_empty_weights(include_buffers=False):
             model = build()
-        load_weights(model, resolve_model_dir(model_name_or_path, weights=True), dtype, device)
+    if stored:
+        check_fit(model, stored, folder, untrained=["audio_projector.weight"] if audio_encoder else [])
+    if stored and not on_meta:
+        load_weights(model, stored, dtype, device, load_in_4bit)
+        print("   Weights: " + describe_sources(stored, unused, load_in_4bit))
+        if "audio_projector.weight" not in stored:
+            draw_projector(model, seed, dtype, device)
+            print(f"   audio_projector is UNTRAINED: drawn from seed {seed}; the model hears nothing before training")
         model.to(device)  # the buffers; the weights are there
     grow_embeddings(model, tokenizer)
     model.generation_config.eos_token_id = turn_end_ids(tokenizer)
@@ -1023,47 +1118,214 @@ def load_model(
     return model.requires_grad_(False).eval()
 
 
-def load_weights(model: SurgicalVQAModel, folder: Path, dtype: torch.dtype, device: torch.device) -> None:
-    """Fill `model` (on the meta device) from the safetensors shards of `folder`, one shard at a time.
+def check_attention(name: str, dtype: torch.dtype) -> None:
+    """VQAError where the attention kernel `name` is none of ours, or cannot run here in `dtype`."""
+    if name not in ATTENTION_KERNELS:  # transformers would fetch other names from the hub, and run them
+        raise VQAError(f"--attn_implementation must be one of {', '.join(ATTENTION_KERNELS)}, not {name!r}")
+    if name == "flash_attention_2":
+        if not is_flash_attn_2_available():
+            raise VQAError(
+                "--attn_implementation flash_attention_2 needs a CUDA GPU and the flash-attn package: run `pip install "
+                "flash-attn --no-build-isolation`, or leave the flag out (sdpa needs nothing and is as exact)"
+            )
+        if dtype == torch.float32:
+            raise VQAError("--attn_implementation flash_attention_2 computes in 16 bits only: add --bf16 True")
+
+
+@dataclass(slots=True)
+class StoredTensor:
+    """A tensor of a checkpoint on disk, its bytes not yet read."""
+
+    file: Path
+    key: str
+    shape: tuple[int, ...]  # of the weight that comes out, also where it is packed in 4 bits
+    statistics: dict[str, "StoredTensor"] = field(default_factory=dict)  # of a 4-bit weight: absmax, quant_map, ...
+
+
+class PickledWeights(dict):
+    """The tensors of a torch pickle under the methods of `safe_open`; nothing but tensors is unpickled."""
+
+    def __init__(self, file: Path):
+        super().__init__(torch.load(file, map_location="cpu", mmap=True, weights_only=True))
+        if not all(isinstance(value, torch.Tensor) for value in self.values()):
+            raise VQAError(f"{file}: holds more than weights; save the model's state_dict alone, as safetensors")
+        self.get_tensor = self.__getitem__
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exception):
+        self.clear()
+
+
+def open_weights(file: Path, device: torch.device | str = "cpu") -> safe_open | PickledWeights:
+    """The tensors of a weight file, each read onto `device` when asked for; VQAError where the file is torn."""
+    try:
+        if file.suffix == ".safetensors":
+            return safe_open(file, framework="pt", device=str(device))
+        return PickledWeights(file)
+    except (SafetensorError, OSError, EOFError, RuntimeError, pickle.UnpicklingError) as error:
+        kind = "safetensors" if file.suffix == ".safetensors" else "weights"
+        raise VQAError(f"{file}: not a readable {kind} file ({error}); copy it again") from error
+
+
+def weight_files(folder: Path, allow_pickle: bool = False) -> list[Path]:
+    """The weight files of a model folder, from its index if it has one.
+
+    Safetensors where there are any; then pickles beside them are left alone.
 
     Raises:
-        VQAError: naming and counting tensors that are missing, unexpected or of another shape, before any is read.
+        VQAError: there are none, or pickles only without `allow_pickle`.
     """
-    files = weight_files(folder)
-    wanted = dict(model.named_parameters())  # a tied head is listed once
-    found, problems = {}, []
-    for file in files:
-        try:
-            with safe_open(file, framework="pt") as shard:
-                for key in shard.keys():  # noqa: SIM118
-                    name, shape = current_name(key), tuple(shard.get_slice(key).get_shape())
-                    if name not in wanted:
-                        problems.append(f"{file}: unexpected tensor {key}")
-                    elif shape != tuple(wanted[name].shape):
-                        problems.append(f"{file}: {key} has shape {shape}, the config says {tuple(wanted[name].shape)}")
-                    found[name] = file
-        except (SafetensorError, OSError) as error:
-            raise VQAError(f"{file}: not a readable safetensors file ({error}); copy it again") from error
-    problems += [f"{folder}: tensor {name} is missing" for name in wanted if name not in found]
-    raise_problems(problems)
-    for file in files:
-        with safe_open(file, framework="pt", device=str(device)) as shard:
-            for key in shard.keys():  # noqa: SIM118
-                tensor = shard.get_tensor(key).to(dtype)
-                accelerate.utils.set_module_tensor_to_device(model, current_name(key), device, tensor)
-    model.tie_weights()
-
-
-def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a model folder, from its index if it has one; VQAError where there are none."""
-    index = folder / "model.safetensors.index.json"
+    pickles = sorted(
+        file
+        for file in folder.iterdir()
+        if file.suffix in (".bin", ".pt", ".pth") and not re.fullmatch(NO_WEIGHTS, file.name)
+    )
+    index, files = folder / "model.safetensors.index.json", [folder / "model.safetensors"]
+    if not index.is_file() and not files[0].is_file():
+        if shards := sorted(folder.glob("model-*.safetensors")):
+            return shards
+        if pickles and not allow_pickle:
+            raise VQAError(
+                f"{pickles[0]}: a pickle, which can run code when it is read; get the model as safetensors, or, if you "
+                "trust its author, pass --allow_pickle True (only tensors are then read from it)"
+            )
+        index, files = folder / "pytorch_model.bin.index.json", pickles or files
     if index.is_file():
-        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-    else:
-        names = ["model.safetensors"]
-    files = [folder / name for name in names]
+        try:
+            files = [folder / name for name in sorted(set(read_config(index)["weight_map"].values()))]
+        except (KeyError, AttributeError, TypeError) as error:
+            raise VQAError(f"{index}: holds no weight_map; copy it again") from error
     raise_problems([f"{file}: no such file; the model's weights belong there" for file in files if not file.is_file()])
     return files
+
+
+def list_tensors(folder: Path, allow_pickle: bool = False) -> dict[str, StoredTensor]:
+    """Every tensor of a model folder by its key, from the files' headers; 4-bit weights with their statistics.
+
+    Raises:
+        VQAError: no weights, a torn file, a key in two files, or a 4-bit weight whose statistics do not fit.
+    """
+    tensors, problems = {}, []
+    for file in weight_files(folder, allow_pickle):
+        with open_weights(file) as handle:
+            for key in handle.keys():  # noqa: SIM118
+                if key in tensors:
+                    problems.append(f"{file}: tensor {key} is in {tensors[key].file} too; remove one of the files")
+                shape = handle[key].shape if isinstance(handle, dict) else handle.get_slice(key).get_shape()
+                tensors[key] = StoredTensor(file, key, tuple(shape))
+    raise_problems(problems + fold_4bit(tensors))
+    return tensors
+
+
+def fold_4bit(tensors: dict[str, StoredTensor]) -> list[str]:
+    """Move the statistics of bitsandbytes' 4-bit weights from `tensors` into their weights; returns what is amiss."""
+    packed, problems = {}, []
+    for key in list(tensors):
+        if match := FOUR_BIT_KEY.fullmatch(key):
+            packed.setdefault(match[1], {})[match[2]] = tensors.pop(key)
+    for key, found in packed.items():
+        file = next(iter(found.values())).file
+        state_name = next((name for name in found if name.startswith("quant_state.")), None)
+        if key not in tensors or state_name is None:
+            lacking = key if state_name else f"{key}.quant_state.bitsandbytes__nf4 (or __fp4)"
+            problems.append(f"{file}: tensor {lacking} of a 4-bit weight is missing; copy the model again")
+            continue
+        try:
+            with open_weights(found[state_name].file) as handle:
+                state = json.loads(bytes(handle.get_tensor(found[state_name].key).tolist()))
+            shape, size = tuple(state["shape"]), math.prod(state["shape"])
+            blocks = math.ceil(size / state["blocksize"])
+            wanted = {"absmax": (blocks,), "quant_map": (16,), state_name: found[state_name].shape}
+            if "nested_blocksize" in state:  # double quantisation: the absmax are themselves 8-bit codes
+                nested = math.ceil(blocks / state["nested_blocksize"])
+                wanted |= {"nested_absmax": (nested,), "nested_quant_map": (256,)}
+        except (ValueError, KeyError, TypeError):
+            problems.append(
+                f"{file}: tensor {found[state_name].key} is no state of a 4-bit weight; copy the model again"
+            )
+            continue
+        stored = {name: part.shape for name, part in found.items()} | {"": tensors[key].shape}
+        wanted[""] = (math.ceil(size / 2), 1)  # two values a byte
+        for name in wanted | stored:
+            full, has, needs = f"{key}.{name}".rstrip("."), stored.get(name), wanted.get(name)
+            if has != needs:
+                what = f"has shape {has}, a 4-bit weight of shape {shape} needs {needs}"
+                what = "of a 4-bit weight is missing" if has is None else "is unexpected" if needs is None else what
+                problems.append(f"{file}: tensor {full} {what}; copy the model again")
+        tensors[key].shape, tensors[key].statistics = shape, found
+    return problems
+
+
+def find_weights(
+    folder: Path, audio_encoder: str | Path | None = None, allow_pickle: bool = False
+) -> tuple[dict[str, StoredTensor], int]:
+    """The tensors of a model folder under this model's names, with those of a Whisper's encoder if one is named.
+
+    Returns:
+        Name -> tensor, and the number of the Whisper's tensors that have no use here (its decoder).
+
+    Raises:
+        VQAError: as `list_tensors`; two keys for one name; no speech encoder, or two.
+    """
+    keys = [(current_name(key), tensor) for key, tensor in list_tensors(folder, allow_pickle).items()]
+    unused, hears = 0, any(name.startswith("audio_encoder.") for name, _ in keys)
+    if hears and audio_encoder:
+        raise VQAError(f"{folder}: brings its own speech encoder (audio_encoder.*); leave --audio_encoder out")
+    if not hears and not audio_encoder:
+        raise VQAError(
+            f"{folder}: holds no audio_encoder.* tensors, so it is a plain Qwen2-VL that cannot hear; name a Whisper "
+            "whose encoder it gets: --audio_encoder openai/whisper-large-v3-turbo (the projector then starts untrained)"
+        )
+    if audio_encoder:
+        source = resolve_model_dir(audio_encoder, weights=True, pickles=allow_pickle, flag="--audio_encoder")
+        whisper = list_tensors(source, allow_pickle)
+        used = {key: t for key, t in whisper.items() if not re.match(r"(?:model\.)?decoder\.|proj_out\.", key)}
+        keys += [(re.sub(r"^(?:model\.)?encoder\.", "audio_encoder.", key), tensor) for key, tensor in used.items()]
+        unused = len(whisper) - len(used)
+    stored, problems = {}, []
+    for name, tensor in keys:
+        if name in stored:
+            problems.append(f"{tensor.file}: {tensor.key} and {stored[name].key} are both {name}; remove one")
+        stored[name] = tensor
+    raise_problems(problems)
+    return stored, unused
+
+
+def audio_geometry(config: Qwen2VLConfig, stored: dict[str, StoredTensor], audio_encoder: str | Path | None) -> dict:
+    """What `config.audio_config` has to say: the Whisper's config, else the model's own, else read from the shapes.
+
+    The 4.47 layout says nothing. Of a number that several tensors show, the commonest counts: then the odd one is
+    named, not all the others.
+
+    Raises:
+        VQAError: the Whisper's config is none, or the tensors that show the geometry are missing.
+    """
+    if audio_encoder:
+        path = resolve_model_dir(audio_encoder, flag="--audio_encoder") / "config.json"
+        whisper = read_config(path)
+        if whisper.get("model_type") != "whisper":
+            raise VQAError(f"--audio_encoder {path}: model_type is {whisper.get('model_type')!r}, not 'whisper'")
+        return {"model_type": "whisper", **{k: whisper[k] for k in AUDIO_CONFIG_FIELDS if k in whisper}}
+    stated = getattr(config, "audio_config", None)
+    if stated or not stored:
+        return stated or WHISPER_LARGE_V3_TURBO
+    shapes = {name: t.shape for name, t in stored.items() if name.startswith(("audio_encoder.", "audio_projector."))}
+    needed = [f"audio_encoder.{name}.weight" for name in ("conv1", "embed_positions", "layer_norm", "layers.0.fc1")]
+    folder = next(iter(stored.values())).file.parent
+    raise_problems([f"{folder}: tensor {name} is missing; copy it again" for name in needed if name not in shapes])
+    layers = [int(match[1]) for name in shapes if (match := re.match(r"audio_encoder\.layers\.(\d+)\.", name))]
+    width = statistics.mode(s[0] for name, s in shapes.items() if re.search(r"(?:layer_norm|fc2|_proj)\.", name))
+    return {
+        "model_type": "whisper",
+        "d_model": width,
+        "encoder_layers": max(layers) + 1,
+        "encoder_attention_heads": width // WHISPER_HEAD_SIZE,
+        "encoder_ffn_dim": statistics.mode(s[0] for name, s in shapes.items() if ".fc1." in name),
+        "num_mel_bins": (*shapes["audio_encoder.conv1.weight"], 1)[1],  # a tensor with one axis is named later
+        "max_source_positions": shapes["audio_encoder.embed_positions.weight"][0],
+    }
 
 
 def current_name(key: str) -> str:
@@ -1072,15 +1334,164 @@ def current_name(key: str) -> str:
     return re.sub(r"^model\.(?!language_model\.|visual\.)", "model.language_model.", key)
 
 
+def name_on_disk(name: str, keys: Iterable[str]) -> str:
+    """The key that `name`, a name in this model, would have beside `keys`: the name that people find in their files."""
+    if any("model.language_model." in key for key in keys):
+        return name
+    return name.replace("model.language_model.", "model.").replace("model.visual.", "visual.")
+
+
+def check_fit(
+    model: SurgicalVQAModel, stored: dict[str, StoredTensor], folder: Path, untrained: Sequence[str] = ()
+) -> None:
+    """Hold the names and shapes of `stored` against the model's parameters; `untrained` ones may be missing.
+
+    Raises:
+        VQAError: naming and counting tensors that are missing, unexpected or of another shape, and what that means.
+    """
+    wanted = {name: tuple(p.shape) for name, p in model.named_parameters()}  # a tied head is listed once
+    keys = [tensor.key for tensor in stored.values()]
+    missing = [name_on_disk(name, keys) for name in wanted if name not in stored and name not in untrained]
+    unexpected = [tensor for name, tensor in stored.items() if name not in wanted]
+    reshaped = [(t, wanted[name]) for name, t in stored.items() if name in wanted and t.shape != wanted[name]]
+    if not (missing or unexpected or reshaped):
+        return
+    raise_problems(
+        [f"{folder}: tensor {name} is missing" for name in missing]
+        + [f"{tensor.file}: unexpected tensor {tensor.key}" for tensor in unexpected]
+        + [f"{t.file}: {t.key} has shape {t.shape}, the config says {shape}" for t, shape in reshaped],
+        f"{len(missing)} missing, {len(unexpected)} unexpected, {len(reshaped)} mis-shaped of {len(wanted)} tensors: "
+        + explain_misfit(missing, [tensor.key for tensor in unexpected], len(reshaped)),
+    )
+
+
+def explain_misfit(missing: Sequence[str], unexpected: Sequence[str], reshaped: int) -> str:
+    """What weights that do not fit most likely are, and what to do."""
+    if any("lora_" in key or key.startswith("base_model.") for key in unexpected):
+        return "an adapter lies among the weights; fold it into its base with merge_stage2_to_bf16.py"
+    if any(key.endswith((".SCB", ".qweight", ".qzeros", ".g_idx")) for key in unexpected):
+        return "the weights are quantised in another way than bitsandbytes' 4 bits; get the 16-bit copy"
+    if reshaped:
+        return "config.json belongs to another model than the weights; take both from one place"
+    if missing == ["audio_projector.weight"]:
+        return "the link between speech encoder and decoder is lost; get the whole model, an adapter alone is not one"
+    if missing and unexpected:
+        return "the folder holds another architecture, or a copy with renamed tensors; get the original"
+    if missing:
+        return "the copy is not complete; fetch all of its files again"
+    return "config.json describes a smaller model, or files of two models lie in one folder; keep one model's alone"
+
+
+def load_weights(
+    model: SurgicalVQAModel,
+    stored: dict[str, StoredTensor],
+    dtype: torch.dtype,
+    device: torch.device,
+    load_in_4bit: bool = False,
+) -> None:
+    """Fill `model` (on the meta device) from `stored`, file by file: in RAM lies one file at a time, as mapped pages.
+
+    Raises:
+        VQAError: 4-bit weights without bitsandbytes, or `load_in_4bit` without any.
+    """
+    four_bit = any(tensor.statistics for tensor in stored.values())
+    if load_in_4bit and not four_bit:
+        raise VQAError("--load_in_4bit keeps weights that are stored in 4 bits, and here none are; leave it out")
+    bnb = import_bitsandbytes() if four_bit else None
+    for file in sorted({tensor.file for tensor in stored.values()}):
+        with open_weights(file, device) as handle:
+            for name, tensor in stored.items():
+                if tensor.file != file:
+                    continue
+                value = handle.get_tensor(tensor.key)
+                if tensor.statistics:
+                    state = {part: read_tensor(t, device) for part, t in tensor.statistics.items()}
+                    if load_in_4bit and re.fullmatch(LORA_TARGETS + r"\.weight", name):
+                        keep_4bit(model, name, value, state, dtype, device)
+                        continue
+                    state = bnb.functional.QuantState.from_dict(state, device)
+                    value = bnb.functional.dequantize_4bit(value.to(device), state)
+                accelerate.utils.set_module_tensor_to_device(model, name, device, value.to(dtype))
+    model.tie_weights()
+
+
+def read_tensor(tensor: StoredTensor, device: torch.device) -> torch.Tensor:
+    """One tensor as stored; the parts of a 4-bit weight may lie in another file than the weight."""
+    with open_weights(tensor.file, device) as handle:
+        return handle.get_tensor(tensor.key)
+
+
+def import_bitsandbytes():
+    """The bitsandbytes package, which only 4-bit weights need; VQAError where it is not installed."""
+    try:
+        import bitsandbytes
+    except ImportError as error:
+        raise VQAError(
+            "these weights are stored in bitsandbytes' 4 bits: run `pip install bitsandbytes`, or name the 16-bit copy"
+        ) from error
+    return bitsandbytes
+
+
+def keep_4bit(
+    model: SurgicalVQAModel, name: str, packed: torch.Tensor, state: dict, dtype: torch.dtype, device: torch.device
+) -> None:
+    """Replace the linear layer of the weight `name` by one that computes in `dtype` from `packed`, uint8 [n / 2, 1]."""
+    bnb = import_bitsandbytes()
+    layer, _, child = name.removesuffix(".weight").rpartition(".")
+    linear = model.get_submodule(layer).get_submodule(child)
+    with torch.device("meta"):
+        kept = bnb.nn.Linear4bit(linear.in_features, linear.out_features, bias=False, compute_dtype=dtype)
+    kept.bias = linear.bias  # on its own key, before or after
+    kept.weight = bnb.nn.Params4bit.from_prequantized(packed, state, device=device, module=kept)
+    setattr(model.get_submodule(layer), child, kept)
+    model.is_loaded_in_4bit = True  # PEFT then adapts this layer in its own way
+
+
+def draw_projector(model: SurgicalVQAModel, seed: int, dtype: torch.dtype, device: torch.device) -> None:
+    """A projector drawn from `seed` with the config's `initializer_range`, on the CPU: the same on every device."""
+    weight = torch.empty(model.audio_projector.weight.shape)
+    weight.normal_(0.0, model.config.text_config.initializer_range, generator=torch.Generator().manual_seed(seed))
+    model.audio_projector.weight = nn.Parameter(weight.to(device, dtype))
+
+
+def describe_sources(stored: dict[str, StoredTensor], unused: int, load_in_4bit: bool) -> str:
+    """How many tensors came from which folder, in how many files, how many were not used, how many in 4 bits."""
+    parts = []
+    for folder in dict.fromkeys(tensor.file.parent for tensor in stored.values()):
+        tensors = [tensor for tensor in stored.values() if tensor.file.parent == folder]
+        files = len({tensor.file for tensor in tensors})
+        parts.append(f"{len(tensors)} tensors from {folder} ({files} file{'s' if files > 1 else ''})")
+    if unused:
+        parts.append(f"{unused} tensors of the Whisper decoder there not used")
+    if packed := sum(bool(tensor.statistics) for tensor in stored.values()):
+        kept = sum(bool(re.fullmatch(LORA_TARGETS + r"\.weight", n)) for n, t in stored.items() if t.statistics)
+        parts.append(f"{packed} of them in 4 bits, {packed - kept if load_in_4bit else packed} dequantised")
+    return ", ".join(parts)
+
+
 def fingerprint(model: nn.Module, samples: int = 16) -> str:
-    """sha256 over the name, shape and `samples` evenly spaced values of every parameter, without its LoRA layers."""
-    digest = hashlib.sha256()
+    """Identity of the base, taken in memory: sha256 over what its config computes with, and over the name, shape and
+    `samples` evenly spaced values, rounded to bf16, of every parameter.
+
+    Adapters, LoRA layers and rows added for new tokens are left out. In memory, and not from the files, so that the
+    same weights are one base under old and new names, in one file or many, in float32 or bf16, kept in 4 bits or
+    dequantised, and drawn at random.
+    """
+    text, vision, audio = model.config.text_config, model.config.vision_config, audio_config_of(model.config)
+    numbers = [text.num_attention_heads, text.num_key_value_heads, text.rms_norm_eps, vision.num_heads]
+    numbers += [text.rope_parameters["rope_theta"], *text.rope_parameters["mrope_section"]]
+    numbers += [vision.spatial_merge_size, audio.encoder_attention_heads]
+    digest = hashlib.sha256(repr([float(number) for number in numbers]).encode())
     for name, tensor in sorted(model.named_parameters()):
         if "lora_" in name or "modules_to_save" in name:
             continue
         name = name.removeprefix("base_model.model.").replace(".base_layer.", ".").replace(".original_module.", ".")
+        if getattr(tensor, "quant_state", None) is not None:
+            tensor = import_bitsandbytes().functional.dequantize_4bit(tensor.data, tensor.quant_state)
+        if name.endswith(("embed_tokens.weight", "lm_head.weight")):
+            tensor = tensor[: model.stored_rows]
         flat = tensor.detach().flatten()
-        picked = flat[:: max(1, flat.numel() // samples)][:samples].float().cpu()
+        picked = flat[:: max(1, flat.numel() // samples)][:samples].to(torch.bfloat16).float().cpu()
         digest.update(f"{name}{tuple(tensor.shape)}".encode())
         digest.update(picked.numpy().tobytes())
     return digest.hexdigest()
@@ -1118,33 +1529,163 @@ def skip_input_casts(peft_model: PeftModel) -> None:
             module.cast_input_dtype_enabled = False
 
 
-def load_adapter(model: SurgicalVQAModel, path: str | Path) -> PeftModel:
-    """`model` with the adapter of `path`, every tensor of it accounted for.
+def save_new_rows(model: PeftModel, folder: Path) -> None:
+    """Write the embedding and head rows that `grow_embeddings` added, if any, beside the adapter in `folder`."""
+    matrices = {"embed_tokens": model.get_input_embeddings(), "lm_head": model.get_output_embeddings()}
+    rows = {name: matrix.weight[model.stored_rows :].detach().cpu().clone() for name, matrix in matrices.items()}
+    if len(rows["embed_tokens"]):
+        save_file(rows, folder / NEW_ROWS_FILE)
+
+
+def load_new_rows(model: SurgicalVQAModel, folder: Path) -> None:
+    """Put the rows of `save_new_rows` into a model that `grow_embeddings` has given room for them.
 
     Raises:
-        VQAError: no adapter there, or tensors that do not fit.
+        VQAError: the adapter's rows and the model's are not equally many.
+    """
+    file = folder / NEW_ROWS_FILE
+    stored = {}
+    if file.is_file():
+        with open_weights(file) as handle:
+            stored = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118
+    matrices = {"embed_tokens": model.get_input_embeddings(), "lm_head": model.get_output_embeddings()}
+    for name, matrix in matrices.items():
+        room = matrix.weight.data[model.stored_rows :]
+        shape = tuple(stored[name].shape) if name in stored else (0, room.shape[1])
+        if shape != tuple(room.shape):
+            raise VQAError(
+                f"{file}: rows of {name} for new tokens have shape {shape}, the base has room for {tuple(room.shape)}; "
+                "load the base with the tokenizer saved beside the adapter"
+            )
+        if room.numel():
+            room.copy_(stored[name])
+
+
+def read_adapter_config(path: Path) -> dict:
+    """An adapter's config; VQAError where it asks for another computation than plain LoRA."""
+    config, plain = read_config(path), LoraConfig()
+    for name, value in config.items():
+        if name not in ADAPTER_FIELDS_READ and value and value != getattr(plain, name, None):
+            raise VQAError(f"{path}: {name} is {value!r}, which this script does not compute; it reads plain LoRA")
+    kind, numbers = config.get("peft_type"), [config.get("r"), config.get("lora_alpha")]
+    if kind != "LORA" or not all(isinstance(number, int | float) for number in numbers):
+        raise VQAError(f"{path}: peft_type {kind!r}, r and lora_alpha {numbers}; this script reads LoRA")
+    if config.get("init_lora_weights", True) not in (True, False, "gaussian"):
+        raise VQAError(
+            f"{path}: init_lora_weights {config['init_lora_weights']!r} changed the base as well; merge the adapter "
+            "where it was trained, and take the merged model"
+        )
+    return config
+
+
+def current_adapter_name(key: str) -> str:
+    """As `current_name`, behind PEFT's `base_model.model.`, without the parts that only a live model's names have."""
+    name = re.sub(r"\.modules_to_save(?:\.default)?(?=\.)|\.default(?=\.weight$)", "", key)
+    return "base_model.model." + current_name(name.removeprefix("base_model.model."))
+
+
+def read_adapter(path: Path, rank: int, allow_pickle: bool = False) -> dict[str, tuple[str, torch.Tensor]]:
+    """Name in the live model -> (key, tensor) of every tensor in an adapter folder.
+
+    Raises:
+        VQAError: no adapter there, a pickle without `allow_pickle`, two keys for one name, a rank that is not `rank`,
+            values that are not finite, or LoRA that was never trained.
+    """
+    file, pickled = path / "adapter_model.safetensors", path / "adapter_model.bin"
+    if not file.is_file() and pickled.is_file():
+        if not allow_pickle:
+            raise VQAError(f"{pickled}: a pickle; get the adapter as safetensors, or pass --allow_pickle True")
+        file = pickled
+    if not file.is_file():
+        raise VQAError(f"{path}: holds no adapter (adapter_config.json, adapter_model.safetensors)")
+    with open_weights(file) as handle:
+        tensors = {key: handle.get_tensor(key) for key in handle.keys()}  # noqa: SIM118
+    stored, problems = {}, []
+    for key, tensor in tensors.items():
+        name = current_adapter_name(key)
+        if name in stored:
+            problems.append(f"{file}: {key} and {stored[name][0]} are both {name}; copy the adapter again")
+        side = 0 if ".lora_A." in key else 1
+        if ".lora_" in key and tensor.ndim == 2 and tensor.shape[side] != rank:
+            problems.append(
+                f"{file}: {key} has rank {tensor.shape[side]}, adapter_config.json says r = {rank}; the two files come "
+                "from different runs"
+            )
+        if not torch.isfinite(tensor).all():
+            problems.append(
+                f"{file}: {key} holds values that are not finite; the training diverged, take an earlier one"
+            )
+        stored[name] = (key, tensor)
+    raise_problems(problems)
+    if not any(tensor.any() for key, tensor in tensors.items() if ".lora_B." in key):
+        raise VQAError(f"{file}: every lora_B is zero, so the adapter does nothing: it was saved before its first step")
+    return stored
+
+
+def check_base(model: SurgicalVQAModel, adapter: Path) -> None:
+    """VQAError where the adapter's settings name another base than `model`; says so where it brings no settings."""
+    if not (adapter / SETTINGS_FILE).is_file():
+        print(f"   {adapter} has no {SETTINGS_FILE}: nothing says which base it was trained on, so none was compared")
+        return
+    trained_on, found = load_settings(adapter)["model"], fingerprint(model)
+    if trained_on.get("base_fingerprint") not in (None, found):
+        how = f"random weights of seed {trained_on.get('init_seed')}, {trained_on.get('dtype')}, drawn on "
+        raise VQAError(
+            f"{adapter}: was trained on another base than the one loaded: fingerprint "
+            f"{trained_on['base_fingerprint'][:12]}, not {found[:12]}; its base was {trained_on['model_name_or_path']}"
+            + (f" ({how}{trained_on.get('init_device')})" if trained_on.get("init") == "random" else "")
+        )
+
+
+def load_adapter(model: SurgicalVQAModel, path: str | Path, *, allow_pickle: bool = False) -> PeftModel:
+    """`model` with the adapter of `path`, under transformers 4's or today's names, every tensor of it accounted for.
+
+    Args:
+        model: the base; changed in place.
+        path: folder of train_vqa.py or of PEFT.
+        allow_pickle: read an adapter_model.bin where there are no safetensors.
+
+    Raises:
+        VQAError: no adapter there, one that was never trained or was trained on another base, or tensors that do not
+            fit.
     """
     path = Path(path)
-    file = path / "adapter_model.safetensors"
-    if not file.is_file() or not (path / "adapter_config.json").is_file():
+    if not (path / "adapter_config.json").is_file():
         raise VQAError(f"{path}: holds no adapter (adapter_config.json, adapter_model.safetensors)")
-    config = LoraConfig.from_pretrained(path)
-    try:
-        stored = load_file(file)
-    except SafetensorError as error:
-        raise VQAError(f"{file}: not a readable safetensors file ({error}); copy it again") from error
-    peft_model = add_lora(model, config.r, config.lora_alpha, config.lora_dropout)
+    config = read_adapter_config(path / "adapter_config.json")
+    stored = read_adapter(path, config["r"], allow_pickle)
+    check_base(model, path)
+    load_new_rows(model, path)
+    peft_model = add_lora(model, config["r"], config["lora_alpha"], config.get("lora_dropout", 0.0))
     wanted = get_peft_model_state_dict(peft_model, save_embedding_layers=False)
+    keys = [key for key, _ in stored.values()]
+    unexpected = [key for name, (key, _) in stored.items() if name not in wanted]
+    towers = [key for key in unexpected if ".audio_encoder." in key or ".visual." in key]
+    hint = (
+        f"{len(towers)} tensors adapt the speech encoder or the vision tower: target_modules like 'q_proj' match there "
+        "too, and here both stay as they are; train the adapter with train_vqa.py, or merge it where it was trained"
+        if towers
+        else "the adapter belongs to a model of another size or layout, or its copy is not complete"
+    )
     raise_problems(
-        [f"{file}: tensor {name} is missing" for name in wanted if name not in stored]
-        + [f"{file}: unexpected tensor {name}" for name in stored if name not in wanted]
+        [f"{path}: tensor {name_on_disk(name, keys)} is missing" for name in wanted if name not in stored]
+        + [f"{path}: unexpected tensor {key}" for key in unexpected]
         + [
-            f"{file}: {name} has shape {tuple(stored[name].shape)}, the model wants {tuple(wanted[name].shape)}"
-            for name in wanted
-            if name in stored and stored[name].shape != wanted[name].shape
+            f"{path}: {key} has shape {tuple(tensor.shape)}, the model wants {tuple(wanted[name].shape)}"
+            for name, (key, tensor) in stored.items()
+            if name in wanted and tensor.shape != wanted[name].shape
+        ],
+        hint,
+    )
+    set_peft_model_state_dict(peft_model, {name: tensor for name, (_, tensor) in stored.items()})
+    landed = get_peft_model_state_dict(peft_model, save_embedding_layers=False)
+    raise_problems(
+        [
+            f"{path}: {key} did not reach the model; report this together with the versions of peft and torch"
+            for name, (key, tensor) in stored.items()
+            if not torch.equal(landed[name], tensor.to(landed[name]))
         ]
     )
-    set_peft_model_state_dict(peft_model, stored)
     return peft_model.eval()
 
 
@@ -1170,6 +1711,9 @@ def resolved_settings(
             "init_device": training_args.device.type,
             "dtype": "bfloat16" if training_args.bf16 else "float32",
             "attn_implementation": model_args.attn_implementation,
+            "audio_encoder": model_args.audio_encoder,
+            "load_in_4bit": model_args.load_in_4bit,
+            "allow_pickle": model_args.allow_pickle,
             "base_fingerprint": base_fingerprint,
         },
         "input": {
@@ -1203,6 +1747,18 @@ def load_settings(checkpoint: str | Path) -> dict:
     return settings
 
 
+def base_options(settings: dict) -> dict:
+    """Keyword arguments of `load_model` that rebuild the base of `settings`, but for dtype, device and kernel."""
+    model = settings["model"]
+    return {
+        "init": model["init"],
+        "seed": model["init_seed"],
+        "audio_encoder": model.get("audio_encoder"),
+        "load_in_4bit": model.get("load_in_4bit", False),
+        "allow_pickle": model.get("allow_pickle", False),
+    }
+
+
 class VQATrainer(Trainer):
     """Trainer whose checkpoints hold the adapter, the projector, the tokenizer and the settings, and nothing more.
 
@@ -1219,6 +1775,7 @@ class VQATrainer(Trainer):
         folder = Path(output_dir or self.args.output_dir)
         folder.mkdir(parents=True, exist_ok=True)
         self.model.save_pretrained(folder, state_dict=state_dict, save_embedding_layers=False)
+        save_new_rows(self.model, folder)
         self.tokenizer.save_pretrained(folder)
         (folder / SETTINGS_FILE).write_text(json.dumps(self.settings, indent=2) + "\n", encoding="utf-8")
 
@@ -1321,6 +1878,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         dtype=dtype,
         device="meta" if data_args.dry_run else training_args.device,
         attn_implementation=model_args.attn_implementation,
+        audio_encoder=model_args.audio_encoder,
+        load_in_4bit=model_args.load_in_4bit,
+        allow_pickle=model_args.allow_pickle,
     )
     print(f"✓ Model loaded in full {precision}" if not data_args.dry_run else "✓ Model built without weights")
     base_fingerprint = fingerprint(model) if not data_args.dry_run else ""
