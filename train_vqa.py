@@ -18,6 +18,7 @@ This file holds the whole of it in reading order: arguments, data, prompt and la
 callbacks, main(). `evaluate_checkpoint.py` imports from here, so that training and evaluation cannot drift apart.
 """
 
+import contextlib
 import hashlib
 import importlib.metadata
 import json
@@ -26,12 +27,16 @@ import os
 import pickle
 import re
 import statistics
+import struct
 import sys
+import typing
 import warnings
+import zlib
+from array import array
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import accelerate
@@ -45,6 +50,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
 from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import __version__ as PIL_VERSION
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
@@ -78,8 +84,31 @@ HOP_LENGTH = 160  # samples between two mel frames: 10 ms
 MEL_FRAMES_PER_TOKEN = 2  # the encoder's second convolution has stride 2: one output covers 320 samples, 20 ms
 MAX_SPEECH_SECONDS = 30  # Whisper's window: 30 s x 16,000 / 320 = 1500 encoder outputs
 
+MIN_SPEECH_SECONDS = 0.1  # no question is shorter
+SILENCE = 1e-4  # -80 dB: the loudest sample of a recording that holds nothing
+SPEECH_RATES = (8_000, 192_000)  # Hz
+MAX_RATE_RATIO = (
+    4e6  # taps of the resampler, rate x 16,000 / gcd^2: 44,100 Hz take 70,560, a rate such as 44,101 2.8 GB
+)
+
 FRAME_EXTENSIONS = (".jpg", ".jpeg", ".png")
+FRAME_FORMATS = ("JPEG", "PNG")  # whatever the extension says; Pillow's other readers are not needed
 AUDIO_EXTENSIONS = (".mp3", ".wav", ".flac", ".ogg")
+MAX_FRAME_PIXELS = 50_000_000  # 150 MB decoded; an endoscope has 2 million, a decompression bomb billions
+MAX_ASPECT = 100  # Qwen2-VL refuses sides of more than 200 : 1, and scaling down rounds the short one
+# What Pillow raises on damaged files, found by fuzzing.
+DECODE_ERRORS = (
+    *(UnidentifiedImageError, Image.DecompressionBombError, OSError, SyntaxError, ValueError, EOFError, struct.error),
+    *(zlib.error, IndexError, KeyError, TypeError, OverflowError, MemoryError, AttributeError, ZeroDivisionError),
+)
+# Layer III bit rates in kbit/s: of MPEG 2 and 2.5, of MPEG 1.
+MP3_KBPS = (
+    (8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 144, 160),
+    (32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320),
+)
+MEDIA_CHECKS = 1  # raise it when decode_frame or decode_audio refuse more: what passed before is decoded again
+DIGEST_BYTES = 16
+MAX_REMEMBERED = 1_000_000  # digests: 16 MB
 
 INPUT_MODES = ("audio", "audio_text", "text")
 INSTRUCTION = "Answer the question concisely based on the visual and audio evidence."
@@ -133,10 +162,10 @@ class VQAError(ValueError):
     """Something the user can mend: its text names the file, line, id or flag, and says what to do."""
 
 
-def raise_problems(problems: Sequence[str], meaning: str = "") -> None:
+def raise_problems(problems: Sequence, meaning: str = "") -> None:
     """Raise one VQAError for all `problems` (one line each, 20 at most, then the total and what they mean)."""
     if problems:
-        shown = list(problems[:MAX_PROBLEMS_SHOWN])
+        shown = [str(problem) for problem in problems[:MAX_PROBLEMS_SHOWN]]
         if len(problems) > 1:
             shown.append(f"{len(problems)} problems in all" + (", the first 20 shown" if len(problems) > 20 else ""))
         raise VQAError("\n".join([*shown, meaning] if meaning else shown))
@@ -240,6 +269,19 @@ class DataArguments:
     )
     max_train_samples: int | None = field(default=None, metadata={"help": "Use the first N training rows. None: all."})
     max_eval_samples: int | None = field(default=None, metadata={"help": "Use the first N eval rows. None: all."})
+    allow_symlinks: bool = field(
+        default=False,
+        metadata={"help": "Let links in --frames_dir and --audio_dir lead out of them, as to a data disk."},
+    )
+    skip_bad_samples: bool = field(
+        default=False,
+        metadata={"help": "Leave out rows that are malformed, or whose media are missing or do not decode; how many "
+                  "and which is printed and kept in the settings. False: such rows are an error."},
+    )  # fmt: skip
+    check_data: bool = field(
+        default=False,
+        metadata={"help": "Read and decode the data, report what is wrong, and exit; needs no --output_dir or model."},
+    )
     dry_run: bool = field(
         default=False,
         metadata={"help": "Read the data, count parameters, tokens and steps without allocating weights, and exit."},
@@ -299,7 +341,7 @@ def parse_arguments(argv: Sequence[str]) -> tuple[ModelArguments, DataArguments,
     missing = ["--train_data_path"] * (not data_args.train_data_path) + ["--frames_dir"] * (not data_args.frames_dir)
     if data_args.input_mode != "text" and not data_args.audio_dir:
         missing.append("--audio_dir (or --input_mode text)")
-    if "--output_dir" not in given and not data_args.dry_run:
+    if "--output_dir" not in given and not (data_args.dry_run or data_args.check_data):
         missing.append("--output_dir")
     if missing:
         raise VQAError("missing flag: " + ", ".join(missing))
@@ -339,8 +381,9 @@ class VQARow:
     question_type: str
     answer: str  # the full sentence, which is learned
     short_answer: str  # the closed answer, which is looked for in a prediction
-    frame_paths: tuple[Path, ...] = ()
     audio_path: Path | None = None
+    frames_dir: str = ""
+    found: bytes = b""  # which of `frame_candidates` each frame is: eight paths a row would take 1.2 kB
 
     @property
     def key(self) -> str:
@@ -351,6 +394,34 @@ class VQARow:
     def where(self) -> str:
         """`file:line`."""
         return f"{self.source}:{self.line}"
+
+    def frame_candidates(self, frame: str) -> list[str]:
+        """The paths under which a frame is looked for, in order."""
+        video, _, number = frame.rpartition("_")
+        folder = os.path.join(self.frames_dir, video or self.video_id)
+        return [os.path.join(folder, stem + extension) for stem in (frame, number) for extension in FRAME_EXTENSIONS]
+
+    @property
+    def frame_paths(self) -> tuple[Path, ...]:
+        """The files of the frames, in order; empty before `find_media`."""
+        return tuple(Path(self.frame_candidates(frame)[i]) for frame, i in zip(self.frames, self.found, strict=False))
+
+    @property
+    def media(self) -> tuple[Path, ...]:
+        """The files of the frames, then the speech if there is any."""
+        return (*self.frame_paths, *([self.audio_path] if self.audio_path else []))
+
+
+@dataclass(slots=True)
+class Problem:
+    """What is wrong with a line, or with a media file that several lines need; its text is `file:line: ...`."""
+
+    source: str
+    lines: tuple[int, ...]  # all that cannot be used because of it; the first is named
+    text: str
+
+    def __str__(self) -> str:
+        return f"{self.source}:{self.lines[0]}: {self.text}"
 
 
 def read_rows(path: str | Path, max_samples: int | None = None) -> list[VQARow]:
@@ -363,37 +434,54 @@ def read_rows(path: str | Path, max_samples: int | None = None) -> list[VQARow]:
     Raises:
         VQAError: the file is missing or empty, or lines are malformed (all of them named as `file:line: ...`).
     """
+    rows, problems = scan_rows(path, max_samples)
+    raise_problems(problems)
+    return rows
+
+
+def scan_rows(path: str | Path, max_samples: int | None = None) -> tuple[list[VQARow], list[Problem]]:
+    """As `read_rows`, but returns the malformed lines beside the good ones."""
     path = Path(path)
     if not path.is_file():
         raise VQAError(f"{path}: no such file")
     rows, problems, seen = [], [], {}
-    with path.open(encoding="utf-8-sig") as lines:
+    with path.open("rb") as lines:
         for number, line in enumerate(lines, start=1):
             if max_samples is not None and len(rows) + len(problems) >= max_samples:
                 break
-            if not line.strip():
+            line = line.removeprefix(b"\xef\xbb\xbf" if number == 1 else b"").strip()  # the mark that Windows sets
+            if not line:
                 continue
             try:
-                row = parse_row(line.strip(), str(path), number)
-                if row.key in seen:
-                    raise VQAError(f"the same video, id and question type as line {seen[row.key]}; remove one")
+                row = parse_row(line, str(path), number)
+                digest = hash(row.key)
+                if digest in seen:
+                    raise VQAError(f"the same video, id and question type as line {seen[digest]}; remove one")
             except VQAError as error:
-                problems.append(f"{path}:{number}: {error}")
+                problems.append(Problem(str(path), (number,), str(error)))
                 continue
-            seen[row.key] = number
+            seen[digest] = number
             rows.append(row)
-    raise_problems(problems)
-    if not rows:
+    if not rows and not problems:
         raise VQAError(f"{path}: holds no rows")
-    return rows
+    return rows, problems
 
 
-def parse_row(line: str, source: str, number: int) -> VQARow:
+def parse_row(line: str | bytes, source: str, number: int) -> VQARow:
     """One JSONL line as a VQARow; VQAError says what is wrong with it."""
     try:
-        data = json.loads(line, parse_constant=_refuse_constant, object_pairs_hook=_unique_keys)
+        text = line if isinstance(line, str) else line.decode()
+        data = json.loads(text, parse_constant=_refuse_constant, object_pairs_hook=_unique_keys)
+    except UnicodeDecodeError as error:
+        raise VQAError(f"not UTF-8 text (byte {error.start + 1} of the line); save the file as UTF-8") from error
     except json.JSONDecodeError as error:
         raise VQAError(f"not valid JSON ({error.msg} at column {error.colno})") from error
+    except RecursionError as error:
+        raise VQAError("not a row (lists or objects nested too deeply)") from error
+    except VQAError:
+        raise
+    except ValueError as error:  # Python reads no number of more than 4,300 digits
+        raise VQAError(f"not a row ({error})") from error
     if not isinstance(data, dict):
         raise VQAError("not a JSON object")
     text_fields = ("id", "video_id", "question", "question_type", "answer", "short_answer")
@@ -401,14 +489,19 @@ def parse_row(line: str, source: str, number: int) -> VQARow:
         if name not in data:
             raise VQAError(f"field {name!r} is missing")
         if not isinstance(data[name], str) or not data[name].strip():
-            raise VQAError(f"field {name!r} must be text, not {data[name]!r}")
+            raise VQAError(f"field {name!r} must be text, not {data[name]!r:.80}")
+        if re.search(r"[\ud800-\udfff]", data[name]):
+            raise VQAError(f"field {name!r} holds half a character (a lone surrogate): {data[name]!r:.80}")
     frames = data.get("frames")
     if not isinstance(frames, list) or not frames or not all(isinstance(f, str) and f for f in frames):
         raise VQAError("field 'frames' must be a list of at least one frame name")
-    for name, value in [("id", data["id"]), ("video_id", data["video_id"]), ("question_type", data["question_type"])]:
-        _refuse_path(name, value)
+    for name in ("id", "video_id", "question_type"):
+        _refuse_path(name, data[name])
     for frame in frames:
         _refuse_path("frames", frame)
+        _refuse_path("frames", frame.rpartition("_")[0] or "_", frame)  # the folder that the name stands for
+    for name in ("video_id", "question_type", "short_answer"):
+        data[name] = sys.intern(data[name])  # few different ones over thousands of rows
     return VQARow(source, number, frames=tuple(frames), **{name: data[name] for name in text_fields})
 
 
@@ -417,57 +510,79 @@ def _refuse_constant(name: str) -> None:
 
 
 def _unique_keys(pairs: list[tuple[str, object]]) -> dict:
-    keys = [key for key, _ in pairs]
-    if len(set(keys)) != len(keys):
+    data = dict(pairs)
+    if len(data) != len(pairs):
+        keys = [key for key, _ in pairs]
         raise VQAError(f"field {next(k for k in keys if keys.count(k) > 1)!r} occurs twice")
-    return dict(pairs)
+    return data
 
 
-def _refuse_path(name: str, value: str) -> None:
+def _refuse_path(name: str, part: str, value: str | None = None) -> None:
     """These become file names, and must stay inside the folder that the flag names."""
-    if re.search(r"[/\\\0]", value) or value in (".", ".."):
-        raise VQAError(f"field {name!r} must be a plain name, not {value!r}")
+    if re.search(r"[/\\\0\ud800-\udfff]", part) or part in (".", "..") or len(part.encode(errors="replace")) > 120:
+        raise VQAError(f"field {name!r} must be a plain name, not {value or part!r:.150}")
 
 
-def find_media(rows: Iterable[VQARow], frames_dir: str | Path, audio_dir: str | Path | None) -> list[str]:
-    """Fill in `frame_paths` and, with an `audio_dir`, `audio_path` of each row.
+def find_media(
+    rows: Iterable[VQARow], frames_dir: str | Path, audio_dir: str | Path | None, allow_symlinks: bool = False
+) -> list[Problem]:
+    """Fill in where the frames and, with an `audio_dir`, the speech of each row are.
 
     Frames are looked for as `{frames_dir}/{video}/{frame}` and `{frames_dir}/{video}/{frame_number}`, where `video` is
     the part of the frame name before its last `_`; speech as `{video_id}_{id}_{question_type}`, `{video_id}_{id}`,
-    `{id}`.
+    `{id}`. Without `allow_symlinks` a file that a link puts outside its folder is refused; the folders that the flags
+    name may be links themselves.
 
     Returns:
-        What was not found, one `file:line: ...` each.
+        What was not found, or lies outside.
     """
-    problems = []
+    problems, inside = [], _Inside(allow_symlinks)
+    root = str(frames_dir)
     for row in rows:
-        paths = []
+        row.frames_dir, found = root, []
         for frame in row.frames:
-            video, _, number = frame.rpartition("_")
-            folder = Path(frames_dir) / (video or row.video_id)
-            found = _first_file(folder, (frame, number), FRAME_EXTENSIONS)
-            if found is None:
-                problems.append(f"{row.where}: frame {folder / frame}{{{','.join(FRAME_EXTENSIONS)}}} is missing")
-                break
-            paths.append(found)
-        row.frame_paths = tuple(paths)
-        if audio_dir is not None:
-            stems = (f"{row.video_id}_{row.id}_{row.question_type}", f"{row.video_id}_{row.id}", row.id)
-            row.audio_path = _first_file(Path(audio_dir), stems, AUDIO_EXTENSIONS)
-            if row.audio_path is None:
-                problems.append(
-                    f"{row.where}: no speech in {audio_dir} as {stems[0]}, {stems[1]} or {stems[2]} "
-                    f"({', '.join(AUDIO_EXTENSIONS)})"
-                )
+            candidates = row.frame_candidates(frame)
+            index = next((i for i, path in enumerate(candidates) if os.path.isfile(path)), None)
+            if index is None:
+                stem = os.path.join(os.path.dirname(candidates[0]), frame)
+                text = f"frame {stem}{{{','.join(FRAME_EXTENSIONS)}}} is missing"
+            elif not inside(candidates[index], root):
+                text = f"{row.id}: frame {candidates[index]} is a link out of {root}; see --allow_symlinks"
+            else:
+                found.append(index)
+                continue
+            problems.append(Problem(row.source, (row.line,), text))
+            break
+        row.found = bytes(found)
+        if audio_dir is None:
+            continue
+        stems = (f"{row.video_id}_{row.id}_{row.question_type}", f"{row.video_id}_{row.id}", row.id)
+        paths = (os.path.join(audio_dir, stem + extension) for stem in stems for extension in AUDIO_EXTENSIONS)
+        path = next((path for path in paths if os.path.isfile(path)), None)
+        row.audio_path = Path(path) if path and inside(path, str(audio_dir)) else None
+        if path is None:
+            tried = f"{stems[0]}, {stems[1]} or {stems[2]} ({', '.join(AUDIO_EXTENSIONS)})"
+            problems.append(Problem(row.source, (row.line,), f"no speech in {audio_dir} as {tried}"))
+        elif row.audio_path is None:
+            text = f"{row.id}: speech {path} is a link out of {audio_dir}; see --allow_symlinks"
+            problems.append(Problem(row.source, (row.line,), text))
     return problems
 
 
-def _first_file(folder: Path, stems: Sequence[str], extensions: Sequence[str]) -> Path | None:
-    candidates = (folder / (stem + extension) for stem in stems for extension in extensions)
-    return next((path for path in candidates if path.is_file()), None)
+class _Inside:
+    """Says whether a path, every link in it followed, stays below a root; each folder is resolved once."""
+
+    def __init__(self, allow_symlinks: bool):
+        self.allow_symlinks, self.real = allow_symlinks, cache(os.path.realpath)
+
+    def __call__(self, path: str, root: str) -> bool:
+        if self.allow_symlinks:
+            return True
+        real = os.path.realpath(path) if os.path.islink(path) else self.real(os.path.dirname(path))
+        return os.path.join(real, "").startswith(os.path.join(self.real(root), ""))
 
 
-def find_shared_speech(rows: Iterable[VQARow]) -> list[str]:
+def find_shared_speech(rows: Iterable[VQARow]) -> list[Problem]:
     """Rows with different questions that one speech file would have to serve: one of them would hear the wrong one."""
     first, problems = {}, []
     for row in rows:
@@ -475,44 +590,124 @@ def find_shared_speech(rows: Iterable[VQARow]) -> list[str]:
             continue
         other = first.setdefault(row.audio_path, row)
         if other.question != row.question:
-            problems.append(
-                f"{row.where}: asks another question than {other.where}, but both would play {row.audio_path}; "
+            text = (
+                f"asks another question than {other.where}, but both would play {row.audio_path}; "
                 f"name the files {{video_id}}_{{id}}_{{question_type}}, or give each question file its own folder"
             )
+            lines = (row.line, other.line) if row.source == other.source else (row.line,)
+            problems.append(Problem(row.source, lines, text))
     return problems
 
 
-def check_media(rows: Sequence[VQARow]) -> list[str]:
-    """Decode every frame and speech file once, on all cores; returns `file:line: ...` for each that does not decode."""
-    users = {}  # path -> the first row that needs it
-    for row in rows:
-        for path in (*row.frame_paths, row.audio_path):
-            if path is not None:
-                users.setdefault(path, row)
+def check_media(rows: Sequence[VQARow]) -> list[Problem]:
+    """Decode every frame and speech file once, on all cores, but those that passed before and have not changed.
 
-    def problem(path: Path) -> str | None:
+    That a file passed is remembered in the user's cache folder, as one digest over its path, size, time of change and
+    inode, and the versions of these checks and of the decoders. What fails is decoded again each time.
+    """
+    places, digests = array("Q"), bytearray()  # 24 bytes a file, and no paths: rows come by the thousand
+    state = f"{MEDIA_CHECKS} {PIL_VERSION} {soundfile.__libsndfile_version__}"
+    for number, row in enumerate(rows):
+        for position, path in enumerate(row.media):
+            stat = os.stat(path)
+            text = f"{state} {stat.st_size} {stat.st_mtime_ns} {stat.st_ino} {os.path.abspath(path)}"
+            digests += hashlib.blake2b(text.encode(errors="surrogateescape"), digest_size=DIGEST_BYTES).digest()
+            places.append(number << 16 | position)
+    if not places:
+        return []
+
+    def fault(place: int) -> str | None:
+        row, position = rows[place >> 16], place & 0xFFFF
+        path = row.media[position]
         try:
-            decode_audio(path) if path.suffix in AUDIO_EXTENSIONS else decode_frame(path)
+            decode_audio(path) if path == row.audio_path else decode_frame(path)
         except VQAError as error:
-            return f"{users[path].where}: {error}"
+            return str(error)
         return None
 
+    passed = read_passed()
+    digest_of = np.frombuffer(digests, passed.dtype)
+    files, first = np.unique(digest_of, return_index=True)
+    waiting = np.sort(first[~np.isin(files, passed, assume_unique=True)])
+    del first
+    problems, failed = [], []
+    # Threads: Pillow and libsndfile let go of the interpreter while they decode. 64 at a time, or the futures pile up.
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        found = list(tqdm(pool.map(problem, users), total=len(users), desc="Checking media", unit="file", leave=False))
-    return [text for text in found if text]
+        bar = tqdm(total=len(waiting), desc="Checking media", unit="file", leave=False)
+        for chunk in np.split(waiting, range(64, len(waiting), 64)):
+            for index, text in zip(chunk, pool.map(fault, [places[i] for i in chunk]), strict=True):
+                bar.update()
+                if text:
+                    users = [rows[places[i] >> 16] for i in np.flatnonzero(digest_of == digest_of[index])]
+                    lines = tuple(dict.fromkeys(row.line for row in users))
+                    more = f" ({len(lines) - 1} more lines need it)" if len(lines) > 1 else ""
+                    problems.append(Problem(users[0].source, lines, text + more))
+                    failed.append(digest_of[index])
+        bar.close()
+    if len(waiting) > len(failed):
+        good = files[~np.isin(files, failed)] if failed else files
+        write_passed(np.union1d(passed, good) if len(passed) < MAX_REMEMBERED else good)
+    return problems
 
 
-def load_rows(
-    data_path: str | Path, frames_dir: str | Path, audio_dir: str | Path | None, max_samples: int | None = None
-) -> list[VQARow]:
-    """Rows with their media found and decoded once; `audio_dir` None where the question is only read.
+def passed_file() -> Path:
+    """Where the digests of media that passed are kept: `$XDG_CACHE_HOME` or `~/.cache`."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "surgvivqa_audio" / "media_passed"
+
+
+def read_passed() -> np.ndarray:
+    """The digests of media that passed, sorted; none where the file is missing or damaged."""
+    stored = b""
+    with contextlib.suppress(OSError):
+        stored = passed_file().read_bytes()
+    head, digests = stored[:32], stored[32:]
+    if hashlib.sha256(digests).digest() != head or len(digests) % DIGEST_BYTES:
+        digests = b""
+    return np.frombuffer(digests, f"S{DIGEST_BYTES}")
+
+
+def write_passed(passed: np.ndarray) -> None:
+    """Replace the digests of media that passed; where the folder cannot be written, the next start decodes again."""
+    path, stored = passed_file(), passed.tobytes()
+    with contextlib.suppress(OSError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part = path.with_name(f"{path.name}.{os.getpid()}")
+        part.write_bytes(hashlib.sha256(stored).digest() + stored)
+        os.replace(part, path)
+
+
+def check_rows(
+    data_path: str | Path,
+    frames_dir: str | Path,
+    audio_dir: str | Path | None,
+    max_samples: int | None = None,
+    allow_symlinks: bool = False,
+) -> tuple[list[VQARow], list[Problem]]:
+    """The rows that can be used, their media found and decoded once; and what is wrong with the others.
+
+    Args:
+        data_path: JSONL in the REAL-Colon-VQA schema.
+        frames_dir: holds the frames.
+        audio_dir: holds the speech. None where the question is only read.
+        max_samples: stop after this many rows. None: all.
+        allow_symlinks: links may lead out of the two folders.
+    """
+    rows, problems = scan_rows(data_path, max_samples)
+    problems += find_media(rows, frames_dir, audio_dir, allow_symlinks)
+    problems += find_shared_speech(rows) + check_media(rows)
+    problems.sort(key=lambda problem: problem.lines[0])
+    bad = {line for problem in problems for line in problem.lines}
+    return [row for row in rows if row.line not in bad], problems
+
+
+def load_rows(*args, **kwargs) -> list[VQARow]:
+    """The rows of a file, with the arguments of `check_rows`.
 
     Raises:
         VQAError: naming every malformed line, and every missing, undecodable or ambiguous file.
     """
-    rows = read_rows(data_path, max_samples)
-    raise_problems(find_media(rows, frames_dir, audio_dir))
-    raise_problems(find_shared_speech(rows) + check_media(rows))
+    rows, problems = check_rows(*args, **kwargs)
+    raise_problems(problems)
     return rows
 
 
@@ -523,11 +718,30 @@ def fit_size(size: tuple[int, int], max_image_size: int) -> tuple[int, int]:
 
 
 def decode_frame(path: Path) -> Image.Image:
-    """A whole decoded frame, RGB, upright (EXIF orientation applied); VQAError names a file that does not decode."""
+    """A whole decoded frame, RGB, upright (EXIF orientation applied).
+
+    Raises:
+        VQAError: naming a file that is no JPEG or PNG, does not decode to the end, or that the model cannot see.
+    """
     try:
-        with Image.open(path) as image:
-            return ImageOps.exif_transpose(image).convert("RGB")
-    except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError, ValueError) as error:
+        with Image.open(path, formats=FRAME_FORMATS) as image:
+            width, height = image.size
+            if width * height > MAX_FRAME_PIXELS:
+                raise VQAError(
+                    f"frame {path} has {width} x {height} pixels, more than {MAX_FRAME_PIXELS}; scale it down"
+                )
+            if max(width, height) > MAX_ASPECT * min(width, height):
+                raise VQAError(f"frame {path} has {width} x {height} pixels, too long and thin; replace it")
+            image.load()
+            ImageOps.exif_transpose(image, in_place=True)
+            if image.mode.startswith("I"):  # 16 bits of grey; Pillow would cut off all above 255
+                return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
+            if image.mode in ("P", "PA", "LA", "RGBA"):  # what is transparent keeps the colour it was stored with
+                image = image.convert("RGBA")
+            return image.convert("RGB") if image.mode != "RGB" else image.copy()
+    except VQAError:
+        raise
+    except DECODE_ERRORS as error:
         raise VQAError(f"frame {path} cannot be decoded ({error}); replace it or remove the row") from error
 
 
@@ -541,20 +755,78 @@ def decode_audio(path: Path) -> tuple[np.ndarray, int]:
     """Speech as stored: float32 samples [n, channels] and the rate in Hz.
 
     Raises:
-        VQAError: the file cannot be decoded, is empty, is not finite, or is longer than 30 s.
+        VQAError: the file cannot be decoded or is cut off, or holds nothing that the model could hear as it is.
     """
+
+    def refuse(what: str, advice: str = "replace it or remove the row") -> typing.NoReturn:
+        raise VQAError(f"speech {path} {what}; {advice}")
+
     try:
-        samples, rate = soundfile.read(path, dtype="float32", always_2d=True)
-    except (soundfile.SoundFileError, OSError) as error:
-        raise VQAError(f"speech {path} cannot be decoded ({error}); replace it or remove the row") from error
+        with soundfile.SoundFile(path) as sound:
+            rate, stated = sound.samplerate, sound.frames
+            # One second more than allowed is enough to know, and a header may claim days.
+            samples = sound.read(min(stated, (MAX_SPEECH_SECONDS + 1) * rate), dtype="float32", always_2d=True)
+            cut = is_cut_off(path, sound, len(samples))
+    except (soundfile.SoundFileError, OSError, ValueError, MemoryError) as error:
+        refuse(f"cannot be decoded ({error})")
     if not len(samples):
-        raise VQAError(f"speech {path} holds no sound; replace it or remove the row")
+        refuse("holds no sound")
     if not np.isfinite(samples).all():
-        raise VQAError(f"speech {path} holds samples that are not finite; replace it or remove the row")
+        refuse("holds samples that are not finite")
     if len(samples) > MAX_SPEECH_SECONDS * rate:
-        seconds = len(samples) / rate
-        raise VQAError(f"speech {path} lasts {seconds:.1f} s, the model hears at most {MAX_SPEECH_SECONDS}; shorten it")
+        refuse(f"lasts {stated / rate:.1f} s, the model hears at most {MAX_SPEECH_SECONDS}", "shorten it")
+    if cut:
+        refuse("is cut off", "copy it again or remove the row")
+    if len(samples) < MIN_SPEECH_SECONDS * rate:
+        refuse(f"lasts {len(samples) / rate:.3f} s, less than {MIN_SPEECH_SECONDS}")
+    if (
+        not SPEECH_RATES[0] <= rate <= SPEECH_RATES[1]
+        or rate * SAMPLE_RATE > MAX_RATE_RATIO * math.gcd(rate, SAMPLE_RATE) ** 2
+    ):
+        refuse(f"has {rate} samples a second", f"resample it to {SAMPLE_RATE}")
+    if np.abs(samples.mean(axis=1)).max() < SILENCE:
+        refuse("is silent throughout")
     return samples, rate
+
+
+def is_cut_off(path: Path, sound: soundfile.SoundFile, decoded: int) -> bool:
+    """Whether a speech file ends before its own headers say so; libsndfile itself tells only for FLAC.
+
+    An MP3 without a length header that ends exactly between two of its blocks shows no trace of what was lost.
+    """
+    if sound.format == "WAV":
+        sizes = re.search(r"data : (\d+) \(should be (\d+)\)", sound.extra_info)
+        return bool(sizes) and int(sizes[1]) > int(sizes[2])
+    if sound.format == "OGG":  # the last page of a stream is marked
+        last = path.read_bytes().rpartition(b"OggS")[2]
+        return len(last) < 23 or not last[1] & 4 or len(last) + 4 < 27 + last[22] + sum(last[23 : 23 + last[22]])
+    if sound.format == "MP3":
+        samples, whole = walk_mp3(path.read_bytes())
+        window = (MAX_SPEECH_SECONDS + 1) * sound.samplerate
+        # Without a length header libsndfile guesses the length from the first block, and stops there.
+        return not whole or decoded < min(sound.frames, window) or decoded < 0.9 * min(samples, window)
+    return False
+
+
+def walk_mp3(data: bytes) -> tuple[int, bool]:
+    """Samples a channel in the blocks of an MP3, and whether the last block is whole."""
+    at, follows, samples = 0, False, 0
+    if data[:3] == b"ID3":  # a tag before the sound: ten bytes, then as many as they say, seven bits a byte
+        at = 10 + sum((byte & 0x7F) << shift for byte, shift in zip(data[6:10], (21, 14, 7, 0), strict=False))
+    while 0 <= at <= len(data) - 4:
+        head = int.from_bytes(data[at : at + 4], "big")
+        version, layer, bitrate, rate = head >> 19 & 3, head >> 17 & 3, head >> 12 & 15, head >> 10 & 3
+        if head >> 21 != 0x7FF or version == 1 or layer != 1 or bitrate in (0, 15) or rate == 3:
+            at, follows = data.find(b"\xff", at + 1), False  # not a block of layer III: look for the next
+            continue
+        full = version == 3  # MPEG 1; MPEG 2 and 2.5 have half and a quarter of the rate, and half the block
+        hertz = (44100, 48000, 32000)[rate] >> (0, 1, 2)[(3, 2, 0).index(version)]
+        length = (144 if full else 72) * MP3_KBPS[full][bitrate - 1] * 1000 // hertz + (head >> 9 & 1)
+        if at + length > len(data):
+            return samples, not follows  # bytes that only look like a block do not follow one
+        samples += 1152 if full else 576
+        at, follows = at + length, True
+    return samples, True
 
 
 def load_speech(path: Path) -> np.ndarray:
@@ -679,7 +951,7 @@ class VQAProcessor:
         """Length of the training sample of `row`, from the frames' headers alone."""
         counts = []
         for path in frame_paths:
-            with Image.open(path) as image:
+            with Image.open(path, formats=FRAME_FORMATS) as image:
                 turned = image.getexif().get(0x0112, 1) >= 5  # EXIF orientations 5 to 8 lie on their side
                 width, height = fit_size(image.size[::-1] if turned else image.size, self.max_image_size)
             patches = self.image_processor.get_number_of_image_patches(height, width, {})
@@ -747,6 +1019,25 @@ class SurgicalVQADataset(torch.utils.data.Dataset):
         frames = [load_frame(path, self.processor.max_image_size) for path in self._select_frames(row.frame_paths)]
         speech = load_speech(row.audio_path) if self.processor.input_mode != "text" else None
         return self.processor.encode(row, frames, speech, self.with_answer)
+
+    def find_too_long(self, context: int) -> list[Problem]:
+        """The rows whose samples take more than `context` tokens, the most that the model can place.
+
+        Only where the largest frames could bring that about are the frames' headers read.
+        """
+        processor, problems = self.processor, []
+        unit = processor.image_processor.patch_size * processor.merge_size
+        largest = max(16, math.ceil(processor.max_image_size / unit) ** 2)  # tiny frames are scaled up to 4 x 4 tokens
+        for row in self.rows:
+            frames = len(self._select_frames(row.frames))
+            if len(processor.build(row.question, [largest] * frames, row.answer)["input_ids"]) <= context:
+                continue
+            tokens = processor.count_tokens(row, self._select_frames(row.frame_paths))
+            if tokens > context:
+                text = f"{row.key} takes {tokens} tokens, more than the model's {context}; lower --max_image_size or "
+                flag = "eval" if self.is_eval else "train"
+                problems.append(Problem(row.source, (row.line,), f"{text}--max_{flag}_frames"))
+        return problems
 
     def token_counts(self) -> list[int]:
         """Tokens of each sample, without decoding any frame."""
@@ -1700,6 +1991,7 @@ def resolved_settings(
     training_args: VQATrainingArguments,
     processor: VQAProcessor,
     base_fingerprint: str,
+    skipped: Sequence[str] = (),
 ) -> dict:
     """All that training chose, as JSON: `model` and `input` are what evaluation repeats, the rest is for the record."""
     packages = ("torch", "transformers", "peft", "accelerate", "pillow", "torchaudio", "soundfile")
@@ -1731,6 +2023,7 @@ def resolved_settings(
             "turn_ends": turn_end_ids(processor.tokenizer),
         },
         "data": {k: v for k, v in asdict(data_args).items() if k.endswith(("_path", "_dir", "_samples"))},
+        "skipped": list(skipped),
         "training": json.loads(training_args.to_json_string()),
         "versions": {name: importlib.metadata.version(name) for name in packages},
     }
@@ -1846,6 +2139,40 @@ def report_plan(train: SurgicalVQADataset, evaluation: SurgicalVQADataset | None
     print(f"steps: {steps} ({per_epoch} an epoch of {len(train)} samples)")
 
 
+def read_data(args: DataArguments) -> tuple[list[VQARow], list[VQARow], list[str]]:
+    """The rows of training and evaluation, and the problems of those that --skip_bad_samples left out.
+
+    Raises:
+        VQAError: naming all that is wrong with either file, unless those rows may be left out.
+    """
+    by_ear = args.input_mode != "text"
+    sources = [(args.train_data_path, args.audio_dir, args.max_train_samples)]
+    if args.eval_data_path:
+        sources.append((args.eval_data_path, args.eval_audio_dir or args.audio_dir, args.max_eval_samples))
+    loaded, problems = [], []
+    for path, audio_dir, limit in sources:
+        rows, found = check_rows(path, args.frames_dir, audio_dir if by_ear else None, limit, args.allow_symlinks)
+        if args.check_data:
+            media = {file for row in rows for file in row.media}
+            clips, types = len({row.frames for row in rows}), len({row.question_type for row in rows})
+            bad = len({line for problem in found for line in problem.lines})
+            print(f"{path}: {len(rows)} good rows ({clips} clips, {types} types, {len(media)} files), {bad} bad")
+        loaded.append(rows)
+        problems += found
+    if not args.skip_bad_samples:
+        raise_problems([*problems, *find_shared_speech(row for rows in loaded for row in rows)])
+    raise_problems(
+        find_shared_speech(row for rows in loaded for row in rows)
+    )  # which of the two is wrong, none can say
+    skipped = [str(problem) for problem in problems]
+    if skipped:
+        print("\n".join([f"Leaving out bad rows ({len(skipped)} problems, --skip_bad_samples):", *skipped]))
+    for (path, *_), rows in zip(sources, loaded, strict=True):
+        if not rows:
+            raise VQAError(f"{path}: no good row is left; see what is wrong with --check_data")
+    return loaded[0], loaded[1] if len(loaded) > 1 else [], skipped
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Train as the flags say; returns the exit status."""
     # 1. Arguments
@@ -1854,16 +2181,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     dtype = torch.bfloat16 if training_args.bf16 else torch.float32
 
     # 2. Data: everything is read and decoded once before any weight is loaded
-    by_ear = data_args.input_mode != "text"
-    audio_dir = data_args.audio_dir if by_ear else None
-    eval_audio_dir = (data_args.eval_audio_dir or data_args.audio_dir) if by_ear else None
-    train_rows = load_rows(data_args.train_data_path, data_args.frames_dir, audio_dir, data_args.max_train_samples)
-    eval_rows = None
-    if data_args.eval_data_path:
-        eval_rows = load_rows(
-            data_args.eval_data_path, data_args.frames_dir, eval_audio_dir, data_args.max_eval_samples
-        )
-        raise_problems(find_shared_speech([*train_rows, *eval_rows]))
+    train_rows, eval_rows, skipped = read_data(data_args)
+    if data_args.check_data:
+        return 0
 
     # 3. Tokenizer and model
     kernel = {"sdpa": "SDPA", "flash_attention_2": "FlashAttention-2"}.get(model_args.attn_implementation)
@@ -1906,12 +2226,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         eval_dataset = SurgicalVQADataset(eval_rows, processor, max_eval_frames=limit, is_eval=True)
         if limit is not None and any(len(row.frames) > limit for row in eval_rows):
             print(f"   Using {limit} frames (evenly sampled) to reduce eval memory")
+    context = model.config.text_config.max_position_embeddings
+    raise_problems(
+        [problem for data in (train_dataset, eval_dataset) if data for problem in data.find_too_long(context)]
+    )
     if data_args.dry_run:
         report_plan(train_dataset, eval_dataset, training_args)
         return 0
 
     # 6. Training; evaluation computes the loss only
-    settings = resolved_settings(model_args, data_args, training_args, processor, base_fingerprint)
+    settings = resolved_settings(model_args, data_args, training_args, processor, base_fingerprint, skipped)
     memory = PeakMemory()
     stop = StopAtLoss(data_args.target_train_loss) if data_args.target_train_loss is not None else None
     trainer = VQATrainer(
