@@ -81,7 +81,8 @@ DEFAULT_MODEL = "kulsoom-abdullah/Qwen2-Audio-7B-Transcription"  # the published
 
 SAMPLE_RATE = 16_000  # Hz, what Whisper was trained on
 HOP_LENGTH = 160  # samples between two mel frames: 10 ms
-MEL_FRAMES_PER_TOKEN = 2  # the encoder's second convolution has stride 2: one output covers 320 samples, 20 ms
+MEL_FRAMES_PER_TOKEN = 2  # the encoder's second convolution has stride 2
+SAMPLES_PER_TOKEN = HOP_LENGTH * MEL_FRAMES_PER_TOKEN  # one encoder output covers 20 ms
 MAX_SPEECH_SECONDS = 30  # Whisper's window: 30 s x 16,000 / 320 = 1500 encoder outputs
 
 MIN_SPEECH_SECONDS = 0.1  # no question is shorter
@@ -111,6 +112,8 @@ DIGEST_BYTES = 16
 MAX_REMEMBERED = 1_000_000  # digests: 16 MB
 
 INPUT_MODES = ("audio", "audio_text", "text")
+AUDIO_TOKENS = ("full", "speech")
+FRAME_MODES = ("images", "video")
 INSTRUCTION = "Answer the question concisely based on the visual and audio evidence."
 # The published stage-2 checkpoint was trained with these two as plain text, which the tokenizer splits into pieces.
 AUDIO_BOS, AUDIO_EOS = "<|audio_bos|>", "<|audio_eos|>"
@@ -266,6 +269,22 @@ class DataArguments:
     max_image_size: int = field(
         default=384,
         metadata={"help": "Longer side of a frame in pixels, before Qwen2-VL rounds it to multiples of 28."},
+    )
+    audio_tokens: str = field(
+        default="full",
+        metadata={
+            "help": "full: all 1500 outputs of the encoder. speech: only those that cover sound, one per 20 ms "
+            "(shorter samples; changes the result).",
+            "choices": list(AUDIO_TOKENS),
+        },
+    )
+    frame_mode: str = field(
+        default="images",
+        metadata={
+            "help": "images: each frame on its own. video: pairs of frames as Qwen2-VL's temporal patches (half the "
+            "tokens; changes the result).",
+            "choices": list(FRAME_MODES),
+        },
     )
     max_train_samples: int | None = field(default=None, metadata={"help": "Use the first N training rows. None: all."})
     max_eval_samples: int | None = field(default=None, metadata={"help": "Use the first N eval rows. None: all."})
@@ -829,6 +848,12 @@ def walk_mp3(data: bytes) -> tuple[int, bool]:
     return samples, True
 
 
+def speech_length(path: Path) -> int:
+    """Samples that `load_speech` gives, from the file's header alone."""
+    info = soundfile.info(path)
+    return math.ceil(info.frames * SAMPLE_RATE / info.samplerate)
+
+
 def load_speech(path: Path) -> np.ndarray:
     """Speech as the encoder wants it: float32 [n] at 16 kHz, channels averaged."""
     samples, rate = decode_audio(path)
@@ -849,6 +874,8 @@ class VQAProcessor:
         config: of the model; its geometry decides how many tokens frames and speech take.
         max_image_size: longer side of a frame in pixels.
         input_mode: one of `INPUT_MODES`.
+        audio_tokens: one of `AUDIO_TOKENS`.
+        frame_mode: one of `FRAME_MODES`.
     """
 
     def __init__(
@@ -857,48 +884,66 @@ class VQAProcessor:
         config: Qwen2VLConfig,
         max_image_size: int = 384,
         input_mode: str = "audio",
+        audio_tokens: str = "full",
+        frame_mode: str = "images",
     ):
-        if input_mode not in INPUT_MODES:
-            raise VQAError(f"--input_mode must be one of {', '.join(INPUT_MODES)}, not {input_mode!r}")
+        for flag, value, choices in (
+            ("input_mode", input_mode, INPUT_MODES),
+            ("audio_tokens", audio_tokens, AUDIO_TOKENS),
+            ("frame_mode", frame_mode, FRAME_MODES),
+        ):
+            if value not in choices:
+                raise VQAError(f"--{flag} must be one of {', '.join(choices)}, not {value!r}")
         self.tokenizer, self.max_image_size, self.input_mode = tokenizer, max_image_size, input_mode
+        self.audio_tokens, self.frame_mode = audio_tokens, frame_mode
         audio = audio_config_of(config)
-        self.audio_tokens = audio.max_source_positions
+        self.encoder_tokens = audio.max_source_positions
         self.merge_size = config.vision_config.spatial_merge_size
         self.image_processor = Qwen2VLImageProcessorPil(
             patch_size=config.vision_config.patch_size,
             temporal_patch_size=config.vision_config.temporal_patch_size,
             merge_size=self.merge_size,
         )
-        mel_frames = self.audio_tokens * MEL_FRAMES_PER_TOKEN
+        mel_frames = self.encoder_tokens * MEL_FRAMES_PER_TOKEN
         self.max_samples = mel_frames * HOP_LENGTH
         self.feature_extractor = WhisperFeatureExtractor(
             feature_size=audio.num_mel_bins, sampling_rate=SAMPLE_RATE, hop_length=HOP_LENGTH, chunk_length=1
         )
         self.feature_extractor.n_samples, self.feature_extractor.nb_max_frames = self.max_samples, mel_frames
         self.audio_id = tokenizer.convert_tokens_to_ids(AUDIO_PAD)
-        self.image_id = config.image_token_id
+        video = frame_mode == "video"
+        self.vision_id, self.vision_type = (config.video_token_id, 2) if video else (config.image_token_id, 1)
         self.vision_ids = (config.vision_start_token_id, config.vision_end_token_id)
 
-    def build(self, question: str, image_tokens: Sequence[int], answer: str | None) -> dict[str, torch.Tensor]:
+    def speech_tokens(self, samples: int) -> int:
+        """Tokens that speech of `samples` at 16 kHz takes in the prompt."""
+        if self.audio_tokens == "full":
+            return self.encoder_tokens
+        return min(self.encoder_tokens, max(1, math.ceil(samples / SAMPLES_PER_TOKEN)))
+
+    def build(
+        self, question: str, vision_tokens: Sequence[int], audio_tokens: int, answer: str | None
+    ) -> dict[str, torch.Tensor]:
         """Token ids of one sample, in the layout of the published stage-2 checkpoint.
 
         Args:
             question: in words; only the text modes use it.
-            image_tokens: tokens of each frame.
+            vision_tokens: tokens of each frame, or of the one video.
+            audio_tokens: from `speech_tokens`; text mode does not use it.
             answer: to be learned, or None for the prompt alone.
 
         Returns:
-            `input_ids`, `mm_token_type_ids` (0 text and speech, 1 image) and `labels` (the answer and its turn end;
-            -100 elsewhere), each int64 [T].
+            `input_ids`, `mm_token_type_ids` (0 text and speech, 1 image, 2 video) and `labels` (the answer and its turn
+            end; -100 elsewhere), each int64 [T].
         """
         words = partial(self.tokenizer.encode, add_special_tokens=False)
         ids = words("<|im_start|>user\n" + (AUDIO_BOS if self.input_mode != "text" else ""))
         if self.input_mode != "text":
-            ids += [self.audio_id] * self.audio_tokens + words(AUDIO_EOS + "\n")
-        image_spans = []
-        for count in image_tokens:
-            image_spans.append((len(ids) + 1, len(ids) + 1 + count))
-            ids += [self.vision_ids[0], *[self.image_id] * count, self.vision_ids[1]]
+            ids += [self.audio_id] * audio_tokens + words(AUDIO_EOS + "\n")
+        spans = []
+        for count in vision_tokens:
+            spans.append((len(ids) + 1, len(ids) + 1 + count))
+            ids += [self.vision_ids[0], *[self.vision_id] * count, self.vision_ids[1]]
         if self.input_mode != "audio":
             ids += words(f"Question: {question}\n", split_special_tokens=True)
         ids += words(f"{INSTRUCTION}<|im_end|>\n<|im_start|>assistant\n")
@@ -908,8 +953,8 @@ class VQAProcessor:
             ids += learned
             labels += learned
         types = torch.zeros(len(ids), dtype=torch.long)
-        for start, end in image_spans:
-            types[start:end] = 1
+        for start, end in spans:
+            types[start:end] = self.vision_type
         return {"input_ids": torch.tensor(ids), "mm_token_type_ids": types, "labels": torch.tensor(labels)}
 
     def encode(
@@ -925,15 +970,24 @@ class VQAProcessor:
 
         Returns:
             The tensors of `build`, `pixel_values` float32 [patches, channels * temporal patch * patch * patch],
-            `image_grid_thw` int64 [frames, 3], and outside text mode `input_features` float32 [1, mel bins, frames].
+            `image_grid_thw` int64 [frames, 3] or `video_grid_thw` int64 [1, 3], and outside text mode `input_features`
+            float32 [1, mel bins, frames] and `audio_lengths` int64 [1], the tokens of the speech.
 
         Raises:
-            VQAError: speech longer than the encoder's window, or labels all or none masked.
+            VQAError: speech longer than the encoder's window, frames that cannot be paired, or labels all or none
+                masked.
         """
         images = self.image_processor(images=list(frames), return_tensors="pt")
-        counts = (images["image_grid_thw"].prod(-1) // self.merge_size**2).tolist()
-        sample = self.build(row.question, counts, row.answer if with_answer else None)
-        sample["pixel_values"], sample["image_grid_thw"] = images["pixel_values"], images["image_grid_thw"]
+        pixels, grid = images["pixel_values"], images["image_grid_thw"]
+        if self.frame_mode == "video":
+            if (grid != grid[0]).any():
+                raise VQAError(f"{row.where}: the frames differ in size; --frame_mode video cannot pair them")
+            pixels, grid = pair_frames(pixels, grid)
+        audio_tokens = 0 if speech is None else self.speech_tokens(len(speech))
+        counts = (grid.prod(-1) // self.merge_size**2).tolist()
+        sample = self.build(row.question, counts, audio_tokens, row.answer if with_answer else None)
+        sample["pixel_values"] = pixels
+        sample["video_grid_thw" if self.frame_mode == "video" else "image_grid_thw"] = grid
         if self.input_mode != "text":
             if len(speech) > self.max_samples:
                 raise VQAError(
@@ -943,6 +997,7 @@ class VQAProcessor:
             sample["input_features"] = self.feature_extractor(
                 speech, sampling_rate=SAMPLE_RATE, return_tensors="pt", padding="max_length"
             )["input_features"]
+            sample["audio_lengths"] = torch.tensor([audio_tokens])
         if with_answer:
             check_labels(sample["labels"], row)
         return sample
@@ -956,7 +1011,28 @@ class VQAProcessor:
                 width, height = fit_size(image.size[::-1] if turned else image.size, self.max_image_size)
             patches = self.image_processor.get_number_of_image_patches(height, width, {})
             counts.append(patches // self.merge_size**2)
-        return len(self.build(row.question, counts, row.answer)["input_ids"])
+        if self.frame_mode == "video":
+            counts = [counts[0] * math.ceil(len(counts) / 2)]
+        audio_tokens = 0 if self.input_mode == "text" else self.speech_tokens(speech_length(row.audio_path))
+        return len(self.build(row.question, counts, audio_tokens, row.answer)["input_ids"])
+
+
+def pair_frames(pixels: torch.Tensor, grid: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Frames as Qwen2-VL's video: two neighbours share a temporal patch; a last one without neighbour is doubled.
+
+    Args:
+        pixels: float32 [frames * patches, channels * 2 * patch * patch], each frame standing in both temporal places.
+        grid: int64 [frames, 3], all frames of one size.
+
+    Returns:
+        Pixels [ceil(frames / 2) * patches, ...] and grid int64 [1, 3].
+    """
+    frames, _, height, width = len(grid), *grid[0].tolist()
+    if frames % 2:
+        pixels, frames = torch.cat([pixels, pixels[-height * width :]]), frames + 1
+    pairs = pixels.view(frames // 2, 2, height * width, -1, 2, pixels.shape[1] // 6)
+    video = torch.stack([pairs[:, 0, :, :, 0], pairs[:, 1, :, :, 1]], dim=-2)
+    return video.reshape(-1, pixels.shape[1]), torch.tensor([[frames // 2, height, width]])
 
 
 def check_labels(labels: torch.Tensor, row: VQARow) -> None:
@@ -1060,8 +1136,8 @@ class VQACollator:
 
     def __call__(self, samples: Sequence[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
         """`input_ids`, `labels`, `mm_token_type_ids` and, padded on the left, `attention_mask`, int64 [B, T];
-        `pixel_values` and `image_grid_thw` along all frames of the batch; `input_features` float32 [B, mel bins, mel
-        frames]."""
+        `pixel_values` and `image_grid_thw` or `video_grid_thw` along all frames or clips of the batch; `input_features`
+        float32 [B, mel bins, mel frames] and `audio_lengths` int64 [B]."""
         padded = {name: [s[name] for s in samples] for name in ("input_ids", "labels", "mm_token_type_ids")}
         if self.padding_side == "left":
             padded["attention_mask"] = [torch.ones_like(s["input_ids"]) for s in samples]
@@ -1074,7 +1150,7 @@ class VQACollator:
             )
             for name, values in padded.items()
         }
-        for name in ("pixel_values", "image_grid_thw", "input_features"):
+        for name in ("pixel_values", "image_grid_thw", "video_grid_thw", "input_features", "audio_lengths"):
             if name in samples[0]:
                 batch[name] = torch.cat([s[name] for s in samples])
         return batch
@@ -1134,7 +1210,9 @@ class SurgicalVQAModel(Qwen2VLForConditionalGeneration):
         input_ids: torch.Tensor,
         pixel_values: torch.Tensor | None,
         image_grid_thw: torch.Tensor | None,
+        video_grid_thw: torch.Tensor | None,
         input_features: torch.Tensor | None,
+        audio_lengths: torch.Tensor | None,
     ) -> torch.Tensor:
         """Embeddings [B, T, hidden] of `input_ids` [B, T] with frames and speech in their places.
 
@@ -1143,13 +1221,17 @@ class SurgicalVQAModel(Qwen2VLForConditionalGeneration):
         """
         embeds = self.get_input_embeddings()(input_ids)
         if pixel_values is not None:
+            kind = "image" if video_grid_thw is None else "video"
+            grid = image_grid_thw if video_grid_thw is None else video_grid_thw
             with torch.no_grad():
-                images = self.model.visual(pixel_values.to(self.dtype), grid_thw=image_grid_thw).pooler_output
-            embeds = _splice(embeds, input_ids == self.config.image_token_id, images, "image")
+                seen = self.model.visual(pixel_values.to(self.dtype), grid_thw=grid).pooler_output
+            embeds = _splice(embeds, input_ids == getattr(self.config, f"{kind}_token_id"), seen, kind)
         if input_features is not None:
             with torch.no_grad():
                 heard = self.audio_encoder(input_features.to(self.dtype)).last_hidden_state
-            speech = self.audio_projector(heard).flatten(0, 1)
+            if audio_lengths is not None:
+                heard = heard[torch.arange(heard.shape[1], device=heard.device) < audio_lengths[:, None]]
+            speech = self.audio_projector(heard.flatten(0, -2))
             embeds = _splice(embeds, input_ids == self.config.audio_token_id, speech, "audio")
         return embeds
 
@@ -1163,7 +1245,9 @@ class SurgicalVQAModel(Qwen2VLForConditionalGeneration):
         use_cache: bool | None = None,
         pixel_values: torch.Tensor | None = None,
         image_grid_thw: torch.Tensor | None = None,
+        video_grid_thw: torch.Tensor | None = None,
         input_features: torch.Tensor | None = None,
+        audio_lengths: torch.Tensor | None = None,
         mm_token_type_ids: torch.Tensor | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         num_items_in_batch: torch.Tensor | int | None = None,
@@ -1180,19 +1264,22 @@ class SurgicalVQAModel(Qwen2VLForConditionalGeneration):
             labels: int64 [B, T], -100 where nothing is learned.
             use_cache: keep keys and values; never with labels.
             pixel_values: patches of all frames of the batch.
-            image_grid_thw: int64 [frames, 3].
+            image_grid_thw: int64 [frames, 3], or None.
+            video_grid_thw: int64 [clips, 3], or None.
             input_features: float32 [B, mel bins, mel frames].
-            mm_token_type_ids: int64 [B, T], 0 text and speech, 1 image.
+            audio_lengths: int64 [B], how many of the encoder's outputs stand in the prompt. None: all.
+            mm_token_type_ids: int64 [B, T], 0 text and speech, 1 image, 2 video.
             logits_to_keep: number of last positions (0: all), or the positions.
             num_items_in_batch: labels in the whole accumulated batch, which the loss is divided by. None: in this one.
             inputs_embeds: always None (PEFT passes it); speech and frames are placed by id.
         """
-        embeds = self.embed(input_ids, pixel_values, image_grid_thw, input_features)
+        embeds = self.embed(input_ids, pixel_values, image_grid_thw, video_grid_thw, input_features, audio_lengths)
         if position_ids is None:
             position_ids, _ = self.model.get_rope_index(
                 input_ids,
                 mm_token_type_ids=mm_token_type_ids,
                 image_grid_thw=image_grid_thw,
+                video_grid_thw=video_grid_thw,
                 attention_mask=attention_mask,
             )
         outputs = self.model.language_model(
@@ -2014,6 +2101,8 @@ def resolved_settings(
             "max_eval_frames": data_args.max_eval_frames,
             "max_image_size": data_args.max_image_size,
             "audio_tokens": processor.audio_tokens,
+            "encoder_tokens": processor.encoder_tokens,
+            "frame_mode": processor.frame_mode,
             "instruction": INSTRUCTION,
         },
         "lora": {"r": model_args.lora_r, "alpha": model_args.lora_alpha, "dropout": model_args.lora_dropout},
@@ -2216,7 +2305,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     peft_model.print_trainable_parameters()
 
     # 5. Datasets
-    processor = VQAProcessor(tokenizer, model.config, data_args.max_image_size, data_args.input_mode)
+    processor = VQAProcessor(
+        tokenizer,
+        model.config,
+        max_image_size=data_args.max_image_size,
+        input_mode=data_args.input_mode,
+        audio_tokens=data_args.audio_tokens,
+        frame_mode=data_args.frame_mode,
+    )
     print(f"📁 Loading Train Data: {data_args.train_data_path}")
     train_dataset = SurgicalVQADataset(train_rows, processor, max_train_frames=data_args.max_train_frames)
     eval_dataset = None

@@ -249,7 +249,9 @@ def test_rows_and_summary_of_a_run(evaluate, trained):
     manifest = summary["manifest"]
     assert manifest["input"] == {
         "input_mode": "audio",
-        "audio_tokens": 200,
+        "audio_tokens": "full",
+        "encoder_tokens": 200,
+        "frame_mode": "images",
         "max_eval_frames": 2,
         "max_image_size": 56,
         "prompt": "<|im_start|>user\n<|audio_bos|><|audio_eos|>\n<|vision_start|><|image_pad|><|vision_end|>"
@@ -315,10 +317,8 @@ def test_settings_that_this_script_would_not_repeat_are_refused(evaluate, checkp
     folder, change = checkpoint
     change("input", instruction="Say something.")
     assert "trained with the instruction 'Say something.'" in refusal(evaluate(checkpoint=folder))
-    change("input", instruction=vqa.INSTRUCTION, audio_tokens=750)
-    assert "trained with 750 audio tokens a question, this train_vqa.py makes 200" in refusal(
-        evaluate(checkpoint=folder)
-    )
+    change("input", instruction=vqa.INSTRUCTION, encoder_tokens=750)
+    assert "trained with 750 audio tokens a question, this base makes 200" in refusal(evaluate(checkpoint=folder))
     (folder / vqa.SETTINGS_FILE).write_text("{}")
     assert refusal(evaluate(checkpoint=folder)).startswith(f"{folder / vqa.SETTINGS_FILE}: no readable settings")
 
