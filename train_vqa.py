@@ -1106,7 +1106,12 @@ class SurgicalVQADataset(torch.utils.data.Dataset):
         largest = max(16, math.ceil(processor.max_image_size / unit) ** 2)  # tiny frames are scaled up to 4 x 4 tokens
         for row in self.rows:
             frames = len(self._select_frames(row.frames))
-            if len(processor.build(row.question, [largest] * frames, row.answer)["input_ids"]) <= context:
+            if (
+                len(
+                    processor.build(row.question, [largest] * frames, processor.encoder_tokens, row.answer)["input_ids"]
+                )
+                <= context
+            ):
                 continue
             tokens = processor.count_tokens(row, self._select_frames(row.frame_paths))
             if tokens > context:
