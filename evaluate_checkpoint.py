@@ -1494,7 +1494,7 @@ def load_subject(subject: Subject, device: Any) -> tuple[Any, Any, str]:
     drawn_on = (subject.init_device or device.type) if subject.init == "random" else device.type
     if drawn_on not in ("cpu", device.type):
         raise InputError(
-            f"{subject.adapter}: its random base was drawn on {drawn_on}, which draws other numbers than {device.type}; "
+            f"{subject.adapter}: its random base was drawn on {drawn_on}, and {device.type} draws other numbers; "
             f"evaluate it on a machine with {drawn_on}"
         )
     model = vqa.load_model(
