@@ -2069,7 +2069,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--batch_size",
         type=_at_least(1),
         default=8,
-        help="samples answered at a time; takes memory, leaves the answers",
+        help="samples answered at a time; costs memory, changes no answer",
     )
     answers.add_argument("--max_new_tokens", type=_at_least(1), default=32, help="tokens after which an answer is cut")
     answers.add_argument(
