@@ -27,6 +27,7 @@ import fcntl
 import functools
 import hashlib
 import importlib.metadata
+import itertools
 import json
 import math
 import os
@@ -39,10 +40,10 @@ import sys
 import textwrap
 import time
 import unicodedata
-from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections import Counter, defaultdict, deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -159,7 +160,7 @@ def match_predictions(annotations: Sequence[Row], path: str | Path) -> dict[Key,
     for key in map(row_key, annotations):
         parts = list(zip(KEY_FIELDS, key, strict=True))
         for size in range(1, len(parts) + 1):
-            for subset in combinations(parts, size):
+            for subset in itertools.combinations(parts, size):
                 index[subset].append(key)
 
     annotation_of = {row_key(row): row for row in annotations}
@@ -1498,8 +1499,8 @@ def load_subject(subject: Subject, device: Any) -> tuple[Any, Any, str]:
     drawn_on = (subject.init_device or device.type) if subject.init == "random" else device.type
     if drawn_on not in ("cpu", device.type):
         raise InputError(
-            f"{subject.adapter}: its random base was drawn on {drawn_on}, which draws other numbers than "
-            f"{device.type}; evaluate it on a machine with {drawn_on}"
+            f"{subject.adapter}: its random base was drawn on {drawn_on}, and {device.type} draws other numbers; "
+            f"evaluate it on a machine with {drawn_on}"
         )
     model = vqa.load_model(
         subject.base,
@@ -1512,17 +1513,6 @@ def load_subject(subject: Subject, device: Any) -> tuple[Any, Any, str]:
     )
     identity = vqa.fingerprint(model)
     if subject.adapter:
-        trained_on = subject.settings["model"].get("base_fingerprint")
-        if identity != trained_on:
-            why = (
-                "another device kind, dtype or torch version draws other random weights"
-                if subject.init == "random"
-                else "name the base of the training run with --model_name_or_path"
-            )
-            raise InputError(
-                f"{subject.adapter}: was not trained on {subject.base} as it is here (fingerprint {identity[:12]}, "
-                f"trained on {str(trained_on)[:12]}); {why}"
-            )
         model = vqa.load_adapter(model, subject.adapter).get_base_model()
     model = model.to(device).eval()
     if subject.dtype != subject.base_dtype:
@@ -1538,7 +1528,7 @@ def load_subject(subject: Subject, device: Any) -> tuple[Any, Any, str]:
 
 
 class ArmInputs:
-    """The rows of one arm as model inputs, decoded and changed as the arm says; a map-style dataset for a DataLoader.
+    """The rows of one arm as model inputs, decoded and changed as the arm says; item by item.
 
     Args:
         arm: one of ARMS.
@@ -1729,7 +1719,6 @@ def answer_arm(
     resumed run computes exactly what an uninterrupted one does. Raises InputError where the media behind a row that is
     there have changed.
     """
-    import torch
     from tqdm.auto import tqdm
 
     import train_vqa as vqa
@@ -1742,15 +1731,14 @@ def answer_arm(
                 f"choose another --output_file, or start again with --overwrite"
             )
     slices = [range(i, min(i + args.batch_size, len(keys))) for i in range(0, len(keys), args.batch_size)]
-    open_slices = [part for part in slices if any(keys[index] not in file.done for index in part)]
+    slices = [part for part in slices if any(keys[index] not in file.done for index in part)]
     tokenizer, by_ear = inputs.processor.tokenizer, inputs.processor.input_mode != "text"
     stop_ids, collate = vqa.turn_end_ids(tokenizer), vqa.VQACollator(tokenizer.pad_token_id, "left")
-    # On a GPU the next batches are decoded while this one is answered; on a CPU they would only compete for the cores.
-    workers = 0 if model.device.type == "cpu" else min(8, os.cpu_count())
-    loader = torch.utils.data.DataLoader(inputs, batch_sampler=open_slices, collate_fn=list, num_workers=workers)
-    before = len(file.done)
-    with tqdm(total=len(keys), initial=before, desc=inputs.arm, unit="row") as bar:
-        for part, samples in zip(open_slices, loader, strict=True):
+    decoded = ahead(inputs.__getitem__, itertools.chain(*slices), 2 * args.batch_size)
+    answered, already = 0, sum(key in file.done for key in keys)
+    with contextlib.closing(decoded), tqdm(total=len(keys), initial=already, desc=inputs.arm, unit="row") as bar:
+        for part in slices:
+            samples = list(itertools.islice(decoded, len(part)))
             sound = [sample for sample in samples if not isinstance(sample, str)]
             answers = iter(answer_batch(model, collate(sound), stop_ids, args.max_new_tokens) if sound else ())
             for index, sample in zip(part, samples, strict=True):
@@ -1772,8 +1760,24 @@ def answer_arm(
                         **({"error": sample} if failed else {}),
                     )
                 )
+                answered += 1
                 bar.update()
-    return len(file.done) - before
+    return answered
+
+
+def ahead(function: Callable[[Any], Any], items: Iterable[Any], depth: int) -> Iterator[Any]:
+    """`map(function, items)`, with up to `depth` results under way in threads while the caller uses the last one."""
+    pending: deque = deque()
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        try:
+            for item in items:
+                pending.append(pool.submit(function, item))
+                if len(pending) > depth:
+                    yield pending.popleft().result()
+            while pending:
+                yield pending.popleft().result()
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -2062,7 +2066,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--batch_size",
         type=_at_least(1),
         default=8,
-        help="samples answered at a time; takes memory, leaves the answers",
+        help="samples answered at a time; costs memory, changes no answer",
     )
     answers.add_argument("--max_new_tokens", type=_at_least(1), default=32, help="tokens after which an answer is cut")
     answers.add_argument(

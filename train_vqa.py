@@ -2012,11 +2012,15 @@ def check_base(model: SurgicalVQAModel, adapter: Path) -> None:
         return
     trained_on, found = load_settings(adapter)["model"], fingerprint(model)
     if trained_on.get("base_fingerprint") not in (None, found):
-        how = f"random weights of seed {trained_on.get('init_seed')}, {trained_on.get('dtype')}, drawn on "
+        base = f"its base was {trained_on['model_name_or_path']}, name it with --model_name_or_path"
+        if trained_on.get("init") == "random":
+            base = (
+                f"its base was drawn from seed {trained_on.get('init_seed')} in {trained_on.get('dtype')} on "
+                f"{trained_on.get('init_device')}; another seed, kind of device or torch version draws other weights"
+            )
         raise VQAError(
-            f"{adapter}: was trained on another base than the one loaded: fingerprint "
-            f"{trained_on['base_fingerprint'][:12]}, not {found[:12]}; its base was {trained_on['model_name_or_path']}"
-            + (f" ({how}{trained_on.get('init_device')})" if trained_on.get("init") == "random" else "")
+            f"{adapter}: was trained on another base than the one loaded (fingerprint "
+            f"{trained_on['base_fingerprint'][:12]}, not {found[:12]}); {base}"
         )
 
 

@@ -54,6 +54,17 @@ def processor(tokenizer, base):
     return vqa.VQAProcessor(tokenizer, base.config, max_image_size=56)
 
 
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory):
+    """The tiny model with ears for 4 s (200 tokens) in place of 30 s, to be quick."""
+    folder = tmp_path_factory.mktemp("models") / "tiny"
+    shutil.copytree(TINY, folder)
+    config = json.loads((folder / "config.json").read_text())
+    config["audio_config"]["max_source_positions"] = 200
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
 @pytest.fixture()
 def data(tmp_path):
     """A private copy of the fixture data: (jsonl, frames, audio), and a function that rewrites the rows."""

@@ -645,7 +645,7 @@ Q_PROJ = "base_model.model.model.language_model.layers.0.self_attn.q_proj.lora_A
         ({"config": {"peft_type": "IA3"}}, "peft_type 'IA3', r and lora_alpha .*; this script reads LoRA"),
         (
             {"settings": {"base_fingerprint": "0" * 64}},
-            "another base than the one loaded: fingerprint 000000000000, not",
+            r"another base than the one loaded \(fingerprint 000000000000, not",
         ),
     ],
 )
