@@ -34,6 +34,7 @@ import statistics
 import subprocess
 import sys
 import textwrap
+import time
 import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -1397,13 +1398,412 @@ def compare(path_a: str, path_b: str) -> int:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# With a model: loading, gates, arms, generation. torch and train_vqa are imported inside these functions.
+# With a model: what is loaded. torch and train_vqa are imported inside these functions.
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What answers, and from which inputs: the flags, else the checkpoint's settings, else train_vqa's defaults."""
+
+    base: str  # folder or hub id of the model, without adapter
+    adapter: Path | None
+    tokenizer: str  # folder or hub id
+    init: str  # pretrained or random
+    init_seed: int
+    init_device: str | None  # device type that random weights are drawn on. None: the one that answers
+    base_dtype: str  # of the base as training had it
+    dtype: str  # to answer in
+    attn_implementation: str
+    input_mode: str
+    max_eval_frames: int | None  # None: all
+    max_image_size: int
+    settings: Row  # what train_vqa saved beside the adapter, {} for a base model
+
+
+def read_subject(args: argparse.Namespace, device_type: str) -> Subject:
+    """Find out what --checkpoint_path is, and resolve every setting that evaluation shares with training.
+
+    Raises InputError for a folder without adapter or model, and for flags that contradict the checkpoint; VQAError for
+    unreadable settings.
+    """
+    import train_vqa as vqa
+
+    folder, adapter, settings = args.checkpoint_path and Path(args.checkpoint_path), None, {}
+    base = args.model_name_or_path
+    if folder:
+        if (folder / "adapter_config.json").is_file():
+            adapter, settings = folder, vqa.load_settings(folder)
+        elif not (folder / "config.json").is_file():
+            inside = ", ".join(sorted(path.name for path in folder.glob("checkpoint-*")))
+            raise InputError(
+                f"--checkpoint_path {folder}: no adapter (adapter_config.json) and no model (config.json) there; "
+                f"{f'it holds {inside}: name one of them' if inside else 'name a folder that training wrote'}"
+            )
+        elif base:
+            raise InputError(f"--checkpoint_path {folder} is a whole model; leave --model_name_or_path out")
+        else:
+            base = str(folder)
+            settings = vqa.load_settings(folder) if (folder / vqa.SETTINGS_FILE).is_file() else {}
+    # A merged model has weights of its own, however the base that it was made from came about.
+    model, inputs = settings.get("model", {}) if adapter else {}, settings.get("input", {})
+    if args.init and args.init != model.get("init", args.init if not folder else "pretrained"):
+        raise InputError(f"--init {args.init}: {folder} was not trained so; leave the flag out")
+    if inputs.get("instruction", vqa.INSTRUCTION) != vqa.INSTRUCTION:
+        raise InputError(
+            f"{folder}: trained with the instruction {inputs['instruction']!r}, this train_vqa.py asks "
+            f"{vqa.INSTRUCTION!r}; use the train_vqa.py that trained it"
+        )
+    base_dtype = model.get("dtype", "float32" if device_type == "cpu" else "bfloat16")
+    dtype = base_dtype if args.dtype == "auto" else args.dtype
+    defaults = vqa.DataArguments()
+    frames = inputs.get("max_eval_frames", defaults.max_eval_frames)
+    return Subject(
+        base=base or model.get("model_name_or_path", vqa.DEFAULT_MODEL),
+        adapter=adapter,
+        tokenizer=str(folder or base or vqa.DEFAULT_MODEL),
+        init=model.get("init", args.init or "pretrained"),
+        init_seed=model.get("init_seed", args.seed),
+        init_device=model.get("init_device"),
+        base_dtype=base_dtype if adapter else dtype,
+        dtype=dtype,
+        attn_implementation=args.attn_implementation or model.get("attn_implementation", "sdpa"),
+        input_mode=args.input_mode or inputs.get("input_mode", defaults.input_mode),
+        max_eval_frames=(frames if args.max_eval_frames is None else args.max_eval_frames) or None,
+        max_image_size=args.max_image_size or inputs.get("max_image_size", defaults.max_image_size),
+        settings=settings,
+    )
+
+
+def load_subject(subject: Subject, device: Any) -> tuple[Any, Any, str]:
+    """(SurgicalVQAModel with its adapter in place, tokenizer, fingerprint of the base).
+
+    Raises InputError where the base is not the one that the adapter was trained on; VQAError from the loaders.
+    """
+    import torch
+
+    import train_vqa as vqa
+
+    kernel = {"sdpa": "SDPA", "flash_attention_2": "FlashAttention-2"}.get(subject.attn_implementation)
+    precision = {"bfloat16": "BF16", "float32": "FP32"}[subject.dtype]
+    print(f"⏳ Loading merged {precision} model with {kernel or subject.attn_implementation} attention...", flush=True)
+    tokenizer = vqa.load_tokenizer(subject.tokenizer)
+    drawn_on = torch.device(subject.init_device or device.type) if subject.init == "random" else device
+    if drawn_on.type not in ("cpu", device.type):
+        raise InputError(
+            f"{subject.adapter}: its random base was drawn on {drawn_on.type}, which draws other numbers than "
+            f"{device.type}; evaluate it on a machine with {drawn_on.type}"
+        )
+    options = vqa.base_options(subject.settings) if subject.adapter else {}
+    model = vqa.load_model(
+        subject.base,
+        tokenizer,
+        **{**options, "init": subject.init, "seed": subject.init_seed},
+        dtype=getattr(torch, subject.base_dtype),
+        device=drawn_on,
+        attn_implementation=subject.attn_implementation,
+    )
+    identity = vqa.fingerprint(model)
+    if subject.adapter:
+        trained_on = subject.settings["model"].get("base_fingerprint")
+        if identity != trained_on:
+            why = (
+                "another device kind, dtype or torch version draws other random weights"
+                if subject.init == "random"
+                else "name the base of the training run with --model_name_or_path"
+            )
+            raise InputError(
+                f"{subject.adapter}: was not trained on {subject.base} as it is here (fingerprint {identity[:12]}, "
+                f"trained on {str(trained_on)[:12]}); {why}"
+            )
+        model = vqa.load_adapter(model, subject.adapter, allow_pickle=options["allow_pickle"]).get_base_model()
+    model = model.to(device).eval()
+    if subject.dtype != subject.base_dtype:
+        for weight in model.parameters():  # not `model.to(dtype)`: it would round the rotary frequencies as well
+            if weight.is_floating_point():  # and not what is kept in 4 bits
+                weight.data = weight.data.to(getattr(torch, subject.dtype))
+    print(f"✓ Model loaded in full {precision}", flush=True)
+    return model, tokenizer, identity
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# With a model: answers
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def answer_batch(model: Any, batch: Row, stop_ids: Sequence[int], max_new_tokens: int) -> list[tuple[list[int], str]]:
+    """Greedy answers of a left-padded batch: per row the new ids, turn end included, and `eos` or `length`."""
+    import torch
+    from transformers import GenerationConfig
+
+    decoding = GenerationConfig(
+        do_sample=False,
+        num_beams=1,
+        max_new_tokens=max_new_tokens,
+        eos_token_id=list(stop_ids),
+        pad_token_id=model.generation_config.pad_token_id,
+    )
+    inputs = {name: tensor.to(model.device) for name, tensor in batch.items() if name != "labels"}
+    with torch.inference_mode():
+        output = model.generate(**inputs, generation_config=decoding)
+    answers = []
+    for ids in output[:, inputs["input_ids"].shape[1] :].tolist():
+        end = next((place for place, token in enumerate(ids) if token in stop_ids), None)
+        answers.append((ids, "length") if end is None else (ids[: end + 1], "eos"))
+    return answers
+
+
+class ArmInputs:
+    """Rows of one arm as model inputs, decoded and changed as the arm says; a map-style dataset for a DataLoader.
+
+    Args:
+        rows: to answer, in order.
+        arm: one of ARMS.
+        dataset: SurgicalVQADataset for generation, whose processor has the arm's input mode.
+        heard: key text -> the VQARow whose speech is played.
+        seed: of shuffled frames.
+    """
+
+    def __init__(self, rows: Sequence[Any], arm: str, dataset: Any, heard: Mapping[str, Any], seed: int):
+        self.rows, self.arm, self.dataset, self.heard, self.seed = rows, arm, dataset, heard, seed
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> Row | str:
+        """The sample of `SurgicalVQADataset`, or what went wrong."""
+        import train_vqa as vqa
+
+        try:
+            return self.sample(self.rows[index])
+        except vqa.VQAError as error:
+            return str(error)
+
+    def sample(self, row: Any) -> Row:
+        """Model inputs of one row; VQAError for media that cannot be used."""
+        import train_vqa as vqa
+
+        processor = self.dataset.processor
+        paths = self.dataset._select_frames(row.frame_paths)
+        frames = [vqa.load_frame(path, processor.max_image_size) for path in paths]
+        speech = None if processor.input_mode == "text" else vqa.load_speech(self.heard[row.key].audio_path)
+        return processor.encode(row, *change_inputs(self.arm, frames, speech, f"{self.seed}/{row.key}"), False)
+
+
+def change_inputs(arm: str, frames: list[Any], speech: Any, draw: str) -> tuple[list[Any], Any]:
+    """Frames (PIL images) and speech (float32 [n] or None) as an arm presents them; `draw` seeds a shuffle.
+
+    Black frames and silence keep their size and length, so that the prompt stays the same, token for token. The first
+    frame is shown once: the prompt is then shorter by the tokens of the others.
+    """
+    if arm == "silent_audio":
+        speech = speech * 0
+    elif arm == "black_frames":
+        frames = [frame.point(lambda _: 0) for frame in frames]
+    elif arm == "first_frame":
+        frames = frames[:1]
+    elif arm == "shuffled_frames" and len(frames) > 1:
+        order = list(range(len(frames)))
+        generator = random.Random(draw)
+        while order == sorted(order):  # leaving them in place would test nothing
+            generator.shuffle(order)
+        frames = [frames[place] for place in order]
+    return frames, speech
+
+
+def answer_arm(
+    model: Any, inputs: ArmInputs, annotations: Sequence[Row], rows: RowFile, args: argparse.Namespace
+) -> int:
+    """Answer the rows that `rows` lacks, batch by batch, and append them; returns how many.
+
+    Batches are fixed slices of the file, answered whole even where a killed run has left only part of one undone: so a
+    resumed run computes exactly what an uninterrupted one does. Raises InputError when the GPU memory does not suffice.
+    """
+    import torch
+    from tqdm.auto import tqdm
+
+    import train_vqa as vqa
+
+    processor = inputs.dataset.processor
+    starts = range(0, len(annotations), args.batch_size)
+    batches = [list(range(start, min(start + args.batch_size, len(annotations)))) for start in starts]
+    batches = [batch for batch in batches if any(row_key(annotations[i]) not in rows.done for i in batch)]
+    collate = vqa.VQACollator(processor.tokenizer.pad_token_id, "left")
+    loader = torch.utils.data.DataLoader(
+        inputs,
+        batch_sampler=batches,
+        collate_fn=list,
+        num_workers=0 if model.device.type == "cpu" else min(8, os.cpu_count()),
+    )
+    stop_ids = vqa.turn_end_ids(processor.tokenizer)
+    before = len(rows.done)
+    with tqdm(total=len(annotations), initial=before, desc=inputs.arm, unit="row") as bar:
+        for batch, samples in zip(batches, loader, strict=True):
+            sound = [sample for sample in samples if not isinstance(sample, str)]
+            try:
+                answers = iter(answer_batch(model, collate(sound), stop_ids, args.max_new_tokens) if sound else ())
+            except torch.OutOfMemoryError as error:
+                raise InputError(
+                    f"--batch_size {args.batch_size} does not fit into the GPU memory; run again with a smaller one, "
+                    f"the {len(rows.done)} rows answered so far are kept in {rows.path}"
+                ) from error
+            for i, sample in zip(batch, samples, strict=True):
+                text, ids, finish, more = None, [], "error", {}
+                if isinstance(sample, str):
+                    more["error"] = sample
+                else:
+                    ids, finish = next(answers)
+                    text = processor.tokenizer.decode(ids, skip_special_tokens=True).strip()
+                if row_key(annotations[i]) in rows.done:
+                    continue
+                heard = inputs.heard[inputs.rows[i].key]
+                if heard is not inputs.rows[i]:
+                    more["audio_of"] = heard.key
+                rows.append(
+                    answer_row(
+                        annotations[i],
+                        text,
+                        finish_reason=finish,
+                        n_tokens=len(ids),
+                        input_mode=processor.input_mode,
+                        audio_file=None if processor.input_mode == "text" else str(heard.audio_path),
+                        **more,
+                    )
+                )
+                bar.update()
+    return len(rows.done) - before
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# With a model: the whole run
 # ---------------------------------------------------------------------------------------------------------------------
 
 
 def generate(args: argparse.Namespace) -> int:
-    """Answer every row of --eval_data_path in every arm, then summarise. Returns the exit status."""
-    raise InputError("generation is not available; use --score_only or --compare")
+    """Answer every row of --eval_data_path in every arm, summarise, print. Returns the exit status.
+
+    Raises InputError for whatever the user can mend.
+    """
+    import train_vqa as vqa
+
+    try:
+        return _generate(args)
+    except vqa.VQAError as error:
+        raise InputError(str(error)) from error
+
+
+def _generate(args: argparse.Namespace) -> int:
+    import torch
+
+    import train_vqa as vqa
+
+    # 1. What answers what
+    target = summary_path(args.output_file)
+    vqa.limit_gpu_memory(args.gpu_memory_limit_gib or None)
+    device = torch.accelerator.current_accelerator() or torch.device("cpu")
+    subject = read_subject(args, device.type)
+    main_arm = subject.input_mode
+    arms = [main_arm, *(arm for arm in args.arms or () if arm != main_arm)]
+    mode_of = {arm: arm if arm in INPUT_MODES else main_arm for arm in arms}
+    deaf = [arm for arm in arms if arm.endswith("_audio") and main_arm == "text"]
+    if deaf:
+        raise InputError(f"--arms {','.join(deaf)}: the model is asked in text mode and hears nothing; drop the arm")
+    by_ear = any(mode != "text" for mode in mode_of.values())
+    if by_ear and not args.audio_dir:
+        raise InputError("--audio_dir must be given: the questions are spoken (or use --input_mode text)")
+
+    # 2. Data: everything is found and decoded once before the weights load
+    print(f"📁 Loading Eval Data: {args.eval_data_path}")
+    everything = read_annotations(args.eval_data_path)
+    annotations = limited(everything, args.limit)
+    train_rows = read_annotations(args.train_data_path) if args.train_data_path else None
+    row_of = {row.key: row for row in vqa.read_rows(args.eval_data_path)}
+    rows = [row_of[key_text(row_key(annotation))] for annotation in annotations]
+    heard_in = {arm: {row.key: row for row in rows} for arm in arms}
+    if "mismatched_audio" in arms:  # paired over the whole file: a larger --limit later leaves the pairs as they are
+        pairs = pair_mismatched_audio(everything, args.seed)
+        partner = {key_text(key): row_of[key_text(other)] for key, other in pairs.items()}
+        heard_in["mismatched_audio"] = {row.key: partner[row.key] for row in rows}
+    used = list({row.key: row for row in (*rows, *heard_in.get("mismatched_audio", {}).values())}.values())
+    problems = vqa.find_media(used, args.frames_dir, args.audio_dir if by_ear else None)
+    vqa.raise_problems(vqa.find_shared_speech(used))
+    problems += vqa.check_media(used)
+    if problems and args.allow_errors:
+        print("\n".join(f"{text} (counted as wrong)" for text in problems), file=sys.stderr)
+    else:
+        vqa.raise_problems(problems)
+    if subject.max_eval_frames and any(len(row.frames) > subject.max_eval_frames for row in rows):
+        print(f"   Using {subject.max_eval_frames} frames (evenly sampled) to reduce eval memory")
+
+    # 3. Model
+    model, tokenizer, identity = load_subject(subject, device)
+    inputs = {}
+    for arm, mode in mode_of.items():
+        processor = vqa.VQAProcessor(tokenizer, model.config, subject.max_image_size, mode)
+        dataset = vqa.SurgicalVQADataset(
+            rows, processor, max_eval_frames=subject.max_eval_frames, is_eval=True, with_answer=False
+        )
+        inputs[arm] = ArmInputs(rows, arm, dataset, heard_in[arm], args.seed)
+    audio_tokens = subject.settings.get("input", {}).get("audio_tokens", processor.audio_tokens)
+    if audio_tokens != processor.audio_tokens:
+        raise InputError(
+            f"{args.checkpoint_path}: trained with {audio_tokens} audio tokens a question, this train_vqa.py makes "
+            f"{processor.audio_tokens}; use the train_vqa.py that trained it"
+        )
+
+    # 4. Answers
+    files, scored, answered, start = {}, {}, 0, time.monotonic()
+    for arm in arms:
+        path = arm_path(args.output_file, arm, main_arm)
+        fingerprint = run_fingerprint(args, subject, inputs[arm], identity)
+        with RowFile(path, fingerprint, overwrite=args.overwrite) as file:
+            answered += answer_arm(model, inputs[arm], annotations, file, args)
+            scored[arm], files[arm] = score_rows(annotations, file.done), path.name
+    seconds = time.monotonic() - start
+
+    # 5. Figures
+    peak = torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else None
+    manifest = base_manifest(args)
+    summary = summarise(
+        annotations,
+        scored[main_arm],
+        train_rows=train_rows,
+        arms=summarise_arms(main_arm, scored, files),
+        manifest=manifest,
+    )
+    write_json(target, summary)
+    print(render_summary(summary))
+    memory = "" if peak is None else f", peak GPU memory {peak:.1f} GiB"
+    print(f"\nAnswered {answered} rows in {seconds:.1f} s ({answered / seconds:.2f} samples/s{memory})")
+    print(f"Rows: {', '.join(files.values())}; summary: {target}")
+    return 1 if any(row.prediction is None for arm in scored.values() for row in arm) else 0
+
+
+def run_fingerprint(args: argparse.Namespace, subject: Subject, inputs: ArmInputs, base_fingerprint: str) -> Row:
+    """What the rows of an arm depend on, as flat JSON: rows made with other values are never mixed with them."""
+    processor = inputs.dataset.processor
+    prompt = processor.tokenizer.decode(prompt_ids(processor, "{question}"))
+    return {
+        "arm": inputs.arm,
+        "input_mode": processor.input_mode,
+        "base_fingerprint": base_fingerprint,
+        "adapter_sha256": subject.adapter and sha256_file(subject.adapter / "adapter_model.safetensors"),
+        "dtype": subject.dtype,
+        "attn_implementation": subject.attn_implementation,
+        "eval_data_sha256": sha256_file(args.eval_data_path),
+        "prompt_sha256": hashlib.sha256(prompt.encode()).hexdigest(),
+        "audio_tokens": processor.audio_tokens,
+        "max_eval_frames": subject.max_eval_frames,
+        "max_image_size": subject.max_image_size,
+        "max_new_tokens": args.max_new_tokens,
+        "seed": args.seed if inputs.arm in ("mismatched_audio", "shuffled_frames") else None,
+    }
+
+
+def prompt_ids(processor: Any, question: str, n_frames: int = 1) -> list[int]:
+    """Ids of the rendered prompt, with one token a frame and none for speech: what can be read of it."""
+    ids = processor.build(question, [1] * n_frames, None)["input_ids"].tolist()
+    return [token for token in ids if token != processor.audio_id]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1478,12 +1878,20 @@ def build_parser() -> argparse.ArgumentParser:
         "--max_eval_frames", type=_at_least(0), help="frames a clip, evenly spaced. 0: all; None: as in training"
     )
     model.add_argument(
+        "--max_image_size", type=_at_least(1), help="longer side of a frame in pixels. None: as in training"
+    )
+    model.add_argument(
         "--dtype",
         choices=("auto", "bfloat16", "float32"),
         default="auto",
-        help="weights and activations. auto: bfloat16 on a GPU, float32 without",
+        help="weights and activations. auto: as in training; for a base model bfloat16 on a GPU, float32 without",
     )
-    model.add_argument("--attn_implementation", default="sdpa", help="attention of transformers, such as sdpa, eager")
+    model.add_argument("--attn_implementation", help="attention of transformers, such as sdpa. None: as in training")
+    model.add_argument(
+        "--init",
+        choices=("pretrained", "random"),
+        help="random: the base with weights drawn from --seed, to rehearse. None: as in training, else pretrained",
+    )
     model.add_argument(
         "--gpu_memory_limit_gib",
         type=float,
@@ -1499,7 +1907,7 @@ def build_parser() -> argparse.ArgumentParser:
     answers.add_argument(
         "--arms", type=_arm_list, help=f"comma-separated, of {', '.join(ARMS)}. None: the input mode alone"
     )
-    answers.add_argument("--seed", type=int, default=0, help="for borrowed speech and shuffled frames")
+    answers.add_argument("--seed", type=int, default=0, help="for borrowed speech, shuffled frames and --init random")
 
     parser.add_argument("--score_only", action="store_true", help="score the predictions in --output_file; no model")
     parser.add_argument("--compare", nargs=2, metavar=("A", "B"), help="two rows files; print their paired differences")
@@ -1510,7 +1918,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return the exit status. Errors of input are one line on stderr and status 2."""
     parser = build_parser()
     args = parser.parse_args(argv)
-    needed = ["eval_data_path", "output_file"] + ([] if args.score_only else ["frames_dir", "audio_dir"])
+    needed = ["eval_data_path", "output_file"] + ([] if args.score_only else ["frames_dir"])
     lacking = [f"--{name}" for name in needed if not getattr(args, name)]
     if lacking and not args.compare:
         parser.error(f"{', '.join(lacking)} must be given (without a model: --score_only or --compare)")
@@ -1531,7 +1939,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if error.filename:
             flags = [f" (--{name})" for name, value in vars(args).items() if value == error.filename]
             message = f"{error.filename}{''.join(flags)}: {error.strerror}"
-    print(f"{parser.prog}: error: {message}", file=sys.stderr)
+    print("\n".join(f"{parser.prog}: error: {line}" for line in message.splitlines()), file=sys.stderr)
     return 2
 
 

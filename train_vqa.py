@@ -43,6 +43,7 @@ import torchaudio.functional
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from peft.tuners.tuners_utils import BaseTunerLayer
 from PIL import Image, ImageOps, UnidentifiedImageError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -112,6 +113,8 @@ FOUR_BIT_KEY = re.compile(
 )
 # Pickles that training leaves beside the weights; nobody reads them here.
 NO_WEIGHTS = r"(?:optimizer|scheduler|scaler|training_args|rng_state.*)\.(?:bin|pth?)"
+
+MAX_WORKERS = 8  # decoding 8 frames of 1240x1080 and the speech takes one core 0.3 s, a GPU step less than twice that
 
 SETTINGS_FILE = "vqa_settings.json"
 # Fields of an adapter_config.json that `load_adapter` reads, or that show in the names of the adapter's tensors.
@@ -274,7 +277,8 @@ class VQATrainingArguments(TrainingArguments):
 def parse_arguments(argv: Sequence[str]) -> tuple[ModelArguments, DataArguments, VQATrainingArguments]:
     """Parse `argv`; an unknown or abbreviated flag ends the process with status 2, as argparse does.
 
-    Without an accelerator `use_cpu` is set, since TrainingArguments refuses `--bf16 True` there otherwise.
+    Without an accelerator `use_cpu` is set, since TrainingArguments refuses `--bf16 True` there otherwise; with one,
+    data loading gets workers, unless `--dataloader_num_workers` says how many.
 
     Raises:
         VQAError: a required flag is missing, or two contradict each other.
@@ -287,6 +291,8 @@ def parse_arguments(argv: Sequence[str]) -> tuple[ModelArguments, DataArguments,
     if not torch.accelerator.is_available() and "--use_cpu" not in given:
         print("No accelerator found: training on the CPU (use_cpu).")
         argv = [*argv, "--use_cpu", "True"]
+    elif "--dataloader_num_workers" not in given:
+        argv = [*argv, "--dataloader_num_workers", str(min(MAX_WORKERS, os.cpu_count()))]
     try:
         model_args, data_args, training_args = parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
     except ValueError as error:  # TrainingArguments' own cross-checks
@@ -752,8 +758,9 @@ class VQACollator:
     """Batches samples: text is padded, frames are concatenated, speech is stacked.
 
     Args:
-        pad_token_id: fills `input_ids`; the attention mask, not this id, says what is padding.
-        padding_side: `right` for training, `left` for generation.
+        pad_token_id: fills `input_ids`; what is padding is never told by this id.
+        padding_side: `left` for generation. `right` for training: there causal attention never reaches the padding,
+            and without a mask sdpa takes its flash kernel.
     """
 
     FILL = {"labels": IGNORE_INDEX, "mm_token_type_ids": 0, "attention_mask": 0}  # noqa: RUF012
@@ -762,10 +769,12 @@ class VQACollator:
         self.pad_token_id, self.padding_side = pad_token_id, padding_side
 
     def __call__(self, samples: Sequence[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-        """`input_ids`, `labels`, `mm_token_type_ids`, `attention_mask` int64 [B, T]; `pixel_values`, `image_grid_thw`
-        along all frames of the batch; `input_features` float32 [B, mel bins, mel frames]."""
+        """`input_ids`, `labels`, `mm_token_type_ids` and, padded on the left, `attention_mask`, int64 [B, T];
+        `pixel_values` and `image_grid_thw` along all frames of the batch; `input_features` float32 [B, mel bins, mel
+        frames]."""
         padded = {name: [s[name] for s in samples] for name in ("input_ids", "labels", "mm_token_type_ids")}
-        padded["attention_mask"] = [torch.ones_like(s["input_ids"]) for s in samples]
+        if self.padding_side == "left":
+            padded["attention_mask"] = [torch.ones_like(s["input_ids"]) for s in samples]
         batch = {
             name: nn.utils.rnn.pad_sequence(
                 values,
@@ -875,7 +884,7 @@ class SurgicalVQAModel(Qwen2VLForConditionalGeneration):
 
         Args:
             input_ids: int64 [B, T] with placeholders for speech and frames.
-            attention_mask: [B, T], 0 on padding. None: no padding.
+            attention_mask: [B, T], 0 on padding. None: no padding, or on the right alone.
             position_ids: [3 or 4, B, T] M-RoPE positions; None computes them from `mm_token_type_ids` and the grids.
             past_key_values: the cache, in generation.
             labels: int64 [B, T], -100 where nothing is learned.
@@ -1514,6 +1523,13 @@ def add_lora(model: SurgicalVQAModel, r: int = 64, alpha: int = 16, dropout: flo
     return peft_model
 
 
+def skip_input_casts(peft_model: PeftModel) -> None:
+    """Stop PEFT from casting each LoRA input to float32: under autocast, as in training, it is cast back at once."""
+    for module in peft_model.modules():
+        if isinstance(module, BaseTunerLayer):
+            module.cast_input_dtype_enabled = False
+
+
 def save_new_rows(model: PeftModel, folder: Path) -> None:
     """Write the embedding and head rows that `grow_embeddings` added, if any, beside the adapter in `folder`."""
     matrices = {"embed_tokens": model.get_input_embeddings(), "lm_head": model.get_output_embeddings()}
@@ -1876,6 +1892,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     with torch.device("meta" if data_args.dry_run else training_args.device):
         peft_model = add_lora(model, model_args.lora_r, model_args.lora_alpha, model_args.lora_dropout)
     model.set_checkpointing(model_args.checkpoint_every_n)
+    if training_args.bf16:
+        skip_input_casts(peft_model)
     peft_model.print_trainable_parameters()
 
     # 5. Datasets

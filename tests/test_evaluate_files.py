@@ -222,7 +222,7 @@ def test_the_output_file_must_be_called_jsonl(run, data):
     ("flags", "complaint"),
     [
         (["--score_only"], "--eval_data_path, --output_file must be given"),
-        (["--output_file", "x.jsonl"], "--eval_data_path, --frames_dir, --audio_dir must be given"),
+        (["--output_file", "x.jsonl"], "--eval_data_path, --frames_dir must be given"),
         (["--compare", "a", "b", "--score_only"], "--score_only: no effect with --compare; leave it out"),
         (["--score_only", "--eval_data_path", "a", "--output_file", "b", "--arms", "text"], "--arms: no effect with"),
         (["--score"], "unrecognized arguments: --score"),

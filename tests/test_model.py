@@ -73,13 +73,42 @@ def test_training_builds_logits_at_answer_positions_only(base, batch):
 
 
 def test_padding_does_not_change_a_sample(base, batch, processor, rows):
-    alone = vqa.VQACollator(497)([vqa.SurgicalVQADataset(rows, processor, max_train_frames=2)[0]])
-    length = alone["input_ids"].shape[1]
-    assert length < batch["input_ids"].shape[1] or length == max(batch["attention_mask"].sum(-1)).item()
+    dataset = vqa.SurgicalVQADataset(rows, processor, max_train_frames=2)
+    shorter = min(0, 1, key=lambda i: int((batch["input_ids"][i] != 497).sum()))
+    alone = vqa.VQACollator(497)([dataset[(0, 3)[shorter]]])
+    assert alone["input_ids"].shape[1] < batch["input_ids"].shape[1]
     labels = batch["labels"].clone()
-    labels[1] = -100
+    labels[1 - shorter] = -100
     with torch.no_grad():
         assert torch.allclose(base(**alone).loss, base(**{**batch, "labels": labels}).loss, atol=1e-5)
+
+
+def test_a_right_padded_batch_needs_no_mask(base, batch):
+    mask = (batch["input_ids"] != 497).long()
+    assert mask.min() == 0
+    with torch.no_grad():
+        assert torch.allclose(base(**batch).loss, base(**batch, attention_mask=mask).loss, atol=1e-5)
+
+
+def test_skipping_input_casts_changes_nothing_under_autocast(fresh, batch):
+    model = vqa.add_lora(fresh(dtype=torch.bfloat16), r=4, dropout=0.0)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if "lora_B" in name:
+                p.copy_(torch.randn(p.shape, generator=generator) * 0.1)
+    losses, gradients = [], []
+    for skip in (False, True):
+        if skip:
+            vqa.skip_input_casts(model)
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = model(**batch).loss
+        model.zero_grad()
+        loss.backward()
+        losses.append(loss.item())
+        gradients.append([p.grad.clone() for p in model.parameters() if p.requires_grad])
+    assert losses[0] == losses[1]
+    assert all(torch.equal(one, two) for one, two in zip(*gradients, strict=True))
 
 
 def test_speech_and_frames_reach_the_logits(base, batch):

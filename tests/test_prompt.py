@@ -114,10 +114,13 @@ def test_padding_sides(side):
 
     batch = vqa.VQACollator(PAD, side)([sample(2), sample(3)])
     first = {
-        "right": ([1, 2, PAD], [10, 20, -100], [1, 1, 0], [1, 1, 0]),
-        "left": ([PAD, 1, 2], [-100, 10, 20], [0, 1, 1], [0, 1, 1]),
+        "right": {"input_ids": [1, 2, PAD], "labels": [10, 20, -100], "mm_token_type_ids": [1, 1, 0]},
+        "left": {
+            "input_ids": [PAD, 1, 2],
+            "labels": [-100, 10, 20],
+            "mm_token_type_ids": [0, 1, 1],
+            "attention_mask": [0, 1, 1],
+        },
     }[side]
-    for name, short in zip(("input_ids", "labels", "mm_token_type_ids", "attention_mask"), first, strict=True):
-        assert batch[name][0].tolist() == short
+    assert {name: values[0].tolist() for name, values in batch.items()} == first
     assert batch["input_ids"][1].tolist() == [1, 2, 3]
-    assert batch["attention_mask"][1].tolist() == [1, 1, 1]
