@@ -1502,22 +1502,23 @@ def load_subject(subject: Subject, device: Any) -> tuple[Any, Any, str]:
             f"{subject.adapter}: its random base was drawn on {drawn_on}, and {device.type} draws other numbers; "
             f"evaluate it on a machine with {drawn_on}"
         )
+    options = vqa.base_options(subject.settings) if subject.adapter else {}
     model = vqa.load_model(
         subject.base,
         tokenizer,
-        init=subject.init,
-        seed=subject.init_seed,
+        **{**options, "init": subject.init, "seed": subject.init_seed},
         dtype=getattr(torch, subject.base_dtype),
         device=drawn_on,
         attn_implementation=subject.attn_implementation,
     )
     identity = vqa.fingerprint(model)
     if subject.adapter:
-        model = vqa.load_adapter(model, subject.adapter).get_base_model()
+        model = vqa.load_adapter(model, subject.adapter, allow_pickle=options["allow_pickle"]).get_base_model()
     model = model.to(device).eval()
     if subject.dtype != subject.base_dtype:
         for weight in model.parameters():  # not `model.to(dtype)`: it would round the rotary frequencies as well
-            weight.data = weight.data.to(getattr(torch, subject.dtype))
+            if weight.is_floating_point():  # and not what is kept in 4 bits
+                weight.data = weight.data.to(getattr(torch, subject.dtype))
     print(f"✓ Model loaded in full {precision}", flush=True)
     return model, tokenizer, identity
 

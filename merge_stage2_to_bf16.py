@@ -89,10 +89,10 @@ def sample_logits(model: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> to
         return model(**inputs, logits_to_keep=16).logits[0].float().cpu()
 
 
-def shards(model: torch.nn.Module) -> Iterator[dict[str, torch.Tensor]]:
-    """The parameters in groups of at most SHARD_BYTES (one that is larger stands alone); a tied head is listed once."""
+def shards(weights: dict[str, torch.Tensor]) -> Iterator[dict[str, torch.Tensor]]:
+    """`weights` in groups of at most SHARD_BYTES; one that is larger stands alone."""
     group, size = {}, 0
-    for name, tensor in model.named_parameters():
+    for name, tensor in weights.items():
         if group and size + tensor.nbytes > SHARD_BYTES:
             yield group
             group, size = {}, 0
@@ -101,9 +101,9 @@ def shards(model: torch.nn.Module) -> Iterator[dict[str, torch.Tensor]]:
     yield group
 
 
-def write_weights(model: torch.nn.Module, folder: Path) -> None:
-    """Write safetensors shards and their index; in RAM lies one shard at a time."""
-    groups = list(shards(model))
+def write_weights(weights: dict[str, torch.Tensor], folder: Path) -> None:
+    """Write safetensors shards and their index; of weights on a GPU, one shard at a time lies in RAM."""
+    groups = list(shards(weights))
     weight_map = {}
     for number, group in enumerate(groups, start=1):
         file = folder / f"model-{number:05d}-of-{len(groups):05d}.safetensors"
@@ -226,7 +226,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     partial.mkdir()
     try:
         print(f"Writing {output}")
-        write_weights(model, partial)
+        write_weights(dict(model.named_parameters()), partial)  # a tied head is listed once
         write_description(model, tokenizer, vqa.resolve_model_dir(args.stage1_model_path), partial)
         identity = vqa.fingerprint(model)
         if settings:

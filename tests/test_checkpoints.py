@@ -14,7 +14,9 @@ from safetensors.torch import load_file, save_file
 
 import merge_stage2_to_bf16 as merge
 import train_vqa as vqa
-from tests.conftest import TINY
+from benchmarks import checkpoint_roundtrip
+from benchmarks.checkpoint_roundtrip import old_name as old_key
+from tests.conftest import FULL_SIZE, TINY
 
 needs_bitsandbytes = pytest.mark.skipif(
     importlib.util.find_spec("bitsandbytes") is None, reason="bitsandbytes, an optional package, is not installed"
@@ -58,11 +60,6 @@ def fresh(tiny, tokenizer):
 def batch(base, tokenizer):
     """One prompt: two frames of noise and a tone."""
     return merge.sample_inputs(base, tokenizer)
-
-
-def old_key(name):
-    """The name of transformers 4.47."""
-    return name.replace("model.visual.", "visual.").replace("model.language_model.", "model.")
 
 
 def write_model(source, folder, tensors, shards=1, config=lambda stored: None):
@@ -243,19 +240,7 @@ def test_another_config_or_another_value_is_another_base(checkpoint, base):
 def full_vocabulary(tiny, tmp_path_factory):
     """A folder with a config of 152,064 rows and a tokenizer of 151,660 entries without holes, real ids."""
     folder = tmp_path_factory.mktemp("full") / "source"
-    folder.mkdir()
-    spec = json.loads((tiny / "tokenizer.json").read_text())
-    special = [token["content"] for token in spec["added_tokens"]]
-    vocab = {token: i for token, i in spec["model"]["vocab"].items() if token not in special}
-    vocab |= {f"filler{i}": i for i in range(len(vocab), 151643)}
-    vocab |= {token: 151643 + i for i, token in enumerate(special)}
-    spec["model"]["vocab"] = vocab
-    for token in spec["added_tokens"]:
-        token["id"] = vocab[token["content"]]
-    (folder / "tokenizer.json").write_text(json.dumps(spec))
-    options = json.loads((tiny / "tokenizer_config.json").read_text())
-    moved = {str(vocab[t["content"]]): t for t in options["added_tokens_decoder"].values()}
-    (folder / "tokenizer_config.json").write_text(json.dumps({**options, "added_tokens_decoder": moved}))
+    checkpoint_roundtrip.fill_vocabulary(FULL_SIZE, folder)
     config = json.loads((tiny / "config.json").read_text())
     config = {key: value + 151163 if key.endswith("token_id") else value for key, value in config.items()}
     (folder / "config.json").write_text(json.dumps({**config, "vocab_size": 152064}))
@@ -657,7 +642,10 @@ def test_an_adapter_that_does_not_belong_is_refused_with_the_reason(changed, fre
 def test_an_adapter_on_another_base_is_refused(tiny, adapter, fresh):
     with pytest.raises(vqa.VQAError) as error:
         vqa.load_adapter(fresh(seed=2), adapter)
-    assert str(error.value).endswith(f"its base was {tiny} (random weights of seed 1, float32, drawn on cpu)")
+    assert str(error.value).endswith(
+        "; its base was drawn from seed 1 in float32 on cpu; another seed, kind of device or torch version draws other "
+        "weights"
+    )
 
 
 def test_an_adapter_from_elsewhere_is_loaded_and_says_that_no_base_was_compared(changed, fresh, capsys):
@@ -788,13 +776,12 @@ def test_an_interrupted_merge_leaves_nothing_that_looks_finished(adapter, tmp_pa
 
 
 def test_a_merge_that_reads_back_as_another_model_is_refused(adapter, tmp_path, monkeypatch):
-    monkeypatch.setattr(merge, "write_weights", lambda model, folder: save_spoiled(model, folder))
-
-    def save_spoiled(model, folder):
-        tensors = {name: p.detach().clone() for name, p in model.named_parameters()}
+    def save_spoiled(weights, folder):
+        tensors = {name: tensor.detach().clone() for name, tensor in weights.items()}
         tensors["model.language_model.norm.weight"][3] += 1
         save_file(tensors, folder / "model.safetensors")
 
+    monkeypatch.setattr(merge, "write_weights", save_spoiled)
     with pytest.raises(vqa.VQAError, match="reads back as another model"):
         run_merge(adapter, tmp_path / "out", "--dtype", "float32")
     assert list(tmp_path.iterdir()) == []
@@ -814,3 +801,16 @@ def test_a_merge_overwrites_nothing(adapter, tmp_path):
     (tmp_path / "out").mkdir()
     with pytest.raises(vqa.VQAError, match="out: is there already; name a new folder"):
         run_merge(adapter, tmp_path / "out")
+
+
+def test_the_whole_way_is_measured(tmp_path, capsys):
+    output = tmp_path / "measured.json"
+    assert checkpoint_roundtrip.main(["--work_dir", str(tmp_path / "work"), "--tiny", "--output", str(output)]) == 0
+    result = json.loads(output.read_text())
+    assert [row["phase"] for row in result["phases"]] == [
+        *("write the 4.47 layout", "load it", "add and save an adapter", "merge, read back, compare"),
+        *("load the merge", "generate 8 tokens"),
+    ]
+    assert len(result["generated_ids"]) >= 1
+    assert "| phase | seconds | GB on disk | peak GPU GiB | RAM before, peak GiB |" in capsys.readouterr().out
+    assert not (tmp_path / "work").exists()
