@@ -19,16 +19,23 @@ callbacks, main(). `evaluate_checkpoint.py` imports from here, so that training 
 """
 
 import contextlib
+import fcntl
+import gc
 import hashlib
 import importlib.metadata
 import json
 import math
 import os
 import pickle
+import random
 import re
+import shutil
+import signal
 import statistics
 import struct
 import sys
+import tempfile
+import time
 import typing
 import warnings
 import zlib
@@ -63,6 +70,7 @@ from transformers import (
     Qwen2VLForConditionalGeneration,
     Trainer,
     TrainerCallback,
+    TrainerState,
     TrainingArguments,
     WhisperConfig,
     WhisperFeatureExtractor,
@@ -155,6 +163,16 @@ ADAPTER_FIELDS_READ = (
     *("auto_mapping", "base_model_name_or_path", "revision"),
 )
 NEW_ROWS_FILE = "new_token_rows.safetensors"
+# The files of a checkpoint from which a run goes on: sizes and hashes of the others, and what the loss log has so far.
+MANIFEST_FILE, PROGRESS_FILE = "manifest.json", "vqa_progress.json"
+RESUME_FILES = (
+    *("adapter_config.json", "adapter_model.safetensors", SETTINGS_FILE, PROGRESS_FILE),
+    *("optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json"),
+)
+UNFINISHED = "tmp-"  # a save is written under this prefix, and named only once it is whole
+# What torch.load(weights_only=True) raises on a damaged file, or on a pickle that would call something.
+UNREADABLE = (pickle.UnpicklingError, RuntimeError, ValueError, TypeError, KeyError, EOFError, OSError, AttributeError)
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 MAX_PROBLEMS_SHOWN = 20
 
 # PEFT asks for the model's state of checkpointing under the name that transformers 5 gave up.
@@ -316,9 +334,8 @@ class DataArguments:
 class VQATrainingArguments(TrainingArguments):
     """transformers' TrainingArguments; what this script decides itself is no flag, so that none is silently unused."""
 
-    logging_nan_inf_filter: bool = field(
-        default=False, metadata={"help": "True prints the last finite loss in place of NaN, as transformers does."}
-    )
+    # True would print the last finite loss in place of NaN; a loss that is not finite ends the run.
+    logging_nan_inf_filter: bool = field(default=False, init=False)
     do_train: bool = field(default=True, init=False)
     do_eval: bool = field(default=False, init=False)
     do_predict: bool = field(default=False, init=False)
@@ -1060,6 +1077,7 @@ class SurgicalVQADataset(torch.utils.data.Dataset):
         max_eval_frames: frames per clip when `is_eval` is True. None: all.
         is_eval: which of the two limits holds.
         with_answer: False leaves the answer out, for generation.
+        numbered: add `rows`, so that the Trainer can name a sample.
     """
 
     def __init__(
@@ -1072,12 +1090,13 @@ class SurgicalVQADataset(torch.utils.data.Dataset):
         max_eval_frames: int | None = None,
         is_eval: bool = False,
         with_answer: bool = True,
+        numbered: bool = False,
     ):
         if isinstance(rows, str | Path):
             rows = load_rows(rows, frames_dir, audio_dir if processor.input_mode != "text" else None)
         self.rows, self.processor = rows, processor
         self.max_train_frames, self.max_eval_frames = max_train_frames, max_eval_frames
-        self.is_eval, self.with_answer = is_eval, with_answer
+        self.is_eval, self.with_answer, self.numbered = is_eval, with_answer, numbered
 
     def _select_frames(self, frames: Sequence) -> Sequence:
         """Evenly spaced frames, the first among them, so that the order in time is kept; a short clip is kept whole."""
@@ -1094,7 +1113,8 @@ class SurgicalVQADataset(torch.utils.data.Dataset):
         row = self.rows[index]
         frames = [load_frame(path, self.processor.max_image_size) for path in self._select_frames(row.frame_paths)]
         speech = load_speech(row.audio_path) if self.processor.input_mode != "text" else None
-        return self.processor.encode(row, frames, speech, self.with_answer)
+        sample = self.processor.encode(row, frames, speech, self.with_answer)
+        return {**sample, "rows": [index]} if self.numbered else sample
 
     def find_too_long(self, context: int) -> list[Problem]:
         """The rows whose samples take more than `context` tokens, the most that the model can place.
@@ -1120,9 +1140,10 @@ class SurgicalVQADataset(torch.utils.data.Dataset):
                 problems.append(Problem(row.source, (row.line,), f"{text}--max_{flag}_frames"))
         return problems
 
-    def token_counts(self) -> list[int]:
-        """Tokens of each sample, without decoding any frame."""
-        return [self.processor.count_tokens(row, self._select_frames(row.frame_paths)) for row in self.rows]
+    def token_counts(self, indices: Iterable[int] | None = None) -> list[int]:
+        """Tokens of each sample, or of those at `indices`, without decoding any frame."""
+        rows = self.rows if indices is None else [self.rows[index] for index in indices]
+        return [self.processor.count_tokens(row, self._select_frames(row.frame_paths)) for row in rows]
 
 
 class VQACollator:
@@ -1158,6 +1179,8 @@ class VQACollator:
         for name in ("pixel_values", "image_grid_thw", "video_grid_thw", "input_features", "audio_lengths"):
             if name in samples[0]:
                 batch[name] = torch.cat([s[name] for s in samples])
+        if "rows" in samples[0]:
+            batch["rows"] = [index for s in samples for index in s["rows"]]
         return batch
 
 
@@ -2150,25 +2173,507 @@ def base_options(settings: dict) -> dict:
     }
 
 
+class Interrupted(BaseException):
+    """The run was asked to stop by the signal `signum`; its text says what is saved."""
+
+    def __init__(self, signum: int, text: str = "nothing had been trained yet"):
+        super().__init__(f"Stopped by {signal.Signals(signum).name}: {text}")
+        self.signum = signum
+
+
+class StopSignal:
+    """Takes SIGTERM, SIGINT and SIGHUP while the `with` lasts, but those that the caller ignores (as nohup does).
+
+    Before training one of them ends the process at once. While `saves` is True it only sets `signum`, for the Trainer
+    to finish its step and save; a third one kills.
+    """
+
+    def __init__(self):
+        self.signum, self.count, self.saves, self.before = None, 0, False, {}
+
+    def __enter__(self) -> "StopSignal":
+        for number in STOP_SIGNALS:
+            if signal.getsignal(number) != signal.SIG_IGN:
+                self.before[number] = signal.signal(number, self._handle)
+        return self
+
+    def __exit__(self, *_) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def _handle(self, signum: int, _frame) -> None:
+        self.count += 1
+        self.signum = self.signum or signum
+        if not self.saves:
+            raise Interrupted(signum)
+        if self.count > 2:
+            signal.signal(signum, signal.SIG_DFL)
+            signal.raise_signal(signum)
+        what = "finishing the step and saving" if self.count == 1 else "still saving; a third signal kills the run"
+        os.write(2, f"\n{signal.Signals(signum).name}: {what}\n".encode())  # print is not safe in a handler
+
+
+def ignore_stop_signals(init: typing.Callable | None, worker: int) -> None:
+    """Start of a loader worker: a signal to the whole process group is the main process's to act on."""
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+    if init is not None:
+        init(worker)
+
+
+@contextlib.contextmanager
+def lock_folder(folder: str | Path):
+    """Hold `folder` for this process; VQAError where another run holds it. What an unfinished save left is removed.
+
+    The lock is one of lockf, which dies with the process: flock's would live on in loader workers of a killed run.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".lock").open("w") as lock:
+        try:
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise VQAError(
+                f"--output_dir {folder}: another run is writing there; wait for it or name another"
+            ) from error
+        for rest in folder.glob(UNFINISHED + "*"):
+            shutil.rmtree(rest)
+        yield
+
+
+def sync(path: Path) -> None:
+    """Have a file or folder reach the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def sha256_of(path: Path) -> str:
+    """The sha256 of a file, as hex."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_manifest(folder: Path) -> None:
+    """Write the sizes and hashes of the files of `folder` beside them, once all of them have reached the disk."""
+    files = {}
+    for path in sorted(folder.iterdir()):
+        sync(path)
+        files[path.name] = {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
+    (folder / MANIFEST_FILE).write_text(json.dumps({"files": files}, indent=2) + "\n", encoding="utf-8")
+    sync(folder / MANIFEST_FILE)
+    sync(folder)
+
+
+def find_damage(folder: str | Path, needed: Sequence[str] = ()) -> str | None:
+    """What is wrong with a saved folder: a file of its manifest, or of those `needed`, that is missing or differs."""
+    folder = Path(folder)
+    try:
+        files = json.loads((folder / MANIFEST_FILE).read_text(encoding="utf-8"))["files"]
+        stated = {str(name): (int(entry["bytes"]), str(entry["sha256"])) for name, entry in files.items()}
+    except OSError:
+        return f"{MANIFEST_FILE} is missing: the save did not end"
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        return f"{MANIFEST_FILE} is damaged"
+    for name in needed:
+        if name not in stated:
+            return f"{name} was not saved"
+    for name, (size, digest) in stated.items():
+        path = folder / name
+        if Path(name).name != name or not path.is_file():
+            return f"{name} is missing"
+        if path.stat().st_size != size:
+            return f"{name} has {path.stat().st_size} bytes, not {size}"
+        if sha256_of(path) != digest:
+            return f"{name} has changed since it was saved"
+    return None
+
+
+def checkpoints_of(folder: str | Path) -> dict[int, Path]:
+    """The `checkpoint-N` folders of a run by N, newest first, whole or not."""
+    found = {int(p.name[11:]): p for p in Path(folder).glob("checkpoint-*") if re.fullmatch(r"\d+", p.name[11:])}
+    return dict(sorted(found.items(), reverse=True))
+
+
+def find_checkpoint(args: VQATrainingArguments) -> Path | None:
+    """The checkpoint that --resume_from_checkpoint asks for; None: start at the beginning.
+
+    True takes the newest one that is whole, and names those passed over.
+
+    Raises:
+        VQAError: the named one is not whole, none is, or the run would write among later checkpoints of another.
+    """
+    flag, existing = args.resume_from_checkpoint, checkpoints_of(args.output_dir)
+    flag = {"true": True, "false": None}.get(flag.lower(), flag) if isinstance(flag, str) else flag
+    if flag is True:
+        damaged = []
+        for folder in existing.values():
+            damage = find_damage(folder, RESUME_FILES)
+            if damage is None:
+                print("".join(f"Passing over {text}\n" for text in damaged), end="")
+                return folder
+            damaged.append(f"{folder}: {damage}")
+        if damaged:
+            raise VQAError("\n".join([*damaged, "no checkpoint is whole; move them away to start from the beginning"]))
+        print("No checkpoint to go on from; starting from the beginning.")
+        return None
+    chosen = Path(flag) if flag else None
+    damage = find_damage(chosen, RESUME_FILES) if chosen else None
+    if damage:
+        raise VQAError(f"--resume_from_checkpoint {chosen}: {damage}; name another, or True for the newest whole one")
+    step = int(chosen.name[11:]) if chosen and re.fullmatch(r"checkpoint-\d+", chosen.name) else -1
+    later = [folder for number, folder in existing.items() if number > step]
+    if later:
+        raise VQAError(
+            f"{later[0]} is there from an earlier run; --resume_from_checkpoint True goes on from it, or move it away, "
+            "or name another --output_dir"
+        )
+    return chosen
+
+
+def refuse_other_settings(checkpoint: Path, settings: dict) -> None:
+    """VQAError where a run would go on from a checkpoint of another model, input or LoRA shape."""
+    stored = load_settings(checkpoint)
+    raise_problems(
+        [
+            f"{checkpoint}: was trained with {name} {stored.get(part, {}).get(name)!r}, this run has {value!r}; "
+            "go on with the same flags, or start another run"
+            for part in ("model", "input", "lora")
+            for name, value in settings[part].items()
+            if stored.get(part, {}).get(name) != value
+        ]
+    )
+
+
 class VQATrainer(Trainer):
     """Trainer whose checkpoints hold the adapter, the projector, the tokenizer and the settings, and nothing more.
+
+    A save is written aside, synced, listed in a manifest and only then named. A run that ended early and went on from
+    its last checkpoint is the same, bit for bit on the CPU, as one that did not.
 
     Args:
         tokenizer: saved with every checkpoint. (As `processing_class` it would overwrite the model's turn-end ids.)
         settings: from `resolved_settings`.
+        stop_signal: says when to stop.
     """
 
-    def __init__(self, *args, tokenizer: PreTrainedTokenizerBase, settings: dict, **kwargs):
+    def __init__(self, *args, tokenizer: PreTrainedTokenizerBase, settings: dict, stop_signal: StopSignal, **kwargs):
         super().__init__(*args, **kwargs)
-        self.tokenizer, self.settings = tokenizer, settings
+        self.settings, self.stop_signal = settings, stop_signal
+        with tempfile.TemporaryDirectory() as folder:
+            tokenizer.save_pretrained(folder)
+            self.tokenizer_files = {path.name: path.read_bytes() for path in Path(folder).iterdir()}
+        self.add_callback(RunGuard(self))
+        self.losses: list[torch.Tensor] = []  # of the accumulation under way
+        self.batches: list[tuple[list[int], int]] = []  # its rows, and the tokens of each
+        self.progress = {"step": 0, "tr_loss": 0.0, "total_loss": 0.0, "last_logged": 0, "seconds": 0.0}
+        self.progress["evaluate"] = False  # an evaluation is due: a signal cut it short
+        self.step_end: dict = {}  # what a step that fails half-way must not change in a save
+        self.aside: Path | None = None  # where a save is being written
+        self.resumed, self.saved_step, self.logged_step, self.save_bytes = False, -1, -1, 0
+
+    def train_safely(self, checkpoint: Path | None) -> None:
+        """Train, from `checkpoint` if given.
+
+        Raises:
+            Interrupted: a signal stopped it, after a save.
+            VQAError: memory or disk ran out, or a loss or gradient was not finite.
+        """
+        if checkpoint:
+            self.progress, self.resumed = read_progress(checkpoint), True
+            self.saved_step = self.progress["step"]
+        self.stop_signal.saves, trouble = True, None
+        try:
+            self.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        except Interrupted:
+            pass
+        except RuntimeError as error:
+            if not accelerate.utils.memory.should_reduce_batch_size(error):
+                raise
+            trouble = self.describe_memory(str(error))
+        if trouble:  # outside of `except`, so that the failed step's tensors are gone
+            gc.collect()
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+            raise VQAError(f"{trouble}; {self.save_last_step()}")
+        if self.stop_signal.signum:
+            raise Interrupted(self.stop_signal.signum, self.save_last_step())
+
+    # ---- what a step may not do
+
+    def training_step(self, model: nn.Module, inputs: dict, num_items_in_batch=None) -> torch.Tensor:
+        """As usual, keeping which rows and how many tokens the batch has, and its loss."""
+        self.batches.append((inputs.pop("rows"), inputs["input_ids"].shape[1]))
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        self.losses.append(loss)
+        return loss
+
+    def prediction_step(self, model: nn.Module, inputs: dict, *args, **kwargs):
+        """As usual, without the numbers of the rows; a signal ends the evaluation."""
+        self.batches = [(inputs.pop("rows"), inputs["input_ids"].shape[1])]
+        if self.stop_signal.signum:
+            raise Interrupted(self.stop_signal.signum)
+        return super().prediction_step(model, inputs, *args, **kwargs)
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm=None):
+        """As usual; here, before the optimizer steps, loss and gradients must be finite (read from the GPU once)."""
+        norm = super()._get_grad_norm(model, grad_norm)
+        checked = list(self.losses)
+        if getattr(self.accelerator, "scaler", None) is None:  # which looks for overflow itself, and skips the step
+            checked.append(torch.as_tensor(norm, device=self.losses[0].device, dtype=torch.float32))
+        values = torch.stack([value.detach().float() for value in checked]).tolist()
+        if not all(map(math.isfinite, values)):
+            bad = [i for i, value in enumerate(values[: len(self.losses)]) if not math.isfinite(value)]
+            what = f"the loss is {values[bad[0]]}" if bad else f"the gradient's norm is {values[-1]}"
+            rows = [row for i in bad or range(len(self.batches)) for row in self.batches[i][0]]
+            keys = ", ".join(f"{self.train_dataset.rows[i].key} ({self.train_dataset.rows[i].where})" for i in rows)
+            last = f"{self.args.output_dir}/checkpoint-{self.saved_step}" if self.saved_step >= 0 else "none"
+            raise VQAError(
+                f"step {self.state.global_step + 1}: {what} with {keys}; stopped before the optimizer step, and the "
+                f"last checkpoint ({last}) is from before; look at these samples, or lower --learning_rate"
+            )
+        self.losses, self.batches = [], []
+        return norm
+
+    def describe_memory(self, error: str) -> str:
+        """One line for memory that ran out: what was asked, the batch, the longest sample, and what would help."""
+        rows, tokens = self.batches[-1] if self.batches else ([], 0)
+        dataset = self.train_dataset if self.model.training else self.eval_dataset
+        lengths = dataset.token_counts(rows)
+        key = dataset.rows[rows[lengths.index(max(lengths))]].key if rows else "none"
+        size, frames = ("train", "max_train_frames") if self.model.training else ("eval", "max_eval_frames")
+        asked = re.search(r"[Tt]ried to allocate [^.]*(?:\.\d+[^.]*)?\.?", error)
+        return (
+            f"out of memory ({(asked[0] if asked else error.splitlines()[0]).strip('. ')}) at step "
+            f"{self.state.global_step + 1} with {len(rows)} samples of {tokens} tokens, the longest {key}; lower "
+            f"--per_device_{size}_batch_size, --{frames} or --max_image_size, or set --checkpoint_every_n 1"
+        )
+
+    # ---- stopping and going on
+
+    def begin(self) -> None:
+        """Called as training begins: take up the loss log where the checkpoint left it, check the disk."""
+        if self.resumed:
+            self._tr_loss += self.progress["tr_loss"]
+            self._total_loss_scalar = self.progress["total_loss"]
+            self._globalstep_last_logged = self.progress["last_logged"]
+            self._initial_global_step = 0  # so that the mean loss at the end is that of the whole run
+        self.started = time.time() - self.progress["seconds"]
+        self.check_disk()
+        if self.resumed and self.progress["evaluate"]:  # the signal came during this evaluation
+            self.progress["evaluate"] = False
+            self._determine_best_metric(self._evaluate(None, None), None)
+        self.keep_step_end()
+
+    def _finalize_training(self, trial, num_train_samples, start_time):
+        return super()._finalize_training(trial, num_train_samples, start_time - self.progress["seconds"])
+
+    def _run_epoch(self, *args, **kwargs) -> None:
+        if self.state.global_step >= self.state.max_steps:  # went on from the last step; the Trainer would add one
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(*args, **kwargs)
+
+    def _maybe_log_save_evaluate(self, *args, **kwargs) -> None:
+        """As usual, then stop if a signal came; an evaluation that it cut short is made up for when the run goes on."""
+        first = self.logged_step != self.state.global_step
+        self.logged_step = self.state.global_step
+        try:
+            super()._maybe_log_save_evaluate(*args, **kwargs)
+        except Interrupted:
+            self.progress["evaluate"] = True
+        self.keep_step_end()
+        # What is due at the end of an epoch comes in a second call, right after that of its last step.
+        if self.stop_signal.signum and not (first and float(self.state.epoch).is_integer()):
+            raise Interrupted(self.stop_signal.signum)
+
+    def keep_step_end(self) -> None:
+        """Remember the loss so far and the random states: a save after a failed step must hold those before it."""
+        states = {"python": random.getstate(), "numpy": np.random.get_state(), "cpu": torch.get_rng_state()}
+        if torch.cuda.is_available():
+            states["cuda"] = torch.cuda.get_rng_state()
+        self.step_end = {"step": self.state.global_step, "tr_loss": self._tr_loss.clone(), "random": states}
+
+    def save_last_step(self) -> str:
+        """Save the state after the last finished step, unless it is saved; returns what there is to go on from."""
+        step = self.step_end.get("step", 0)
+        if not step:
+            return "no step was finished, so nothing is saved"
+        if self.saved_step != step or self.progress["evaluate"]:
+            states = self.step_end["random"]
+            random.setstate(states["python"])
+            np.random.set_state(states["numpy"])
+            torch.set_rng_state(states["cpu"])
+            if "cuda" in states:
+                torch.cuda.set_rng_state(states["cuda"])
+            self._tr_loss = self.step_end["tr_loss"]
+            self._save_checkpoint(self.model, None)
+        return f"{self.args.output_dir}/checkpoint-{step} is whole; go on with --resume_from_checkpoint True"
+
+    # ---- saving
+
+    def _get_output_dir(self, trial) -> str:
+        return str(self.aside or self.args.output_dir)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         folder = Path(output_dir or self.args.output_dir)
         folder.mkdir(parents=True, exist_ok=True)
         self.model.save_pretrained(folder, state_dict=state_dict, save_embedding_layers=False)
         save_new_rows(self.model, folder)
-        self.tokenizer.save_pretrained(folder)
+        for name, content in self.tokenizer_files.items():
+            (folder / name).write_bytes(content)
         (folder / SETTINGS_FILE).write_text(json.dumps(self.settings, indent=2) + "\n", encoding="utf-8")
+
+    def _save_checkpoint(self, model: nn.Module, trial) -> None:
+        """As usual, but aside, and named once all of it is on the disk; then the oldest make room."""
+        root, name = Path(self.args.output_dir), f"checkpoint-{self.state.global_step}"
+        with self.writing_aside(name) as part:
+            super()._save_checkpoint(model, trial)
+            best = root / f"checkpoint-{self.state.best_global_step}"
+            if best.name == name or best.is_dir():  # not where it was written
+                self.state.best_model_checkpoint = str(best)
+            self.state.save_to_json(str(part / "trainer_state.json"))
+            self.progress |= {
+                "step": self.state.global_step,
+                "tr_loss": self._tr_loss.item(),
+                "total_loss": self._total_loss_scalar,
+                "last_logged": self._globalstep_last_logged,
+            }
+            stored = {**self.progress, "seconds": time.time() - self.started}
+            (part / PROGRESS_FILE).write_text(json.dumps(stored) + "\n", encoding="utf-8")
+            write_manifest(part)
+            if (root / name).exists():
+                os.rename(root / name, self.aside / "replaced")
+            os.rename(part, root / name)
+            sync(root)
+            self.saved_step, self.save_bytes = self.state.global_step, folder_bytes(root / name)
+        if (self.args.save_total_limit or 0) > 0:
+            whole = [p for p in checkpoints_of(root).values() if (p / MANIFEST_FILE).is_file()]
+            for folder in whole[self.args.save_total_limit :]:
+                if folder.name != name and str(folder) != self.state.best_model_checkpoint:
+                    os.rename(folder, root / f"{UNFINISHED}{folder.name}")  # a deletion cut short leaves no torn one
+                    shutil.rmtree(root / f"{UNFINISHED}{folder.name}")
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """As usual into a checkpoint; the final model is written aside and moved in file by file, its manifest last."""
+        if _internal_call or output_dir is not None:
+            return super().save_model(output_dir, _internal_call)
+        root = Path(self.args.output_dir)
+        with self.writing_aside("final") as part:
+            super().save_model(str(part), _internal_call=True)
+            self.state.save_to_json(str(part / "trainer_state.json"))
+            write_manifest(part)
+            (root / MANIFEST_FILE).unlink(missing_ok=True)
+            sync(root)
+            for path in sorted(part.iterdir(), key=lambda path: path.name == MANIFEST_FILE):
+                os.replace(path, root / path.name)
+            sync(root)
+
+    @contextlib.contextmanager
+    def writing_aside(self, name: str):
+        """A folder for a save to be written in, removed at the end; VQAError where the disk does not take it."""
+        root = Path(self.args.output_dir)
+        self.aside = root / f"{UNFINISHED}save"
+        try:
+            shutil.rmtree(self.aside, ignore_errors=True)
+            self.aside.mkdir(parents=True)
+            yield self.aside / name
+        except (OSError, RuntimeError, SafetensorError) as error:
+            free = shutil.disk_usage(root).free
+            last = f"checkpoint-{self.saved_step} is whole" if self.saved_step >= 0 else "there is no checkpoint yet"
+            raise VQAError(
+                f"{root}: {name} could not be saved ({str(error).splitlines()[0]}): a save takes about "
+                f"{self.save_bytes:,} bytes, {free:,} are free there; {last}; make room and go on with "
+                "--resume_from_checkpoint True"
+            ) from error
+        finally:
+            shutil.rmtree(self.aside, ignore_errors=True)
+            self.aside = None
+
+    def check_disk(self) -> None:
+        """VQAError where the checkpoints of this run, as many as are kept at a time, will not fit on the disk."""
+        root, args, state = Path(self.args.output_dir), self.args, self.state
+        trained = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
+        rest = sum(map(len, self.tokenizer_files.values())) + 2**16
+        final, self.save_bytes = 4 * trained + rest, 12 * trained + rest  # float32, and Adam's two moments
+        each = {"steps": state.save_steps or 1, "epoch": state.max_steps / state.num_train_epochs, "no": math.inf}
+        kept = math.ceil(state.max_steps / each.get(args.save_strategy.value, state.max_steps)) or 1
+        if (args.save_total_limit or 0) > 0:
+            kept = min(kept, args.save_total_limit + 1)  # the oldest goes once the newest is whole
+        needed = max(1, kept - len(checkpoints_of(root))) * self.save_bytes + final
+        free = shutil.disk_usage(root).free
+        if needed > free:
+            fit = (free - final) // self.save_bytes - 1
+            advice = f"--save_total_limit {fit} would fit" if 0 < fit < kept else "make room or name another folder"
+            raise VQAError(
+                f"--output_dir {root}: {kept} checkpoints of about {self.save_bytes:,} bytes and the final one take "
+                f"{needed:,}, and {free:,} are free; {advice}"
+            )
+
+    # ---- loading: only what is no pickle, or is read as data
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        file = Path(resume_from_checkpoint) / "adapter_model.safetensors"
+        wanted = get_peft_model_state_dict(self.model, save_embedding_layers=False)
+        with self.reading(file):
+            stored = load_file(file)
+            shapes = {name: tensor.shape for name, tensor in stored.items()}
+            if shapes != {name: tensor.shape for name, tensor in wanted.items()}:
+                raise ValueError("its tensors are not those of this model")
+            set_peft_model_state_dict(self.model, stored)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        with self.reading(f"{checkpoint}: optimizer.pt or scheduler.pt"):
+            super()._load_optimizer_and_scheduler(checkpoint)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        with self.reading(f"{checkpoint}: rng_state.pth"):
+            super()._load_rng_state(checkpoint)
+
+    @contextlib.contextmanager
+    def reading(self, what: str | Path):
+        """VQAError where `what` cannot be read as data."""
+        try:
+            yield
+        except UNREADABLE as error:
+            raise VQAError(f"{what} cannot be read ({str(error).splitlines()[0]}); name another checkpoint") from error
+
+    def _get_dataloader(self, *args, **kwargs):
+        loader = super()._get_dataloader(*args, **kwargs)
+        inner = getattr(loader, "base_dataloader", loader)
+        inner.worker_init_fn = partial(ignore_stop_signals, inner.worker_init_fn)
+        return loader
+
+
+def folder_bytes(folder: Path) -> int:
+    """Bytes of the files of a folder."""
+    return sum(path.stat().st_size for path in folder.iterdir())
+
+
+def read_progress(checkpoint: Path) -> dict:
+    """Where the loss log stood at `checkpoint`; VQAError where that, or the Trainer's state, is not readable."""
+    try:
+        stored = json.loads((checkpoint / PROGRESS_FILE).read_text(encoding="utf-8"))
+        kinds = {"step": int, "tr_loss": float, "total_loss": float, "last_logged": int, "seconds": float}
+        progress = {name: kind(stored[name]) for name, kind in kinds.items()} | {"evaluate": bool(stored["evaluate"])}
+        if TrainerState.load_from_json(str(checkpoint / "trainer_state.json")).global_step != progress["step"]:
+            raise ValueError("its files are of different steps")
+    except UNREADABLE as error:
+        raise VQAError(f"{checkpoint}: {PROGRESS_FILE} or trainer_state.json cannot be read ({error})") from error
+    return progress
+
+
+class RunGuard(TrainerCallback):
+    """Tells the Trainer that training begins."""
+
+    def __init__(self, trainer: VQATrainer):
+        self.trainer = trainer
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        """Called by the Trainer before the first step."""
+        self.trainer.begin()
 
 
 class PeakMemory(TrainerCallback):
@@ -2276,12 +2781,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     # 1. Arguments
     model_args, data_args, training_args = parse_arguments(sys.argv[1:] if argv is None else list(argv))
     limit_gpu_memory(model_args.gpu_memory_limit_gib)
-    dtype = torch.bfloat16 if training_args.bf16 else torch.float32
+    with contextlib.ExitStack() as stack:
+        stop_signal = stack.enter_context(StopSignal())
+        if not (data_args.check_data or data_args.dry_run):
+            stack.enter_context(lock_folder(training_args.output_dir))
+        return train(model_args, data_args, training_args, stop_signal)
 
+
+def train(
+    model_args: ModelArguments, data_args: DataArguments, training_args: VQATrainingArguments, stop_signal: "StopSignal"
+) -> int:
+    """The steps of `main` after the arguments; returns the exit status."""
     # 2. Data: everything is read and decoded once before any weight is loaded
     train_rows, eval_rows, skipped = read_data(data_args)
     if data_args.check_data:
         return 0
+    checkpoint = None if data_args.dry_run else find_checkpoint(training_args)
 
     # 3. Tokenizer and model
     kernel = {"sdpa": "SDPA", "flash_attention_2": "FlashAttention-2"}.get(model_args.attn_implementation)
@@ -2293,7 +2808,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         tokenizer,
         init=model_args.init,
         seed=training_args.seed,
-        dtype=dtype,
+        dtype=torch.bfloat16 if training_args.bf16 else torch.float32,
         device="meta" if data_args.dry_run else training_args.device,
         attn_implementation=model_args.attn_implementation,
         audio_encoder=model_args.audio_encoder,
@@ -2323,12 +2838,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         frame_mode=data_args.frame_mode,
     )
     print(f"📁 Loading Train Data: {data_args.train_data_path}")
-    train_dataset = SurgicalVQADataset(train_rows, processor, max_train_frames=data_args.max_train_frames)
+    train_dataset = SurgicalVQADataset(
+        train_rows, processor, max_train_frames=data_args.max_train_frames, numbered=True
+    )
     eval_dataset = None
     if eval_rows:
         print(f"📁 Loading Eval Data: {data_args.eval_data_path}")
         limit = data_args.max_eval_frames
-        eval_dataset = SurgicalVQADataset(eval_rows, processor, max_eval_frames=limit, is_eval=True)
+        eval_dataset = SurgicalVQADataset(eval_rows, processor, max_eval_frames=limit, is_eval=True, numbered=True)
         if limit is not None and any(len(row.frames) > limit for row in eval_rows):
             print(f"   Using {limit} frames (evenly sampled) to reduce eval memory")
     context = model.config.text_config.max_position_embeddings
@@ -2352,12 +2869,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         tokenizer=tokenizer,
         callbacks=[memory, *([stop] if stop else [])],
         settings=settings,
+        stop_signal=stop_signal,
     )
-    trainer.train(resume_from_checkpoint=resume_argument(training_args.resume_from_checkpoint))
+    if checkpoint:
+        refuse_other_settings(checkpoint, settings)
+        print(f"Going on from {checkpoint}")
+    trainer.train_safely(checkpoint)
 
     # 7. Results
     trainer.save_model()
-    trainer.save_state()
+    if stop_signal.signum:
+        raise Interrupted(stop_signal.signum, f"training had ended, and {training_args.output_dir} is whole")
     if eval_dataset is not None and training_args.eval_strategy == "no":
         print(trainer.evaluate())
     if memory.gib:
@@ -2369,11 +2891,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def resume_argument(flag: str | None) -> str | bool | None:
-    """`--resume_from_checkpoint` as the Trainer wants it: True for the newest checkpoint of the output folder."""
-    return {"true": True, "false": None, None: None}.get(flag.lower() if flag else None, flag)
-
-
 def run(entry) -> None:
     """Exit with the status of `entry()`; a VQAError becomes its text and status 1, without a traceback."""
     try:
@@ -2381,6 +2898,9 @@ def run(entry) -> None:
     except VQAError as error:
         print("\n".join(f"error: {line}" for line in str(error).splitlines()), file=sys.stderr)
         status = 1
+    except Interrupted as stop:
+        print(stop, file=sys.stderr)
+        status = 128 + stop.signum
     sys.exit(status)
 
 
