@@ -59,7 +59,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from PIL import Image, ImageOps, UnidentifiedImageError
 from PIL import __version__ as PIL_VERSION
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 from tqdm.auto import tqdm
 from transformers import (
