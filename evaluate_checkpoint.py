@@ -22,8 +22,12 @@ Exit status: 0 all rows answered, 1 some rows failed (they count as wrong), 2 no
 """
 
 import argparse
+import contextlib
 import fcntl
+import functools
 import hashlib
+import importlib.metadata
+import itertools
 import json
 import math
 import os
@@ -36,10 +40,10 @@ import sys
 import textwrap
 import time
 import unicodedata
-from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections import Counter, defaultdict, deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -156,7 +160,7 @@ def match_predictions(annotations: Sequence[Row], path: str | Path) -> dict[Key,
     for key in map(row_key, annotations):
         parts = list(zip(KEY_FIELDS, key, strict=True))
         for size in range(1, len(parts) + 1):
-            for subset in combinations(parts, size):
+            for subset in itertools.combinations(parts, size):
                 index[subset].append(key)
 
     annotation_of = {row_key(row): row for row in annotations}
@@ -1418,6 +1422,8 @@ class Subject:
     input_mode: str
     max_eval_frames: int | None  # None: all
     max_image_size: int
+    audio_tokens: str  # full or speech
+    frame_mode: str  # images or video
     settings: Row  # what train_vqa saved beside the adapter, {} for a base model
 
 
@@ -1471,6 +1477,8 @@ def read_subject(args: argparse.Namespace, device_type: str) -> Subject:
         input_mode=args.input_mode or inputs.get("input_mode", defaults.input_mode),
         max_eval_frames=(frames if args.max_eval_frames is None else args.max_eval_frames) or None,
         max_image_size=args.max_image_size or inputs.get("max_image_size", defaults.max_image_size),
+        audio_tokens=inputs.get("audio_tokens", defaults.audio_tokens),
+        frame_mode=inputs.get("frame_mode", defaults.frame_mode),
         settings=settings,
     )
 
@@ -1488,11 +1496,11 @@ def load_subject(subject: Subject, device: Any) -> tuple[Any, Any, str]:
     precision = {"bfloat16": "BF16", "float32": "FP32"}[subject.dtype]
     print(f"⏳ Loading merged {precision} model with {kernel or subject.attn_implementation} attention...", flush=True)
     tokenizer = vqa.load_tokenizer(subject.tokenizer)
-    drawn_on = torch.device(subject.init_device or device.type) if subject.init == "random" else device
-    if drawn_on.type not in ("cpu", device.type):
+    drawn_on = (subject.init_device or device.type) if subject.init == "random" else device.type
+    if drawn_on not in ("cpu", device.type):
         raise InputError(
-            f"{subject.adapter}: its random base was drawn on {drawn_on.type}, which draws other numbers than "
-            f"{device.type}; evaluate it on a machine with {drawn_on.type}"
+            f"{subject.adapter}: its random base was drawn on {drawn_on}, and {device.type} draws other numbers; "
+            f"evaluate it on a machine with {drawn_on}"
         )
     options = vqa.base_options(subject.settings) if subject.adapter else {}
     model = vqa.load_model(
@@ -1505,17 +1513,6 @@ def load_subject(subject: Subject, device: Any) -> tuple[Any, Any, str]:
     )
     identity = vqa.fingerprint(model)
     if subject.adapter:
-        trained_on = subject.settings["model"].get("base_fingerprint")
-        if identity != trained_on:
-            why = (
-                "another device kind, dtype or torch version draws other random weights"
-                if subject.init == "random"
-                else "name the base of the training run with --model_name_or_path"
-            )
-            raise InputError(
-                f"{subject.adapter}: was not trained on {subject.base} as it is here (fingerprint {identity[:12]}, "
-                f"trained on {str(trained_on)[:12]}); {why}"
-            )
         model = vqa.load_adapter(model, subject.adapter, allow_pickle=options["allow_pickle"]).get_base_model()
     model = model.to(device).eval()
     if subject.dtype != subject.base_dtype:
@@ -1524,6 +1521,167 @@ def load_subject(subject: Subject, device: Any) -> tuple[Any, Any, str]:
                 weight.data = weight.data.to(getattr(torch, subject.dtype))
     print(f"✓ Model loaded in full {precision}", flush=True)
     return model, tokenizer, identity
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# With a model: inputs of an arm
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class ArmInputs:
+    """The rows of one arm as model inputs, decoded and changed as the arm says; item by item.
+
+    Args:
+        arm: one of ARMS.
+        dataset: SurgicalVQADataset for generation; its processor has the arm's input mode.
+        heard: for each of its rows the VQARow whose speech is played.
+        seed: of shuffled frames.
+    """
+
+    def __init__(self, arm: str, dataset: Any, heard: Sequence[Any], seed: int):
+        self.arm, self.dataset, self.heard, self.seed = arm, dataset, heard, seed
+        self.rows, self.processor = dataset.rows, dataset.processor
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> Row | str:
+        """Model inputs of a row without a batch dimension, or what is wrong with its media."""
+        import train_vqa as vqa
+
+        try:
+            frames, speech = self.read(index)
+            frames, speech = change_inputs(self.arm, frames, speech, f"{self.seed}/{self.rows[index].key}")
+            return self.encode(index, frames, speech)
+        except vqa.VQAError as error:
+            return str(error)
+
+    def read(self, index: int) -> tuple[list[Any], Any]:
+        """(selected frames as PIL images, speech float32 [n] or None); VQAError for media that cannot be used."""
+        import train_vqa as vqa
+
+        row, heard = self.rows[index], self.heard[index]
+        if len(row.frame_paths) < len(row.frames):
+            raise vqa.VQAError(f"{row.where}: a frame is missing")
+        frames = [vqa.load_frame(path, self.processor.max_image_size) for path in self.frame_paths(index)]
+        if self.processor.input_mode == "text":
+            return frames, None
+        if heard.audio_path is None:
+            raise vqa.VQAError(f"{heard.where}: the speech is missing")
+        return frames, vqa.load_speech(heard.audio_path)
+
+    def encode(self, index: int, frames: list[Any], speech: Any) -> Row:
+        """Model inputs of a row with these frames and this speech."""
+        return self.processor.encode(self.rows[index], frames, speech, with_answer=False)
+
+    def frame_paths(self, index: int) -> Sequence[Path]:
+        """The frames of a row that are shown."""
+        return self.dataset._select_frames(self.rows[index].frame_paths)
+
+    def media_sha256(self, index: int) -> str:
+        """Digest of the files behind a row's answer: a resumed run must not mix old files with new ones."""
+        paths = [
+            *self.frame_paths(index),
+            None if self.processor.input_mode == "text" else self.heard[index].audio_path,
+        ]
+        return hashlib.sha256("".join(sha256_once(path) for path in paths if path).encode()).hexdigest()
+
+    def prompt(self, question: str, n_frames: int = 1) -> str:
+        """The rendered prompt as it can be read: one placeholder a frame, none for speech."""
+        ids = self.processor.build(question, [1] * n_frames, 0, None)["input_ids"].tolist()
+        return self.processor.tokenizer.decode(ids)
+
+
+def change_inputs(arm: str, frames: list[Any], speech: Any, draw: str) -> tuple[list[Any], Any]:
+    """Frames (PIL images) and speech (float32 [n] or None) as an arm presents them; `draw` seeds a shuffle.
+
+    Black frames and silence keep size and length, so that the prompt stays the same token for token. The first frame is
+    shown once, so that its prompt is shorter by the tokens of the others.
+    """
+    if arm == "silent_audio":
+        return frames, speech * 0
+    if arm == "black_frames":
+        return [frame.point(lambda _: 0) for frame in frames], speech
+    if arm == "first_frame":
+        return frames[:1], speech
+    if arm == "shuffled_frames":
+        order, generator = list(range(len(frames))), random.Random(draw)
+        while order == sorted(order) and len(order) > 1:  # the order in time would test nothing
+            generator.shuffle(order)
+        return [frames[place] for place in order], speech
+    return frames, speech
+
+
+@functools.cache
+def sha256_once(path: Path) -> str:
+    """`sha256_file`, read once a run: many questions share their clips."""
+    return sha256_file(path)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# With a model: the gates, before any answer
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def check_leaks(arms: Iterable[ArmInputs]) -> None:
+    """Raise InputError if the prompt of any row in an audio arm holds words of its question."""
+    for inputs in arms:
+        if inputs.processor.input_mode != "audio":
+            continue
+        for index, row in enumerate(inputs.rows):
+            n_frames = len(inputs.frame_paths(index))
+            words = leaked_words(inputs.prompt(row.question, n_frames), row.question, inputs.prompt("", n_frames))
+            if words:
+                raise InputError(
+                    f"leak gate: in the arm {inputs.arm} the prompt of {row.key} holds words of its question "
+                    f"({', '.join(words)}), so its answer would not show that it was heard; no figure is given"
+                )
+
+
+def check_liveness(model: Any, inputs: ArmInputs) -> Row:
+    """Do speech and frames reach the logits? {"speech", "frames"}: by how much other ones move a logit at most.
+
+    Speech is replaced by another row's at the same length (where there is none, by its own played backwards), frames by
+    their negatives: so the prompt stays as it is, and only what is heard or seen differs. `speech` is None in text
+    mode. Raises InputError if a path changes nothing, or if the same inputs give different logits.
+    """
+    import numpy as np
+    import torch
+
+    import train_vqa as vqa
+
+    collate = vqa.VQACollator(inputs.processor.tokenizer.pad_token_id, "left")
+
+    def logits(frames: list[Any], speech: Any) -> Any:
+        batch = collate([inputs.encode(index, frames, speech)])
+        tensors = {name: tensor.to(model.device) for name, tensor in batch.items() if name != "labels"}
+        with torch.inference_mode():
+            return model(**tensors, logits_to_keep=1).logits.float()
+
+    def readable() -> Iterator[tuple[int, tuple[list[Any], Any]]]:
+        for index in range(len(inputs)):
+            with contextlib.suppress(vqa.VQAError):
+                yield index, inputs.read(index)
+
+    index, (frames, speech) = next(readable(), (None, (None, None)))
+    if index is None:
+        raise InputError("no row has frames and speech that can be read, so nothing can be measured")
+    plain = logits(frames, speech)
+    if not torch.equal(plain, logits(frames, speech)):
+        raise InputError("liveness gate: the same speech and frames give different logits; no answer would repeat")
+    others = {"frames": (([frame.point(lambda value: 255 - value) for frame in frames]), speech), "speech": None}
+    if speech is not None:
+        question = inputs.rows[index].question
+        borrowed = (media[1] for other, media in readable() if inputs.rows[other].question != question)
+        others["speech"] = frames, np.resize(next(borrowed, speech[::-1]), speech.shape)
+    moved = {path: other and float((plain - logits(*other)).abs().max()) for path, other in others.items()}
+    dead = [path for path, distance in moved.items() if distance == 0]
+    if dead:
+        raise InputError(
+            f"liveness gate: the path of {' and '.join(dead)} is dead: with other {' and '.join(dead)} every logit "
+            f"stays as it is; check the checkpoint"
+        )
+    return moved
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1553,125 +1711,74 @@ def answer_batch(model: Any, batch: Row, stop_ids: Sequence[int], max_new_tokens
     return answers
 
 
-class ArmInputs:
-    """Rows of one arm as model inputs, decoded and changed as the arm says; a map-style dataset for a DataLoader.
-
-    Args:
-        rows: to answer, in order.
-        arm: one of ARMS.
-        dataset: SurgicalVQADataset for generation, whose processor has the arm's input mode.
-        heard: key text -> the VQARow whose speech is played.
-        seed: of shuffled frames.
-    """
-
-    def __init__(self, rows: Sequence[Any], arm: str, dataset: Any, heard: Mapping[str, Any], seed: int):
-        self.rows, self.arm, self.dataset, self.heard, self.seed = rows, arm, dataset, heard, seed
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, index: int) -> Row | str:
-        """The sample of `SurgicalVQADataset`, or what went wrong."""
-        import train_vqa as vqa
-
-        try:
-            return self.sample(self.rows[index])
-        except vqa.VQAError as error:
-            return str(error)
-
-    def sample(self, row: Any) -> Row:
-        """Model inputs of one row; VQAError for media that cannot be used."""
-        import train_vqa as vqa
-
-        processor = self.dataset.processor
-        paths = self.dataset._select_frames(row.frame_paths)
-        frames = [vqa.load_frame(path, processor.max_image_size) for path in paths]
-        speech = None if processor.input_mode == "text" else vqa.load_speech(self.heard[row.key].audio_path)
-        return processor.encode(row, *change_inputs(self.arm, frames, speech, f"{self.seed}/{row.key}"), False)
-
-
-def change_inputs(arm: str, frames: list[Any], speech: Any, draw: str) -> tuple[list[Any], Any]:
-    """Frames (PIL images) and speech (float32 [n] or None) as an arm presents them; `draw` seeds a shuffle.
-
-    Black frames and silence keep their size and length, so that the prompt stays the same, token for token. The first
-    frame is shown once: the prompt is then shorter by the tokens of the others.
-    """
-    if arm == "silent_audio":
-        speech = speech * 0
-    elif arm == "black_frames":
-        frames = [frame.point(lambda _: 0) for frame in frames]
-    elif arm == "first_frame":
-        frames = frames[:1]
-    elif arm == "shuffled_frames" and len(frames) > 1:
-        order = list(range(len(frames)))
-        generator = random.Random(draw)
-        while order == sorted(order):  # leaving them in place would test nothing
-            generator.shuffle(order)
-        frames = [frames[place] for place in order]
-    return frames, speech
-
-
 def answer_arm(
-    model: Any, inputs: ArmInputs, annotations: Sequence[Row], rows: RowFile, args: argparse.Namespace
+    model: Any, inputs: ArmInputs, annotations: Sequence[Row], file: RowFile, args: argparse.Namespace
 ) -> int:
-    """Answer the rows that `rows` lacks, batch by batch, and append them; returns how many.
+    """Answer the rows that `file` lacks, batch by batch, and append them; returns how many.
 
-    Batches are fixed slices of the file, answered whole even where a killed run has left only part of one undone: so a
-    resumed run computes exactly what an uninterrupted one does. Raises InputError when the GPU memory does not suffice.
+    Batches are fixed slices of the data, answered whole even where a killed run left only part of one to do: so a
+    resumed run computes exactly what an uninterrupted one does. Raises InputError where the media behind a row that is
+    there have changed.
     """
-    import torch
     from tqdm.auto import tqdm
 
     import train_vqa as vqa
 
-    processor = inputs.dataset.processor
-    starts = range(0, len(annotations), args.batch_size)
-    batches = [list(range(start, min(start + args.batch_size, len(annotations)))) for start in starts]
-    batches = [batch for batch in batches if any(row_key(annotations[i]) not in rows.done for i in batch)]
-    collate = vqa.VQACollator(processor.tokenizer.pad_token_id, "left")
-    loader = torch.utils.data.DataLoader(
-        inputs,
-        batch_sampler=batches,
-        collate_fn=list,
-        num_workers=0 if model.device.type == "cpu" else min(8, os.cpu_count()),
-    )
-    stop_ids = vqa.turn_end_ids(processor.tokenizer)
-    before = len(rows.done)
-    with tqdm(total=len(annotations), initial=before, desc=inputs.arm, unit="row") as bar:
-        for batch, samples in zip(batches, loader, strict=True):
+    keys = [row_key(annotation) for annotation in annotations]
+    for index, key in enumerate(keys):
+        if key in file.done and file.done[key].get("media_sha256") != inputs.media_sha256(index):
+            raise InputError(
+                f"{file.path}: the frames or speech of {key_text(key)} are not the ones that its row was made from; "
+                f"choose another --output_file, or start again with --overwrite"
+            )
+    slices = [range(i, min(i + args.batch_size, len(keys))) for i in range(0, len(keys), args.batch_size)]
+    slices = [part for part in slices if any(keys[index] not in file.done for index in part)]
+    tokenizer, by_ear = inputs.processor.tokenizer, inputs.processor.input_mode != "text"
+    stop_ids, collate = vqa.turn_end_ids(tokenizer), vqa.VQACollator(tokenizer.pad_token_id, "left")
+    decoded = ahead(inputs.__getitem__, itertools.chain(*slices), 2 * args.batch_size)
+    answered, already = 0, sum(key in file.done for key in keys)
+    with contextlib.closing(decoded), tqdm(total=len(keys), initial=already, desc=inputs.arm, unit="row") as bar:
+        for part in slices:
+            samples = list(itertools.islice(decoded, len(part)))
             sound = [sample for sample in samples if not isinstance(sample, str)]
-            try:
-                answers = iter(answer_batch(model, collate(sound), stop_ids, args.max_new_tokens) if sound else ())
-            except torch.OutOfMemoryError as error:
-                raise InputError(
-                    f"--batch_size {args.batch_size} does not fit into the GPU memory; run again with a smaller one, "
-                    f"the {len(rows.done)} rows answered so far are kept in {rows.path}"
-                ) from error
-            for i, sample in zip(batch, samples, strict=True):
-                text, ids, finish, more = None, [], "error", {}
-                if isinstance(sample, str):
-                    more["error"] = sample
-                else:
-                    ids, finish = next(answers)
-                    text = processor.tokenizer.decode(ids, skip_special_tokens=True).strip()
-                if row_key(annotations[i]) in rows.done:
+            answers = iter(answer_batch(model, collate(sound), stop_ids, args.max_new_tokens) if sound else ())
+            for index, sample in zip(part, samples, strict=True):
+                failed = isinstance(sample, str)
+                ids, finish = ([], "error") if failed else next(answers)
+                if keys[index] in file.done:
                     continue
-                heard = inputs.heard[inputs.rows[i].key]
-                if heard is not inputs.rows[i]:
-                    more["audio_of"] = heard.key
-                rows.append(
+                heard = inputs.heard[index]
+                file.append(
                     answer_row(
-                        annotations[i],
-                        text,
+                        annotations[index],
+                        None if failed else tokenizer.decode(ids, skip_special_tokens=True).strip(),
                         finish_reason=finish,
                         n_tokens=len(ids),
-                        input_mode=processor.input_mode,
-                        audio_file=None if processor.input_mode == "text" else str(heard.audio_path),
-                        **more,
+                        input_mode=inputs.processor.input_mode,
+                        audio_file=str(heard.audio_path) if by_ear and heard.audio_path else None,
+                        **({"audio_of": heard.key} if heard is not inputs.rows[index] else {}),
+                        media_sha256=inputs.media_sha256(index),
+                        **({"error": sample} if failed else {}),
                     )
                 )
+                answered += 1
                 bar.update()
-    return len(rows.done) - before
+    return answered
+
+
+def ahead(function: Callable[[Any], Any], items: Iterable[Any], depth: int) -> Iterator[Any]:
+    """`map(function, items)`, with up to `depth` results under way in threads while the caller uses the last one."""
+    pending: deque = deque()
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        try:
+            for item in items:
+                pending.append(pool.submit(function, item))
+                if len(pending) > depth:
+                    yield pending.popleft().result()
+            while pending:
+                yield pending.popleft().result()
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1684,12 +1791,19 @@ def generate(args: argparse.Namespace) -> int:
 
     Raises InputError for whatever the user can mend.
     """
+    import torch
+
     import train_vqa as vqa
 
     try:
         return _generate(args)
     except vqa.VQAError as error:
         raise InputError(str(error)) from error
+    except torch.OutOfMemoryError as error:
+        raise InputError(
+            f"--batch_size {args.batch_size} does not fit into the GPU memory; run the same command with a smaller one "
+            f"(below 1: a smaller --max_image_size or --max_eval_frames); the rows answered so far are kept"
+        ) from error
 
 
 def _generate(args: argparse.Namespace) -> int:
@@ -1697,102 +1811,119 @@ def _generate(args: argparse.Namespace) -> int:
 
     import train_vqa as vqa
 
-    # 1. What answers what
+    # 1. What answers, in which arms
     target = summary_path(args.output_file)
     vqa.limit_gpu_memory(args.gpu_memory_limit_gib or None)
     device = torch.accelerator.current_accelerator() or torch.device("cpu")
     subject = read_subject(args, device.type)
     main_arm = subject.input_mode
-    arms = [main_arm, *(arm for arm in args.arms or () if arm != main_arm)]
-    mode_of = {arm: arm if arm in INPUT_MODES else main_arm for arm in arms}
-    deaf = [arm for arm in arms if arm.endswith("_audio") and main_arm == "text"]
+    modes = {arm: arm if arm in INPUT_MODES else main_arm for arm in (main_arm, *(args.arms or ()))}
+    deaf = [arm for arm, mode in modes.items() if arm in HEARING_ARMS and mode == "text"]
     if deaf:
-        raise InputError(f"--arms {','.join(deaf)}: the model is asked in text mode and hears nothing; drop the arm")
-    by_ear = any(mode != "text" for mode in mode_of.values())
+        raise InputError(f"--arms {','.join(deaf)}: in text mode the model hears nothing; drop the arm")
+    by_ear = set(modes.values()) != {"text"}
     if by_ear and not args.audio_dir:
         raise InputError("--audio_dir must be given: the questions are spoken (or use --input_mode text)")
 
     # 2. Data: everything is found and decoded once before the weights load
     print(f"📁 Loading Eval Data: {args.eval_data_path}")
-    everything = read_annotations(args.eval_data_path)
-    annotations = limited(everything, args.limit)
+    all_annotations = read_annotations(args.eval_data_path)
+    annotations = limited(all_annotations, args.limit)
     train_rows = read_annotations(args.train_data_path) if args.train_data_path else None
     row_of = {row.key: row for row in vqa.read_rows(args.eval_data_path)}
     rows = [row_of[key_text(row_key(annotation))] for annotation in annotations]
-    heard_in = {arm: {row.key: row for row in rows} for arm in arms}
-    if "mismatched_audio" in arms:  # paired over the whole file: a larger --limit later leaves the pairs as they are
-        pairs = pair_mismatched_audio(everything, args.seed)
-        partner = {key_text(key): row_of[key_text(other)] for key, other in pairs.items()}
-        heard_in["mismatched_audio"] = {row.key: partner[row.key] for row in rows}
-    used = list({row.key: row for row in (*rows, *heard_in.get("mismatched_audio", {}).values())}.values())
-    problems = vqa.find_media(used, args.frames_dir, args.audio_dir if by_ear else None)
-    vqa.raise_problems(vqa.find_shared_speech(used))
-    problems += vqa.check_media(used)
-    if problems and args.allow_errors:
-        print("\n".join(f"{text} (counted as wrong)" for text in problems), file=sys.stderr)
-    else:
-        vqa.raise_problems(problems)
-    if subject.max_eval_frames and any(len(row.frames) > subject.max_eval_frames for row in rows):
-        print(f"   Using {subject.max_eval_frames} frames (evenly sampled) to reduce eval memory")
+    heard = dict.fromkeys(modes, rows)
+    if "mismatched_audio" in modes:  # paired over the whole file: a larger --limit later leaves the pairs as they are
+        pairs = pair_mismatched_audio(all_annotations, args.seed)
+        heard["mismatched_audio"] = [row_of[key_text(pairs[row_key(annotation)])] for annotation in annotations]
+    find_and_check_media({row.key: row for part in heard.values() for row in part}.values(), args, by_ear)
+    limit = subject.max_eval_frames
+    if limit and any(len(row.frames) > limit for row in rows):
+        print(f"   Using {limit} frames (evenly sampled) to reduce eval memory")
 
     # 3. Model
     model, tokenizer, identity = load_subject(subject, device)
-    inputs = {}
-    for arm, mode in mode_of.items():
-        processor = vqa.VQAProcessor(tokenizer, model.config, subject.max_image_size, mode)
-        dataset = vqa.SurgicalVQADataset(
-            rows, processor, max_eval_frames=subject.max_eval_frames, is_eval=True, with_answer=False
+    arms = {}
+    for arm, mode in modes.items():
+        processor = vqa.VQAProcessor(
+            tokenizer, model.config, subject.max_image_size, mode, subject.audio_tokens, subject.frame_mode
         )
-        inputs[arm] = ArmInputs(rows, arm, dataset, heard_in[arm], args.seed)
-    audio_tokens = subject.settings.get("input", {}).get("audio_tokens", processor.audio_tokens)
-    if audio_tokens != processor.audio_tokens:
+        dataset = vqa.SurgicalVQADataset(rows, processor, max_eval_frames=limit, is_eval=True, with_answer=False)
+        arms[arm] = ArmInputs(arm, dataset, heard[arm], args.seed)
+    trained_tokens = subject.settings.get("input", {}).get("encoder_tokens", processor.encoder_tokens)
+    if trained_tokens != processor.encoder_tokens:
         raise InputError(
-            f"{args.checkpoint_path}: trained with {audio_tokens} audio tokens a question, this train_vqa.py makes "
-            f"{processor.audio_tokens}; use the train_vqa.py that trained it"
+            f"{args.checkpoint_path}: trained with {trained_tokens} audio tokens a question, this base makes "
+            f"{processor.encoder_tokens}; name the base of the training run with --model_name_or_path"
         )
 
-    # 4. Answers
-    files, scored, answered, start = {}, {}, 0, time.monotonic()
-    for arm in arms:
-        path = arm_path(args.output_file, arm, main_arm)
-        fingerprint = run_fingerprint(args, subject, inputs[arm], identity)
-        with RowFile(path, fingerprint, overwrite=args.overwrite) as file:
-            answered += answer_arm(model, inputs[arm], annotations, file, args)
-            scored[arm], files[arm] = score_rows(annotations, file.done), path.name
-    seconds = time.monotonic() - start
+    # 4. Gates
+    check_leaks(arms.values())
+    moved = check_liveness(model, next((part for arm, part in arms.items() if modes[arm] != "text"), arms[main_arm]))
+    figures = ", ".join(f"other {path} by {by:.3g}" for path, by in moved.items() if by is not None)
+    print(f"Gates passed: no prompt gives its question away; logits move with {figures}")
 
-    # 5. Figures
+    # 5. Answers
+    files = {arm: arm_path(args.output_file, arm, main_arm) for arm in arms}
+    fingerprints = {arm: run_fingerprint(args, subject, inputs, identity) for arm, inputs in arms.items()}
+    scored, answered, start = {}, 0, time.monotonic()
+    for arm, inputs in arms.items():
+        with RowFile(files[arm], fingerprints[arm], overwrite=args.overwrite) as file:
+            answered += answer_arm(model, inputs, annotations, file, args)
+            scored[arm] = score_rows(annotations, file.done)
+    seconds = time.monotonic() - start
     peak = torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else None
-    manifest = base_manifest(args)
+
+    # 6. Figures
+    manifest = run_manifest(args, subject, arms[main_arm], fingerprints[main_arm], device)
+    manifest["gates"] = moved
+    manifest["runtime"] = {"seconds": seconds, "rows_answered": answered, "peak_gpu_memory_gib": peak}
     summary = summarise(
         annotations,
         scored[main_arm],
         train_rows=train_rows,
-        arms=summarise_arms(main_arm, scored, files),
+        arms=summarise_arms(main_arm, scored, {arm: path.name for arm, path in files.items()}),
         manifest=manifest,
     )
     write_json(target, summary)
     print(render_summary(summary))
     memory = "" if peak is None else f", peak GPU memory {peak:.1f} GiB"
     print(f"\nAnswered {answered} rows in {seconds:.1f} s ({answered / seconds:.2f} samples/s{memory})")
-    print(f"Rows: {', '.join(files.values())}; summary: {target}")
-    return 1 if any(row.prediction is None for arm in scored.values() for row in arm) else 0
+    print(f"Rows: {', '.join(map(str, files.values()))}\nSummary: {target}")
+    return 1 if any(row.prediction is None for part in scored.values() for row in part) else 0
 
 
-def run_fingerprint(args: argparse.Namespace, subject: Subject, inputs: ArmInputs, base_fingerprint: str) -> Row:
-    """What the rows of an arm depend on, as flat JSON: rows made with other values are never mixed with them."""
-    processor = inputs.dataset.processor
-    prompt = processor.tokenizer.decode(prompt_ids(processor, "{question}"))
+def find_and_check_media(rows: Iterable[Any], args: argparse.Namespace, by_ear: bool) -> None:
+    """Find and decode the media of VQARows; with --allow_errors what is missing or broken is only said.
+
+    Raises VQAError otherwise, and always where one speech file would have to serve different questions.
+    """
+    import train_vqa as vqa
+
+    rows = list(rows)
+    problems = vqa.find_media(rows, args.frames_dir, args.audio_dir if by_ear else None)
+    vqa.raise_problems(vqa.find_shared_speech(rows))
+    problems += vqa.check_media(rows)
+    if not args.allow_errors:
+        vqa.raise_problems(problems)
+    for problem in problems:
+        print(f"{problem} (--allow_errors: counted as wrong)", file=sys.stderr)
+
+
+def run_fingerprint(args: argparse.Namespace, subject: Subject, inputs: ArmInputs, identity: str) -> Row:
+    """What the answers of an arm depend on, as flat JSON: rows made with other values are never mixed with them."""
     return {
         "arm": inputs.arm,
-        "input_mode": processor.input_mode,
-        "base_fingerprint": base_fingerprint,
-        "adapter_sha256": subject.adapter and sha256_file(subject.adapter / "adapter_model.safetensors"),
+        "input_mode": inputs.processor.input_mode,
+        "base_fingerprint": identity,
+        "adapter_sha256": subject.adapter and sha256_once(subject.adapter / "adapter_model.safetensors"),
         "dtype": subject.dtype,
         "attn_implementation": subject.attn_implementation,
-        "eval_data_sha256": sha256_file(args.eval_data_path),
-        "prompt_sha256": hashlib.sha256(prompt.encode()).hexdigest(),
-        "audio_tokens": processor.audio_tokens,
+        "eval_data_sha256": sha256_once(Path(args.eval_data_path)),
+        "prompt_sha256": hashlib.sha256(inputs.prompt("{question}").encode()).hexdigest(),
+        "audio_tokens": inputs.processor.audio_tokens,
+        "encoder_tokens": inputs.processor.encoder_tokens,
+        "frame_mode": inputs.processor.frame_mode,
         "max_eval_frames": subject.max_eval_frames,
         "max_image_size": subject.max_image_size,
         "max_new_tokens": args.max_new_tokens,
@@ -1800,10 +1931,42 @@ def run_fingerprint(args: argparse.Namespace, subject: Subject, inputs: ArmInput
     }
 
 
-def prompt_ids(processor: Any, question: str, n_frames: int = 1) -> list[int]:
-    """Ids of the rendered prompt, with one token a frame and none for speech: what can be read of it."""
-    ids = processor.build(question, [1] * n_frames, None)["input_ids"].tolist()
-    return [token for token in ids if token != processor.audio_id]
+def run_manifest(args: argparse.Namespace, subject: Subject, inputs: ArmInputs, fingerprint: Row, device: Any) -> Row:
+    """What a reader needs to repeat the run: `base_manifest`, and how the main arm was answered."""
+    import torch
+
+    import train_vqa as vqa
+
+    manifest, tokenizer = base_manifest(args), inputs.processor.tokenizer
+    manifest["sha256"] |= {
+        "adapter": fingerprint["adapter_sha256"],
+        "prompt": fingerprint["prompt_sha256"],
+        "media": hashlib.sha256("".join(map(inputs.media_sha256, range(len(inputs)))).encode()).hexdigest(),
+        "train_vqa.py": sha256_file(vqa.__file__),
+    }
+    packages = ("torch", "transformers", "peft", "pillow", "torchaudio", "soundfile")
+    shown = ("input_mode", "audio_tokens", "encoder_tokens", "frame_mode", "max_eval_frames", "max_image_size")
+    return manifest | {
+        "versions": {name: importlib.metadata.version(name) for name in packages},
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "model": {
+            "base": subject.base,
+            "base_fingerprint": fingerprint["base_fingerprint"],
+            "init": subject.init,
+            "adapter": subject.adapter and str(subject.adapter),
+            "dtype": subject.dtype,
+            "attn_implementation": subject.attn_implementation,
+        },
+        "input": {name: fingerprint[name] for name in shown} | {"prompt": inputs.prompt("{question}")},
+        "seeds": {"arms": args.seed, "init": subject.init_seed if subject.init == "random" else None},
+        "decoding": {
+            "method": "greedy",
+            "max_new_tokens": args.max_new_tokens,
+            "stop_ids": vqa.turn_end_ids(tokenizer),
+            "pad_id": tokenizer.pad_token_id,
+            "batch_size": args.batch_size,
+        },
+    }
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1901,7 +2064,10 @@ def build_parser() -> argparse.ArgumentParser:
 
     answers = parser.add_argument_group("answers")
     answers.add_argument(
-        "--batch_size", type=_at_least(1), default=1, help="samples answered at a time; does not change the answers"
+        "--batch_size",
+        type=_at_least(1),
+        default=8,
+        help="samples answered at a time; costs memory, changes no answer",
     )
     answers.add_argument("--max_new_tokens", type=_at_least(1), default=32, help="tokens after which an answer is cut")
     answers.add_argument(

@@ -88,7 +88,7 @@ case ${1-} in
         # A model this small learns five answers with a large step, all rows at once and no dropout.
         settings=(
             --init random --use_cpu True --seed 1 --lora_dropout 0 --max_image_size 112 --max_eval_frames 0
-            --per_device_train_batch_size 5 --gradient_accumulation_steps 1
+            --per_device_train_batch_size 5 --gradient_accumulation_steps 1 --checkpoint_every_n 0
             --learning_rate 1e-2 --lr_scheduler_type cosine --warmup_steps 5 --max_steps 150
             --logging_steps 5 --save_strategy no --target_train_loss 1e-3
         )

@@ -327,3 +327,26 @@ def test_adapter_that_does_not_fit_is_refused_by_name(adapter, fresh, change, me
 def test_a_folder_without_an_adapter_is_refused(fresh, tmp_path):
     with pytest.raises(vqa.VQAError, match="holds no adapter"):
         vqa.load_adapter(fresh(), tmp_path)
+
+
+# ---------------------------------------------------------------------------------------------- fewer tokens per sample
+
+
+def test_outputs_beyond_the_speech_are_left_out(base, batch):
+    """The kept outputs stand where they stood: cutting nothing changes nothing, cutting some needs fewer places."""
+    inputs = {k: v for k, v in batch.items() if k not in ("labels", "audio_lengths")}
+    with torch.no_grad():
+        whole = base(**inputs).logits
+        assert torch.equal(base(**inputs, audio_lengths=torch.tensor([1500, 1500])).logits, whole)
+    with pytest.raises(ValueError, match="3000 audio placeholders but 1600 audio features"):
+        base(**inputs, audio_lengths=torch.tensor([100, 1500]))
+
+
+def test_a_video_batch_runs_and_sees_the_order_of_its_frames(tokenizer, base, rows):
+    processor = vqa.VQAProcessor(tokenizer, base.config, max_image_size=56, frame_mode="video", audio_tokens="speech")
+    dataset = vqa.SurgicalVQADataset(rows, processor)
+    batch = vqa.VQACollator(497)([dataset[0], dataset[3]])
+    assert batch["video_grid_thw"].tolist() == [[4, 4, 4], [4, 4, 4]]
+    pixels = batch["pixel_values"].view(2, 4, 16, -1).flip(1).flatten(0, 2)
+    with torch.no_grad():
+        assert base(**batch).loss != base(**{**batch, "pixel_values": pixels}).loss
