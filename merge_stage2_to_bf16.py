@@ -129,16 +129,6 @@ def write_description(model: vqa.SurgicalVQAModel, tokenizer, base: Path, folder
             shutil.copyfile(base / name, folder / name)
 
 
-def sync(folder: Path, files: bool = True) -> None:
-    """Wait until `folder` is on the disk, so that a power cut cannot leave a finished name on torn files."""
-    for path in [*(folder.iterdir() if files else ()), folder]:
-        handle = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
-
-
 def compare(base: torch.Tensor, live: torch.Tensor, merged: torch.Tensor, dtype: torch.dtype) -> str:
     """One line on logits [T, vocabulary] without the adapter, with it and with it folded in, and why these differ."""
     moved, difference = ((live - other).abs().max().item() for other in (base, merged))
@@ -233,11 +223,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         identity = vqa.fingerprint(model)
         if settings:
             write_settings(settings, output, args.dtype, identity, partial)
-        sync(partial)
+        for path in [*partial.iterdir(), partial]:  # a power cut must not leave a finished name on torn files
+            vqa.sync(path)
         del model
         check_written(partial, tokenizer, dtype, device, identity, merged)
         partial.rename(output)
-        sync(output.parent, files=False)
+        vqa.sync(output.parent)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     print("Read back: every answer to the sample is that of the model in memory")

@@ -59,7 +59,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from PIL import Image, ImageOps, UnidentifiedImageError
 from PIL import __version__ as PIL_VERSION
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 from tqdm.auto import tqdm
 from transformers import (
@@ -1551,13 +1551,9 @@ class StoredTensor:
 
 
 class PickledWeights(dict):
-    """The tensors of a torch pickle under the methods of `safe_open`; nothing but tensors is unpickled."""
+    """The tensors of a torch pickle under the methods of `safe_open` that are needed here."""
 
-    def __init__(self, file: Path):
-        super().__init__(torch.load(file, map_location="cpu", mmap=True, weights_only=True))
-        if not all(isinstance(value, torch.Tensor) for value in self.values()):
-            raise VQAError(f"{file}: holds more than weights; save the model's state_dict alone, as safetensors")
-        self.get_tensor = self.__getitem__
+    get_tensor = dict.__getitem__
 
     def __enter__(self):
         return self
@@ -1571,10 +1567,13 @@ def open_weights(file: Path, device: torch.device | str = "cpu") -> safe_open | 
     try:
         if file.suffix == ".safetensors":
             return safe_open(file, framework="pt", device=str(device))
-        return PickledWeights(file)
-    except (SafetensorError, OSError, EOFError, RuntimeError, pickle.UnpicklingError) as error:
+        weights = PickledWeights(torch.load(file, map_location="cpu", mmap=True, weights_only=True))
+    except (SafetensorError, *UNREADABLE) as error:
         kind = "safetensors" if file.suffix == ".safetensors" else "weights"
         raise VQAError(f"{file}: not a readable {kind} file ({error}); copy it again") from error
+    if not all(isinstance(value, torch.Tensor) for value in weights.values()):
+        raise VQAError(f"{file}: holds more than weights; save the model's state_dict alone, as safetensors")
+    return weights
 
 
 def weight_files(folder: Path, allow_pickle: bool = False) -> list[Path]:

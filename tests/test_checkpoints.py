@@ -764,7 +764,7 @@ def test_without_an_adapter_the_layout_is_converted_bit_for_bit(checkpoint, base
     assert_same_tensors(vqa.load_model(tmp_path / "new/out", tokenizer, dtype=torch.float32), base)
 
 
-@pytest.mark.parametrize("step", ["write_weights", "write_description", "sync", "check_written"])
+@pytest.mark.parametrize("step", ["write_weights", "write_description", "vqa.sync", "check_written"])
 def test_an_interrupted_merge_leaves_nothing_that_looks_finished(adapter, tmp_path, monkeypatch, step):
     seen = []
 
@@ -772,7 +772,7 @@ def test_an_interrupted_merge_leaves_nothing_that_looks_finished(adapter, tmp_pa
         seen.extend(tmp_path.iterdir())
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(merge, step, interrupt)
+    monkeypatch.setattr(f"merge_stage2_to_bf16.{step}", interrupt)
     with pytest.raises(KeyboardInterrupt):
         run_merge(adapter, tmp_path / "out", "--dtype", "float32")
     assert [path.name.endswith(".incomplete") for path in seen] == [True]  # what a killed process would leave
