@@ -129,28 +129,18 @@ def write_description(model: vqa.SurgicalVQAModel, tokenizer, base: Path, folder
             shutil.copyfile(base / name, folder / name)
 
 
-def sync(folder: Path, files: bool = True) -> None:
-    """Wait until `folder` is on the disk, so that a power cut cannot leave a finished name on torn files."""
-    for path in [*(folder.iterdir() if files else ()), folder]:
-        handle = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
-
-
-def compare(live: torch.Tensor, merged: torch.Tensor, dtype: torch.dtype) -> str:
-    """One line on logits [T, vocabulary] before and after folding, and why they differ."""
-    difference, span = (live - merged).abs().max().item(), (live.max() - live.min()).item()
+def compare(base: torch.Tensor, live: torch.Tensor, merged: torch.Tensor, dtype: torch.dtype) -> str:
+    """One line on logits [T, vocabulary] without the adapter, with it and with it folded in, and why these differ."""
+    moved, difference = ((live - other).abs().max().item() for other in (base, merged))
     same = (live.argmax(-1) == merged.argmax(-1)).sum().item()
     why = {
         torch.bfloat16: "expected: a merged weight is rounded to bf16, to 1 part in 256, where the live adapter adds "
-        "its update unrounded; the part of an update below that rounding is lost",
+        "its update unrounded, and bf16 products round anew at every layer",
         torch.float32: "expected: the same sums in another order",
     }[dtype]
     return (
-        f"Largest logit difference, merged against unmerged: {difference:.3g} where logits span {span:.3g}; "
-        f"{same} of {len(live)} most likely tokens are the same ({why})"
+        f"Largest logit difference, merged against unmerged: {difference:.3g}, where the adapter moves logits by up to "
+        f"{moved:.3g}; {same} of {len(live)} most likely tokens are the same ({why})"
     )
 
 
@@ -203,7 +193,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = vqa.base_options(settings) if settings else {}
     options |= {"load_in_4bit": False, "allow_pickle": args.allow_pickle}
     options |= {name: value for name in ("audio_encoder", "seed") if (value := getattr(args, name)) is not None}
-    device = torch.device(args.device or (torch.accelerator.current_accelerator() or "cpu"))
+    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
+    device = torch.device(args.device or device)
     own_tokenizer = adapter and (adapter / "tokenizer.json").is_file()
     tokenizer = vqa.load_tokenizer(adapter if own_tokenizer else args.stage1_model_path)
     plan = vqa.load_model(args.stage1_model_path, tokenizer, dtype=dtype, device="meta", **options)
@@ -215,6 +206,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     inputs = sample_inputs(model, tokenizer)
     if adapter:
         print(f"Folding {adapter}")
+        before = sample_logits(model, inputs)
         peft_model = vqa.load_adapter(model, adapter, allow_pickle=args.allow_pickle)
         live = sample_logits(peft_model, inputs)
         model = fold_adapter(peft_model)
@@ -231,16 +223,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         identity = vqa.fingerprint(model)
         if settings:
             write_settings(settings, output, args.dtype, identity, partial)
-        sync(partial)
+        for path in [*partial.iterdir(), partial]:  # a power cut must not leave a finished name on torn files
+            vqa.sync(path)
         del model
         check_written(partial, tokenizer, dtype, device, identity, merged)
         partial.rename(output)
-        sync(output.parent, files=False)
+        vqa.sync(output.parent)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     print("Read back: every answer to the sample is that of the model in memory")
     if adapter:
-        print(compare(live, merged, dtype))
+        print(compare(before, live, merged, dtype))
     print(f"Saved {output}: give it as --model_name_or_path")
     return 0
 

@@ -1509,6 +1509,8 @@ def load_model(
         # Buffers are computed, not loaded: with weights to come they are needed in earnest.
         with device if on_meta else accelerate.init_empty_weights(include_buffers=False):
             model = build()
+    if load_in_4bit and (stored or init == "random") and not any(tensor.statistics for tensor in stored.values()):
+        raise VQAError("--load_in_4bit keeps weights that are stored in 4 bits, and here none are; leave it out")
     if stored:
         check_fit(model, stored, folder, untrained=["audio_projector.weight"] if audio_encoder else [])
     if stored and not on_meta:
@@ -1549,13 +1551,9 @@ class StoredTensor:
 
 
 class PickledWeights(dict):
-    """The tensors of a torch pickle under the methods of `safe_open`; nothing but tensors is unpickled."""
+    """The tensors of a torch pickle under the methods of `safe_open` that are needed here."""
 
-    def __init__(self, file: Path):
-        super().__init__(torch.load(file, map_location="cpu", mmap=True, weights_only=True))
-        if not all(isinstance(value, torch.Tensor) for value in self.values()):
-            raise VQAError(f"{file}: holds more than weights; save the model's state_dict alone, as safetensors")
-        self.get_tensor = self.__getitem__
+    get_tensor = dict.__getitem__
 
     def __enter__(self):
         return self
@@ -1569,10 +1567,13 @@ def open_weights(file: Path, device: torch.device | str = "cpu") -> safe_open | 
     try:
         if file.suffix == ".safetensors":
             return safe_open(file, framework="pt", device=str(device))
-        return PickledWeights(file)
-    except (SafetensorError, OSError, EOFError, RuntimeError, pickle.UnpicklingError) as error:
+        weights = PickledWeights(torch.load(file, map_location="cpu", mmap=True, weights_only=True))
+    except (SafetensorError, *UNREADABLE) as error:
         kind = "safetensors" if file.suffix == ".safetensors" else "weights"
         raise VQAError(f"{file}: not a readable {kind} file ({error}); copy it again") from error
+    if not all(isinstance(value, torch.Tensor) for value in weights.values()):
+        raise VQAError(f"{file}: holds more than weights; save the model's state_dict alone, as safetensors")
+    return weights
 
 
 def weight_files(folder: Path, allow_pickle: bool = False) -> list[Path]:
@@ -1594,8 +1595,8 @@ def weight_files(folder: Path, allow_pickle: bool = False) -> list[Path]:
             return shards
         if pickles and not allow_pickle:
             raise VQAError(
-                f"{pickles[0]}: a pickle, which can run code when it is read; get the model as safetensors, or, if you "
-                "trust its author, pass --allow_pickle True (only tensors are then read from it)"
+                f"{pickles[0]}: a pickle, which can run code when it is read; get the model as safetensors, or give "
+                "train_vqa.py or merge_stage2_to_bf16.py --allow_pickle, which then reads tensors only"
             )
         index, files = folder / "pytorch_model.bin.index.json", pickles or files
     if index.is_file():
@@ -1742,6 +1743,9 @@ def current_name(key: str) -> str:
 
 def name_on_disk(name: str, keys: Iterable[str]) -> str:
     """The key that `name`, a name in this model, would have beside `keys`: the name that people find in their files."""
+    if name.startswith("audio_encoder."):  # a Whisper's own says `model.encoder.` or `encoder.`
+        prefixes = (match[0] for key in keys if (match := re.match(r"(?:model\.|audio_)?encoder\.", key)))
+        return next(prefixes, "audio_encoder.") + name.removeprefix("audio_encoder.")
     if any("model.language_model." in key for key in keys):
         return name
     return name.replace("model.language_model.", "model.").replace("model.visual.", "visual.")
@@ -1757,13 +1761,14 @@ def check_fit(
     """
     wanted = {name: tuple(p.shape) for name, p in model.named_parameters()}  # a tied head is listed once
     keys = [tensor.key for tensor in stored.values()]
-    missing = [name_on_disk(name, keys) for name in wanted if name not in stored and name not in untrained]
+    missing = [name for name in wanted if name not in stored and name not in untrained]
+    homes = {name.split(".")[0]: tensor.file.parent for name, tensor in stored.items()}  # a Whisper's lies elsewhere
     unexpected = [tensor for name, tensor in stored.items() if name not in wanted]
     reshaped = [(t, wanted[name]) for name, t in stored.items() if name in wanted and t.shape != wanted[name]]
     if not (missing or unexpected or reshaped):
         return
     raise_problems(
-        [f"{folder}: tensor {name} is missing" for name in missing]
+        [f"{homes.get(name.split('.')[0], folder)}: tensor {name_on_disk(name, keys)} is missing" for name in missing]
         + [f"{tensor.file}: unexpected tensor {tensor.key}" for tensor in unexpected]
         + [f"{t.file}: {t.key} has shape {t.shape}, the config says {shape}" for t, shape in reshaped],
         f"{len(missing)} missing, {len(unexpected)} unexpected, {len(reshaped)} mis-shaped of {len(wanted)} tensors: "
@@ -1797,13 +1802,9 @@ def load_weights(
 ) -> None:
     """Fill `model` (on the meta device) from `stored`, file by file: in RAM lies one file at a time, as mapped pages.
 
-    Raises:
-        VQAError: 4-bit weights without bitsandbytes, or `load_in_4bit` without any.
+    VQAError where weights are in 4 bits and bitsandbytes is missing.
     """
-    four_bit = any(tensor.statistics for tensor in stored.values())
-    if load_in_4bit and not four_bit:
-        raise VQAError("--load_in_4bit keeps weights that are stored in 4 bits, and here none are; leave it out")
-    bnb = import_bitsandbytes() if four_bit else None
+    bnb = import_bitsandbytes() if any(tensor.statistics for tensor in stored.values()) else None
     for file in sorted({tensor.file for tensor in stored.values()}):
         with open_weights(file, device) as handle:
             for name, tensor in stored.items():
@@ -1811,7 +1812,10 @@ def load_weights(
                     continue
                 value = handle.get_tensor(tensor.key)
                 if tensor.statistics:
-                    state = {part: read_tensor(t, device) for part, t in tensor.statistics.items()}
+                    state = {
+                        part: handle.get_tensor(t.key) if t.file == file else read_tensor(t, device)
+                        for part, t in tensor.statistics.items()
+                    }
                     if load_in_4bit and re.fullmatch(LORA_TARGETS + r"\.weight", name):
                         keep_4bit(model, name, value, state, dtype, device)
                         continue
@@ -2000,7 +2004,7 @@ def read_adapter(path: Path, rank: int, allow_pickle: bool = False) -> dict[str,
     file, pickled = path / "adapter_model.safetensors", path / "adapter_model.bin"
     if not file.is_file() and pickled.is_file():
         if not allow_pickle:
-            raise VQAError(f"{pickled}: a pickle; get the adapter as safetensors, or pass --allow_pickle True")
+            raise VQAError(f"{pickled}: a pickle; get the adapter as safetensors, or pass --allow_pickle")
         file = pickled
     if not file.is_file():
         raise VQAError(f"{path}: holds no adapter (adapter_config.json, adapter_model.safetensors)")
