@@ -23,6 +23,7 @@ Exit status: 0 all rows answered, 1 some rows failed (they count as wrong), 2 no
 
 import argparse
 import contextlib
+import copy
 import fcntl
 import functools
 import hashlib
@@ -38,6 +39,7 @@ import statistics
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 import unicodedata
 from collections import Counter, defaultdict, deque
@@ -1535,7 +1537,7 @@ def load_subject(subject: Subject, device: Any) -> tuple[Any, Any, str]:
 
 
 class ArmInputs:
-    """The rows of one arm as model inputs, decoded and changed as the arm says; item by item.
+    """The rows of one arm as model inputs, decoded and changed as the arm says.
 
     Args:
         arm: one of ARMS.
@@ -1547,12 +1549,10 @@ class ArmInputs:
     def __init__(self, arm: str, dataset: Any, heard: Sequence[Any], seed: int):
         self.arm, self.dataset, self.heard, self.seed = arm, dataset, heard, seed
         self.rows, self.processor = dataset.rows, dataset.processor
+        self._one_at_a_time = threading.Lock()
 
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, index: int) -> Row | str:
-        """Model inputs of a row without a batch dimension, or what is wrong with its media."""
+    def sample(self, index: int) -> Row | str:
+        """Model inputs of a row without a batch dimension, or what is wrong with its media; threads may call it."""
         import train_vqa as vqa
 
         try:
@@ -1566,30 +1566,30 @@ class ArmInputs:
         """(selected frames as PIL images, speech float32 [n] or None); VQAError for media that cannot be used."""
         import train_vqa as vqa
 
-        row, heard = self.rows[index], self.heard[index]
+        row, speech = self.rows[index], self.speech_path(index)
         if len(row.frame_paths) < len(row.frames):
             raise vqa.VQAError(f"{row.where}: a frame is missing")
+        if speech is None and self.processor.input_mode != "text":
+            raise vqa.VQAError(f"{self.heard[index].where}: the speech is missing")
         frames = [vqa.load_frame(path, self.processor.max_image_size) for path in self.frame_paths(index)]
-        if self.processor.input_mode == "text":
-            return frames, None
-        if heard.audio_path is None:
-            raise vqa.VQAError(f"{heard.where}: the speech is missing")
-        return frames, vqa.load_speech(heard.audio_path)
+        return frames, None if speech is None else vqa.load_speech(speech)
 
     def encode(self, index: int, frames: list[Any], speech: Any) -> Row:
         """Model inputs of a row with these frames and this speech."""
-        return self.processor.encode(self.rows[index], frames, speech, with_answer=False)
+        with self._one_at_a_time:  # fast tokenizers keep the settings of a call in themselves
+            return self.processor.encode(self.rows[index], frames, speech, with_answer=False)
 
     def frame_paths(self, index: int) -> Sequence[Path]:
         """The frames of a row that are shown."""
         return self.dataset._select_frames(self.rows[index].frame_paths)
 
+    def speech_path(self, index: int) -> Path | None:
+        """The speech that is played; None in text mode, or where it was not found."""
+        return None if self.processor.input_mode == "text" else self.heard[index].audio_path
+
     def media_sha256(self, index: int) -> str:
         """Digest of the files behind a row's answer: a resumed run must not mix old files with new ones."""
-        paths = [
-            *self.frame_paths(index),
-            None if self.processor.input_mode == "text" else self.heard[index].audio_path,
-        ]
+        paths = [*self.frame_paths(index), self.speech_path(index)]
         return hashlib.sha256("".join(sha256_once(path) for path in paths if path).encode()).hexdigest()
 
     def prompt(self, question: str, n_frames: int = 1) -> str:
@@ -1631,9 +1631,8 @@ def sha256_once(path: Path) -> str:
 
 def check_leaks(arms: Iterable[ArmInputs]) -> None:
     """Raise InputError if the prompt of any row in an audio arm holds words of its question."""
-    for inputs in arms:
-        if inputs.processor.input_mode != "audio":
-            continue
+    by_ear = [inputs for inputs in arms if inputs.processor.input_mode == "audio"]
+    for inputs in by_ear[:1]:  # the others differ in media, not in words
         for index, row in enumerate(inputs.rows):
             n_frames = len(inputs.frame_paths(index))
             words = leaked_words(inputs.prompt(row.question, n_frames), row.question, inputs.prompt("", n_frames))
@@ -1645,7 +1644,7 @@ def check_leaks(arms: Iterable[ArmInputs]) -> None:
 
 
 def check_liveness(model: Any, inputs: ArmInputs) -> Row:
-    """Do speech and frames reach the logits? {"speech", "frames"}: by how much other ones move a logit at most.
+    """Do speech and frames reach the logits? {"speech", "frames"}: how far other ones move a logit at most.
 
     Speech is replaced by another row's at the same length (where there is none, by its own played backwards), frames by
     their negatives: so the prompt stays as it is, and only what is heard or seen differs. `speech` is None in text
@@ -1660,12 +1659,11 @@ def check_liveness(model: Any, inputs: ArmInputs) -> Row:
 
     def logits(frames: list[Any], speech: Any) -> Any:
         batch = collate([inputs.encode(index, frames, speech)])
-        tensors = {name: tensor.to(model.device) for name, tensor in batch.items() if name != "labels"}
         with torch.inference_mode():
-            return model(**tensors, logits_to_keep=1).logits.float()
+            return model(**on_device(batch, model.device), logits_to_keep=1).logits.float()
 
     def readable() -> Iterator[tuple[int, tuple[list[Any], Any]]]:
-        for index in range(len(inputs)):
+        for index in range(len(inputs.rows)):
             with contextlib.suppress(vqa.VQAError):
                 yield index, inputs.read(index)
 
@@ -1675,17 +1673,20 @@ def check_liveness(model: Any, inputs: ArmInputs) -> Row:
     plain = logits(frames, speech)
     if not torch.equal(plain, logits(frames, speech)):
         raise InputError("liveness gate: the same speech and frames give different logits; no answer would repeat")
-    others = {"frames": (([frame.point(lambda value: 255 - value) for frame in frames]), speech), "speech": None}
+
+    def distance(*changed: Any) -> float:
+        return float((plain - logits(*changed)).abs().max())
+
+    moved = {"speech": None, "frames": distance([frame.point(lambda value: 255 - value) for frame in frames], speech)}
     if speech is not None:
         question = inputs.rows[index].question
         borrowed = (media[1] for other, media in readable() if inputs.rows[other].question != question)
-        others["speech"] = frames, np.resize(next(borrowed, speech[::-1]), speech.shape)
-    moved = {path: other and float((plain - logits(*other)).abs().max()) for path, other in others.items()}
-    dead = [path for path, distance in moved.items() if distance == 0]
+        moved["speech"] = distance(frames, np.resize(next(borrowed, speech[::-1]), speech.shape))
+    dead = [path for path, by in moved.items() if by == 0]
     if dead:
         raise InputError(
             f"liveness gate: the path of {' and '.join(dead)} is dead: with other {' and '.join(dead)} every logit "
-            f"stays as it is; check the checkpoint"
+            f"stays as it is; check the checkpoint, and that the files differ"
         )
     return moved
 
@@ -1707,14 +1708,18 @@ def answer_batch(model: Any, batch: Row, stop_ids: Sequence[int], max_new_tokens
         eos_token_id=list(stop_ids),
         pad_token_id=model.generation_config.pad_token_id,
     )
-    inputs = {name: tensor.to(model.device) for name, tensor in batch.items() if name != "labels"}
     with torch.inference_mode():
-        output = model.generate(**inputs, generation_config=decoding)
+        output = model.generate(**on_device(batch, model.device), generation_config=decoding)
     answers = []
-    for ids in output[:, inputs["input_ids"].shape[1] :].tolist():
+    for ids in output[:, batch["input_ids"].shape[1] :].tolist():
         end = next((place for place, token in enumerate(ids) if token in stop_ids), None)
         answers.append((ids, "length") if end is None else (ids[: end + 1], "eos"))
     return answers
+
+
+def on_device(batch: Row, device: Any) -> Row:
+    """The tensors of a collated batch that the model takes, on `device`."""
+    return {name: tensor.to(device) for name, tensor in batch.items() if name != "labels"}
 
 
 def answer_arm(
@@ -1739,9 +1744,9 @@ def answer_arm(
             )
     slices = [range(i, min(i + args.batch_size, len(keys))) for i in range(0, len(keys), args.batch_size)]
     slices = [part for part in slices if any(keys[index] not in file.done for index in part)]
-    tokenizer, by_ear = inputs.processor.tokenizer, inputs.processor.input_mode != "text"
+    tokenizer = copy.deepcopy(inputs.processor.tokenizer)  # the other one is busy in the threads below
     stop_ids, collate = vqa.turn_end_ids(tokenizer), vqa.VQACollator(tokenizer.pad_token_id, "left")
-    decoded = ahead(inputs.__getitem__, itertools.chain(*slices), 2 * args.batch_size)
+    decoded = ahead(inputs.sample, itertools.chain(*slices), 2 * args.batch_size)
     answered, already = 0, sum(key in file.done for key in keys)
     with contextlib.closing(decoded), tqdm(total=len(keys), initial=already, desc=inputs.arm, unit="row") as bar:
         for part in slices:
@@ -1753,7 +1758,7 @@ def answer_arm(
                 ids, finish = ([], "error") if failed else next(answers)
                 if keys[index] in file.done:
                     continue
-                heard = inputs.heard[index]
+                speech, heard = inputs.speech_path(index), inputs.heard[index]
                 file.append(
                     answer_row(
                         annotations[index],
@@ -1761,7 +1766,7 @@ def answer_arm(
                         finish_reason=finish,
                         n_tokens=len(ids),
                         input_mode=inputs.processor.input_mode,
-                        audio_file=str(heard.audio_path) if by_ear and heard.audio_path else None,
+                        audio_file=None if speech is None else str(speech),
                         **({"audio_of": heard.key} if heard is not inputs.rows[index] else {}),
                         media_sha256=inputs.media_sha256(index),
                         **({"error": sample} if failed else {}),
@@ -1818,6 +1823,7 @@ def _generate(args: argparse.Namespace) -> int:
     import train_vqa as vqa
 
     # 1. What answers, in which arms
+    sha256_once.cache_clear()
     target = summary_path(args.output_file)
     vqa.limit_gpu_memory(args.gpu_memory_limit_gib or None)
     device = torch.accelerator.current_accelerator() or torch.device("cpu")
@@ -1943,7 +1949,7 @@ def run_manifest(args: argparse.Namespace, subject: Subject, inputs: ArmInputs, 
     manifest["sha256"] |= {
         "adapter": fingerprint["adapter_sha256"],
         "prompt": fingerprint["prompt_sha256"],
-        "media": hashlib.sha256("".join(map(inputs.media_sha256, range(len(inputs)))).encode()).hexdigest(),
+        "media": hashlib.sha256("".join(map(inputs.media_sha256, range(len(inputs.rows)))).encode()).hexdigest(),
         "train_vqa.py": sha256_file(vqa.__file__),
     }
     packages = ("torch", "transformers", "peft", "pillow", "torchaudio", "soundfile")

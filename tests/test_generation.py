@@ -103,6 +103,13 @@ def evaluate(tmp_path, trained, capsys):
     return run
 
 
+@pytest.fixture()
+def inputs(processor, rows):
+    """The fixture rows as the audio arm presents them, with two frames."""
+    dataset = vqa.SurgicalVQADataset(rows, processor, max_eval_frames=2, is_eval=True, with_answer=False)
+    return ev.ArmInputs("audio", dataset, rows, 0)
+
+
 def refusal(result):
     """The one line of a refused run that wrote neither rows nor figures."""
     status, rows, summary, _, errors = result
@@ -204,6 +211,29 @@ def test_generation_at_the_real_ids_and_152064_rows(tmp_path, rows, forced, caps
     batch = vqa.VQACollator(tokenizer.pad_token_id, "left")([dataset[0], dataset[1]])
     answers = ev.answer_batch(model, batch, vqa.turn_end_ids(tokenizer), 3)
     assert answers == [([300, 151645], "eos"), ([151643], "eos")]
+
+
+def test_decoding_ahead_keeps_the_order_and_its_distance():
+    begun = []
+    results = ev.ahead(lambda item: begun.append(item) or item, range(100), 3)
+    assert next(results) == 0
+    assert max(begun) <= 3
+    assert list(results) == list(range(1, 100))
+
+
+def test_samples_are_encoded_one_at_a_time(inputs, monkeypatch):
+    """A fast tokenizer keeps a call's settings in itself: a second thread would split the first one's tokens."""
+    inside, encode = [], inputs.processor.encode
+
+    def watched(*args, **kwargs):
+        inside.append(len(inside))
+        time.sleep(0.005)
+        sample = encode(*args, **kwargs)
+        assert inside.pop() == 0
+        return sample
+
+    monkeypatch.setattr(inputs.processor, "encode", watched)
+    assert all(isinstance(sample, dict) for sample in ev.ahead(inputs.sample, [0, 1, 2, 3, 4] * 2, 10))
 
 
 # ---------------------------------------------------------------------------------------------------- rows and summary
@@ -395,13 +425,6 @@ def test_memory_that_does_not_suffice_is_one_line_and_keeps_the_rows(evaluate, m
 
 
 # --------------------------------------------------------------------------------------------------------------- gates
-
-
-@pytest.fixture()
-def inputs(processor, rows):
-    """The fixture rows as the audio arm presents them, with two frames."""
-    dataset = vqa.SurgicalVQADataset(rows, processor, max_eval_frames=2, is_eval=True, with_answer=False)
-    return ev.ArmInputs("audio", dataset, rows, 0)
 
 
 def test_a_living_model_passes_the_gates(base, inputs):
