@@ -1453,7 +1453,7 @@ def read_subject(args: argparse.Namespace, device_type: str) -> Subject:
             settings = vqa.load_settings(folder) if (folder / vqa.SETTINGS_FILE).is_file() else {}
     # A merged model has weights of its own, however the base that it was made from came about.
     model, inputs = settings.get("model", {}) if adapter else {}, settings.get("input", {})
-    if args.init and args.init != model.get("init", args.init if not folder else "pretrained"):
+    if folder and args.init not in (None, model.get("init", "pretrained")):
         raise InputError(f"--init {args.init}: {folder} was not trained so; leave the flag out")
     if inputs.get("instruction", vqa.INSTRUCTION) != vqa.INSTRUCTION:
         raise InputError(
@@ -1722,26 +1722,29 @@ def on_device(batch: Row, device: Any) -> Row:
     return {name: tensor.to(device) for name, tensor in batch.items() if name != "labels"}
 
 
+def check_same_media(inputs: ArmInputs, annotations: Sequence[Row], file: RowFile) -> None:
+    """Raise InputError where a row of `file` was made from other frames or speech than are there now."""
+    for index, key in enumerate(map(row_key, annotations)):
+        if key in file.done and file.done[key].get("media_sha256") != inputs.media_sha256(index):
+            raise InputError(
+                f"{file.path}: the frames or speech of {key_text(key)} are not the ones that its row was made from; "
+                f"choose another --output_file, or start again with --overwrite"
+            )
+
+
 def answer_arm(
     model: Any, inputs: ArmInputs, annotations: Sequence[Row], file: RowFile, args: argparse.Namespace
 ) -> int:
     """Answer the rows that `file` lacks, batch by batch, and append them; returns how many.
 
     Batches are fixed slices of the data, answered whole even where a killed run left only part of one to do: so a
-    resumed run computes exactly what an uninterrupted one does. Raises InputError where the media behind a row that is
-    there have changed.
+    resumed run computes exactly what an uninterrupted one does.
     """
     from tqdm.auto import tqdm
 
     import train_vqa as vqa
 
     keys = [row_key(annotation) for annotation in annotations]
-    for index, key in enumerate(keys):
-        if key in file.done and file.done[key].get("media_sha256") != inputs.media_sha256(index):
-            raise InputError(
-                f"{file.path}: the frames or speech of {key_text(key)} are not the ones that its row was made from; "
-                f"choose another --output_file, or start again with --overwrite"
-            )
     slices = [range(i, min(i + args.batch_size, len(keys))) for i in range(0, len(keys), args.batch_size)]
     slices = [part for part in slices if any(keys[index] not in file.done for index in part)]
     tokenizer = copy.deepcopy(inputs.processor.tokenizer)  # the other one is busy in the threads below
@@ -1813,7 +1816,7 @@ def generate(args: argparse.Namespace) -> int:
     except torch.OutOfMemoryError as error:
         raise InputError(
             f"--batch_size {args.batch_size} does not fit into the GPU memory; run the same command with a smaller one "
-            f"(below 1: a smaller --max_image_size or --max_eval_frames); the rows answered so far are kept"
+            f"(at 1: a smaller --max_image_size or --max_eval_frames); the rows answered so far are kept"
         ) from error
 
 
@@ -1871,16 +1874,24 @@ def _generate(args: argparse.Namespace) -> int:
     check_leaks(arms.values())
     moved = check_liveness(model, next((part for arm, part in arms.items() if modes[arm] != "text"), arms[main_arm]))
     figures = ", ".join(f"other {path} by {by:.3g}" for path, by in moved.items() if by is not None)
-    print(f"Gates passed: no prompt gives its question away; logits move with {figures}")
+    leaks = "no prompt gives its question away; " if "audio" in modes.values() else ""
+    print(f"Gates passed: {leaks}logits move with {figures}")
 
     # 5. Answers
     files = {arm: arm_path(args.output_file, arm, main_arm) for arm in arms}
     fingerprints = {arm: run_fingerprint(args, subject, inputs, identity) for arm, inputs in arms.items()}
-    scored, answered, start = {}, 0, time.monotonic()
-    for arm, inputs in arms.items():
-        with RowFile(files[arm], fingerprints[arm], overwrite=args.overwrite) as file:
-            answered += answer_arm(model, inputs, annotations, file, args)
-            scored[arm] = score_rows(annotations, file.done)
+    answered, start = 0, time.monotonic()
+    with contextlib.ExitStack() as stack:  # all of them first, so that none is refused after hours of answering another
+        rows_of = {
+            arm: stack.enter_context(RowFile(path, fingerprints[arm], overwrite=args.overwrite))
+            for arm, path in files.items()
+        }
+        for arm, inputs in arms.items():
+            check_same_media(inputs, annotations, rows_of[arm])
+        target.unlink(missing_ok=True)  # the figures of fewer rows, or of other ones
+        for arm, inputs in arms.items():
+            answered += answer_arm(model, inputs, annotations, rows_of[arm], args)
+    scored = {arm: score_rows(annotations, file.done) for arm, file in rows_of.items()}
     seconds = time.monotonic() - start
     peak = torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else None
 

@@ -406,7 +406,7 @@ def test_one_speech_file_for_two_questions_is_refused_whatever_is_allowed(evalua
     assert f"{data.jsonl}:2: asks another question than" in refusal(evaluate("--allow_errors", data=flags))
 
 
-def test_memory_that_does_not_suffice_is_one_line_and_keeps_the_rows(evaluate, monkeypatch):
+def test_memory_that_does_not_suffice_is_one_line_and_keeps_the_rows(evaluate, monkeypatch, tmp_path):
     answer, calls = ev.answer_batch, []
 
     def fail_at_the_second(*args):
@@ -416,7 +416,9 @@ def test_memory_that_does_not_suffice_is_one_line_and_keeps_the_rows(evaluate, m
         return answer(*args)
 
     monkeypatch.setattr(ev, "answer_batch", fail_at_the_second)
+    (tmp_path / "x.summary.json").write_text("{}")
     status, rows, _, _, errors = evaluate("--batch_size", 2)
+    assert not (tmp_path / "x.summary.json").exists()  # an earlier run's figures beside rows of this one
     assert (status, len(rows)) == (2, 2)
     assert "error: --batch_size 2 does not fit into the GPU memory; run the same command with a smaller one" in errors
     status, more, *_ = evaluate("--batch_size", 1)
@@ -558,7 +560,7 @@ def test_a_torn_run_goes_on_to_the_same_rows_and_summary(evaluate, tmp_path):
     assert without_times(resumed_summary) == without_times(summary)
 
 
-def test_a_larger_limit_goes_on_and_other_decoding_does_not(evaluate):
+def test_a_larger_limit_goes_on_and_other_decoding_does_not(evaluate, tmp_path):
     arms = ("--arms", "mismatched_audio")
     _, rows, *_ = evaluate(*arms, name="whole")
     _, first, *_ = evaluate(*arms, "--limit", 2)
@@ -568,10 +570,11 @@ def test_a_larger_limit_goes_on_and_other_decoding_does_not(evaluate):
     status, _, _, _, errors = evaluate(*arms, "--max_new_tokens", 5)
     assert status == 2
     assert "its rows come from another run; max_new_tokens (4 then, 5 now)" in errors
+    assert (tmp_path / "x.summary.json").exists()
     assert evaluate(*arms, "--max_new_tokens", 5, "--overwrite")[0] == 0
 
 
-def test_speech_exchanged_between_two_runs_is_noticed(evaluate, data):
+def test_speech_exchanged_between_two_runs_is_noticed(evaluate, data, tmp_path):
     flags = ("--eval_data_path", data.jsonl, "--frames_dir", data.frames, "--audio_dir", data.audio)
     evaluate("--limit", 2, data=flags)
     shutil.copy(FIXTURES / "audio" / "qa_000205.ogg", data.audio / "fx-001_qa_000101_nbi_status.ogg")
@@ -579,6 +582,7 @@ def test_speech_exchanged_between_two_runs_is_noticed(evaluate, data):
     status, _, _, _, errors = evaluate(data=flags)
     assert status == 2
     assert "the frames or speech of fx-001/qa_000101/nbi_status are not the ones that its row was made from" in errors
+    assert (tmp_path / "x.summary.json").exists()
 
 
 @pytest.mark.slow
