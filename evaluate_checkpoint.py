@@ -1875,7 +1875,7 @@ def _generate(args: argparse.Namespace) -> int:
     moved = check_liveness(model, next((part for arm, part in arms.items() if modes[arm] != "text"), arms[main_arm]))
     figures = ", ".join(f"other {path} by {by:.3g}" for path, by in moved.items() if by is not None)
     leaks = "no prompt gives its question away; " if "audio" in modes.values() else ""
-    print(f"Gates passed: {leaks}logits move with {figures}")
+    print(_wrap(f"Gates passed: {leaks}logits move with {figures}"))
 
     # 5. Answers
     files = {arm: arm_path(args.output_file, arm, main_arm) for arm in arms}
@@ -1910,7 +1910,7 @@ def _generate(args: argparse.Namespace) -> int:
     print(render_summary(summary))
     memory = "" if peak is None else f", peak GPU memory {peak:.1f} GiB"
     print(f"\nAnswered {answered} rows in {seconds:.1f} s ({answered / seconds:.2f} samples/s{memory})")
-    print(f"Rows: {', '.join(map(str, files.values()))}\nSummary: {target}")
+    print(*(f"Rows: {path}" for path in files.values()), f"Summary: {target}", sep="\n")
     return 1 if any(row.prediction is None for part in scored.values() for row in part) else 0
 
 
