@@ -1424,6 +1424,8 @@ class Subject:
     input_mode: str
     max_eval_frames: int | None  # None: all
     max_image_size: int
+    audio_tokens: str  # full or speech
+    frame_mode: str  # images or video
     settings: Row  # what train_vqa saved beside the adapter, {} for a base model
 
 
@@ -1477,6 +1479,8 @@ def read_subject(args: argparse.Namespace, device_type: str) -> Subject:
         input_mode=args.input_mode or inputs.get("input_mode", defaults.input_mode),
         max_eval_frames=(frames if args.max_eval_frames is None else args.max_eval_frames) or None,
         max_image_size=args.max_image_size or inputs.get("max_image_size", defaults.max_image_size),
+        audio_tokens=inputs.get("audio_tokens", defaults.audio_tokens),
+        frame_mode=inputs.get("frame_mode", defaults.frame_mode),
         settings=settings,
     )
 
@@ -1500,33 +1504,23 @@ def load_subject(subject: Subject, device: Any) -> tuple[Any, Any, str]:
             f"{subject.adapter}: its random base was drawn on {drawn_on}, and {device.type} draws other numbers; "
             f"evaluate it on a machine with {drawn_on}"
         )
+    options = vqa.base_options(subject.settings) if subject.adapter else {}
     model = vqa.load_model(
         subject.base,
         tokenizer,
-        init=subject.init,
-        seed=subject.init_seed,
+        **{**options, "init": subject.init, "seed": subject.init_seed},
         dtype=getattr(torch, subject.base_dtype),
         device=drawn_on,
         attn_implementation=subject.attn_implementation,
     )
     identity = vqa.fingerprint(model)
     if subject.adapter:
-        trained_on = subject.settings["model"].get("base_fingerprint")
-        if identity != trained_on:
-            why = (
-                "another device kind, dtype or torch version draws other random weights"
-                if subject.init == "random"
-                else "name the base of the training run with --model_name_or_path"
-            )
-            raise InputError(
-                f"{subject.adapter}: was not trained on {subject.base} as it is here (fingerprint {identity[:12]}, "
-                f"trained on {str(trained_on)[:12]}); {why}"
-            )
-        model = vqa.load_adapter(model, subject.adapter).get_base_model()
+        model = vqa.load_adapter(model, subject.adapter, allow_pickle=options["allow_pickle"]).get_base_model()
     model = model.to(device).eval()
     if subject.dtype != subject.base_dtype:
         for weight in model.parameters():  # not `model.to(dtype)`: it would round the rotary frequencies as well
-            weight.data = weight.data.to(getattr(torch, subject.dtype))
+            if weight.is_floating_point():  # and not what is kept in 4 bits
+                weight.data = weight.data.to(getattr(torch, subject.dtype))
     print(f"✓ Model loaded in full {precision}", flush=True)
     return model, tokenizer, identity
 
@@ -1594,8 +1588,8 @@ class ArmInputs:
 
     def prompt(self, question: str, n_frames: int = 1) -> str:
         """The rendered prompt as it can be read: one placeholder a frame, none for speech."""
-        ids = self.processor.build(question, [1] * n_frames, None)["input_ids"].tolist()
-        return self.processor.tokenizer.decode([token for token in ids if token != self.processor.audio_id])
+        ids = self.processor.build(question, [1] * n_frames, 0, None)["input_ids"].tolist()
+        return self.processor.tokenizer.decode(ids)
 
 
 def change_inputs(arm: str, frames: list[Any], speech: Any, draw: str) -> tuple[list[Any], Any]:
@@ -1860,14 +1854,16 @@ def _generate(args: argparse.Namespace) -> int:
     model, tokenizer, identity = load_subject(subject, device)
     arms = {}
     for arm, mode in modes.items():
-        processor = vqa.VQAProcessor(tokenizer, model.config, subject.max_image_size, mode)
+        processor = vqa.VQAProcessor(
+            tokenizer, model.config, subject.max_image_size, mode, subject.audio_tokens, subject.frame_mode
+        )
         dataset = vqa.SurgicalVQADataset(rows, processor, max_eval_frames=limit, is_eval=True, with_answer=False)
         arms[arm] = ArmInputs(arm, dataset, heard[arm], args.seed)
-    trained_tokens = subject.settings.get("input", {}).get("audio_tokens", processor.audio_tokens)
-    if trained_tokens != processor.audio_tokens:
+    trained_tokens = subject.settings.get("input", {}).get("encoder_tokens", processor.encoder_tokens)
+    if trained_tokens != processor.encoder_tokens:
         raise InputError(
-            f"{args.checkpoint_path}: trained with {trained_tokens} audio tokens a question, this train_vqa.py makes "
-            f"{processor.audio_tokens}; use the train_vqa.py that trained it"
+            f"{args.checkpoint_path}: trained with {trained_tokens} audio tokens a question, this base makes "
+            f"{processor.encoder_tokens}; name the base of the training run with --model_name_or_path"
         )
 
     # 4. Gates
@@ -1943,6 +1939,8 @@ def run_fingerprint(args: argparse.Namespace, subject: Subject, inputs: ArmInput
         "eval_data_sha256": sha256_once(Path(args.eval_data_path)),
         "prompt_sha256": hashlib.sha256(inputs.prompt("{question}").encode()).hexdigest(),
         "audio_tokens": inputs.processor.audio_tokens,
+        "encoder_tokens": inputs.processor.encoder_tokens,
+        "frame_mode": inputs.processor.frame_mode,
         "max_eval_frames": subject.max_eval_frames,
         "max_image_size": subject.max_image_size,
         "max_new_tokens": args.max_new_tokens,
@@ -1964,7 +1962,7 @@ def run_manifest(args: argparse.Namespace, subject: Subject, inputs: ArmInputs, 
         "train_vqa.py": sha256_file(vqa.__file__),
     }
     packages = ("torch", "transformers", "peft", "pillow", "torchaudio", "soundfile")
-    frames_and_prompt = ("input_mode", "audio_tokens", "max_eval_frames", "max_image_size")
+    shown = ("input_mode", "audio_tokens", "encoder_tokens", "frame_mode", "max_eval_frames", "max_image_size")
     return manifest | {
         "versions": {name: importlib.metadata.version(name) for name in packages},
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
@@ -1976,7 +1974,7 @@ def run_manifest(args: argparse.Namespace, subject: Subject, inputs: ArmInputs, 
             "dtype": subject.dtype,
             "attn_implementation": subject.attn_implementation,
         },
-        "input": {name: fingerprint[name] for name in frames_and_prompt} | {"prompt": inputs.prompt("{question}")},
+        "input": {name: fingerprint[name] for name in shown} | {"prompt": inputs.prompt("{question}")},
         "seeds": {"arms": args.seed, "init": subject.init_seed if subject.init == "random" else None},
         "decoding": {
             "method": "greedy",

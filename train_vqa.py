@@ -18,18 +18,32 @@ This file holds the whole of it in reading order: arguments, data, prompt and la
 callbacks, main(). `evaluate_checkpoint.py` imports from here, so that training and evaluation cannot drift apart.
 """
 
+import contextlib
+import fcntl
+import gc
 import hashlib
 import importlib.metadata
 import json
 import math
 import os
+import pickle
+import random
 import re
+import shutil
+import signal
+import statistics
+import struct
 import sys
+import tempfile
+import time
+import typing
 import warnings
+import zlib
+from array import array
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import accelerate
@@ -41,9 +55,11 @@ import torchaudio.functional
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from peft.tuners.tuners_utils import BaseTunerLayer
 from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import __version__ as PIL_VERSION
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
+from safetensors.torch import save_file
 from torch import nn
 from tqdm.auto import tqdm
 from transformers import (
@@ -54,6 +70,7 @@ from transformers import (
     Qwen2VLForConditionalGeneration,
     Trainer,
     TrainerCallback,
+    TrainerState,
     TrainingArguments,
     WhisperConfig,
     WhisperFeatureExtractor,
@@ -62,6 +79,7 @@ from transformers import (
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
+from transformers.utils import is_flash_attn_2_available
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Constants
@@ -71,13 +89,39 @@ DEFAULT_MODEL = "kulsoom-abdullah/Qwen2-Audio-7B-Transcription"  # the published
 
 SAMPLE_RATE = 16_000  # Hz, what Whisper was trained on
 HOP_LENGTH = 160  # samples between two mel frames: 10 ms
-MEL_FRAMES_PER_TOKEN = 2  # the encoder's second convolution has stride 2: one output covers 320 samples, 20 ms
+MEL_FRAMES_PER_TOKEN = 2  # the encoder's second convolution has stride 2
+SAMPLES_PER_TOKEN = HOP_LENGTH * MEL_FRAMES_PER_TOKEN  # one encoder output covers 20 ms
 MAX_SPEECH_SECONDS = 30  # Whisper's window: 30 s x 16,000 / 320 = 1500 encoder outputs
 
+MIN_SPEECH_SECONDS = 0.1  # no question is shorter
+SILENCE = 1e-4  # -80 dB: the loudest sample of a recording that holds nothing
+SPEECH_RATES = (8_000, 192_000)  # Hz
+MAX_RATE_RATIO = (
+    4e6  # taps of the resampler, rate x 16,000 / gcd^2: 44,100 Hz take 70,560, a rate such as 44,101 2.8 GB
+)
+
 FRAME_EXTENSIONS = (".jpg", ".jpeg", ".png")
+FRAME_FORMATS = ("JPEG", "PNG")  # whatever the extension says; Pillow's other readers are not needed
 AUDIO_EXTENSIONS = (".mp3", ".wav", ".flac", ".ogg")
+MAX_FRAME_PIXELS = 50_000_000  # 150 MB decoded; an endoscope has 2 million, a decompression bomb billions
+MAX_ASPECT = 100  # Qwen2-VL refuses sides of more than 200 : 1, and scaling down rounds the short one
+# What Pillow raises on damaged files, found by fuzzing.
+DECODE_ERRORS = (
+    *(UnidentifiedImageError, Image.DecompressionBombError, OSError, SyntaxError, ValueError, EOFError, struct.error),
+    *(zlib.error, IndexError, KeyError, TypeError, OverflowError, MemoryError, AttributeError, ZeroDivisionError),
+)
+# Layer III bit rates in kbit/s: of MPEG 2 and 2.5, of MPEG 1.
+MP3_KBPS = (
+    (8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 144, 160),
+    (32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320),
+)
+MEDIA_CHECKS = 1  # raise it when decode_frame or decode_audio refuse more: what passed before is decoded again
+DIGEST_BYTES = 16
+MAX_REMEMBERED = 1_000_000  # digests: 16 MB
 
 INPUT_MODES = ("audio", "audio_text", "text")
+AUDIO_TOKENS = ("full", "speech")
+FRAME_MODES = ("images", "video")
 INSTRUCTION = "Answer the question concisely based on the visual and audio evidence."
 # The published stage-2 checkpoint was trained with these two as plain text, which the tokenizer splits into pieces.
 AUDIO_BOS, AUDIO_EOS = "<|audio_bos|>", "<|audio_eos|>"
@@ -98,7 +142,37 @@ WHISPER_LARGE_V3_TURBO = {
     "max_source_positions": 1500,
 }
 
+MAX_WORKERS = 8  # decoding 8 frames of 1240x1080 and the speech takes one core 0.3 s, a GPU step less than twice that
+# What the grafted encoder computes with; the rest of a Whisper config speaks of its decoder.
+AUDIO_CONFIG_FIELDS = (*WHISPER_LARGE_V3_TURBO, "activation_function", "scale_embedding", "init_std")
+WHISPER_HEAD_SIZE = 64  # channels of one attention head, in every Whisper from tiny to large
+
+ATTENTION_KERNELS = ("sdpa", "eager", "flash_attention_2")
+# bitsandbytes keeps the statistics of a 4-bit weight as tensors of their own, beside the packed one.
+FOUR_BIT_KEY = re.compile(
+    r"(.+)\.(absmax|quant_map|nested_absmax|nested_quant_map|quant_state\.bitsandbytes__(?:nf4|fp4))"
+)
+# Pickles that training leaves beside the weights; nobody reads them here.
+NO_WEIGHTS = r"(?:optimizer|scheduler|scaler|training_args|rng_state.*)\.(?:bin|pth?)"
+
 SETTINGS_FILE = "vqa_settings.json"
+# Fields of an adapter_config.json that `load_adapter` reads, or that show in the names of the adapter's tensors.
+ADAPTER_FIELDS_READ = (
+    *("r", "lora_alpha", "lora_dropout", "init_lora_weights", "target_modules", "exclude_modules", "modules_to_save"),
+    *("layers_to_transform", "layers_pattern", "peft_type", "peft_version", "task_type", "inference_mode"),
+    *("auto_mapping", "base_model_name_or_path", "revision"),
+)
+NEW_ROWS_FILE = "new_token_rows.safetensors"
+# The files of a checkpoint from which a run goes on: sizes and hashes of the others, and what the loss log has so far.
+MANIFEST_FILE, PROGRESS_FILE = "manifest.json", "vqa_progress.json"
+RESUME_FILES = (
+    *("adapter_config.json", "adapter_model.safetensors", SETTINGS_FILE, PROGRESS_FILE),
+    *("optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json"),
+)
+UNFINISHED = "tmp-"  # a save is written under this prefix, and named only once it is whole
+# What torch.load(weights_only=True) raises on a damaged file, or on a pickle that would call something.
+UNREADABLE = (pickle.UnpicklingError, RuntimeError, ValueError, TypeError, KeyError, EOFError, OSError, AttributeError)
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 MAX_PROBLEMS_SHOWN = 20
 
 # PEFT asks for the model's state of checkpointing under the name that transformers 5 gave up.
@@ -109,13 +183,13 @@ class VQAError(ValueError):
     """Something the user can mend: its text names the file, line, id or flag, and says what to do."""
 
 
-def raise_problems(problems: Sequence[str]) -> None:
-    """Raise one VQAError for all `problems` (one line each, the first 20 shown, then the total); none: return."""
+def raise_problems(problems: Sequence, meaning: str = "") -> None:
+    """Raise one VQAError for all `problems` (one line each, 20 at most, then the total and what they mean)."""
     if problems:
-        shown = list(problems[:MAX_PROBLEMS_SHOWN])
+        shown = [str(problem) for problem in problems[:MAX_PROBLEMS_SHOWN]]
         if len(problems) > 1:
             shown.append(f"{len(problems)} problems in all" + (", the first 20 shown" if len(problems) > 20 else ""))
-        raise VQAError("\n".join(shown))
+        raise VQAError("\n".join([*shown, meaning] if meaning else shown))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -138,7 +212,27 @@ class ModelArguments:
             "choices": ["pretrained", "random"],
         },
     )
-    attn_implementation: str = field(default="sdpa", metadata={"help": "Attention kernel, as in transformers."})
+    audio_encoder: str | None = field(
+        default=None,
+        metadata={"help": "Folder or hub id of a Whisper whose encoder is grafted onto a plain Qwen2-VL. None: the "
+                  "model brings its own."},
+    )  # fmt: skip
+    load_in_4bit: bool = field(
+        default=False,
+        metadata={"help": "Keep decoder weights that are stored in bitsandbytes' 4 bits as they are (QLoRA). False: "
+                  "dequantise them."},
+    )  # fmt: skip
+    allow_pickle: bool = field(
+        default=False,
+        metadata={"help": "Read .bin and .pt weights where there are no safetensors (weights_only=True)."},
+    )
+    attn_implementation: str = field(
+        default="sdpa",
+        metadata={
+            "help": "Attention kernel. flash_attention_2 needs the flash-attn package, a CUDA GPU and --bf16 True.",
+            "choices": list(ATTENTION_KERNELS),
+        },
+    )
     lora_r: int = field(default=64, metadata={"help": "LoRA rank on the decoder's linear layers."})
     lora_alpha: int = field(default=16, metadata={"help": "LoRA scale: the update is multiplied by alpha / r."})
     lora_dropout: float = field(default=0.05, metadata={"help": "Dropout on the LoRA input during training."})
@@ -194,8 +288,37 @@ class DataArguments:
         default=384,
         metadata={"help": "Longer side of a frame in pixels, before Qwen2-VL rounds it to multiples of 28."},
     )
+    audio_tokens: str = field(
+        default="full",
+        metadata={
+            "help": "full: all 1500 outputs of the encoder. speech: only those that cover sound, one per 20 ms "
+            "(shorter samples; changes the result).",
+            "choices": list(AUDIO_TOKENS),
+        },
+    )
+    frame_mode: str = field(
+        default="images",
+        metadata={
+            "help": "images: each frame on its own. video: pairs of frames as Qwen2-VL's temporal patches (half the "
+            "tokens; changes the result).",
+            "choices": list(FRAME_MODES),
+        },
+    )
     max_train_samples: int | None = field(default=None, metadata={"help": "Use the first N training rows. None: all."})
     max_eval_samples: int | None = field(default=None, metadata={"help": "Use the first N eval rows. None: all."})
+    allow_symlinks: bool = field(
+        default=False,
+        metadata={"help": "Let links in --frames_dir and --audio_dir lead out of them, as to a data disk."},
+    )
+    skip_bad_samples: bool = field(
+        default=False,
+        metadata={"help": "Leave out rows that are malformed, or whose media are missing or do not decode; how many "
+                  "and which is printed and kept in the settings. False: such rows are an error."},
+    )  # fmt: skip
+    check_data: bool = field(
+        default=False,
+        metadata={"help": "Read and decode the data, report what is wrong, and exit; needs no --output_dir or model."},
+    )
     dry_run: bool = field(
         default=False,
         metadata={"help": "Read the data, count parameters, tokens and steps without allocating weights, and exit."},
@@ -211,9 +334,8 @@ class DataArguments:
 class VQATrainingArguments(TrainingArguments):
     """transformers' TrainingArguments; what this script decides itself is no flag, so that none is silently unused."""
 
-    logging_nan_inf_filter: bool = field(
-        default=False, metadata={"help": "True prints the last finite loss in place of NaN, as transformers does."}
-    )
+    # True would print the last finite loss in place of NaN; a loss that is not finite ends the run.
+    logging_nan_inf_filter: bool = field(default=False, init=False)
     do_train: bool = field(default=True, init=False)
     do_eval: bool = field(default=False, init=False)
     do_predict: bool = field(default=False, init=False)
@@ -232,7 +354,8 @@ class VQATrainingArguments(TrainingArguments):
 def parse_arguments(argv: Sequence[str]) -> tuple[ModelArguments, DataArguments, VQATrainingArguments]:
     """Parse `argv`; an unknown or abbreviated flag ends the process with status 2, as argparse does.
 
-    Without an accelerator `use_cpu` is set, since TrainingArguments refuses `--bf16 True` there otherwise.
+    Without an accelerator `use_cpu` is set, since TrainingArguments refuses `--bf16 True` there otherwise; with one,
+    data loading gets workers, unless `--dataloader_num_workers` says how many.
 
     Raises:
         VQAError: a required flag is missing, or two contradict each other.
@@ -245,6 +368,8 @@ def parse_arguments(argv: Sequence[str]) -> tuple[ModelArguments, DataArguments,
     if not torch.accelerator.is_available() and "--use_cpu" not in given:
         print("No accelerator found: training on the CPU (use_cpu).")
         argv = [*argv, "--use_cpu", "True"]
+    elif "--dataloader_num_workers" not in given:
+        argv = [*argv, "--dataloader_num_workers", str(min(MAX_WORKERS, os.cpu_count()))]
     try:
         model_args, data_args, training_args = parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
     except ValueError as error:  # TrainingArguments' own cross-checks
@@ -252,7 +377,7 @@ def parse_arguments(argv: Sequence[str]) -> tuple[ModelArguments, DataArguments,
     missing = ["--train_data_path"] * (not data_args.train_data_path) + ["--frames_dir"] * (not data_args.frames_dir)
     if data_args.input_mode != "text" and not data_args.audio_dir:
         missing.append("--audio_dir (or --input_mode text)")
-    if "--output_dir" not in given and not data_args.dry_run:
+    if "--output_dir" not in given and not (data_args.dry_run or data_args.check_data):
         missing.append("--output_dir")
     if missing:
         raise VQAError("missing flag: " + ", ".join(missing))
@@ -292,8 +417,9 @@ class VQARow:
     question_type: str
     answer: str  # the full sentence, which is learned
     short_answer: str  # the closed answer, which is looked for in a prediction
-    frame_paths: tuple[Path, ...] = ()
     audio_path: Path | None = None
+    frames_dir: str = ""
+    found: bytes = b""  # which of `frame_candidates` each frame is: eight paths a row would take 1.2 kB
 
     @property
     def key(self) -> str:
@@ -304,6 +430,34 @@ class VQARow:
     def where(self) -> str:
         """`file:line`."""
         return f"{self.source}:{self.line}"
+
+    def frame_candidates(self, frame: str) -> list[str]:
+        """The paths under which a frame is looked for, in order."""
+        video, _, number = frame.rpartition("_")
+        folder = os.path.join(self.frames_dir, video or self.video_id)
+        return [os.path.join(folder, stem + extension) for stem in (frame, number) for extension in FRAME_EXTENSIONS]
+
+    @property
+    def frame_paths(self) -> tuple[Path, ...]:
+        """The files of the frames, in order; empty before `find_media`."""
+        return tuple(Path(self.frame_candidates(frame)[i]) for frame, i in zip(self.frames, self.found, strict=False))
+
+    @property
+    def media(self) -> tuple[Path, ...]:
+        """The files of the frames, then the speech if there is any."""
+        return (*self.frame_paths, *([self.audio_path] if self.audio_path else []))
+
+
+@dataclass(slots=True)
+class Problem:
+    """What is wrong with a line, or with a media file that several lines need; its text is `file:line: ...`."""
+
+    source: str
+    lines: tuple[int, ...]  # all that cannot be used because of it; the first is named
+    text: str
+
+    def __str__(self) -> str:
+        return f"{self.source}:{self.lines[0]}: {self.text}"
 
 
 def read_rows(path: str | Path, max_samples: int | None = None) -> list[VQARow]:
@@ -316,37 +470,54 @@ def read_rows(path: str | Path, max_samples: int | None = None) -> list[VQARow]:
     Raises:
         VQAError: the file is missing or empty, or lines are malformed (all of them named as `file:line: ...`).
     """
+    rows, problems = scan_rows(path, max_samples)
+    raise_problems(problems)
+    return rows
+
+
+def scan_rows(path: str | Path, max_samples: int | None = None) -> tuple[list[VQARow], list[Problem]]:
+    """As `read_rows`, but returns the malformed lines beside the good ones."""
     path = Path(path)
     if not path.is_file():
         raise VQAError(f"{path}: no such file")
     rows, problems, seen = [], [], {}
-    with path.open(encoding="utf-8-sig") as lines:
+    with path.open("rb") as lines:
         for number, line in enumerate(lines, start=1):
             if max_samples is not None and len(rows) + len(problems) >= max_samples:
                 break
-            if not line.strip():
+            line = line.removeprefix(b"\xef\xbb\xbf" if number == 1 else b"").strip()  # the mark that Windows sets
+            if not line:
                 continue
             try:
-                row = parse_row(line.strip(), str(path), number)
-                if row.key in seen:
-                    raise VQAError(f"the same video, id and question type as line {seen[row.key]}; remove one")
+                row = parse_row(line, str(path), number)
+                digest = hash(row.key)
+                if digest in seen:
+                    raise VQAError(f"the same video, id and question type as line {seen[digest]}; remove one")
             except VQAError as error:
-                problems.append(f"{path}:{number}: {error}")
+                problems.append(Problem(str(path), (number,), str(error)))
                 continue
-            seen[row.key] = number
+            seen[digest] = number
             rows.append(row)
-    raise_problems(problems)
-    if not rows:
+    if not rows and not problems:
         raise VQAError(f"{path}: holds no rows")
-    return rows
+    return rows, problems
 
 
-def parse_row(line: str, source: str, number: int) -> VQARow:
+def parse_row(line: str | bytes, source: str, number: int) -> VQARow:
     """One JSONL line as a VQARow; VQAError says what is wrong with it."""
     try:
-        data = json.loads(line, parse_constant=_refuse_constant, object_pairs_hook=_unique_keys)
+        text = line if isinstance(line, str) else line.decode()
+        data = json.loads(text, parse_constant=_refuse_constant, object_pairs_hook=_unique_keys)
+    except UnicodeDecodeError as error:
+        raise VQAError(f"not UTF-8 text (byte {error.start + 1} of the line); save the file as UTF-8") from error
     except json.JSONDecodeError as error:
         raise VQAError(f"not valid JSON ({error.msg} at column {error.colno})") from error
+    except RecursionError as error:
+        raise VQAError("not a row (lists or objects nested too deeply)") from error
+    except VQAError:
+        raise
+    except ValueError as error:  # Python reads no number of more than 4,300 digits
+        raise VQAError(f"not a row ({error})") from error
     if not isinstance(data, dict):
         raise VQAError("not a JSON object")
     text_fields = ("id", "video_id", "question", "question_type", "answer", "short_answer")
@@ -354,14 +525,19 @@ def parse_row(line: str, source: str, number: int) -> VQARow:
         if name not in data:
             raise VQAError(f"field {name!r} is missing")
         if not isinstance(data[name], str) or not data[name].strip():
-            raise VQAError(f"field {name!r} must be text, not {data[name]!r}")
+            raise VQAError(f"field {name!r} must be text, not {data[name]!r:.80}")
+        if re.search(r"[\ud800-\udfff]", data[name]):
+            raise VQAError(f"field {name!r} holds half a character (a lone surrogate): {data[name]!r:.80}")
     frames = data.get("frames")
     if not isinstance(frames, list) or not frames or not all(isinstance(f, str) and f for f in frames):
         raise VQAError("field 'frames' must be a list of at least one frame name")
-    for name, value in [("id", data["id"]), ("video_id", data["video_id"]), ("question_type", data["question_type"])]:
-        _refuse_path(name, value)
+    for name in ("id", "video_id", "question_type"):
+        _refuse_path(name, data[name])
     for frame in frames:
         _refuse_path("frames", frame)
+        _refuse_path("frames", frame.rpartition("_")[0] or "_", frame)  # the folder that the name stands for
+    for name in ("video_id", "question_type", "short_answer"):
+        data[name] = sys.intern(data[name])  # few different ones over thousands of rows
     return VQARow(source, number, frames=tuple(frames), **{name: data[name] for name in text_fields})
 
 
@@ -370,57 +546,79 @@ def _refuse_constant(name: str) -> None:
 
 
 def _unique_keys(pairs: list[tuple[str, object]]) -> dict:
-    keys = [key for key, _ in pairs]
-    if len(set(keys)) != len(keys):
+    data = dict(pairs)
+    if len(data) != len(pairs):
+        keys = [key for key, _ in pairs]
         raise VQAError(f"field {next(k for k in keys if keys.count(k) > 1)!r} occurs twice")
-    return dict(pairs)
+    return data
 
 
-def _refuse_path(name: str, value: str) -> None:
+def _refuse_path(name: str, part: str, value: str | None = None) -> None:
     """These become file names, and must stay inside the folder that the flag names."""
-    if re.search(r"[/\\\0]", value) or value in (".", ".."):
-        raise VQAError(f"field {name!r} must be a plain name, not {value!r}")
+    if re.search(r"[/\\\0\ud800-\udfff]", part) or part in (".", "..") or len(part.encode(errors="replace")) > 120:
+        raise VQAError(f"field {name!r} must be a plain name, not {value or part!r:.150}")
 
 
-def find_media(rows: Iterable[VQARow], frames_dir: str | Path, audio_dir: str | Path | None) -> list[str]:
-    """Fill in `frame_paths` and, with an `audio_dir`, `audio_path` of each row.
+def find_media(
+    rows: Iterable[VQARow], frames_dir: str | Path, audio_dir: str | Path | None, allow_symlinks: bool = False
+) -> list[Problem]:
+    """Fill in where the frames and, with an `audio_dir`, the speech of each row are.
 
     Frames are looked for as `{frames_dir}/{video}/{frame}` and `{frames_dir}/{video}/{frame_number}`, where `video` is
     the part of the frame name before its last `_`; speech as `{video_id}_{id}_{question_type}`, `{video_id}_{id}`,
-    `{id}`.
+    `{id}`. Without `allow_symlinks` a file that a link puts outside its folder is refused; the folders that the flags
+    name may be links themselves.
 
     Returns:
-        What was not found, one `file:line: ...` each.
+        What was not found, or lies outside.
     """
-    problems = []
+    problems, inside = [], _Inside(allow_symlinks)
+    root = str(frames_dir)
     for row in rows:
-        paths = []
+        row.frames_dir, found = root, []
         for frame in row.frames:
-            video, _, number = frame.rpartition("_")
-            folder = Path(frames_dir) / (video or row.video_id)
-            found = _first_file(folder, (frame, number), FRAME_EXTENSIONS)
-            if found is None:
-                problems.append(f"{row.where}: frame {folder / frame}{{{','.join(FRAME_EXTENSIONS)}}} is missing")
-                break
-            paths.append(found)
-        row.frame_paths = tuple(paths)
-        if audio_dir is not None:
-            stems = (f"{row.video_id}_{row.id}_{row.question_type}", f"{row.video_id}_{row.id}", row.id)
-            row.audio_path = _first_file(Path(audio_dir), stems, AUDIO_EXTENSIONS)
-            if row.audio_path is None:
-                problems.append(
-                    f"{row.where}: no speech in {audio_dir} as {stems[0]}, {stems[1]} or {stems[2]} "
-                    f"({', '.join(AUDIO_EXTENSIONS)})"
-                )
+            candidates = row.frame_candidates(frame)
+            index = next((i for i, path in enumerate(candidates) if os.path.isfile(path)), None)
+            if index is None:
+                stem = os.path.join(os.path.dirname(candidates[0]), frame)
+                text = f"frame {stem}{{{','.join(FRAME_EXTENSIONS)}}} is missing"
+            elif not inside(candidates[index], root):
+                text = f"{row.id}: frame {candidates[index]} is a link out of {root}; see --allow_symlinks"
+            else:
+                found.append(index)
+                continue
+            problems.append(Problem(row.source, (row.line,), text))
+            break
+        row.found = bytes(found)
+        if audio_dir is None:
+            continue
+        stems = (f"{row.video_id}_{row.id}_{row.question_type}", f"{row.video_id}_{row.id}", row.id)
+        paths = (os.path.join(audio_dir, stem + extension) for stem in stems for extension in AUDIO_EXTENSIONS)
+        path = next((path for path in paths if os.path.isfile(path)), None)
+        row.audio_path = Path(path) if path and inside(path, str(audio_dir)) else None
+        if path is None:
+            tried = f"{stems[0]}, {stems[1]} or {stems[2]} ({', '.join(AUDIO_EXTENSIONS)})"
+            problems.append(Problem(row.source, (row.line,), f"no speech in {audio_dir} as {tried}"))
+        elif row.audio_path is None:
+            text = f"{row.id}: speech {path} is a link out of {audio_dir}; see --allow_symlinks"
+            problems.append(Problem(row.source, (row.line,), text))
     return problems
 
 
-def _first_file(folder: Path, stems: Sequence[str], extensions: Sequence[str]) -> Path | None:
-    candidates = (folder / (stem + extension) for stem in stems for extension in extensions)
-    return next((path for path in candidates if path.is_file()), None)
+class _Inside:
+    """Says whether a path, every link in it followed, stays below a root; each folder is resolved once."""
+
+    def __init__(self, allow_symlinks: bool):
+        self.allow_symlinks, self.real = allow_symlinks, cache(os.path.realpath)
+
+    def __call__(self, path: str, root: str) -> bool:
+        if self.allow_symlinks:
+            return True
+        real = os.path.realpath(path) if os.path.islink(path) else self.real(os.path.dirname(path))
+        return os.path.join(real, "").startswith(os.path.join(self.real(root), ""))
 
 
-def find_shared_speech(rows: Iterable[VQARow]) -> list[str]:
+def find_shared_speech(rows: Iterable[VQARow]) -> list[Problem]:
     """Rows with different questions that one speech file would have to serve: one of them would hear the wrong one."""
     first, problems = {}, []
     for row in rows:
@@ -428,44 +626,124 @@ def find_shared_speech(rows: Iterable[VQARow]) -> list[str]:
             continue
         other = first.setdefault(row.audio_path, row)
         if other.question != row.question:
-            problems.append(
-                f"{row.where}: asks another question than {other.where}, but both would play {row.audio_path}; "
+            text = (
+                f"asks another question than {other.where}, but both would play {row.audio_path}; "
                 f"name the files {{video_id}}_{{id}}_{{question_type}}, or give each question file its own folder"
             )
+            lines = (row.line, other.line) if row.source == other.source else (row.line,)
+            problems.append(Problem(row.source, lines, text))
     return problems
 
 
-def check_media(rows: Sequence[VQARow]) -> list[str]:
-    """Decode every frame and speech file once, on all cores; returns `file:line: ...` for each that does not decode."""
-    users = {}  # path -> the first row that needs it
-    for row in rows:
-        for path in (*row.frame_paths, row.audio_path):
-            if path is not None:
-                users.setdefault(path, row)
+def check_media(rows: Sequence[VQARow]) -> list[Problem]:
+    """Decode every frame and speech file once, on all cores, but those that passed before and have not changed.
 
-    def problem(path: Path) -> str | None:
+    That a file passed is remembered in the user's cache folder, as one digest over its path, size, time of change and
+    inode, and the versions of these checks and of the decoders. What fails is decoded again each time.
+    """
+    places, digests = array("Q"), bytearray()  # 24 bytes a file, and no paths: rows come by the thousand
+    state = f"{MEDIA_CHECKS} {PIL_VERSION} {soundfile.__libsndfile_version__}"
+    for number, row in enumerate(rows):
+        for position, path in enumerate(row.media):
+            stat = os.stat(path)
+            text = f"{state} {stat.st_size} {stat.st_mtime_ns} {stat.st_ino} {os.path.abspath(path)}"
+            digests += hashlib.blake2b(text.encode(errors="surrogateescape"), digest_size=DIGEST_BYTES).digest()
+            places.append(number << 16 | position)
+    if not places:
+        return []
+
+    def fault(place: int) -> str | None:
+        row, position = rows[place >> 16], place & 0xFFFF
+        path = row.media[position]
         try:
-            decode_audio(path) if path.suffix in AUDIO_EXTENSIONS else decode_frame(path)
+            decode_audio(path) if path == row.audio_path else decode_frame(path)
         except VQAError as error:
-            return f"{users[path].where}: {error}"
+            return str(error)
         return None
 
+    passed = read_passed()
+    digest_of = np.frombuffer(digests, passed.dtype)
+    files, first = np.unique(digest_of, return_index=True)
+    waiting = np.sort(first[~np.isin(files, passed, assume_unique=True)])
+    del first
+    problems, failed = [], []
+    # Threads: Pillow and libsndfile let go of the interpreter while they decode. 64 at a time, or the futures pile up.
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        found = list(tqdm(pool.map(problem, users), total=len(users), desc="Checking media", unit="file", leave=False))
-    return [text for text in found if text]
+        bar = tqdm(total=len(waiting), desc="Checking media", unit="file", leave=False)
+        for chunk in np.split(waiting, range(64, len(waiting), 64)):
+            for index, text in zip(chunk, pool.map(fault, [places[i] for i in chunk]), strict=True):
+                bar.update()
+                if text:
+                    users = [rows[places[i] >> 16] for i in np.flatnonzero(digest_of == digest_of[index])]
+                    lines = tuple(dict.fromkeys(row.line for row in users))
+                    more = f" ({len(lines) - 1} more lines need it)" if len(lines) > 1 else ""
+                    problems.append(Problem(users[0].source, lines, text + more))
+                    failed.append(digest_of[index])
+        bar.close()
+    if len(waiting) > len(failed):
+        good = files[~np.isin(files, failed)] if failed else files
+        write_passed(np.union1d(passed, good) if len(passed) < MAX_REMEMBERED else good)
+    return problems
 
 
-def load_rows(
-    data_path: str | Path, frames_dir: str | Path, audio_dir: str | Path | None, max_samples: int | None = None
-) -> list[VQARow]:
-    """Rows with their media found and decoded once; `audio_dir` None where the question is only read.
+def passed_file() -> Path:
+    """Where the digests of media that passed are kept: `$XDG_CACHE_HOME` or `~/.cache`."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "surgvivqa_audio" / "media_passed"
+
+
+def read_passed() -> np.ndarray:
+    """The digests of media that passed, sorted; none where the file is missing or damaged."""
+    stored = b""
+    with contextlib.suppress(OSError):
+        stored = passed_file().read_bytes()
+    head, digests = stored[:32], stored[32:]
+    if hashlib.sha256(digests).digest() != head or len(digests) % DIGEST_BYTES:
+        digests = b""
+    return np.frombuffer(digests, f"S{DIGEST_BYTES}")
+
+
+def write_passed(passed: np.ndarray) -> None:
+    """Replace the digests of media that passed; where the folder cannot be written, the next start decodes again."""
+    path, stored = passed_file(), passed.tobytes()
+    with contextlib.suppress(OSError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part = path.with_name(f"{path.name}.{os.getpid()}")
+        part.write_bytes(hashlib.sha256(stored).digest() + stored)
+        os.replace(part, path)
+
+
+def check_rows(
+    data_path: str | Path,
+    frames_dir: str | Path,
+    audio_dir: str | Path | None,
+    max_samples: int | None = None,
+    allow_symlinks: bool = False,
+) -> tuple[list[VQARow], list[Problem]]:
+    """The rows that can be used, their media found and decoded once; and what is wrong with the others.
+
+    Args:
+        data_path: JSONL in the REAL-Colon-VQA schema.
+        frames_dir: holds the frames.
+        audio_dir: holds the speech. None where the question is only read.
+        max_samples: stop after this many rows. None: all.
+        allow_symlinks: links may lead out of the two folders.
+    """
+    rows, problems = scan_rows(data_path, max_samples)
+    problems += find_media(rows, frames_dir, audio_dir, allow_symlinks)
+    problems += find_shared_speech(rows) + check_media(rows)
+    problems.sort(key=lambda problem: problem.lines[0])
+    bad = {line for problem in problems for line in problem.lines}
+    return [row for row in rows if row.line not in bad], problems
+
+
+def load_rows(*args, **kwargs) -> list[VQARow]:
+    """The rows of a file, with the arguments of `check_rows`.
 
     Raises:
         VQAError: naming every malformed line, and every missing, undecodable or ambiguous file.
     """
-    rows = read_rows(data_path, max_samples)
-    raise_problems(find_media(rows, frames_dir, audio_dir))
-    raise_problems(find_shared_speech(rows) + check_media(rows))
+    rows, problems = check_rows(*args, **kwargs)
+    raise_problems(problems)
     return rows
 
 
@@ -476,11 +754,30 @@ def fit_size(size: tuple[int, int], max_image_size: int) -> tuple[int, int]:
 
 
 def decode_frame(path: Path) -> Image.Image:
-    """A whole decoded frame, RGB, upright (EXIF orientation applied); VQAError names a file that does not decode."""
+    """A whole decoded frame, RGB, upright (EXIF orientation applied).
+
+    Raises:
+        VQAError: naming a file that is no JPEG or PNG, does not decode to the end, or that the model cannot see.
+    """
     try:
-        with Image.open(path) as image:
-            return ImageOps.exif_transpose(image).convert("RGB")
-    except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError, ValueError) as error:
+        with Image.open(path, formats=FRAME_FORMATS) as image:
+            width, height = image.size
+            if width * height > MAX_FRAME_PIXELS:
+                raise VQAError(
+                    f"frame {path} has {width} x {height} pixels, more than {MAX_FRAME_PIXELS}; scale it down"
+                )
+            if max(width, height) > MAX_ASPECT * min(width, height):
+                raise VQAError(f"frame {path} has {width} x {height} pixels, too long and thin; replace it")
+            image.load()
+            ImageOps.exif_transpose(image, in_place=True)
+            if image.mode.startswith("I"):  # 16 bits of grey; Pillow would cut off all above 255
+                return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
+            if image.mode in ("P", "PA", "LA", "RGBA"):  # what is transparent keeps the colour it was stored with
+                image = image.convert("RGBA")
+            return image.convert("RGB") if image.mode != "RGB" else image.copy()
+    except VQAError:
+        raise
+    except DECODE_ERRORS as error:
         raise VQAError(f"frame {path} cannot be decoded ({error}); replace it or remove the row") from error
 
 
@@ -494,20 +791,84 @@ def decode_audio(path: Path) -> tuple[np.ndarray, int]:
     """Speech as stored: float32 samples [n, channels] and the rate in Hz.
 
     Raises:
-        VQAError: the file cannot be decoded, is empty, is not finite, or is longer than 30 s.
+        VQAError: the file cannot be decoded or is cut off, or holds nothing that the model could hear as it is.
     """
+
+    def refuse(what: str, advice: str = "replace it or remove the row") -> typing.NoReturn:
+        raise VQAError(f"speech {path} {what}; {advice}")
+
     try:
-        samples, rate = soundfile.read(path, dtype="float32", always_2d=True)
-    except (soundfile.SoundFileError, OSError) as error:
-        raise VQAError(f"speech {path} cannot be decoded ({error}); replace it or remove the row") from error
+        with soundfile.SoundFile(path) as sound:
+            rate, stated = sound.samplerate, sound.frames
+            # One second more than allowed is enough to know, and a header may claim days.
+            samples = sound.read(min(stated, (MAX_SPEECH_SECONDS + 1) * rate), dtype="float32", always_2d=True)
+            cut = is_cut_off(path, sound, len(samples))
+    except (soundfile.SoundFileError, OSError, ValueError, MemoryError) as error:
+        refuse(f"cannot be decoded ({error})")
     if not len(samples):
-        raise VQAError(f"speech {path} holds no sound; replace it or remove the row")
+        refuse("holds no sound")
     if not np.isfinite(samples).all():
-        raise VQAError(f"speech {path} holds samples that are not finite; replace it or remove the row")
+        refuse("holds samples that are not finite")
     if len(samples) > MAX_SPEECH_SECONDS * rate:
-        seconds = len(samples) / rate
-        raise VQAError(f"speech {path} lasts {seconds:.1f} s, the model hears at most {MAX_SPEECH_SECONDS}; shorten it")
+        refuse(f"lasts {stated / rate:.1f} s, the model hears at most {MAX_SPEECH_SECONDS}", "shorten it")
+    if cut:
+        refuse("is cut off", "copy it again or remove the row")
+    if len(samples) < MIN_SPEECH_SECONDS * rate:
+        refuse(f"lasts {len(samples) / rate:.3f} s, less than {MIN_SPEECH_SECONDS}")
+    if (
+        not SPEECH_RATES[0] <= rate <= SPEECH_RATES[1]
+        or rate * SAMPLE_RATE > MAX_RATE_RATIO * math.gcd(rate, SAMPLE_RATE) ** 2
+    ):
+        refuse(f"has {rate} samples a second", f"resample it to {SAMPLE_RATE}")
+    if np.abs(samples.mean(axis=1)).max() < SILENCE:
+        refuse("is silent throughout")
     return samples, rate
+
+
+def is_cut_off(path: Path, sound: soundfile.SoundFile, decoded: int) -> bool:
+    """Whether a speech file ends before its own headers say so; libsndfile itself tells only for FLAC.
+
+    An MP3 without a length header that ends exactly between two of its blocks shows no trace of what was lost.
+    """
+    if sound.format == "WAV":
+        sizes = re.search(r"data : (\d+) \(should be (\d+)\)", sound.extra_info)
+        return bool(sizes) and int(sizes[1]) > int(sizes[2])
+    if sound.format == "OGG":  # the last page of a stream is marked
+        last = path.read_bytes().rpartition(b"OggS")[2]
+        return len(last) < 23 or not last[1] & 4 or len(last) + 4 < 27 + last[22] + sum(last[23 : 23 + last[22]])
+    if sound.format == "MP3":
+        samples, whole = walk_mp3(path.read_bytes())
+        window = (MAX_SPEECH_SECONDS + 1) * sound.samplerate
+        # Without a length header libsndfile guesses the length from the first block, and stops there.
+        return not whole or decoded < min(sound.frames, window) or decoded < 0.9 * min(samples, window)
+    return False
+
+
+def walk_mp3(data: bytes) -> tuple[int, bool]:
+    """Samples a channel in the blocks of an MP3, and whether the last block is whole."""
+    at, follows, samples = 0, False, 0
+    if data[:3] == b"ID3":  # a tag before the sound: ten bytes, then as many as they say, seven bits a byte
+        at = 10 + sum((byte & 0x7F) << shift for byte, shift in zip(data[6:10], (21, 14, 7, 0), strict=False))
+    while 0 <= at <= len(data) - 4:
+        head = int.from_bytes(data[at : at + 4], "big")
+        version, layer, bitrate, rate = head >> 19 & 3, head >> 17 & 3, head >> 12 & 15, head >> 10 & 3
+        if head >> 21 != 0x7FF or version == 1 or layer != 1 or bitrate in (0, 15) or rate == 3:
+            at, follows = data.find(b"\xff", at + 1), False  # not a block of layer III: look for the next
+            continue
+        full = version == 3  # MPEG 1; MPEG 2 and 2.5 have half and a quarter of the rate, and half the block
+        hertz = (44100, 48000, 32000)[rate] >> (0, 1, 2)[(3, 2, 0).index(version)]
+        length = (144 if full else 72) * MP3_KBPS[full][bitrate - 1] * 1000 // hertz + (head >> 9 & 1)
+        if at + length > len(data):
+            return samples, not follows  # bytes that only look like a block do not follow one
+        samples += 1152 if full else 576
+        at, follows = at + length, True
+    return samples, True
+
+
+def speech_length(path: Path) -> int:
+    """Samples that `load_speech` gives, from the file's header alone."""
+    info = soundfile.info(path)
+    return math.ceil(info.frames * SAMPLE_RATE / info.samplerate)
 
 
 def load_speech(path: Path) -> np.ndarray:
@@ -530,6 +891,8 @@ class VQAProcessor:
         config: of the model; its geometry decides how many tokens frames and speech take.
         max_image_size: longer side of a frame in pixels.
         input_mode: one of `INPUT_MODES`.
+        audio_tokens: one of `AUDIO_TOKENS`.
+        frame_mode: one of `FRAME_MODES`.
     """
 
     def __init__(
@@ -538,48 +901,66 @@ class VQAProcessor:
         config: Qwen2VLConfig,
         max_image_size: int = 384,
         input_mode: str = "audio",
+        audio_tokens: str = "full",
+        frame_mode: str = "images",
     ):
-        if input_mode not in INPUT_MODES:
-            raise VQAError(f"--input_mode must be one of {', '.join(INPUT_MODES)}, not {input_mode!r}")
+        for flag, value, choices in (
+            ("input_mode", input_mode, INPUT_MODES),
+            ("audio_tokens", audio_tokens, AUDIO_TOKENS),
+            ("frame_mode", frame_mode, FRAME_MODES),
+        ):
+            if value not in choices:
+                raise VQAError(f"--{flag} must be one of {', '.join(choices)}, not {value!r}")
         self.tokenizer, self.max_image_size, self.input_mode = tokenizer, max_image_size, input_mode
+        self.audio_tokens, self.frame_mode = audio_tokens, frame_mode
         audio = audio_config_of(config)
-        self.audio_tokens = audio.max_source_positions
+        self.encoder_tokens = audio.max_source_positions
         self.merge_size = config.vision_config.spatial_merge_size
         self.image_processor = Qwen2VLImageProcessorPil(
             patch_size=config.vision_config.patch_size,
             temporal_patch_size=config.vision_config.temporal_patch_size,
             merge_size=self.merge_size,
         )
-        mel_frames = self.audio_tokens * MEL_FRAMES_PER_TOKEN
+        mel_frames = self.encoder_tokens * MEL_FRAMES_PER_TOKEN
         self.max_samples = mel_frames * HOP_LENGTH
         self.feature_extractor = WhisperFeatureExtractor(
             feature_size=audio.num_mel_bins, sampling_rate=SAMPLE_RATE, hop_length=HOP_LENGTH, chunk_length=1
         )
         self.feature_extractor.n_samples, self.feature_extractor.nb_max_frames = self.max_samples, mel_frames
         self.audio_id = tokenizer.convert_tokens_to_ids(AUDIO_PAD)
-        self.image_id = config.image_token_id
+        video = frame_mode == "video"
+        self.vision_id, self.vision_type = (config.video_token_id, 2) if video else (config.image_token_id, 1)
         self.vision_ids = (config.vision_start_token_id, config.vision_end_token_id)
 
-    def build(self, question: str, image_tokens: Sequence[int], answer: str | None) -> dict[str, torch.Tensor]:
+    def speech_tokens(self, samples: int) -> int:
+        """Tokens that speech of `samples` at 16 kHz takes in the prompt."""
+        if self.audio_tokens == "full":
+            return self.encoder_tokens
+        return min(self.encoder_tokens, max(1, math.ceil(samples / SAMPLES_PER_TOKEN)))
+
+    def build(
+        self, question: str, vision_tokens: Sequence[int], audio_tokens: int, answer: str | None
+    ) -> dict[str, torch.Tensor]:
         """Token ids of one sample, in the layout of the published stage-2 checkpoint.
 
         Args:
             question: in words; only the text modes use it.
-            image_tokens: tokens of each frame.
+            vision_tokens: tokens of each frame, or of the one video.
+            audio_tokens: from `speech_tokens`; text mode does not use it.
             answer: to be learned, or None for the prompt alone.
 
         Returns:
-            `input_ids`, `mm_token_type_ids` (0 text and speech, 1 image) and `labels` (the answer and its turn end;
-            -100 elsewhere), each int64 [T].
+            `input_ids`, `mm_token_type_ids` (0 text and speech, 1 image, 2 video) and `labels` (the answer and its turn
+            end; -100 elsewhere), each int64 [T].
         """
         words = partial(self.tokenizer.encode, add_special_tokens=False)
         ids = words("<|im_start|>user\n" + (AUDIO_BOS if self.input_mode != "text" else ""))
         if self.input_mode != "text":
-            ids += [self.audio_id] * self.audio_tokens + words(AUDIO_EOS + "\n")
-        image_spans = []
-        for count in image_tokens:
-            image_spans.append((len(ids) + 1, len(ids) + 1 + count))
-            ids += [self.vision_ids[0], *[self.image_id] * count, self.vision_ids[1]]
+            ids += [self.audio_id] * audio_tokens + words(AUDIO_EOS + "\n")
+        spans = []
+        for count in vision_tokens:
+            spans.append((len(ids) + 1, len(ids) + 1 + count))
+            ids += [self.vision_ids[0], *[self.vision_id] * count, self.vision_ids[1]]
         if self.input_mode != "audio":
             ids += words(f"Question: {question}\n", split_special_tokens=True)
         ids += words(f"{INSTRUCTION}<|im_end|>\n<|im_start|>assistant\n")
@@ -589,8 +970,8 @@ class VQAProcessor:
             ids += learned
             labels += learned
         types = torch.zeros(len(ids), dtype=torch.long)
-        for start, end in image_spans:
-            types[start:end] = 1
+        for start, end in spans:
+            types[start:end] = self.vision_type
         return {"input_ids": torch.tensor(ids), "mm_token_type_ids": types, "labels": torch.tensor(labels)}
 
     def encode(
@@ -606,15 +987,24 @@ class VQAProcessor:
 
         Returns:
             The tensors of `build`, `pixel_values` float32 [patches, channels * temporal patch * patch * patch],
-            `image_grid_thw` int64 [frames, 3], and outside text mode `input_features` float32 [1, mel bins, frames].
+            `image_grid_thw` int64 [frames, 3] or `video_grid_thw` int64 [1, 3], and outside text mode `input_features`
+            float32 [1, mel bins, frames] and `audio_lengths` int64 [1], the tokens of the speech.
 
         Raises:
-            VQAError: speech longer than the encoder's window, or labels all or none masked.
+            VQAError: speech longer than the encoder's window, frames that cannot be paired, or labels all or none
+                masked.
         """
         images = self.image_processor(images=list(frames), return_tensors="pt")
-        counts = (images["image_grid_thw"].prod(-1) // self.merge_size**2).tolist()
-        sample = self.build(row.question, counts, row.answer if with_answer else None)
-        sample["pixel_values"], sample["image_grid_thw"] = images["pixel_values"], images["image_grid_thw"]
+        pixels, grid = images["pixel_values"], images["image_grid_thw"]
+        if self.frame_mode == "video":
+            if (grid != grid[0]).any():
+                raise VQAError(f"{row.where}: the frames differ in size; --frame_mode video cannot pair them")
+            pixels, grid = pair_frames(pixels, grid)
+        audio_tokens = 0 if speech is None else self.speech_tokens(len(speech))
+        counts = (grid.prod(-1) // self.merge_size**2).tolist()
+        sample = self.build(row.question, counts, audio_tokens, row.answer if with_answer else None)
+        sample["pixel_values"] = pixels
+        sample["video_grid_thw" if self.frame_mode == "video" else "image_grid_thw"] = grid
         if self.input_mode != "text":
             if len(speech) > self.max_samples:
                 raise VQAError(
@@ -624,6 +1014,7 @@ class VQAProcessor:
             sample["input_features"] = self.feature_extractor(
                 speech, sampling_rate=SAMPLE_RATE, return_tensors="pt", padding="max_length"
             )["input_features"]
+            sample["audio_lengths"] = torch.tensor([audio_tokens])
         if with_answer:
             check_labels(sample["labels"], row)
         return sample
@@ -632,12 +1023,33 @@ class VQAProcessor:
         """Length of the training sample of `row`, from the frames' headers alone."""
         counts = []
         for path in frame_paths:
-            with Image.open(path) as image:
+            with Image.open(path, formats=FRAME_FORMATS) as image:
                 turned = image.getexif().get(0x0112, 1) >= 5  # EXIF orientations 5 to 8 lie on their side
                 width, height = fit_size(image.size[::-1] if turned else image.size, self.max_image_size)
             patches = self.image_processor.get_number_of_image_patches(height, width, {})
             counts.append(patches // self.merge_size**2)
-        return len(self.build(row.question, counts, row.answer)["input_ids"])
+        if self.frame_mode == "video":
+            counts = [counts[0] * math.ceil(len(counts) / 2)]
+        audio_tokens = 0 if self.input_mode == "text" else self.speech_tokens(speech_length(row.audio_path))
+        return len(self.build(row.question, counts, audio_tokens, row.answer)["input_ids"])
+
+
+def pair_frames(pixels: torch.Tensor, grid: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Frames as Qwen2-VL's video: two neighbours share a temporal patch; a last one without neighbour is doubled.
+
+    Args:
+        pixels: float32 [frames * patches, channels * 2 * patch * patch], each frame standing in both temporal places.
+        grid: int64 [frames, 3], all frames of one size.
+
+    Returns:
+        Pixels [ceil(frames / 2) * patches, ...] and grid int64 [1, 3].
+    """
+    frames, _, height, width = len(grid), *grid[0].tolist()
+    if frames % 2:
+        pixels, frames = torch.cat([pixels, pixels[-height * width :]]), frames + 1
+    pairs = pixels.view(frames // 2, 2, height * width, -1, 2, pixels.shape[1] // 6)
+    video = torch.stack([pairs[:, 0, :, :, 0], pairs[:, 1, :, :, 1]], dim=-2)
+    return video.reshape(-1, pixels.shape[1]), torch.tensor([[frames // 2, height, width]])
 
 
 def check_labels(labels: torch.Tensor, row: VQARow) -> None:
@@ -665,6 +1077,7 @@ class SurgicalVQADataset(torch.utils.data.Dataset):
         max_eval_frames: frames per clip when `is_eval` is True. None: all.
         is_eval: which of the two limits holds.
         with_answer: False leaves the answer out, for generation.
+        numbered: add `rows`, so that the Trainer can name a sample.
     """
 
     def __init__(
@@ -677,12 +1090,13 @@ class SurgicalVQADataset(torch.utils.data.Dataset):
         max_eval_frames: int | None = None,
         is_eval: bool = False,
         with_answer: bool = True,
+        numbered: bool = False,
     ):
         if isinstance(rows, str | Path):
             rows = load_rows(rows, frames_dir, audio_dir if processor.input_mode != "text" else None)
         self.rows, self.processor = rows, processor
         self.max_train_frames, self.max_eval_frames = max_train_frames, max_eval_frames
-        self.is_eval, self.with_answer = is_eval, with_answer
+        self.is_eval, self.with_answer, self.numbered = is_eval, with_answer, numbered
 
     def _select_frames(self, frames: Sequence) -> Sequence:
         """Evenly spaced frames, the first among them, so that the order in time is kept; a short clip is kept whole."""
@@ -699,19 +1113,46 @@ class SurgicalVQADataset(torch.utils.data.Dataset):
         row = self.rows[index]
         frames = [load_frame(path, self.processor.max_image_size) for path in self._select_frames(row.frame_paths)]
         speech = load_speech(row.audio_path) if self.processor.input_mode != "text" else None
-        return self.processor.encode(row, frames, speech, self.with_answer)
+        sample = self.processor.encode(row, frames, speech, self.with_answer)
+        return {**sample, "rows": [index]} if self.numbered else sample
 
-    def token_counts(self) -> list[int]:
-        """Tokens of each sample, without decoding any frame."""
-        return [self.processor.count_tokens(row, self._select_frames(row.frame_paths)) for row in self.rows]
+    def find_too_long(self, context: int) -> list[Problem]:
+        """The rows whose samples take more than `context` tokens, the most that the model can place.
+
+        Only where the largest frames could bring that about are the frames' headers read.
+        """
+        processor, problems = self.processor, []
+        unit = processor.image_processor.patch_size * processor.merge_size
+        largest = max(16, math.ceil(processor.max_image_size / unit) ** 2)  # tiny frames are scaled up to 4 x 4 tokens
+        for row in self.rows:
+            frames = len(self._select_frames(row.frames))
+            if (
+                len(
+                    processor.build(row.question, [largest] * frames, processor.encoder_tokens, row.answer)["input_ids"]
+                )
+                <= context
+            ):
+                continue
+            tokens = processor.count_tokens(row, self._select_frames(row.frame_paths))
+            if tokens > context:
+                text = f"{row.key} takes {tokens} tokens, more than the model's {context}; lower --max_image_size or "
+                flag = "eval" if self.is_eval else "train"
+                problems.append(Problem(row.source, (row.line,), f"{text}--max_{flag}_frames"))
+        return problems
+
+    def token_counts(self, indices: Iterable[int] | None = None) -> list[int]:
+        """Tokens of each sample, or of those at `indices`, without decoding any frame."""
+        rows = self.rows if indices is None else [self.rows[index] for index in indices]
+        return [self.processor.count_tokens(row, self._select_frames(row.frame_paths)) for row in rows]
 
 
 class VQACollator:
     """Batches samples: text is padded, frames are concatenated, speech is stacked.
 
     Args:
-        pad_token_id: fills `input_ids`; the attention mask, not this id, says what is padding.
-        padding_side: `right` for training, `left` for generation.
+        pad_token_id: fills `input_ids`; what is padding is never told by this id.
+        padding_side: `left` for generation. `right` for training: there causal attention never reaches the padding,
+            and without a mask sdpa takes its flash kernel.
     """
 
     FILL = {"labels": IGNORE_INDEX, "mm_token_type_ids": 0, "attention_mask": 0}  # noqa: RUF012
@@ -720,10 +1161,12 @@ class VQACollator:
         self.pad_token_id, self.padding_side = pad_token_id, padding_side
 
     def __call__(self, samples: Sequence[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-        """`input_ids`, `labels`, `mm_token_type_ids`, `attention_mask` int64 [B, T]; `pixel_values`, `image_grid_thw`
-        along all frames of the batch; `input_features` float32 [B, mel bins, mel frames]."""
+        """`input_ids`, `labels`, `mm_token_type_ids` and, padded on the left, `attention_mask`, int64 [B, T];
+        `pixel_values` and `image_grid_thw` or `video_grid_thw` along all frames or clips of the batch; `input_features`
+        float32 [B, mel bins, mel frames] and `audio_lengths` int64 [B]."""
         padded = {name: [s[name] for s in samples] for name in ("input_ids", "labels", "mm_token_type_ids")}
-        padded["attention_mask"] = [torch.ones_like(s["input_ids"]) for s in samples]
+        if self.padding_side == "left":
+            padded["attention_mask"] = [torch.ones_like(s["input_ids"]) for s in samples]
         batch = {
             name: nn.utils.rnn.pad_sequence(
                 values,
@@ -733,9 +1176,11 @@ class VQACollator:
             )
             for name, values in padded.items()
         }
-        for name in ("pixel_values", "image_grid_thw", "input_features"):
+        for name in ("pixel_values", "image_grid_thw", "video_grid_thw", "input_features", "audio_lengths"):
             if name in samples[0]:
                 batch[name] = torch.cat([s[name] for s in samples])
+        if "rows" in samples[0]:
+            batch["rows"] = [index for s in samples for index in s["rows"]]
         return batch
 
 
@@ -772,6 +1217,7 @@ class SurgicalVQAModel(Qwen2VLForConditionalGeneration):
         audio._attn_implementation = config._attn_implementation
         self.audio_encoder = WhisperEncoder(audio)
         self.audio_projector = AudioProjector(audio.d_model, config.text_config.hidden_size, bias=False)
+        self.stored_rows = config.text_config.vocab_size  # `grow_embeddings` may add rows, which travel with an adapter
         self.post_init()
 
     def train(self, mode: bool = True) -> "SurgicalVQAModel":
@@ -792,7 +1238,9 @@ class SurgicalVQAModel(Qwen2VLForConditionalGeneration):
         input_ids: torch.Tensor,
         pixel_values: torch.Tensor | None,
         image_grid_thw: torch.Tensor | None,
+        video_grid_thw: torch.Tensor | None,
         input_features: torch.Tensor | None,
+        audio_lengths: torch.Tensor | None,
     ) -> torch.Tensor:
         """Embeddings [B, T, hidden] of `input_ids` [B, T] with frames and speech in their places.
 
@@ -801,13 +1249,17 @@ class SurgicalVQAModel(Qwen2VLForConditionalGeneration):
         """
         embeds = self.get_input_embeddings()(input_ids)
         if pixel_values is not None:
+            kind = "image" if video_grid_thw is None else "video"
+            grid = image_grid_thw if video_grid_thw is None else video_grid_thw
             with torch.no_grad():
-                images = self.model.visual(pixel_values.to(self.dtype), grid_thw=image_grid_thw).pooler_output
-            embeds = _splice(embeds, input_ids == self.config.image_token_id, images, "image")
+                seen = self.model.visual(pixel_values.to(self.dtype), grid_thw=grid).pooler_output
+            embeds = _splice(embeds, input_ids == getattr(self.config, f"{kind}_token_id"), seen, kind)
         if input_features is not None:
             with torch.no_grad():
                 heard = self.audio_encoder(input_features.to(self.dtype)).last_hidden_state
-            speech = self.audio_projector(heard).flatten(0, 1)
+            if audio_lengths is not None:
+                heard = heard[torch.arange(heard.shape[1], device=heard.device) < audio_lengths[:, None]]
+            speech = self.audio_projector(heard.flatten(0, -2))
             embeds = _splice(embeds, input_ids == self.config.audio_token_id, speech, "audio")
         return embeds
 
@@ -821,7 +1273,9 @@ class SurgicalVQAModel(Qwen2VLForConditionalGeneration):
         use_cache: bool | None = None,
         pixel_values: torch.Tensor | None = None,
         image_grid_thw: torch.Tensor | None = None,
+        video_grid_thw: torch.Tensor | None = None,
         input_features: torch.Tensor | None = None,
+        audio_lengths: torch.Tensor | None = None,
         mm_token_type_ids: torch.Tensor | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         num_items_in_batch: torch.Tensor | int | None = None,
@@ -832,25 +1286,28 @@ class SurgicalVQAModel(Qwen2VLForConditionalGeneration):
 
         Args:
             input_ids: int64 [B, T] with placeholders for speech and frames.
-            attention_mask: [B, T], 0 on padding. None: no padding.
+            attention_mask: [B, T], 0 on padding. None: no padding, or on the right alone.
             position_ids: [3 or 4, B, T] M-RoPE positions; None computes them from `mm_token_type_ids` and the grids.
             past_key_values: the cache, in generation.
             labels: int64 [B, T], -100 where nothing is learned.
             use_cache: keep keys and values; never with labels.
             pixel_values: patches of all frames of the batch.
-            image_grid_thw: int64 [frames, 3].
+            image_grid_thw: int64 [frames, 3], or None.
+            video_grid_thw: int64 [clips, 3], or None.
             input_features: float32 [B, mel bins, mel frames].
-            mm_token_type_ids: int64 [B, T], 0 text and speech, 1 image.
+            audio_lengths: int64 [B], how many of the encoder's outputs stand in the prompt. None: all.
+            mm_token_type_ids: int64 [B, T], 0 text and speech, 1 image, 2 video.
             logits_to_keep: number of last positions (0: all), or the positions.
             num_items_in_batch: labels in the whole accumulated batch, which the loss is divided by. None: in this one.
             inputs_embeds: always None (PEFT passes it); speech and frames are placed by id.
         """
-        embeds = self.embed(input_ids, pixel_values, image_grid_thw, input_features)
+        embeds = self.embed(input_ids, pixel_values, image_grid_thw, video_grid_thw, input_features, audio_lengths)
         if position_ids is None:
             position_ids, _ = self.model.get_rope_index(
                 input_ids,
                 mm_token_type_ids=mm_token_type_ids,
                 image_grid_thw=image_grid_thw,
+                video_grid_thw=video_grid_thw,
                 attention_mask=attention_mask,
             )
         outputs = self.model.language_model(
@@ -886,35 +1343,65 @@ def _splice(embeds: torch.Tensor, mask: torch.Tensor, features: torch.Tensor, ki
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def resolve_model_dir(name: str | Path, weights: bool = False) -> Path:
+def resolve_model_dir(
+    name: str | Path, weights: bool = False, *, pickles: bool = False, flag: str = "--model_name_or_path"
+) -> Path:
     """The folder of a model: `name` itself, or the hub id's snapshot (config and tokenizer, and `weights` if asked).
+
+    Args:
+        name: folder or hub id.
+        weights: fetch the safetensors too.
+        pickles: and the `.bin` files.
+        flag: which the message names.
 
     Raises:
         VQAError: neither a folder nor a hub id that can be fetched.
     """
     if Path(name).is_dir():
         return Path(name)
-    patterns = ["*.json", "*.txt", *(["*.safetensors"] if weights else [])]
+    patterns = ["*.json", "*.txt", *(["model.safetensors", "model-*.safetensors"] if weights else [])]
+    patterns += ["pytorch_model*.bin"] if weights and pickles else []
     try:
         return Path(snapshot_download(str(name), allow_patterns=patterns))
     except (LocalEntryNotFoundError, HFValidationError, HfHubHTTPError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
         raise VQAError(
-            f"--model_name_or_path {name}: no such folder, and not to be had from the hub ({reason}); "
+            f"{flag} {name}: no such folder, and not to be had from the hub ({reason}); "
             "name a folder with the model, or connect to the hub"
         ) from error
+
+
+def read_config(path: Path) -> dict:
+    """A JSON file of a model folder; VQAError where it cannot be read, or asks for code to be fetched and run."""
+    try:
+        stored = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise VQAError(f"{path}: no readable config ({error}); name a folder with a model") from error
+    if not isinstance(stored, dict):
+        raise VQAError(f"{path}: holds no JSON object; name a folder with a model")
+    if stored.get("auto_map"):
+        raise VQAError(
+            f"{path}: its field auto_map asks for Python code from the model's author ({stored['auto_map']}), and this "
+            "script runs none; remove the field if the model is a plain Qwen2-VL"
+        )
+    return stored
 
 
 def load_config(model_name_or_path: str | Path) -> Qwen2VLConfig:
     """The model's config, from its folder or hub id; VQAError where there is none or it is not Qwen2-VL's."""
     path = resolve_model_dir(model_name_or_path) / "config.json"
-    try:
-        stored = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError) as error:
-        raise VQAError(f"{path}: no readable config ({error}); name a folder with a model") from error
+    stored = read_config(path)
     if stored.get("model_type") != "qwen2_vl":
         raise VQAError(f"{path}: model_type is {stored.get('model_type')!r}, this script trains 'qwen2_vl'")
-    return Qwen2VLConfig.from_pretrained(path.parent)
+    method = (stored.get("quantization_config") or {}).get("quant_method", "bitsandbytes")
+    if method != "bitsandbytes":
+        raise VQAError(
+            f"{path}: quantization_config says {method!r}; this script reads 16-bit and bitsandbytes weights"
+        )
+    config = Qwen2VLConfig.from_pretrained(path.parent)
+    # The keys say which weights are in 4 bits; transformers would act on the field once more when saving.
+    config.__dict__.pop("quantization_config", None)
+    return config
 
 
 def load_tokenizer(model_name_or_path: str | Path) -> PreTrainedTokenizerBase:
@@ -923,6 +1410,8 @@ def load_tokenizer(model_name_or_path: str | Path) -> PreTrainedTokenizerBase:
     With PAD equal to EOS a mask by id hides the end of the answer, and a model is never taught to stop.
     """
     path = resolve_model_dir(model_name_or_path)
+    if (path / "tokenizer_config.json").is_file():
+        read_config(path / "tokenizer_config.json")
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     except (OSError, ValueError) as error:
@@ -970,22 +1459,32 @@ def load_model(
     dtype: torch.dtype = torch.bfloat16,
     device: torch.device | str = "cpu",
     attn_implementation: str = "sdpa",
+    audio_encoder: str | Path | None = None,
+    load_in_4bit: bool = False,
+    allow_pickle: bool = False,
 ) -> SurgicalVQAModel:
     """The base model on `device`, frozen, in evaluation mode, with a row for every token id.
+
+    Which checkpoint it is, the tensors' names and shapes say: transformers 4's or today's names, 16 bits or
+    bitsandbytes' 4, speech encoder included or not. Every tensor has to fit. Prints how many came from where.
 
     Args:
         model_name_or_path: folder or hub id.
         tokenizer: from `load_tokenizer`.
         init: `pretrained`, or `random` for weights drawn from `seed` on `device` in `dtype`. Other devices and dtypes
             draw other numbers: `fingerprint` tells.
-        seed: of the random weights.
+        seed: of the random weights, and of the projector where a Whisper encoder is newly grafted on.
         dtype: of the weights.
-        device: `meta` allocates nothing.
-        attn_implementation: as in transformers.
+        device: `meta` allocates nothing, and checks the weights' names and shapes where they are already on disk.
+        attn_implementation: one of `ATTENTION_KERNELS`.
+        audio_encoder: folder or hub id of a Whisper, for a Qwen2-VL without speech encoder.
+        load_in_4bit: keep the decoder's 4-bit weights.
+        allow_pickle: read pickled weights where there are no safetensors.
 
     Raises:
         VQAError: no weights, or missing, unexpected or mis-shaped tensors.
     """
+    check_attention(attn_implementation, dtype)
     config = load_config(model_name_or_path)
     stated, actual = getattr(config, "audio_token_id", None), tokenizer.convert_tokens_to_ids(AUDIO_PAD)
     if stated is not None and stated != actual:
@@ -995,18 +1494,29 @@ def load_model(
         )
     config.audio_token_id = actual
     device = torch.device(device)
+    on_meta = device.type == "meta"
+    folder = resolve_model_dir(model_name_or_path, weights=init != "random" and not on_meta, pickles=allow_pickle)
+    stored, unused = {}, 0
+    if init != "random" and (not on_meta or any(folder.glob("model*.safetensors"))):
+        stored, unused = find_weights(folder, audio_encoder, allow_pickle)
+    config.audio_config = audio_geometry(config, stored, audio_encoder)
     build = partial(SurgicalVQAModel._from_config, config, dtype=dtype, attn_implementation=attn_implementation)
-    if device.type == "meta":
-        with device:
-            model = build()
-    elif init == "random":
+    if init == "random" and not on_meta:
         with torch.random.fork_rng(), device:
             torch.manual_seed(seed)
             model = build()
     else:
-        with accelerate.init_empty_weights(include_buffers=False):
+        # Buffers are computed, not loaded: with weights to come they are needed in earnest.
+        with device if on_meta else accelerate.init_empty_weights(include_buffers=False):
             model = build()
-        load_weights(model, resolve_model_dir(model_name_or_path, weights=True), dtype, device)
+    if stored:
+        check_fit(model, stored, folder, untrained=["audio_projector.weight"] if audio_encoder else [])
+    if stored and not on_meta:
+        load_weights(model, stored, dtype, device, load_in_4bit)
+        print("   Weights: " + describe_sources(stored, unused, load_in_4bit))
+        if "audio_projector.weight" not in stored:
+            draw_projector(model, seed, dtype, device)
+            print(f"   audio_projector is UNTRAINED: drawn from seed {seed}; the model hears nothing before training")
         model.to(device)  # the buffers; the weights are there
     grow_embeddings(model, tokenizer)
     model.generation_config.eos_token_id = turn_end_ids(tokenizer)
@@ -1014,47 +1524,214 @@ def load_model(
     return model.requires_grad_(False).eval()
 
 
-def load_weights(model: SurgicalVQAModel, folder: Path, dtype: torch.dtype, device: torch.device) -> None:
-    """Fill `model` (on the meta device) from the safetensors shards of `folder`, one shard at a time.
+def check_attention(name: str, dtype: torch.dtype) -> None:
+    """VQAError where the attention kernel `name` is none of ours, or cannot run here in `dtype`."""
+    if name not in ATTENTION_KERNELS:  # transformers would fetch other names from the hub, and run them
+        raise VQAError(f"--attn_implementation must be one of {', '.join(ATTENTION_KERNELS)}, not {name!r}")
+    if name == "flash_attention_2":
+        if not is_flash_attn_2_available():
+            raise VQAError(
+                "--attn_implementation flash_attention_2 needs a CUDA GPU and the flash-attn package: run `pip install "
+                "flash-attn --no-build-isolation`, or leave the flag out (sdpa needs nothing and is as exact)"
+            )
+        if dtype == torch.float32:
+            raise VQAError("--attn_implementation flash_attention_2 computes in 16 bits only: add --bf16 True")
+
+
+@dataclass(slots=True)
+class StoredTensor:
+    """A tensor of a checkpoint on disk, its bytes not yet read."""
+
+    file: Path
+    key: str
+    shape: tuple[int, ...]  # of the weight that comes out, also where it is packed in 4 bits
+    statistics: dict[str, "StoredTensor"] = field(default_factory=dict)  # of a 4-bit weight: absmax, quant_map, ...
+
+
+class PickledWeights(dict):
+    """The tensors of a torch pickle under the methods of `safe_open`; nothing but tensors is unpickled."""
+
+    def __init__(self, file: Path):
+        super().__init__(torch.load(file, map_location="cpu", mmap=True, weights_only=True))
+        if not all(isinstance(value, torch.Tensor) for value in self.values()):
+            raise VQAError(f"{file}: holds more than weights; save the model's state_dict alone, as safetensors")
+        self.get_tensor = self.__getitem__
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exception):
+        self.clear()
+
+
+def open_weights(file: Path, device: torch.device | str = "cpu") -> safe_open | PickledWeights:
+    """The tensors of a weight file, each read onto `device` when asked for; VQAError where the file is torn."""
+    try:
+        if file.suffix == ".safetensors":
+            return safe_open(file, framework="pt", device=str(device))
+        return PickledWeights(file)
+    except (SafetensorError, OSError, EOFError, RuntimeError, pickle.UnpicklingError) as error:
+        kind = "safetensors" if file.suffix == ".safetensors" else "weights"
+        raise VQAError(f"{file}: not a readable {kind} file ({error}); copy it again") from error
+
+
+def weight_files(folder: Path, allow_pickle: bool = False) -> list[Path]:
+    """The weight files of a model folder, from its index if it has one.
+
+    Safetensors where there are any; then pickles beside them are left alone.
 
     Raises:
-        VQAError: naming and counting tensors that are missing, unexpected or of another shape, before any is read.
+        VQAError: there are none, or pickles only without `allow_pickle`.
     """
-    files = weight_files(folder)
-    wanted = dict(model.named_parameters())  # a tied head is listed once
-    found, problems = {}, []
-    for file in files:
-        try:
-            with safe_open(file, framework="pt") as shard:
-                for key in shard.keys():  # noqa: SIM118
-                    name, shape = current_name(key), tuple(shard.get_slice(key).get_shape())
-                    if name not in wanted:
-                        problems.append(f"{file}: unexpected tensor {key}")
-                    elif shape != tuple(wanted[name].shape):
-                        problems.append(f"{file}: {key} has shape {shape}, the config says {tuple(wanted[name].shape)}")
-                    found[name] = file
-        except (SafetensorError, OSError) as error:
-            raise VQAError(f"{file}: not a readable safetensors file ({error}); copy it again") from error
-    problems += [f"{folder}: tensor {name} is missing" for name in wanted if name not in found]
-    raise_problems(problems)
-    for file in files:
-        with safe_open(file, framework="pt", device=str(device)) as shard:
-            for key in shard.keys():  # noqa: SIM118
-                tensor = shard.get_tensor(key).to(dtype)
-                accelerate.utils.set_module_tensor_to_device(model, current_name(key), device, tensor)
-    model.tie_weights()
-
-
-def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a model folder, from its index if it has one; VQAError where there are none."""
-    index = folder / "model.safetensors.index.json"
+    pickles = sorted(
+        file
+        for file in folder.iterdir()
+        if file.suffix in (".bin", ".pt", ".pth") and not re.fullmatch(NO_WEIGHTS, file.name)
+    )
+    index, files = folder / "model.safetensors.index.json", [folder / "model.safetensors"]
+    if not index.is_file() and not files[0].is_file():
+        if shards := sorted(folder.glob("model-*.safetensors")):
+            return shards
+        if pickles and not allow_pickle:
+            raise VQAError(
+                f"{pickles[0]}: a pickle, which can run code when it is read; get the model as safetensors, or, if you "
+                "trust its author, pass --allow_pickle True (only tensors are then read from it)"
+            )
+        index, files = folder / "pytorch_model.bin.index.json", pickles or files
     if index.is_file():
-        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-    else:
-        names = ["model.safetensors"]
-    files = [folder / name for name in names]
+        try:
+            files = [folder / name for name in sorted(set(read_config(index)["weight_map"].values()))]
+        except (KeyError, AttributeError, TypeError) as error:
+            raise VQAError(f"{index}: holds no weight_map; copy it again") from error
     raise_problems([f"{file}: no such file; the model's weights belong there" for file in files if not file.is_file()])
     return files
+
+
+def list_tensors(folder: Path, allow_pickle: bool = False) -> dict[str, StoredTensor]:
+    """Every tensor of a model folder by its key, from the files' headers; 4-bit weights with their statistics.
+
+    Raises:
+        VQAError: no weights, a torn file, a key in two files, or a 4-bit weight whose statistics do not fit.
+    """
+    tensors, problems = {}, []
+    for file in weight_files(folder, allow_pickle):
+        with open_weights(file) as handle:
+            for key in handle.keys():  # noqa: SIM118
+                if key in tensors:
+                    problems.append(f"{file}: tensor {key} is in {tensors[key].file} too; remove one of the files")
+                shape = handle[key].shape if isinstance(handle, dict) else handle.get_slice(key).get_shape()
+                tensors[key] = StoredTensor(file, key, tuple(shape))
+    raise_problems(problems + fold_4bit(tensors))
+    return tensors
+
+
+def fold_4bit(tensors: dict[str, StoredTensor]) -> list[str]:
+    """Move the statistics of bitsandbytes' 4-bit weights from `tensors` into their weights; returns what is amiss."""
+    packed, problems = {}, []
+    for key in list(tensors):
+        if match := FOUR_BIT_KEY.fullmatch(key):
+            packed.setdefault(match[1], {})[match[2]] = tensors.pop(key)
+    for key, found in packed.items():
+        file = next(iter(found.values())).file
+        state_name = next((name for name in found if name.startswith("quant_state.")), None)
+        if key not in tensors or state_name is None:
+            lacking = key if state_name else f"{key}.quant_state.bitsandbytes__nf4 (or __fp4)"
+            problems.append(f"{file}: tensor {lacking} of a 4-bit weight is missing; copy the model again")
+            continue
+        try:
+            with open_weights(found[state_name].file) as handle:
+                state = json.loads(bytes(handle.get_tensor(found[state_name].key).tolist()))
+            shape, size = tuple(state["shape"]), math.prod(state["shape"])
+            blocks = math.ceil(size / state["blocksize"])
+            wanted = {"absmax": (blocks,), "quant_map": (16,), state_name: found[state_name].shape}
+            if "nested_blocksize" in state:  # double quantisation: the absmax are themselves 8-bit codes
+                nested = math.ceil(blocks / state["nested_blocksize"])
+                wanted |= {"nested_absmax": (nested,), "nested_quant_map": (256,)}
+        except (ValueError, KeyError, TypeError):
+            problems.append(
+                f"{file}: tensor {found[state_name].key} is no state of a 4-bit weight; copy the model again"
+            )
+            continue
+        stored = {name: part.shape for name, part in found.items()} | {"": tensors[key].shape}
+        wanted[""] = (math.ceil(size / 2), 1)  # two values a byte
+        for name in wanted | stored:
+            full, has, needs = f"{key}.{name}".rstrip("."), stored.get(name), wanted.get(name)
+            if has != needs:
+                what = f"has shape {has}, a 4-bit weight of shape {shape} needs {needs}"
+                what = "of a 4-bit weight is missing" if has is None else "is unexpected" if needs is None else what
+                problems.append(f"{file}: tensor {full} {what}; copy the model again")
+        tensors[key].shape, tensors[key].statistics = shape, found
+    return problems
+
+
+def find_weights(
+    folder: Path, audio_encoder: str | Path | None = None, allow_pickle: bool = False
+) -> tuple[dict[str, StoredTensor], int]:
+    """The tensors of a model folder under this model's names, with those of a Whisper's encoder if one is named.
+
+    Returns:
+        Name -> tensor, and the number of the Whisper's tensors that have no use here (its decoder).
+
+    Raises:
+        VQAError: as `list_tensors`; two keys for one name; no speech encoder, or two.
+    """
+    keys = [(current_name(key), tensor) for key, tensor in list_tensors(folder, allow_pickle).items()]
+    unused, hears = 0, any(name.startswith("audio_encoder.") for name, _ in keys)
+    if hears and audio_encoder:
+        raise VQAError(f"{folder}: brings its own speech encoder (audio_encoder.*); leave --audio_encoder out")
+    if not hears and not audio_encoder:
+        raise VQAError(
+            f"{folder}: holds no audio_encoder.* tensors, so it is a plain Qwen2-VL that cannot hear; name a Whisper "
+            "whose encoder it gets: --audio_encoder openai/whisper-large-v3-turbo (the projector then starts untrained)"
+        )
+    if audio_encoder:
+        source = resolve_model_dir(audio_encoder, weights=True, pickles=allow_pickle, flag="--audio_encoder")
+        whisper = list_tensors(source, allow_pickle)
+        used = {key: t for key, t in whisper.items() if not re.match(r"(?:model\.)?decoder\.|proj_out\.", key)}
+        keys += [(re.sub(r"^(?:model\.)?encoder\.", "audio_encoder.", key), tensor) for key, tensor in used.items()]
+        unused = len(whisper) - len(used)
+    stored, problems = {}, []
+    for name, tensor in keys:
+        if name in stored:
+            problems.append(f"{tensor.file}: {tensor.key} and {stored[name].key} are both {name}; remove one")
+        stored[name] = tensor
+    raise_problems(problems)
+    return stored, unused
+
+
+def audio_geometry(config: Qwen2VLConfig, stored: dict[str, StoredTensor], audio_encoder: str | Path | None) -> dict:
+    """What `config.audio_config` has to say: the Whisper's config, else the model's own, else read from the shapes.
+
+    The 4.47 layout says nothing. Of a number that several tensors show, the commonest counts: then the odd one is
+    named, not all the others.
+
+    Raises:
+        VQAError: the Whisper's config is none, or the tensors that show the geometry are missing.
+    """
+    if audio_encoder:
+        path = resolve_model_dir(audio_encoder, flag="--audio_encoder") / "config.json"
+        whisper = read_config(path)
+        if whisper.get("model_type") != "whisper":
+            raise VQAError(f"--audio_encoder {path}: model_type is {whisper.get('model_type')!r}, not 'whisper'")
+        return {"model_type": "whisper", **{k: whisper[k] for k in AUDIO_CONFIG_FIELDS if k in whisper}}
+    stated = getattr(config, "audio_config", None)
+    if stated or not stored:
+        return stated or WHISPER_LARGE_V3_TURBO
+    shapes = {name: t.shape for name, t in stored.items() if name.startswith(("audio_encoder.", "audio_projector."))}
+    needed = [f"audio_encoder.{name}.weight" for name in ("conv1", "embed_positions", "layer_norm", "layers.0.fc1")]
+    folder = next(iter(stored.values())).file.parent
+    raise_problems([f"{folder}: tensor {name} is missing; copy it again" for name in needed if name not in shapes])
+    layers = [int(match[1]) for name in shapes if (match := re.match(r"audio_encoder\.layers\.(\d+)\.", name))]
+    width = statistics.mode(s[0] for name, s in shapes.items() if re.search(r"(?:layer_norm|fc2|_proj)\.", name))
+    return {
+        "model_type": "whisper",
+        "d_model": width,
+        "encoder_layers": max(layers) + 1,
+        "encoder_attention_heads": width // WHISPER_HEAD_SIZE,
+        "encoder_ffn_dim": statistics.mode(s[0] for name, s in shapes.items() if ".fc1." in name),
+        "num_mel_bins": (*shapes["audio_encoder.conv1.weight"], 1)[1],  # a tensor with one axis is named later
+        "max_source_positions": shapes["audio_encoder.embed_positions.weight"][0],
+    }
 
 
 def current_name(key: str) -> str:
@@ -1063,15 +1740,164 @@ def current_name(key: str) -> str:
     return re.sub(r"^model\.(?!language_model\.|visual\.)", "model.language_model.", key)
 
 
+def name_on_disk(name: str, keys: Iterable[str]) -> str:
+    """The key that `name`, a name in this model, would have beside `keys`: the name that people find in their files."""
+    if any("model.language_model." in key for key in keys):
+        return name
+    return name.replace("model.language_model.", "model.").replace("model.visual.", "visual.")
+
+
+def check_fit(
+    model: SurgicalVQAModel, stored: dict[str, StoredTensor], folder: Path, untrained: Sequence[str] = ()
+) -> None:
+    """Hold the names and shapes of `stored` against the model's parameters; `untrained` ones may be missing.
+
+    Raises:
+        VQAError: naming and counting tensors that are missing, unexpected or of another shape, and what that means.
+    """
+    wanted = {name: tuple(p.shape) for name, p in model.named_parameters()}  # a tied head is listed once
+    keys = [tensor.key for tensor in stored.values()]
+    missing = [name_on_disk(name, keys) for name in wanted if name not in stored and name not in untrained]
+    unexpected = [tensor for name, tensor in stored.items() if name not in wanted]
+    reshaped = [(t, wanted[name]) for name, t in stored.items() if name in wanted and t.shape != wanted[name]]
+    if not (missing or unexpected or reshaped):
+        return
+    raise_problems(
+        [f"{folder}: tensor {name} is missing" for name in missing]
+        + [f"{tensor.file}: unexpected tensor {tensor.key}" for tensor in unexpected]
+        + [f"{t.file}: {t.key} has shape {t.shape}, the config says {shape}" for t, shape in reshaped],
+        f"{len(missing)} missing, {len(unexpected)} unexpected, {len(reshaped)} mis-shaped of {len(wanted)} tensors: "
+        + explain_misfit(missing, [tensor.key for tensor in unexpected], len(reshaped)),
+    )
+
+
+def explain_misfit(missing: Sequence[str], unexpected: Sequence[str], reshaped: int) -> str:
+    """What weights that do not fit most likely are, and what to do."""
+    if any("lora_" in key or key.startswith("base_model.") for key in unexpected):
+        return "an adapter lies among the weights; fold it into its base with merge_stage2_to_bf16.py"
+    if any(key.endswith((".SCB", ".qweight", ".qzeros", ".g_idx")) for key in unexpected):
+        return "the weights are quantised in another way than bitsandbytes' 4 bits; get the 16-bit copy"
+    if reshaped:
+        return "config.json belongs to another model than the weights; take both from one place"
+    if missing == ["audio_projector.weight"]:
+        return "the link between speech encoder and decoder is lost; get the whole model, an adapter alone is not one"
+    if missing and unexpected:
+        return "the folder holds another architecture, or a copy with renamed tensors; get the original"
+    if missing:
+        return "the copy is not complete; fetch all of its files again"
+    return "config.json describes a smaller model, or files of two models lie in one folder; keep one model's alone"
+
+
+def load_weights(
+    model: SurgicalVQAModel,
+    stored: dict[str, StoredTensor],
+    dtype: torch.dtype,
+    device: torch.device,
+    load_in_4bit: bool = False,
+) -> None:
+    """Fill `model` (on the meta device) from `stored`, file by file: in RAM lies one file at a time, as mapped pages.
+
+    Raises:
+        VQAError: 4-bit weights without bitsandbytes, or `load_in_4bit` without any.
+    """
+    four_bit = any(tensor.statistics for tensor in stored.values())
+    if load_in_4bit and not four_bit:
+        raise VQAError("--load_in_4bit keeps weights that are stored in 4 bits, and here none are; leave it out")
+    bnb = import_bitsandbytes() if four_bit else None
+    for file in sorted({tensor.file for tensor in stored.values()}):
+        with open_weights(file, device) as handle:
+            for name, tensor in stored.items():
+                if tensor.file != file:
+                    continue
+                value = handle.get_tensor(tensor.key)
+                if tensor.statistics:
+                    state = {part: read_tensor(t, device) for part, t in tensor.statistics.items()}
+                    if load_in_4bit and re.fullmatch(LORA_TARGETS + r"\.weight", name):
+                        keep_4bit(model, name, value, state, dtype, device)
+                        continue
+                    state = bnb.functional.QuantState.from_dict(state, device)
+                    value = bnb.functional.dequantize_4bit(value.to(device), state)
+                accelerate.utils.set_module_tensor_to_device(model, name, device, value.to(dtype))
+    model.tie_weights()
+
+
+def read_tensor(tensor: StoredTensor, device: torch.device) -> torch.Tensor:
+    """One tensor as stored; the parts of a 4-bit weight may lie in another file than the weight."""
+    with open_weights(tensor.file, device) as handle:
+        return handle.get_tensor(tensor.key)
+
+
+def import_bitsandbytes():
+    """The bitsandbytes package, which only 4-bit weights need; VQAError where it is not installed."""
+    try:
+        import bitsandbytes
+    except ImportError as error:
+        raise VQAError(
+            "these weights are stored in bitsandbytes' 4 bits: run `pip install bitsandbytes`, or name the 16-bit copy"
+        ) from error
+    return bitsandbytes
+
+
+def keep_4bit(
+    model: SurgicalVQAModel, name: str, packed: torch.Tensor, state: dict, dtype: torch.dtype, device: torch.device
+) -> None:
+    """Replace the linear layer of the weight `name` by one that computes in `dtype` from `packed`, uint8 [n / 2, 1]."""
+    bnb = import_bitsandbytes()
+    layer, _, child = name.removesuffix(".weight").rpartition(".")
+    linear = model.get_submodule(layer).get_submodule(child)
+    with torch.device("meta"):
+        kept = bnb.nn.Linear4bit(linear.in_features, linear.out_features, bias=False, compute_dtype=dtype)
+    kept.bias = linear.bias  # on its own key, before or after
+    kept.weight = bnb.nn.Params4bit.from_prequantized(packed, state, device=device, module=kept)
+    setattr(model.get_submodule(layer), child, kept)
+    model.is_loaded_in_4bit = True  # PEFT then adapts this layer in its own way
+
+
+def draw_projector(model: SurgicalVQAModel, seed: int, dtype: torch.dtype, device: torch.device) -> None:
+    """A projector drawn from `seed` with the config's `initializer_range`, on the CPU: the same on every device."""
+    weight = torch.empty(model.audio_projector.weight.shape)
+    weight.normal_(0.0, model.config.text_config.initializer_range, generator=torch.Generator().manual_seed(seed))
+    model.audio_projector.weight = nn.Parameter(weight.to(device, dtype))
+
+
+def describe_sources(stored: dict[str, StoredTensor], unused: int, load_in_4bit: bool) -> str:
+    """How many tensors came from which folder, in how many files, how many were not used, how many in 4 bits."""
+    parts = []
+    for folder in dict.fromkeys(tensor.file.parent for tensor in stored.values()):
+        tensors = [tensor for tensor in stored.values() if tensor.file.parent == folder]
+        files = len({tensor.file for tensor in tensors})
+        parts.append(f"{len(tensors)} tensors from {folder} ({files} file{'s' if files > 1 else ''})")
+    if unused:
+        parts.append(f"{unused} tensors of the Whisper decoder there not used")
+    if packed := sum(bool(tensor.statistics) for tensor in stored.values()):
+        kept = sum(bool(re.fullmatch(LORA_TARGETS + r"\.weight", n)) for n, t in stored.items() if t.statistics)
+        parts.append(f"{packed} of them in 4 bits, {packed - kept if load_in_4bit else packed} dequantised")
+    return ", ".join(parts)
+
+
 def fingerprint(model: nn.Module, samples: int = 16) -> str:
-    """sha256 over the name, shape and `samples` evenly spaced values of every parameter, without its LoRA layers."""
-    digest = hashlib.sha256()
+    """Identity of the base, taken in memory: sha256 over what its config computes with, and over the name, shape and
+    `samples` evenly spaced values, rounded to bf16, of every parameter.
+
+    Adapters, LoRA layers and rows added for new tokens are left out. In memory, and not from the files, so that the
+    same weights are one base under old and new names, in one file or many, in float32 or bf16, kept in 4 bits or
+    dequantised, and drawn at random.
+    """
+    text, vision, audio = model.config.text_config, model.config.vision_config, audio_config_of(model.config)
+    numbers = [text.num_attention_heads, text.num_key_value_heads, text.rms_norm_eps, vision.num_heads]
+    numbers += [text.rope_parameters["rope_theta"], *text.rope_parameters["mrope_section"]]
+    numbers += [vision.spatial_merge_size, audio.encoder_attention_heads]
+    digest = hashlib.sha256(repr([float(number) for number in numbers]).encode())
     for name, tensor in sorted(model.named_parameters()):
         if "lora_" in name or "modules_to_save" in name:
             continue
         name = name.removeprefix("base_model.model.").replace(".base_layer.", ".").replace(".original_module.", ".")
+        if getattr(tensor, "quant_state", None) is not None:
+            tensor = import_bitsandbytes().functional.dequantize_4bit(tensor.data, tensor.quant_state)
+        if name.endswith(("embed_tokens.weight", "lm_head.weight")):
+            tensor = tensor[: model.stored_rows]
         flat = tensor.detach().flatten()
-        picked = flat[:: max(1, flat.numel() // samples)][:samples].float().cpu()
+        picked = flat[:: max(1, flat.numel() // samples)][:samples].to(torch.bfloat16).float().cpu()
         digest.update(f"{name}{tuple(tensor.shape)}".encode())
         digest.update(picked.numpy().tobytes())
     return digest.hexdigest()
@@ -1102,33 +1928,174 @@ def add_lora(model: SurgicalVQAModel, r: int = 64, alpha: int = 16, dropout: flo
     return peft_model
 
 
-def load_adapter(model: SurgicalVQAModel, path: str | Path) -> PeftModel:
-    """`model` with the adapter of `path`, every tensor of it accounted for.
+def skip_input_casts(peft_model: PeftModel) -> None:
+    """Stop PEFT from casting each LoRA input to float32: under autocast, as in training, it is cast back at once."""
+    for module in peft_model.modules():
+        if isinstance(module, BaseTunerLayer):
+            module.cast_input_dtype_enabled = False
+
+
+def save_new_rows(model: PeftModel, folder: Path) -> None:
+    """Write the embedding and head rows that `grow_embeddings` added, if any, beside the adapter in `folder`."""
+    matrices = {"embed_tokens": model.get_input_embeddings(), "lm_head": model.get_output_embeddings()}
+    rows = {name: matrix.weight[model.stored_rows :].detach().cpu().clone() for name, matrix in matrices.items()}
+    if len(rows["embed_tokens"]):
+        save_file(rows, folder / NEW_ROWS_FILE)
+
+
+def load_new_rows(model: SurgicalVQAModel, folder: Path) -> None:
+    """Put the rows of `save_new_rows` into a model that `grow_embeddings` has given room for them.
 
     Raises:
-        VQAError: no adapter there, or tensors that do not fit.
+        VQAError: the adapter's rows and the model's are not equally many.
+    """
+    file = folder / NEW_ROWS_FILE
+    stored = {}
+    if file.is_file():
+        with open_weights(file) as handle:
+            stored = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118
+    matrices = {"embed_tokens": model.get_input_embeddings(), "lm_head": model.get_output_embeddings()}
+    for name, matrix in matrices.items():
+        room = matrix.weight.data[model.stored_rows :]
+        shape = tuple(stored[name].shape) if name in stored else (0, room.shape[1])
+        if shape != tuple(room.shape):
+            raise VQAError(
+                f"{file}: rows of {name} for new tokens have shape {shape}, the base has room for {tuple(room.shape)}; "
+                "load the base with the tokenizer saved beside the adapter"
+            )
+        if room.numel():
+            room.copy_(stored[name])
+
+
+def read_adapter_config(path: Path) -> dict:
+    """An adapter's config; VQAError where it asks for another computation than plain LoRA."""
+    config, plain = read_config(path), LoraConfig()
+    for name, value in config.items():
+        if name not in ADAPTER_FIELDS_READ and value and value != getattr(plain, name, None):
+            raise VQAError(f"{path}: {name} is {value!r}, which this script does not compute; it reads plain LoRA")
+    kind, numbers = config.get("peft_type"), [config.get("r"), config.get("lora_alpha")]
+    if kind != "LORA" or not all(isinstance(number, int | float) for number in numbers):
+        raise VQAError(f"{path}: peft_type {kind!r}, r and lora_alpha {numbers}; this script reads LoRA")
+    if config.get("init_lora_weights", True) not in (True, False, "gaussian"):
+        raise VQAError(
+            f"{path}: init_lora_weights {config['init_lora_weights']!r} changed the base as well; merge the adapter "
+            "where it was trained, and take the merged model"
+        )
+    return config
+
+
+def current_adapter_name(key: str) -> str:
+    """As `current_name`, behind PEFT's `base_model.model.`, without the parts that only a live model's names have."""
+    name = re.sub(r"\.modules_to_save(?:\.default)?(?=\.)|\.default(?=\.weight$)", "", key)
+    return "base_model.model." + current_name(name.removeprefix("base_model.model."))
+
+
+def read_adapter(path: Path, rank: int, allow_pickle: bool = False) -> dict[str, tuple[str, torch.Tensor]]:
+    """Name in the live model -> (key, tensor) of every tensor in an adapter folder.
+
+    Raises:
+        VQAError: no adapter there, a pickle without `allow_pickle`, two keys for one name, a rank that is not `rank`,
+            values that are not finite, or LoRA that was never trained.
+    """
+    file, pickled = path / "adapter_model.safetensors", path / "adapter_model.bin"
+    if not file.is_file() and pickled.is_file():
+        if not allow_pickle:
+            raise VQAError(f"{pickled}: a pickle; get the adapter as safetensors, or pass --allow_pickle True")
+        file = pickled
+    if not file.is_file():
+        raise VQAError(f"{path}: holds no adapter (adapter_config.json, adapter_model.safetensors)")
+    with open_weights(file) as handle:
+        tensors = {key: handle.get_tensor(key) for key in handle.keys()}  # noqa: SIM118
+    stored, problems = {}, []
+    for key, tensor in tensors.items():
+        name = current_adapter_name(key)
+        if name in stored:
+            problems.append(f"{file}: {key} and {stored[name][0]} are both {name}; copy the adapter again")
+        side = 0 if ".lora_A." in key else 1
+        if ".lora_" in key and tensor.ndim == 2 and tensor.shape[side] != rank:
+            problems.append(
+                f"{file}: {key} has rank {tensor.shape[side]}, adapter_config.json says r = {rank}; the two files come "
+                "from different runs"
+            )
+        if not torch.isfinite(tensor).all():
+            problems.append(
+                f"{file}: {key} holds values that are not finite; the training diverged, take an earlier one"
+            )
+        stored[name] = (key, tensor)
+    raise_problems(problems)
+    if not any(tensor.any() for key, tensor in tensors.items() if ".lora_B." in key):
+        raise VQAError(f"{file}: every lora_B is zero, so the adapter does nothing: it was saved before its first step")
+    return stored
+
+
+def check_base(model: SurgicalVQAModel, adapter: Path) -> None:
+    """VQAError where the adapter's settings name another base than `model`; says so where it brings no settings."""
+    if not (adapter / SETTINGS_FILE).is_file():
+        print(f"   {adapter} has no {SETTINGS_FILE}: nothing says which base it was trained on, so none was compared")
+        return
+    trained_on, found = load_settings(adapter)["model"], fingerprint(model)
+    if trained_on.get("base_fingerprint") not in (None, found):
+        base = f"its base was {trained_on['model_name_or_path']}, name it with --model_name_or_path"
+        if trained_on.get("init") == "random":
+            base = (
+                f"its base was drawn from seed {trained_on.get('init_seed')} in {trained_on.get('dtype')} on "
+                f"{trained_on.get('init_device')}; another seed, kind of device or torch version draws other weights"
+            )
+        raise VQAError(
+            f"{adapter}: was trained on another base than the one loaded (fingerprint "
+            f"{trained_on['base_fingerprint'][:12]}, not {found[:12]}); {base}"
+        )
+
+
+def load_adapter(model: SurgicalVQAModel, path: str | Path, *, allow_pickle: bool = False) -> PeftModel:
+    """`model` with the adapter of `path`, under transformers 4's or today's names, every tensor of it accounted for.
+
+    Args:
+        model: the base; changed in place.
+        path: folder of train_vqa.py or of PEFT.
+        allow_pickle: read an adapter_model.bin where there are no safetensors.
+
+    Raises:
+        VQAError: no adapter there, one that was never trained or was trained on another base, or tensors that do not
+            fit.
     """
     path = Path(path)
-    file = path / "adapter_model.safetensors"
-    if not file.is_file() or not (path / "adapter_config.json").is_file():
+    if not (path / "adapter_config.json").is_file():
         raise VQAError(f"{path}: holds no adapter (adapter_config.json, adapter_model.safetensors)")
-    config = LoraConfig.from_pretrained(path)
-    try:
-        stored = load_file(file)
-    except SafetensorError as error:
-        raise VQAError(f"{file}: not a readable safetensors file ({error}); copy it again") from error
-    peft_model = add_lora(model, config.r, config.lora_alpha, config.lora_dropout)
+    config = read_adapter_config(path / "adapter_config.json")
+    stored = read_adapter(path, config["r"], allow_pickle)
+    check_base(model, path)
+    load_new_rows(model, path)
+    peft_model = add_lora(model, config["r"], config["lora_alpha"], config.get("lora_dropout", 0.0))
     wanted = get_peft_model_state_dict(peft_model, save_embedding_layers=False)
+    keys = [key for key, _ in stored.values()]
+    unexpected = [key for name, (key, _) in stored.items() if name not in wanted]
+    towers = [key for key in unexpected if ".audio_encoder." in key or ".visual." in key]
+    hint = (
+        f"{len(towers)} tensors adapt the speech encoder or the vision tower: target_modules like 'q_proj' match there "
+        "too, and here both stay as they are; train the adapter with train_vqa.py, or merge it where it was trained"
+        if towers
+        else "the adapter belongs to a model of another size or layout, or its copy is not complete"
+    )
     raise_problems(
-        [f"{file}: tensor {name} is missing" for name in wanted if name not in stored]
-        + [f"{file}: unexpected tensor {name}" for name in stored if name not in wanted]
+        [f"{path}: tensor {name_on_disk(name, keys)} is missing" for name in wanted if name not in stored]
+        + [f"{path}: unexpected tensor {key}" for key in unexpected]
         + [
-            f"{file}: {name} has shape {tuple(stored[name].shape)}, the model wants {tuple(wanted[name].shape)}"
-            for name in wanted
-            if name in stored and stored[name].shape != wanted[name].shape
+            f"{path}: {key} has shape {tuple(tensor.shape)}, the model wants {tuple(wanted[name].shape)}"
+            for name, (key, tensor) in stored.items()
+            if name in wanted and tensor.shape != wanted[name].shape
+        ],
+        hint,
+    )
+    set_peft_model_state_dict(peft_model, {name: tensor for name, (_, tensor) in stored.items()})
+    landed = get_peft_model_state_dict(peft_model, save_embedding_layers=False)
+    raise_problems(
+        [
+            f"{path}: {key} did not reach the model; report this together with the versions of peft and torch"
+            for name, (key, tensor) in stored.items()
+            if not torch.equal(landed[name], tensor.to(landed[name]))
         ]
     )
-    set_peft_model_state_dict(peft_model, stored)
     return peft_model.eval()
 
 
@@ -1143,6 +2110,7 @@ def resolved_settings(
     training_args: VQATrainingArguments,
     processor: VQAProcessor,
     base_fingerprint: str,
+    skipped: Sequence[str] = (),
 ) -> dict:
     """All that training chose, as JSON: `model` and `input` are what evaluation repeats, the rest is for the record."""
     packages = ("torch", "transformers", "peft", "accelerate", "pillow", "torchaudio", "soundfile")
@@ -1154,6 +2122,9 @@ def resolved_settings(
             "init_device": training_args.device.type,
             "dtype": "bfloat16" if training_args.bf16 else "float32",
             "attn_implementation": model_args.attn_implementation,
+            "audio_encoder": model_args.audio_encoder,
+            "load_in_4bit": model_args.load_in_4bit,
+            "allow_pickle": model_args.allow_pickle,
             "base_fingerprint": base_fingerprint,
         },
         "input": {
@@ -1162,6 +2133,8 @@ def resolved_settings(
             "max_eval_frames": data_args.max_eval_frames,
             "max_image_size": data_args.max_image_size,
             "audio_tokens": processor.audio_tokens,
+            "encoder_tokens": processor.encoder_tokens,
+            "frame_mode": processor.frame_mode,
             "instruction": INSTRUCTION,
         },
         "lora": {"r": model_args.lora_r, "alpha": model_args.lora_alpha, "dropout": model_args.lora_dropout},
@@ -1171,6 +2144,7 @@ def resolved_settings(
             "turn_ends": turn_end_ids(processor.tokenizer),
         },
         "data": {k: v for k, v in asdict(data_args).items() if k.endswith(("_path", "_dir", "_samples"))},
+        "skipped": list(skipped),
         "training": json.loads(training_args.to_json_string()),
         "versions": {name: importlib.metadata.version(name) for name in packages},
     }
@@ -1187,24 +2161,543 @@ def load_settings(checkpoint: str | Path) -> dict:
     return settings
 
 
+def base_options(settings: dict) -> dict:
+    """Keyword arguments of `load_model` that rebuild the base of `settings`, but for dtype, device and kernel."""
+    model = settings["model"]
+    return {
+        "init": model["init"],
+        "seed": model["init_seed"],
+        "audio_encoder": model.get("audio_encoder"),
+        "load_in_4bit": model.get("load_in_4bit", False),
+        "allow_pickle": model.get("allow_pickle", False),
+    }
+
+
+class Interrupted(BaseException):
+    """The run was asked to stop by the signal `signum`; its text says what is saved."""
+
+    def __init__(self, signum: int, text: str = "nothing had been trained yet"):
+        super().__init__(f"Stopped by {signal.Signals(signum).name}: {text}")
+        self.signum = signum
+
+
+class StopSignal:
+    """Takes SIGTERM, SIGINT and SIGHUP while the `with` lasts, but those that the caller ignores (as nohup does).
+
+    Before training one of them ends the process at once. While `saves` is True it only sets `signum`, for the Trainer
+    to finish its step and save; a third one kills.
+    """
+
+    def __init__(self):
+        self.signum, self.count, self.saves, self.before = None, 0, False, {}
+
+    def __enter__(self) -> "StopSignal":
+        for number in STOP_SIGNALS:
+            if signal.getsignal(number) != signal.SIG_IGN:
+                self.before[number] = signal.signal(number, self._handle)
+        return self
+
+    def __exit__(self, *_) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def _handle(self, signum: int, _frame) -> None:
+        self.count += 1
+        self.signum = self.signum or signum
+        if not self.saves:
+            raise Interrupted(signum)
+        if self.count > 2:
+            signal.signal(signum, signal.SIG_DFL)
+            signal.raise_signal(signum)
+        what = "finishing the step and saving" if self.count == 1 else "still saving; a third signal kills the run"
+        os.write(2, f"\n{signal.Signals(signum).name}: {what}\n".encode())  # print is not safe in a handler
+
+
+def ignore_stop_signals(init: typing.Callable | None, worker: int) -> None:
+    """Start of a loader worker: a signal to the whole process group is the main process's to act on."""
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+    if init is not None:
+        init(worker)
+
+
+@contextlib.contextmanager
+def lock_folder(folder: str | Path):
+    """Hold `folder` for this process; VQAError where another run holds it. What an unfinished save left is removed.
+
+    The lock is one of lockf, which dies with the process: flock's would live on in loader workers of a killed run.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".lock").open("w") as lock:
+        try:
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise VQAError(
+                f"--output_dir {folder}: another run is writing there; wait for it or name another"
+            ) from error
+        for rest in folder.glob(UNFINISHED + "*"):
+            shutil.rmtree(rest)
+        yield
+
+
+def sync(path: Path) -> None:
+    """Have a file or folder reach the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def sha256_of(path: Path) -> str:
+    """The sha256 of a file, as hex."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_manifest(folder: Path) -> None:
+    """Write the sizes and hashes of the files of `folder` beside them, once all of them have reached the disk."""
+    files = {}
+    for path in sorted(folder.iterdir()):
+        sync(path)
+        files[path.name] = {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
+    (folder / MANIFEST_FILE).write_text(json.dumps({"files": files}, indent=2) + "\n", encoding="utf-8")
+    sync(folder / MANIFEST_FILE)
+    sync(folder)
+
+
+def find_damage(folder: str | Path, needed: Sequence[str] = ()) -> str | None:
+    """What is wrong with a saved folder: a file of its manifest, or of those `needed`, that is missing or differs."""
+    folder = Path(folder)
+    try:
+        files = json.loads((folder / MANIFEST_FILE).read_text(encoding="utf-8"))["files"]
+        stated = {str(name): (int(entry["bytes"]), str(entry["sha256"])) for name, entry in files.items()}
+    except OSError:
+        return f"{MANIFEST_FILE} is missing: the save did not end"
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        return f"{MANIFEST_FILE} is damaged"
+    for name in needed:
+        if name not in stated:
+            return f"{name} was not saved"
+    for name, (size, digest) in stated.items():
+        path = folder / name
+        if Path(name).name != name or not path.is_file():
+            return f"{name} is missing"
+        if path.stat().st_size != size:
+            return f"{name} has {path.stat().st_size} bytes, not {size}"
+        if sha256_of(path) != digest:
+            return f"{name} has changed since it was saved"
+    return None
+
+
+def checkpoints_of(folder: str | Path) -> dict[int, Path]:
+    """The `checkpoint-N` folders of a run by N, newest first, whole or not."""
+    found = {int(p.name[11:]): p for p in Path(folder).glob("checkpoint-*") if re.fullmatch(r"\d+", p.name[11:])}
+    return dict(sorted(found.items(), reverse=True))
+
+
+def find_checkpoint(args: VQATrainingArguments) -> Path | None:
+    """The checkpoint that --resume_from_checkpoint asks for; None: start at the beginning.
+
+    True takes the newest one that is whole, and names those passed over.
+
+    Raises:
+        VQAError: the named one is not whole, none is, or the run would write among later checkpoints of another.
+    """
+    flag, existing = args.resume_from_checkpoint, checkpoints_of(args.output_dir)
+    flag = {"true": True, "false": None}.get(flag.lower(), flag) if isinstance(flag, str) else flag
+    if flag is True:
+        damaged = []
+        for folder in existing.values():
+            damage = find_damage(folder, RESUME_FILES)
+            if damage is None:
+                print("".join(f"Passing over {text}\n" for text in damaged), end="")
+                return folder
+            damaged.append(f"{folder}: {damage}")
+        if damaged:
+            raise VQAError("\n".join([*damaged, "no checkpoint is whole; move them away to start from the beginning"]))
+        print("No checkpoint to go on from; starting from the beginning.")
+        return None
+    chosen = Path(flag) if flag else None
+    damage = find_damage(chosen, RESUME_FILES) if chosen else None
+    if damage:
+        raise VQAError(f"--resume_from_checkpoint {chosen}: {damage}; name another, or True for the newest whole one")
+    step = int(chosen.name[11:]) if chosen and re.fullmatch(r"checkpoint-\d+", chosen.name) else -1
+    later = [folder for number, folder in existing.items() if number > step]
+    if later:
+        raise VQAError(
+            f"{later[0]} is there from an earlier run; --resume_from_checkpoint True goes on from it, or move it away, "
+            "or name another --output_dir"
+        )
+    return chosen
+
+
+def refuse_other_settings(checkpoint: Path, settings: dict) -> None:
+    """VQAError where a run would go on from a checkpoint of another model, input or LoRA shape."""
+    stored = load_settings(checkpoint)
+    raise_problems(
+        [
+            f"{checkpoint}: was trained with {name} {stored.get(part, {}).get(name)!r}, this run has {value!r}; "
+            "go on with the same flags, or start another run"
+            for part in ("model", "input", "lora")
+            for name, value in settings[part].items()
+            if stored.get(part, {}).get(name) != value
+        ]
+    )
+
+
 class VQATrainer(Trainer):
     """Trainer whose checkpoints hold the adapter, the projector, the tokenizer and the settings, and nothing more.
+
+    A save is written aside, synced, listed in a manifest and only then named. A run that ended early and went on from
+    its last checkpoint is the same, bit for bit on the CPU, as one that did not.
 
     Args:
         tokenizer: saved with every checkpoint. (As `processing_class` it would overwrite the model's turn-end ids.)
         settings: from `resolved_settings`.
+        stop_signal: says when to stop.
     """
 
-    def __init__(self, *args, tokenizer: PreTrainedTokenizerBase, settings: dict, **kwargs):
+    def __init__(self, *args, tokenizer: PreTrainedTokenizerBase, settings: dict, stop_signal: StopSignal, **kwargs):
         super().__init__(*args, **kwargs)
-        self.tokenizer, self.settings = tokenizer, settings
+        self.settings, self.stop_signal = settings, stop_signal
+        with tempfile.TemporaryDirectory() as folder:
+            tokenizer.save_pretrained(folder)
+            self.tokenizer_files = {path.name: path.read_bytes() for path in Path(folder).iterdir()}
+        self.add_callback(RunGuard(self))
+        self.losses: list[torch.Tensor] = []  # of the accumulation under way
+        self.batches: list[tuple[list[int], int]] = []  # its rows, and the tokens of each
+        self.progress = {"step": 0, "tr_loss": 0.0, "total_loss": 0.0, "last_logged": 0, "seconds": 0.0}
+        self.progress["evaluate"] = False  # an evaluation is due: a signal cut it short
+        self.step_end: dict = {}  # what a step that fails half-way must not change in a save
+        self.aside: Path | None = None  # where a save is being written
+        self.resumed, self.saved_step, self.logged_step, self.save_bytes = False, -1, -1, 0
+
+    def train_safely(self, checkpoint: Path | None) -> None:
+        """Train, from `checkpoint` if given.
+
+        Raises:
+            Interrupted: a signal stopped it, after a save.
+            VQAError: memory or disk ran out, or a loss or gradient was not finite.
+        """
+        if checkpoint:
+            self.progress, self.resumed = read_progress(checkpoint), True
+            self.saved_step = self.progress["step"]
+        self.stop_signal.saves, trouble = True, None
+        try:
+            self.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        except Interrupted:
+            pass
+        except RuntimeError as error:
+            if not accelerate.utils.memory.should_reduce_batch_size(error):
+                raise
+            trouble = self.describe_memory(str(error))
+        if trouble:  # outside of `except`, so that the failed step's tensors are gone
+            gc.collect()
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+            raise VQAError(f"{trouble}; {self.save_last_step()}")
+        if self.stop_signal.signum:
+            raise Interrupted(self.stop_signal.signum, self.save_last_step())
+
+    # ---- what a step may not do
+
+    def training_step(self, model: nn.Module, inputs: dict, num_items_in_batch=None) -> torch.Tensor:
+        """As usual, keeping which rows and how many tokens the batch has, and its loss."""
+        self.batches.append((inputs.pop("rows"), inputs["input_ids"].shape[1]))
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        self.losses.append(loss)
+        return loss
+
+    def prediction_step(self, model: nn.Module, inputs: dict, *args, **kwargs):
+        """As usual, without the numbers of the rows; a signal ends the evaluation."""
+        self.batches = [(inputs.pop("rows"), inputs["input_ids"].shape[1])]
+        if self.stop_signal.signum:
+            raise Interrupted(self.stop_signal.signum)
+        return super().prediction_step(model, inputs, *args, **kwargs)
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm=None):
+        """As usual; here, before the optimizer steps, loss and gradients must be finite (read from the GPU once)."""
+        norm = super()._get_grad_norm(model, grad_norm)
+        checked = list(self.losses)
+        if getattr(self.accelerator, "scaler", None) is None:  # which looks for overflow itself, and skips the step
+            checked.append(torch.as_tensor(norm, device=self.losses[0].device, dtype=torch.float32))
+        values = torch.stack([value.detach().float() for value in checked]).tolist()
+        if not all(map(math.isfinite, values)):
+            bad = [i for i, value in enumerate(values[: len(self.losses)]) if not math.isfinite(value)]
+            what = f"the loss is {values[bad[0]]}" if bad else f"the gradient's norm is {values[-1]}"
+            rows = [row for i in bad or range(len(self.batches)) for row in self.batches[i][0]]
+            keys = ", ".join(f"{self.train_dataset.rows[i].key} ({self.train_dataset.rows[i].where})" for i in rows)
+            last = f"{self.args.output_dir}/checkpoint-{self.saved_step}" if self.saved_step >= 0 else "none"
+            raise VQAError(
+                f"step {self.state.global_step + 1}: {what} with {keys}; stopped before the optimizer step, and the "
+                f"last checkpoint ({last}) is from before; look at these samples, or lower --learning_rate"
+            )
+        self.losses, self.batches = [], []
+        return norm
+
+    def describe_memory(self, error: str) -> str:
+        """One line for memory that ran out: what was asked, the batch, the longest sample, and what would help."""
+        rows, tokens = self.batches[-1] if self.batches else ([], 0)
+        dataset = self.train_dataset if self.model.training else self.eval_dataset
+        lengths = dataset.token_counts(rows)
+        key = dataset.rows[rows[lengths.index(max(lengths))]].key if rows else "none"
+        size, frames = ("train", "max_train_frames") if self.model.training else ("eval", "max_eval_frames")
+        asked = re.search(r"[Tt]ried to allocate [^.]*(?:\.\d+[^.]*)?\.?", error)
+        return (
+            f"out of memory ({(asked[0] if asked else error.splitlines()[0]).strip('. ')}) at step "
+            f"{self.state.global_step + 1} with {len(rows)} samples of {tokens} tokens, the longest {key}; lower "
+            f"--per_device_{size}_batch_size, --{frames} or --max_image_size, or set --checkpoint_every_n 1"
+        )
+
+    # ---- stopping and going on
+
+    def begin(self) -> None:
+        """Called as training begins: take up the loss log where the checkpoint left it, check the disk."""
+        if self.resumed:
+            self._tr_loss += self.progress["tr_loss"]
+            self._total_loss_scalar = self.progress["total_loss"]
+            self._globalstep_last_logged = self.progress["last_logged"]
+            self._initial_global_step = 0  # so that the mean loss at the end is that of the whole run
+        self.started = time.time() - self.progress["seconds"]
+        self.check_disk()
+        if self.resumed and self.progress["evaluate"]:  # the signal came during this evaluation
+            self.progress["evaluate"] = False
+            self._determine_best_metric(self._evaluate(None, None), None)
+        self.keep_step_end()
+
+    def _finalize_training(self, trial, num_train_samples, start_time):
+        return super()._finalize_training(trial, num_train_samples, start_time - self.progress["seconds"])
+
+    def _run_epoch(self, *args, **kwargs) -> None:
+        if self.state.global_step >= self.state.max_steps:  # went on from the last step; the Trainer would add one
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(*args, **kwargs)
+
+    def _maybe_log_save_evaluate(self, *args, **kwargs) -> None:
+        """As usual, then stop if a signal came; an evaluation that it cut short is made up for when the run goes on."""
+        first = self.logged_step != self.state.global_step
+        self.logged_step = self.state.global_step
+        try:
+            super()._maybe_log_save_evaluate(*args, **kwargs)
+        except Interrupted:
+            self.progress["evaluate"] = True
+        self.keep_step_end()
+        # What is due at the end of an epoch comes in a second call, right after that of its last step.
+        if self.stop_signal.signum and not (first and float(self.state.epoch).is_integer()):
+            raise Interrupted(self.stop_signal.signum)
+
+    def keep_step_end(self) -> None:
+        """Remember the loss so far and the random states: a save after a failed step must hold those before it."""
+        states = {"python": random.getstate(), "numpy": np.random.get_state(), "cpu": torch.get_rng_state()}
+        if torch.cuda.is_available():
+            states["cuda"] = torch.cuda.get_rng_state()
+        self.step_end = {"step": self.state.global_step, "tr_loss": self._tr_loss.clone(), "random": states}
+
+    def save_last_step(self) -> str:
+        """Save the state after the last finished step, unless it is saved; returns what there is to go on from."""
+        step = self.step_end.get("step", 0)
+        if not step:
+            return "no step was finished, so nothing is saved"
+        if self.saved_step != step or self.progress["evaluate"]:
+            states = self.step_end["random"]
+            random.setstate(states["python"])
+            np.random.set_state(states["numpy"])
+            torch.set_rng_state(states["cpu"])
+            if "cuda" in states:
+                torch.cuda.set_rng_state(states["cuda"])
+            self._tr_loss = self.step_end["tr_loss"]
+            self._save_checkpoint(self.model, None)
+        return f"{self.args.output_dir}/checkpoint-{step} is whole; go on with --resume_from_checkpoint True"
+
+    # ---- saving
+
+    def _get_output_dir(self, trial) -> str:
+        return str(self.aside or self.args.output_dir)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         folder = Path(output_dir or self.args.output_dir)
         folder.mkdir(parents=True, exist_ok=True)
         self.model.save_pretrained(folder, state_dict=state_dict, save_embedding_layers=False)
-        self.tokenizer.save_pretrained(folder)
+        save_new_rows(self.model, folder)
+        for name, content in self.tokenizer_files.items():
+            (folder / name).write_bytes(content)
         (folder / SETTINGS_FILE).write_text(json.dumps(self.settings, indent=2) + "\n", encoding="utf-8")
+
+    def _save_checkpoint(self, model: nn.Module, trial) -> None:
+        """As usual, but aside, and named once all of it is on the disk; then the oldest make room."""
+        root, name = Path(self.args.output_dir), f"checkpoint-{self.state.global_step}"
+        with self.writing_aside(name) as part:
+            super()._save_checkpoint(model, trial)
+            best = root / f"checkpoint-{self.state.best_global_step}"
+            if best.name == name or best.is_dir():  # not where it was written
+                self.state.best_model_checkpoint = str(best)
+            self.state.save_to_json(str(part / "trainer_state.json"))
+            self.progress |= {
+                "step": self.state.global_step,
+                "tr_loss": self._tr_loss.item(),
+                "total_loss": self._total_loss_scalar,
+                "last_logged": self._globalstep_last_logged,
+            }
+            stored = {**self.progress, "seconds": time.time() - self.started}
+            (part / PROGRESS_FILE).write_text(json.dumps(stored) + "\n", encoding="utf-8")
+            write_manifest(part)
+            if (root / name).exists():
+                os.rename(root / name, self.aside / "replaced")
+            os.rename(part, root / name)
+            sync(root)
+            self.saved_step, self.save_bytes = self.state.global_step, folder_bytes(root / name)
+        if (self.args.save_total_limit or 0) > 0:
+            whole = [p for p in checkpoints_of(root).values() if (p / MANIFEST_FILE).is_file()]
+            for folder in whole[self.args.save_total_limit :]:
+                if folder.name != name and str(folder) != self.state.best_model_checkpoint:
+                    os.rename(folder, root / f"{UNFINISHED}{folder.name}")  # a deletion cut short leaves no torn one
+                    shutil.rmtree(root / f"{UNFINISHED}{folder.name}")
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """As usual into a checkpoint; the final model is written aside and moved in file by file, its manifest last."""
+        if _internal_call or output_dir is not None:
+            return super().save_model(output_dir, _internal_call)
+        root = Path(self.args.output_dir)
+        with self.writing_aside("final") as part:
+            super().save_model(str(part), _internal_call=True)
+            self.state.save_to_json(str(part / "trainer_state.json"))
+            write_manifest(part)
+            (root / MANIFEST_FILE).unlink(missing_ok=True)
+            sync(root)
+            for path in sorted(part.iterdir(), key=lambda path: path.name == MANIFEST_FILE):
+                os.replace(path, root / path.name)
+            sync(root)
+
+    @contextlib.contextmanager
+    def writing_aside(self, name: str):
+        """A folder for a save to be written in, removed at the end; VQAError where the disk does not take it."""
+        root = Path(self.args.output_dir)
+        self.aside = root / f"{UNFINISHED}save"
+        try:
+            shutil.rmtree(self.aside, ignore_errors=True)
+            self.aside.mkdir(parents=True)
+            yield self.aside / name
+        except (OSError, RuntimeError, SafetensorError) as error:
+            free = shutil.disk_usage(root).free
+            last = f"checkpoint-{self.saved_step} is whole" if self.saved_step >= 0 else "there is no checkpoint yet"
+            raise VQAError(
+                f"{root}: {name} could not be saved ({str(error).splitlines()[0]}): a save takes about "
+                f"{self.save_bytes:,} bytes, {free:,} are free there; {last}; make room and go on with "
+                "--resume_from_checkpoint True"
+            ) from error
+        finally:
+            shutil.rmtree(self.aside, ignore_errors=True)
+            self.aside = None
+
+    def check_disk(self) -> None:
+        """VQAError where the checkpoints of this run, as many as are kept at a time, will not fit on the disk."""
+        root, args, state = Path(self.args.output_dir), self.args, self.state
+        trained = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
+        rest = sum(map(len, self.tokenizer_files.values())) + 2**16
+        final, self.save_bytes = 4 * trained + rest, 12 * trained + rest  # float32, and Adam's two moments
+        each = {"steps": state.save_steps or 1, "epoch": state.max_steps / state.num_train_epochs, "no": math.inf}
+        kept = math.ceil(state.max_steps / each.get(args.save_strategy.value, state.max_steps)) or 1
+        if (args.save_total_limit or 0) > 0:
+            kept = min(kept, args.save_total_limit + 1)  # the oldest goes once the newest is whole
+        needed = max(1, kept - len(checkpoints_of(root))) * self.save_bytes + final
+        free = shutil.disk_usage(root).free
+        if needed > free:
+            fit = (free - final) // self.save_bytes - 1
+            advice = f"--save_total_limit {fit} would fit" if 0 < fit < kept else "make room or name another folder"
+            raise VQAError(
+                f"--output_dir {root}: {kept} checkpoints of about {self.save_bytes:,} bytes and the final one take "
+                f"{needed:,}, and {free:,} are free; {advice}"
+            )
+
+    # ---- loading: only what is no pickle, or is read as data
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        file = Path(resume_from_checkpoint) / "adapter_model.safetensors"
+        wanted = get_peft_model_state_dict(self.model, save_embedding_layers=False)
+        with self.reading(file):
+            stored = load_file(file)
+            shapes = {name: tensor.shape for name, tensor in stored.items()}
+            if shapes != {name: tensor.shape for name, tensor in wanted.items()}:
+                raise ValueError("its tensors are not those of this model")
+            set_peft_model_state_dict(self.model, stored)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        with self.reading(f"{checkpoint}: optimizer.pt or scheduler.pt"):
+            super()._load_optimizer_and_scheduler(checkpoint)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        with self.reading(f"{checkpoint}: rng_state.pth"):
+            super()._load_rng_state(checkpoint)
+
+    @contextlib.contextmanager
+    def reading(self, what: str | Path):
+        """VQAError where `what` cannot be read as data."""
+        try:
+            yield
+        except UNREADABLE as error:
+            raise VQAError(f"{what} cannot be read ({str(error).splitlines()[0]}); name another checkpoint") from error
+
+    def _get_dataloader(self, *args, **kwargs):
+        loader = super()._get_dataloader(*args, **kwargs)
+        inner = getattr(loader, "base_dataloader", loader)
+        inner.worker_init_fn = partial(ignore_stop_signals, inner.worker_init_fn)
+        return loader
+
+
+def folder_bytes(folder: Path) -> int:
+    """Bytes of the files of a folder."""
+    return sum(path.stat().st_size for path in folder.iterdir())
+
+
+def read_progress(checkpoint: Path) -> dict:
+    """Where the loss log stood at `checkpoint`; VQAError where that, or the Trainer's state, is not readable."""
+    try:
+        stored = json.loads((checkpoint / PROGRESS_FILE).read_text(encoding="utf-8"))
+        kinds = {"step": int, "tr_loss": float, "total_loss": float, "last_logged": int, "seconds": float}
+        progress = {name: kind(stored[name]) for name, kind in kinds.items()} | {"evaluate": bool(stored["evaluate"])}
+        if TrainerState.load_from_json(str(checkpoint / "trainer_state.json")).global_step != progress["step"]:
+            raise ValueError("its files are of different steps")
+    except UNREADABLE as error:
+        raise VQAError(f"{checkpoint}: {PROGRESS_FILE} or trainer_state.json cannot be read ({error})") from error
+    return progress
+
+
+class RunGuard(TrainerCallback):
+    """Tells the Trainer that training begins."""
+
+    def __init__(self, trainer: VQATrainer):
+        self.trainer = trainer
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        """Called by the Trainer before the first step."""
+        self.trainer.begin()
+
+
+class PeakMemory(TrainerCallback):
+    """Keeps the peak GPU memory of each phase in GiB, as the allocator reserved it; empty without a CUDA GPU."""
+
+    def __init__(self):
+        self.gib: dict[str, float] = {}
+
+    def _note(self, phase: str) -> None:
+        if torch.cuda.is_available():
+            self.gib[phase] = max(self.gib.get(phase, 0.0), torch.cuda.max_memory_reserved() / 2**30)
+            torch.cuda.reset_peak_memory_stats()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        """Called by the Trainer after each optimizer step."""
+        self._note("training")
+
+    def on_prediction_step(self, args, state, control, **kwargs):
+        """Called by the Trainer after each evaluation batch."""
+        self._note("evaluation")
+
+    def on_save(self, args, state, control, **kwargs):
+        """Called by the Trainer after each checkpoint."""
+        self._note("saving")
 
 
 class StopAtLoss(TrainerCallback):
@@ -1249,24 +2742,61 @@ def report_plan(train: SurgicalVQADataset, evaluation: SurgicalVQADataset | None
     print(f"steps: {steps} ({per_epoch} an epoch of {len(train)} samples)")
 
 
+def read_data(args: DataArguments) -> tuple[list[VQARow], list[VQARow], list[str]]:
+    """The rows of training and evaluation, and the problems of those that --skip_bad_samples left out.
+
+    Raises:
+        VQAError: naming all that is wrong with either file, unless those rows may be left out.
+    """
+    by_ear = args.input_mode != "text"
+    sources = [(args.train_data_path, args.audio_dir, args.max_train_samples)]
+    if args.eval_data_path:
+        sources.append((args.eval_data_path, args.eval_audio_dir or args.audio_dir, args.max_eval_samples))
+    loaded, problems = [], []
+    for path, audio_dir, limit in sources:
+        rows, found = check_rows(path, args.frames_dir, audio_dir if by_ear else None, limit, args.allow_symlinks)
+        if args.check_data:
+            media = {file for row in rows for file in row.media}
+            clips, types = len({row.frames for row in rows}), len({row.question_type for row in rows})
+            bad = len({line for problem in found for line in problem.lines})
+            print(f"{path}: {len(rows)} good rows ({clips} clips, {types} types, {len(media)} files), {bad} bad")
+        loaded.append(rows)
+        problems += found
+    if not args.skip_bad_samples:
+        raise_problems([*problems, *find_shared_speech(row for rows in loaded for row in rows)])
+    raise_problems(
+        find_shared_speech(row for rows in loaded for row in rows)
+    )  # which of the two is wrong, none can say
+    skipped = [str(problem) for problem in problems]
+    if skipped:
+        print("\n".join([f"Leaving out bad rows ({len(skipped)} problems, --skip_bad_samples):", *skipped]))
+    for (path, *_), rows in zip(sources, loaded, strict=True):
+        if not rows:
+            raise VQAError(f"{path}: no good row is left; see what is wrong with --check_data")
+    return loaded[0], loaded[1] if len(loaded) > 1 else [], skipped
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Train as the flags say; returns the exit status."""
     # 1. Arguments
     model_args, data_args, training_args = parse_arguments(sys.argv[1:] if argv is None else list(argv))
     limit_gpu_memory(model_args.gpu_memory_limit_gib)
-    dtype = torch.bfloat16 if training_args.bf16 else torch.float32
+    with contextlib.ExitStack() as stack:
+        stop_signal = stack.enter_context(StopSignal())
+        if not (data_args.check_data or data_args.dry_run):
+            stack.enter_context(lock_folder(training_args.output_dir))
+        return train(model_args, data_args, training_args, stop_signal)
 
+
+def train(
+    model_args: ModelArguments, data_args: DataArguments, training_args: VQATrainingArguments, stop_signal: "StopSignal"
+) -> int:
+    """The steps of `main` after the arguments; returns the exit status."""
     # 2. Data: everything is read and decoded once before any weight is loaded
-    by_ear = data_args.input_mode != "text"
-    audio_dir = data_args.audio_dir if by_ear else None
-    eval_audio_dir = (data_args.eval_audio_dir or data_args.audio_dir) if by_ear else None
-    train_rows = load_rows(data_args.train_data_path, data_args.frames_dir, audio_dir, data_args.max_train_samples)
-    eval_rows = None
-    if data_args.eval_data_path:
-        eval_rows = load_rows(
-            data_args.eval_data_path, data_args.frames_dir, eval_audio_dir, data_args.max_eval_samples
-        )
-        raise_problems(find_shared_speech([*train_rows, *eval_rows]))
+    train_rows, eval_rows, skipped = read_data(data_args)
+    if data_args.check_data:
+        return 0
+    checkpoint = None if data_args.dry_run else find_checkpoint(training_args)
 
     # 3. Tokenizer and model
     kernel = {"sdpa": "SDPA", "flash_attention_2": "FlashAttention-2"}.get(model_args.attn_implementation)
@@ -1278,9 +2808,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         tokenizer,
         init=model_args.init,
         seed=training_args.seed,
-        dtype=dtype,
+        dtype=torch.bfloat16 if training_args.bf16 else torch.float32,
         device="meta" if data_args.dry_run else training_args.device,
         attn_implementation=model_args.attn_implementation,
+        audio_encoder=model_args.audio_encoder,
+        load_in_4bit=model_args.load_in_4bit,
+        allow_pickle=model_args.allow_pickle,
     )
     print(f"✓ Model loaded in full {precision}" if not data_args.dry_run else "✓ Model built without weights")
     base_fingerprint = fingerprint(model) if not data_args.dry_run else ""
@@ -1291,25 +2824,41 @@ def main(argv: Sequence[str] | None = None) -> int:
     with torch.device("meta" if data_args.dry_run else training_args.device):
         peft_model = add_lora(model, model_args.lora_r, model_args.lora_alpha, model_args.lora_dropout)
     model.set_checkpointing(model_args.checkpoint_every_n)
+    if training_args.bf16:
+        skip_input_casts(peft_model)
     peft_model.print_trainable_parameters()
 
     # 5. Datasets
-    processor = VQAProcessor(tokenizer, model.config, data_args.max_image_size, data_args.input_mode)
+    processor = VQAProcessor(
+        tokenizer,
+        model.config,
+        max_image_size=data_args.max_image_size,
+        input_mode=data_args.input_mode,
+        audio_tokens=data_args.audio_tokens,
+        frame_mode=data_args.frame_mode,
+    )
     print(f"📁 Loading Train Data: {data_args.train_data_path}")
-    train_dataset = SurgicalVQADataset(train_rows, processor, max_train_frames=data_args.max_train_frames)
+    train_dataset = SurgicalVQADataset(
+        train_rows, processor, max_train_frames=data_args.max_train_frames, numbered=True
+    )
     eval_dataset = None
     if eval_rows:
         print(f"📁 Loading Eval Data: {data_args.eval_data_path}")
         limit = data_args.max_eval_frames
-        eval_dataset = SurgicalVQADataset(eval_rows, processor, max_eval_frames=limit, is_eval=True)
+        eval_dataset = SurgicalVQADataset(eval_rows, processor, max_eval_frames=limit, is_eval=True, numbered=True)
         if limit is not None and any(len(row.frames) > limit for row in eval_rows):
             print(f"   Using {limit} frames (evenly sampled) to reduce eval memory")
+    context = model.config.text_config.max_position_embeddings
+    raise_problems(
+        [problem for data in (train_dataset, eval_dataset) if data for problem in data.find_too_long(context)]
+    )
     if data_args.dry_run:
         report_plan(train_dataset, eval_dataset, training_args)
         return 0
 
     # 6. Training; evaluation computes the loss only
-    settings = resolved_settings(model_args, data_args, training_args, processor, base_fingerprint)
+    settings = resolved_settings(model_args, data_args, training_args, processor, base_fingerprint, skipped)
+    memory = PeakMemory()
     stop = StopAtLoss(data_args.target_train_loss) if data_args.target_train_loss is not None else None
     trainer = VQATrainer(
         model=peft_model,
@@ -1318,26 +2867,28 @@ def main(argv: Sequence[str] | None = None) -> int:
         eval_dataset=eval_dataset,
         data_collator=VQACollator(tokenizer.pad_token_id),
         tokenizer=tokenizer,
-        callbacks=[stop] if stop else None,
+        callbacks=[memory, *([stop] if stop else [])],
         settings=settings,
+        stop_signal=stop_signal,
     )
-    trainer.train(resume_from_checkpoint=resume_argument(training_args.resume_from_checkpoint))
+    if checkpoint:
+        refuse_other_settings(checkpoint, settings)
+        print(f"Going on from {checkpoint}")
+    trainer.train_safely(checkpoint)
 
     # 7. Results
     trainer.save_model()
-    trainer.save_state()
+    if stop_signal.signum:
+        raise Interrupted(stop_signal.signum, f"training had ended, and {training_args.output_dir} is whole")
     if eval_dataset is not None and training_args.eval_strategy == "no":
         print(trainer.evaluate())
+    if memory.gib:
+        print("Peak GPU memory: " + ", ".join(f"{phase} {gib:.1f} GiB" for phase, gib in memory.gib.items()))
     print(f"Saved adapter, projector, tokenizer and {SETTINGS_FILE} to {training_args.output_dir}")
     if stop and not stop.reached:
         print(f"error: the loss did not fall below --target_train_loss {stop.target}", file=sys.stderr)
         return 1
     return 0
-
-
-def resume_argument(flag: str | None) -> str | bool | None:
-    """`--resume_from_checkpoint` as the Trainer wants it: True for the newest checkpoint of the output folder."""
-    return {"true": True, "false": None, None: None}.get(flag.lower() if flag else None, flag)
 
 
 def run(entry) -> None:
@@ -1347,6 +2898,9 @@ def run(entry) -> None:
     except VQAError as error:
         print("\n".join(f"error: {line}" for line in str(error).splitlines()), file=sys.stderr)
         status = 1
+    except Interrupted as stop:
+        print(stop, file=sys.stderr)
+        status = 128 + stop.signum
     sys.exit(status)
 
 

@@ -14,6 +14,14 @@ TINY, FULL_SIZE = FIXTURES / "tiny_model", FIXTURES / "full_size_model"
 torch.set_num_threads(1)  # with more, every operation waits for cores that other work holds
 
 
+@pytest.fixture(scope="session", autouse=True)
+def cache_of_its_own(tmp_path_factory):
+    """What media passed is remembered in the user's cache folder, which is none of the tests' business."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
 @pytest.fixture(scope="session")
 def tokenizer():
     """The tiny model's tokenizer after `load_tokenizer`: `<|pad|>` is 497."""

@@ -142,7 +142,7 @@ def test_half_a_jpeg_is_refused(data):
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     message = refusal(vqa.load_rows, *data.args)
     assert message.startswith(f"{data.jsonl}:1: frame {path} cannot be decoded (")
-    assert message.endswith("; replace it or remove the row")
+    assert message.endswith("; replace it or remove the row (1 more lines need it)")
 
 
 def test_speech_that_is_no_sound_file_is_refused(data):
@@ -157,7 +157,7 @@ def test_speech_that_is_no_sound_file_is_refused(data):
     [
         (np.zeros(0), "holds no sound; replace it or remove the row"),
         (np.full(8000, np.nan), "holds samples that are not finite; replace it or remove the row"),
-        (np.zeros(30 * 8000 + 1), "lasts 30.0 s, the model hears at most 30; shorten it"),
+        (np.full(30 * 8000 + 1, 0.1), "lasts 30.0 s, the model hears at most 30; shorten it"),
     ],
 )
 def test_speech_of_the_wrong_content_is_refused(tmp_path, samples, message):
@@ -169,7 +169,7 @@ def test_speech_of_the_wrong_content_is_refused(tmp_path, samples, message):
 def test_one_speech_file_for_two_questions_names_both_lines(data):
     for path in data.audio.glob("*qa_000101*"):
         path.unlink()
-    soundfile.write(data.audio / "qa_000101.wav", np.zeros(1600), 16000)
+    soundfile.write(data.audio / "qa_000101.wav", np.full(1600, 0.1), 16000)
     shared = data.audio / "qa_000101.wav"
     assert refusal(vqa.load_rows, *data.args) == (
         f"{data.jsonl}:4: asks another question than {data.jsonl}:1, but both would play {shared}; "

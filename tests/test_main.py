@@ -153,7 +153,9 @@ def test_settings_say_what_evaluation_must_repeat(trained, base):
         "max_train_frames": 2,
         "max_eval_frames": 6,
         "max_image_size": 56,
-        "audio_tokens": 1500,
+        "audio_tokens": "full",
+        "encoder_tokens": 1500,
+        "frame_mode": "images",
         "instruction": "Answer the question concisely based on the visual and audio evidence.",
     }
     model = settings["model"]

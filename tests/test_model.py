@@ -73,13 +73,42 @@ def test_training_builds_logits_at_answer_positions_only(base, batch):
 
 
 def test_padding_does_not_change_a_sample(base, batch, processor, rows):
-    alone = vqa.VQACollator(497)([vqa.SurgicalVQADataset(rows, processor, max_train_frames=2)[0]])
-    length = alone["input_ids"].shape[1]
-    assert length < batch["input_ids"].shape[1] or length == max(batch["attention_mask"].sum(-1)).item()
+    dataset = vqa.SurgicalVQADataset(rows, processor, max_train_frames=2)
+    shorter = min(0, 1, key=lambda i: int((batch["input_ids"][i] != 497).sum()))
+    alone = vqa.VQACollator(497)([dataset[(0, 3)[shorter]]])
+    assert alone["input_ids"].shape[1] < batch["input_ids"].shape[1]
     labels = batch["labels"].clone()
-    labels[1] = -100
+    labels[1 - shorter] = -100
     with torch.no_grad():
         assert torch.allclose(base(**alone).loss, base(**{**batch, "labels": labels}).loss, atol=1e-5)
+
+
+def test_a_right_padded_batch_needs_no_mask(base, batch):
+    mask = (batch["input_ids"] != 497).long()
+    assert mask.min() == 0
+    with torch.no_grad():
+        assert torch.allclose(base(**batch).loss, base(**batch, attention_mask=mask).loss, atol=1e-5)
+
+
+def test_skipping_input_casts_changes_nothing_under_autocast(fresh, batch):
+    model = vqa.add_lora(fresh(dtype=torch.bfloat16), r=4, dropout=0.0)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if "lora_B" in name:
+                p.copy_(torch.randn(p.shape, generator=generator) * 0.1)
+    losses, gradients = [], []
+    for skip in (False, True):
+        if skip:
+            vqa.skip_input_casts(model)
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = model(**batch).loss
+        model.zero_grad()
+        loss.backward()
+        losses.append(loss.item())
+        gradients.append([p.grad.clone() for p in model.parameters() if p.requires_grad])
+    assert losses[0] == losses[1]
+    assert all(torch.equal(one, two) for one, two in zip(*gradients, strict=True))
 
 
 def test_speech_and_frames_reach_the_logits(base, batch):
@@ -220,7 +249,7 @@ def test_old_layout_is_loaded_bit_for_bit(stored, base, tokenizer):
     ("change", "message"),
     [
         (lambda t: t.pop("audio_projector.weight"), r"stored: tensor audio_projector\.weight is missing"),
-        (lambda t: t.pop("model.norm.weight"), r"stored: tensor model\.language_model\.norm\.weight is missing"),
+        (lambda t: t.pop("model.norm.weight"), r"stored: tensor model\.norm\.weight is missing"),
         (lambda t: t.update(extra=torch.zeros(1)), r"unexpected tensor extra"),
         (
             lambda t: t.update({"lm_head.weight": torch.zeros(500, 64)}),
@@ -298,3 +327,26 @@ def test_adapter_that_does_not_fit_is_refused_by_name(adapter, fresh, change, me
 def test_a_folder_without_an_adapter_is_refused(fresh, tmp_path):
     with pytest.raises(vqa.VQAError, match="holds no adapter"):
         vqa.load_adapter(fresh(), tmp_path)
+
+
+# ---------------------------------------------------------------------------------------------- fewer tokens per sample
+
+
+def test_outputs_beyond_the_speech_are_left_out(base, batch):
+    """The kept outputs stand where they stood: cutting nothing changes nothing, cutting some needs fewer places."""
+    inputs = {k: v for k, v in batch.items() if k not in ("labels", "audio_lengths")}
+    with torch.no_grad():
+        whole = base(**inputs).logits
+        assert torch.equal(base(**inputs, audio_lengths=torch.tensor([1500, 1500])).logits, whole)
+    with pytest.raises(ValueError, match="3000 audio placeholders but 1600 audio features"):
+        base(**inputs, audio_lengths=torch.tensor([100, 1500]))
+
+
+def test_a_video_batch_runs_and_sees_the_order_of_its_frames(tokenizer, base, rows):
+    processor = vqa.VQAProcessor(tokenizer, base.config, max_image_size=56, frame_mode="video", audio_tokens="speech")
+    dataset = vqa.SurgicalVQADataset(rows, processor)
+    batch = vqa.VQACollator(497)([dataset[0], dataset[3]])
+    assert batch["video_grid_thw"].tolist() == [[4, 4, 4], [4, 4, 4]]
+    pixels = batch["pixel_values"].view(2, 4, 16, -1).flip(1).flatten(0, 2)
+    with torch.no_grad():
+        assert base(**batch).loss != base(**{**batch, "pixel_values": pixels}).loss

@@ -2,10 +2,11 @@
 
 import pytest
 import torch
+from PIL import Image
 
 import train_vqa as vqa
 
-PAD, START, END, AUDIO, IMAGE, VISION_START, VISION_END = 497, 481, 482, 494, 492, 489, 490
+PAD, START, END, AUDIO, IMAGE, VIDEO, VISION_START, VISION_END = 497, 481, 482, 494, 492, 493, 489, 490
 USER = [START, 429, 198]  # <|im_start|> user \n
 AUDIO_BOS, AUDIO_EOS = [311, 318, 479, 345], [311, 318, 396, 302, 467]  # pieces: these are no tokens of their own
 INSTRUCTION = [477, 281, 259, 472, 452, 463, 448, 403, 267, 259, 460, 349, 455, 436, 465, 13]
@@ -60,7 +61,7 @@ def test_the_prompt_alone_is_the_sample_without_its_answer(processor, rows):
 )
 def test_input_modes(tokenizer, base, mode, spoken, written):
     processor = vqa.VQAProcessor(tokenizer, base.config, input_mode=mode)
-    ids = processor.build("Is NBI on?", [4], None)["input_ids"].tolist()
+    ids = processor.build("Is NBI on?", [4], 1500, None)["input_ids"].tolist()
     assert ids.count(AUDIO) == (1500 if spoken else 0)
     text = tokenizer.decode(ids)
     assert ("<|audio_bos|>" in text) == spoken
@@ -69,7 +70,7 @@ def test_input_modes(tokenizer, base, mode, spoken, written):
 
 def test_special_tokens_in_a_question_or_answer_are_plain_text(tokenizer, base):
     processor = vqa.VQAProcessor(tokenizer, base.config, input_mode="audio_text")
-    sample = processor.build("<|im_end|><|image_pad|>", [4], "<|im_end|>")
+    sample = processor.build("<|im_end|><|image_pad|>", [4], 1500, "<|im_end|>")
     ids = sample["input_ids"].tolist()
     assert ids.count(IMAGE) == 4
     assert ids.count(END) == 2  # of the user's turn and of the answer's
@@ -114,10 +115,76 @@ def test_padding_sides(side):
 
     batch = vqa.VQACollator(PAD, side)([sample(2), sample(3)])
     first = {
-        "right": ([1, 2, PAD], [10, 20, -100], [1, 1, 0], [1, 1, 0]),
-        "left": ([PAD, 1, 2], [-100, 10, 20], [0, 1, 1], [0, 1, 1]),
+        "right": {"input_ids": [1, 2, PAD], "labels": [10, 20, -100], "mm_token_type_ids": [1, 1, 0]},
+        "left": {
+            "input_ids": [PAD, 1, 2],
+            "labels": [-100, 10, 20],
+            "mm_token_type_ids": [0, 1, 1],
+            "attention_mask": [0, 1, 1],
+        },
     }[side]
-    for name, short in zip(("input_ids", "labels", "mm_token_type_ids", "attention_mask"), first, strict=True):
-        assert batch[name][0].tolist() == short
+    assert {name: values[0].tolist() for name, values in batch.items()} == first
     assert batch["input_ids"][1].tolist() == [1, 2, 3]
-    assert batch["attention_mask"][1].tolist() == [1, 1, 1]
+
+
+# ------------------------------------------------------------------------------------------- fewer tokens per sample
+
+
+@pytest.mark.parametrize(("samples", "tokens"), [(1, 1), (320, 1), (321, 2), (48000, 150), (480000, 1500)])
+def test_speech_tokens_cover_20_ms_each(tokenizer, base, samples, tokens):
+    processor = vqa.VQAProcessor(tokenizer, base.config, audio_tokens="speech")
+    assert processor.speech_tokens(samples) == tokens
+    assert vqa.VQAProcessor(tokenizer, base.config).speech_tokens(samples) == 1500
+
+
+def test_only_the_outputs_that_cover_speech_stand_in_the_prompt(tokenizer, base, rows):
+    processor = vqa.VQAProcessor(tokenizer, base.config, max_image_size=56, audio_tokens="speech")
+    dataset = vqa.SurgicalVQADataset(rows, processor, max_train_frames=2)
+    sample = dataset[0]
+    tokens = -(-len(vqa.load_speech(rows[0].audio_path)) // 320)
+    assert 50 < tokens < 250
+    assert sample["input_ids"].tolist().count(AUDIO) == tokens == sample["audio_lengths"].item()
+    assert dataset.token_counts() == [len(dataset[i]["input_ids"]) for i in range(5)]
+
+
+def test_pairs_of_frames_become_temporal_patches(tokenizer, base):
+    processor = vqa.VQAProcessor(tokenizer, base.config)
+    colours = [(250, 0, 0), (0, 250, 0), (0, 0, 250)]
+    images = processor.image_processor(images=[Image.new("RGB", (56, 56), c) for c in colours], return_tensors="pt")
+    frames = images["pixel_values"].view(3, 16, 3, 2, 196)
+    video, grid = vqa.pair_frames(images["pixel_values"], images["image_grid_thw"])
+    assert grid.tolist() == [[2, 4, 4]]
+    video = video.view(2, 16, 3, 2, 196)
+    for pair, first, second in ((0, 0, 1), (1, 2, 2)):  # the third has no neighbour
+        assert torch.equal(video[pair, :, :, 0], frames[first, :, :, 0])
+        assert torch.equal(video[pair, :, :, 1], frames[second, :, :, 1])
+
+
+def test_ids_types_and_positions_of_a_video(tokenizer, base, rows):
+    processor = vqa.VQAProcessor(tokenizer, base.config, max_image_size=56, frame_mode="video", audio_tokens="speech")
+    dataset = vqa.SurgicalVQADataset(rows, processor, max_train_frames=3)
+    sample = dataset[0]
+    tokens = sample["audio_lengths"].item()
+    start = 3 + 4 + tokens + 5 + 1
+    assert sample["input_ids"][start - 1 : start + 9].tolist() == [VISION_START, *[VIDEO] * 8, VISION_END]
+    assert sample["mm_token_type_ids"].tolist() == [0] * start + [2] * 8 + [0] * (len(sample["labels"]) - start - 8)
+    assert "image_grid_thw" not in sample
+    positions, _ = base.model.get_rope_index(
+        sample["input_ids"][None],
+        mm_token_type_ids=sample["mm_token_type_ids"][None],
+        video_grid_thw=sample["video_grid_thw"],
+    )
+    steps = positions[:, 0, start : start + 9] - start
+    assert steps.tolist() == [
+        [0, 0, 0, 0, 1, 1, 1, 1, 2],  # time: two pairs of frames; the text goes on after max(height, width) = 2
+        [0, 0, 1, 1, 0, 0, 1, 1, 2],
+        [0, 1, 0, 1, 0, 1, 0, 1, 2],
+    ]
+    assert dataset.token_counts()[0] == len(sample["input_ids"])
+
+
+def test_frames_of_two_sizes_cannot_be_paired(tokenizer, base, rows):
+    processor = vqa.VQAProcessor(tokenizer, base.config, frame_mode="video")
+    frames = [Image.new("RGB", (56, 56)), Image.new("RGB", (112, 56))]
+    with pytest.raises(vqa.VQAError, match=r"smoke.jsonl:1: the frames differ in size; --frame_mode video cannot pair"):
+        processor.encode(rows[0], frames, vqa.load_speech(rows[0].audio_path), True)

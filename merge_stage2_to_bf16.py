@@ -1,0 +1,250 @@
+"""Fold a trained adapter into its base: one BF16 checkpoint that trains and evaluates without any other flag.
+
+    python merge_stage2_to_bf16.py --stage1_model_path BASE --stage2_adapter_path ADAPTER --output_path OUT
+    python merge_stage2_to_bf16.py --stage1_model_path BASE --output_path OUT     # no adapter: only converts the layout
+
+Each merged weight is W + alpha / r * B A, computed in float32 and rounded once. OUT appears under its name only when
+it is complete, has been read back, and answers as the model in memory did.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import signal
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from peft import PeftModel
+from peft.tuners.lora import LoraLayer
+from PIL import Image
+from safetensors.torch import save_file
+
+import train_vqa as vqa
+
+SHARD_BYTES = 5 * 10**9  # what transformers wrote for years, and the hub is at ease with
+SPARE_BYTES = 2**26  # config, tokenizer and headers
+# Files of the base that other programs ask for and this project does not; none of them holds weights or code.
+COPIED_FILES = (
+    "preprocessor_config.json",
+    "video_preprocessor_config.json",
+    "chat_template.json",
+    "chat_template.jinja",
+)
+
+
+def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
+    """The flags; an unknown or abbreviated one ends the process with status 2."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
+    parser.add_argument("--stage1_model_path", required=True, help="folder or hub id of the base model")
+    parser.add_argument("--stage2_adapter_path", help="folder of the adapter. None: only convert the base")
+    parser.add_argument("--output_path", required=True, type=Path, help="folder to be made; must not exist")
+    parser.add_argument("--audio_encoder", help="Whisper for a plain Qwen2-VL. None: as the adapter's settings say")
+    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of the merged weights")
+    parser.add_argument(
+        "--device", help="where to compute, such as cpu or cuda. None: the accelerator, if there is one"
+    )
+    parser.add_argument("--seed", type=int, help="of a new projector. None: as the adapter's settings say, else 42")
+    parser.add_argument("--allow_pickle", action="store_true", help="read .bin and .pt weights (weights_only=True)")
+    return parser.parse_args(argv)
+
+
+def fold_adapter(model: PeftModel) -> vqa.SurgicalVQAModel:
+    """The base with the adapter in its own weights, changed in place, one layer at a time.
+
+    PEFT's `merge_and_unload` adds the update in the dtype of the weight; here the sum is float32 and rounded once.
+    """
+    base = model.get_base_model()
+    with torch.no_grad():
+        for name, layer in list(base.named_modules()):
+            if isinstance(layer, LoraLayer):
+                update = layer.lora_B["default"].weight.float() @ layer.lora_A["default"].weight.float()
+                weight = layer.base_layer.weight
+                weight.copy_(weight.float() + layer.scaling["default"] * update)
+                base.set_submodule(name, layer.base_layer)
+        base.audio_projector.original_module.weight.copy_(base.audio_projector.modules_to_save["default"].weight)
+    base.audio_projector = base.audio_projector.original_module
+    return base.requires_grad_(False).eval()
+
+
+def sample_inputs(model: vqa.SurgicalVQAModel, tokenizer) -> dict[str, torch.Tensor]:
+    """A batch of one made-up sample on the model's device: two frames of grey noise, and a second of a 440 Hz tone."""
+    processor = vqa.VQAProcessor(tokenizer, model.config, max_image_size=112)
+    noise = np.random.default_rng(0).integers(0, 256, (2, 112, 112), dtype=np.uint8)
+    frames = [Image.fromarray(frame).convert("RGB") for frame in noise]
+    tone = 0.3 * np.sin(2 * np.pi * 440 * np.arange(processor.max_samples)[: vqa.SAMPLE_RATE] / vqa.SAMPLE_RATE)
+    row = vqa.VQARow("sample", 1, "tone", "noise", (), "?", "none", "The sample is noise.", "noise")
+    sample = processor.encode(row, frames, tone.astype(np.float32), with_answer=True)
+    batch = vqa.VQACollator(tokenizer.pad_token_id)([sample])
+    del batch["labels"]  # with labels the model returns the loss alone
+    return {name: value.to(model.device) for name, value in batch.items()}
+
+
+def sample_logits(model: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Logits of the last 16 positions of the sample, float32 on the CPU [16, vocabulary]."""
+    with torch.no_grad():
+        return model(**inputs, logits_to_keep=16).logits[0].float().cpu()
+
+
+def shards(weights: dict[str, torch.Tensor]) -> Iterator[dict[str, torch.Tensor]]:
+    """`weights` in groups of at most SHARD_BYTES; one that is larger stands alone."""
+    group, size = {}, 0
+    for name, tensor in weights.items():
+        if group and size + tensor.nbytes > SHARD_BYTES:
+            yield group
+            group, size = {}, 0
+        group[name] = tensor.detach()
+        size += tensor.nbytes
+    yield group
+
+
+def write_weights(weights: dict[str, torch.Tensor], folder: Path) -> None:
+    """Write safetensors shards and their index; of weights on a GPU, one shard at a time lies in RAM."""
+    groups = list(shards(weights))
+    weight_map = {}
+    for number, group in enumerate(groups, start=1):
+        file = folder / f"model-{number:05d}-of-{len(groups):05d}.safetensors"
+        save_file({name: tensor.cpu().contiguous() for name, tensor in group.items()}, file, metadata={"format": "pt"})
+        file.chmod(folder.stat().st_mode & 0o666)  # safetensors makes files that only their owner may read
+        weight_map |= dict.fromkeys(group, file.name)
+        print(f"   {file.name}: {len(group)} tensors, {file.stat().st_size / 1e9:.2f} GB")
+    total = sum(tensor.nbytes for group in groups for tensor in group.values())
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def write_description(model: vqa.SurgicalVQAModel, tokenizer, base: Path, folder: Path) -> None:
+    """Write config, generation config, tokenizer and processor files; those of `base` where it has them."""
+    model.config.architectures = ["Qwen2VLForConditionalGeneration"]
+    model.config.save_pretrained(folder)
+    model.generation_config.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    vqa.VQAProcessor(tokenizer, model.config).image_processor.save_pretrained(folder)
+    for name in COPIED_FILES:
+        if (base / name).is_file():
+            vqa.read_config(base / name) if name.endswith(".json") else None  # refuses one that asks for code
+            shutil.copyfile(base / name, folder / name)
+
+
+def sync(folder: Path, files: bool = True) -> None:
+    """Wait until `folder` is on the disk, so that a power cut cannot leave a finished name on torn files."""
+    for path in [*(folder.iterdir() if files else ()), folder]:
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def compare(live: torch.Tensor, merged: torch.Tensor, dtype: torch.dtype) -> str:
+    """One line on logits [T, vocabulary] before and after folding, and why they differ."""
+    difference, span = (live - merged).abs().max().item(), (live.max() - live.min()).item()
+    same = (live.argmax(-1) == merged.argmax(-1)).sum().item()
+    why = {
+        torch.bfloat16: "expected: a merged weight is rounded to bf16, to 1 part in 256, where the live adapter adds "
+        "its update unrounded; the part of an update below that rounding is lost",
+        torch.float32: "expected: the same sums in another order",
+    }[dtype]
+    return (
+        f"Largest logit difference, merged against unmerged: {difference:.3g} where logits span {span:.3g}; "
+        f"{same} of {len(live)} most likely tokens are the same ({why})"
+    )
+
+
+def check_disk(folder: Path, weight_bytes: int) -> None:
+    """VQAError where `folder` (made if need be) has no room for a checkpoint of `weight_bytes`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    free, needed = shutil.disk_usage(folder).free, weight_bytes + SPARE_BYTES
+    if free < needed:
+        left = ", ".join(map(str, folder.glob(".*.incomplete")))
+        raise vqa.VQAError(
+            f"--output_path: {folder} has {free / 1e9:.2f} GB free and the merged model takes {needed / 1e9:.2f} GB; "
+            "make room or name another disk" + (f" (an interrupted merge left {left})" if left else "")
+        )
+
+
+def write_settings(settings: dict, output: Path, dtype: str, identity: str, folder: Path) -> None:
+    """Write what training chose, so that evaluation of the merged model repeats it; the base is the model itself."""
+    merged_from = settings["model"]
+    model = {"model_name_or_path": str(output), "init": "pretrained", "dtype": dtype, "base_fingerprint": identity}
+    model |= {"audio_encoder": None, "load_in_4bit": False, "allow_pickle": False, "merged_from": merged_from}
+    text = json.dumps({**settings, "model": {**merged_from, **model}}, indent=2)
+    (folder / vqa.SETTINGS_FILE).write_text(text + "\n", encoding="utf-8")
+
+
+def check_written(
+    folder: Path, tokenizer, dtype: torch.dtype, device: torch.device, identity: str, logits: torch.Tensor
+) -> None:
+    """VQAError where the checkpoint in `folder`, read as any other, is not the model that was written."""
+    tokenizer_read = vqa.load_tokenizer(folder)
+    if tokenizer_read.get_vocab() != tokenizer.get_vocab():
+        moved = dict(tokenizer.get_vocab().items() - tokenizer_read.get_vocab().items())
+        raise vqa.VQAError(f"{folder}: tokens {moved} come back under other ids; the base's vocabulary has holes")
+    model = vqa.load_model(folder, tokenizer_read, dtype=dtype, device=device)
+    difference = (sample_logits(model, sample_inputs(model, tokenizer_read)) - logits).abs().max().item()
+    if vqa.fingerprint(model) != identity or not difference <= 1e-3 * logits.abs().max().item():
+        raise vqa.VQAError(
+            f"{folder}: reads back as another model (logits differ by {difference:.3g}); is the disk sound?"
+        )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Merge as the flags say; returns the exit status."""
+    # 1. Arguments, and all that can be refused before weights are read
+    args = parse_arguments(sys.argv[1:] if argv is None else list(argv))
+    output, dtype = args.output_path.absolute(), getattr(torch, args.dtype)
+    if output.exists():
+        raise vqa.VQAError(f"--output_path {output}: is there already; name a new folder, or remove it")
+    adapter = Path(args.stage2_adapter_path) if args.stage2_adapter_path else None
+    settings = vqa.load_settings(adapter) if adapter and (adapter / vqa.SETTINGS_FILE).is_file() else None
+    options = vqa.base_options(settings) if settings else {}
+    options |= {"load_in_4bit": False, "allow_pickle": args.allow_pickle}
+    options |= {name: value for name in ("audio_encoder", "seed") if (value := getattr(args, name)) is not None}
+    device = torch.device(args.device or (torch.accelerator.current_accelerator() or "cpu"))
+    own_tokenizer = adapter and (adapter / "tokenizer.json").is_file()
+    tokenizer = vqa.load_tokenizer(adapter if own_tokenizer else args.stage1_model_path)
+    plan = vqa.load_model(args.stage1_model_path, tokenizer, dtype=dtype, device="meta", **options)
+    check_disk(output.parent, sum(p.nbytes for p in plan.parameters()))
+
+    # 2. Load, fold, and answer one sample before and after
+    print(f"Loading {args.stage1_model_path} on {device} in {args.dtype}")
+    model = vqa.load_model(args.stage1_model_path, tokenizer, dtype=dtype, device=device, **options)
+    inputs = sample_inputs(model, tokenizer)
+    if adapter:
+        print(f"Folding {adapter}")
+        peft_model = vqa.load_adapter(model, adapter, allow_pickle=args.allow_pickle)
+        live = sample_logits(peft_model, inputs)
+        model = fold_adapter(peft_model)
+        del peft_model
+    merged = sample_logits(model, inputs)
+
+    # 3. Write beside the output, read back, and only then give it its name
+    partial = output.with_name(f".{output.name}.{os.getpid()}.incomplete")
+    partial.mkdir()
+    try:
+        print(f"Writing {output}")
+        write_weights(dict(model.named_parameters()), partial)  # a tied head is listed once
+        write_description(model, tokenizer, vqa.resolve_model_dir(args.stage1_model_path), partial)
+        identity = vqa.fingerprint(model)
+        if settings:
+            write_settings(settings, output, args.dtype, identity, partial)
+        sync(partial)
+        del model
+        check_written(partial, tokenizer, dtype, device, identity, merged)
+        partial.rename(output)
+        sync(output.parent, files=False)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    print("Read back: every answer to the sample is that of the model in memory")
+    if adapter:
+        print(compare(live, merged, dtype))
+    print(f"Saved {output}: give it as --model_name_or_path")
+    return 0
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that an ended job removes what it half wrote
+    vqa.run(main)

@@ -1,0 +1,286 @@
+"""Training that ends early or is attacked: what is saved, what is refused, and that going on changes nothing."""
+
+import json
+import os
+import pickle
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import train_vqa as vqa
+from tests.conftest import FIXTURES
+from tests.test_data import refusal
+from tests.test_main import FIXTURE_DATA, RANDOM_TINY, SMALL
+
+RUN = (
+    *(
+        *FIXTURE_DATA,
+        *RANDOM_TINY,
+        *SMALL,
+        "--lora_dropout",
+        "0.3",
+        "--learning_rate",
+        "1e-3",
+        "--disable_tqdm",
+        "True",
+    ),
+    *("--per_device_train_batch_size", "1", "--gradient_accumulation_steps", "2", "--max_steps", "6"),
+    *("--logging_steps", "2", "--save_strategy", "steps", "--save_steps", "100"),
+)
+EVALUATION = ("--eval_data_path", str(FIXTURES / "smoke.jsonl"), "--max_eval_samples", "2", "--eval_strategy", "steps",
+              "--eval_steps", "3", "--max_eval_frames", "2")  # fmt: skip
+RESUME = ("--resume_from_checkpoint", "True")
+
+
+def run(folder, *flags) -> int:
+    return vqa.main([*RUN, "--output_dir", str(folder), *flags])
+
+
+def result(folder):
+    """Everything that must come out the same: weights, and the log but for the time it took."""
+    state = json.loads((Path(folder) / "trainer_state.json").read_text())
+    timed = ("runtime", "per_second", "total_flos")
+    log = [{k: v for k, v in entry.items() if not any(word in k for word in timed)} for entry in state["log_history"]]
+    return load_file(Path(folder) / "adapter_model.safetensors"), log
+
+
+def assert_same(one, other):
+    assert one[1] == other[1]
+    assert one[0].keys() == other[0].keys()
+    assert all(torch.equal(tensor, other[0][name]) for name, tensor in one[0].items())
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A run of six steps, over two epochs of three, that nothing disturbed, with a checkpoint at each second step."""
+    folder = tmp_path_factory.mktemp("whole") / "out"
+    assert run(folder, *EVALUATION, "--save_steps", "2") == 0
+    return folder
+
+
+@pytest.fixture()
+def signalled(monkeypatch):
+    """Sends this process a signal as the n-th call of a method of the Trainer begins."""
+
+    def arrange(method, count, *signals):
+        calls, inner = [], getattr(vqa.VQATrainer, method)
+
+        def outer(self, *args, **kwargs):
+            calls.append(method)
+            if len(calls) == count:
+                for number in signals:
+                    os.kill(os.getpid(), number)
+            return inner(self, *args, **kwargs)
+
+        monkeypatch.setattr(vqa.VQATrainer, method, outer)
+
+    return arrange
+
+
+TERM, INT, HUP = vqa.STOP_SIGNALS
+
+
+@pytest.mark.parametrize(
+    ("method", "count", "signals", "step"),
+    [
+        ("training_step", 3, [TERM], 2),  # the first micro-batch of the second step
+        ("training_step", 5, [INT], 3),  # the last of an epoch, whose evaluation and log are due
+        ("prediction_step", 2, [HUP], 3),  # in the middle of the evaluation after the third step
+        ("_save", 1, [TERM, TERM], 2),  # while checkpoint-2 is being written, twice
+        ("training_step", 10, [TERM], 6),  # the last step of all
+    ],
+)
+def test_stopped_by_a_signal_and_gone_on_is_the_same_bit_for_bit(
+    whole, tmp_path, monkeypatch, signalled, method, count, signals, step
+):
+    signalled(method, count, *signals)
+    with pytest.raises(vqa.Interrupted) as stop:
+        run(tmp_path, *EVALUATION, "--save_steps", "2")
+    assert stop.value.signum == signals[0]
+    assert f"checkpoint-{step} is whole" in str(stop.value)
+    assert not (tmp_path / "adapter_model.safetensors").exists()
+    assert vqa.find_damage(tmp_path / f"checkpoint-{step}", vqa.RESUME_FILES) is None
+    monkeypatch.undo()
+    assert run(tmp_path, *EVALUATION, "--save_steps", "2", *RESUME) == 0
+    assert_same(result(tmp_path), result(whole))
+    assert list(tmp_path.glob("tmp-*")) == []
+
+
+def test_saves_carry_a_manifest(whole):
+    for folder in (whole, *vqa.checkpoints_of(whole).values()):
+        assert vqa.find_damage(folder) is None
+    assert list(vqa.checkpoints_of(whole)) == [6, 4, 2]
+
+
+DAMAGES = {
+    "truncated": lambda path: path.write_bytes(path.read_bytes()[:-1]),
+    "empty": lambda path: path.write_bytes(b""),
+    "missing": lambda path: path.unlink(),
+    "flipped": lambda path: path.write_bytes(bytes([path.read_bytes()[0] ^ 1]) + path.read_bytes()[1:]),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+@pytest.mark.parametrize("name", [*vqa.RESUME_FILES, vqa.MANIFEST_FILE])
+def test_a_damaged_checkpoint_is_passed_over_by_name(whole, tmp_path, capsys, name, damage):
+    for number in (2, 4):
+        shutil.copytree(whole / f"checkpoint-{number}", tmp_path / f"checkpoint-{number}")
+    DAMAGES[damage](tmp_path / "checkpoint-4" / name)
+    arguments = vqa.parse_arguments([*RUN, "--output_dir", str(tmp_path), *RESUME])[2]
+    capsys.readouterr()
+    assert vqa.find_checkpoint(arguments) == tmp_path / "checkpoint-2"
+    assert capsys.readouterr().out.startswith(f"Passing over {tmp_path / 'checkpoint-4'}: {name} ")
+    arguments.resume_from_checkpoint = str(tmp_path / "checkpoint-4")
+    message = f"--resume_from_checkpoint {tmp_path / 'checkpoint-4'}: {name} "
+    assert refusal(vqa.find_checkpoint, arguments).startswith(message)
+    DAMAGES[damage](tmp_path / "checkpoint-2" / name)
+    arguments.resume_from_checkpoint = "True"
+    lines = refusal(vqa.find_checkpoint, arguments).splitlines()
+    assert lines[2] == "no checkpoint is whole; move them away to start from the beginning"
+
+
+def test_starting_over_among_checkpoints_is_refused(whole):
+    message = refusal(run, whole)
+    assert message.startswith(f"{whole / 'checkpoint-6'} is there from an earlier run; --resume_from_checkpoint True")
+    earlier = refusal(run, whole, "--resume_from_checkpoint", str(whole / "checkpoint-2"))
+    assert earlier == message
+
+
+def test_going_on_with_other_flags_is_refused(whole, tmp_path):
+    shutil.copytree(whole / "checkpoint-4", tmp_path / "checkpoint-4")
+    message = refusal(run, tmp_path, *RESUME, "--max_train_frames", "3", "--lora_r", "8")
+    assert f"{tmp_path / 'checkpoint-4'}: was trained with max_train_frames 2, this run has 3" in message
+    assert "lora" not in message and "was trained with r 4, this run has 8" in message
+
+
+def test_the_first_start_may_already_ask_to_go_on_and_rotation_keeps_the_newest(tmp_path, capsys):
+    assert run(tmp_path, *RESUME, "--save_steps", "1", "--save_total_limit", "2", "--max_steps", "4") == 0
+    assert "No checkpoint to go on from; starting from the beginning." in capsys.readouterr().out
+    assert list(vqa.checkpoints_of(tmp_path)) == [4, 3]
+
+
+# ------------------------------------------------------------------------------------------------ numbers, memory, disk
+
+
+@pytest.mark.parametrize("value", ["nan", "inf"])
+def test_a_loss_that_is_not_finite_stops_before_the_optimizer(tmp_path, monkeypatch, value):
+    inner, calls = vqa.SurgicalVQAModel.forward, []
+
+    def forward(self, *args, **kwargs):
+        calls.append(1)
+        output = inner(self, *args, **kwargs)
+        output.loss = output.loss * float(value) if len(calls) == 6 else output.loss
+        return output
+
+    monkeypatch.setattr(vqa.SurgicalVQAModel, "forward", forward)
+    message = refusal(run, tmp_path, "--save_steps", "1")
+    assert message.startswith(f"step 3: the loss is {value} with fx-00")
+    assert message.count("smoke.jsonl:") == 1  # one of the two micro-batches
+    assert f"the last checkpoint ({tmp_path}/checkpoint-2) is from before" in message
+    stored = load_file(tmp_path / "checkpoint-2/adapter_model.safetensors")
+    assert all(tensor.isfinite().all() for tensor in stored.values())
+
+
+def test_a_gradient_that_is_not_finite_names_all_samples_of_the_step(tmp_path, monkeypatch):
+    inner = vqa.AudioProjector.forward
+
+    def forward(self, states):
+        out = inner(self, states)
+        out.register_hook(lambda gradient: gradient * float("inf"))
+        return out
+
+    monkeypatch.setattr(vqa.AudioProjector, "forward", forward)
+    message = refusal(run, tmp_path)
+    assert message.startswith("step 1: the gradient's norm is nan with fx-00")
+    assert message.count("smoke.jsonl:") == 2
+
+
+def test_out_of_memory_is_one_line_and_the_finished_steps_are_saved(whole, tmp_path, monkeypatch):
+    inner, calls = vqa.SurgicalVQAModel.forward, []
+
+    def forward(self, *args, **kwargs):
+        calls.append(1)
+        torch.rand(3)  # what the failed step drew must not show
+        if len(calls) == 6:
+            raise torch.OutOfMemoryError(
+                "CUDA out of memory. Tried to allocate 2.50 GiB. GPU 0 has a total capacity of 79.10 GiB of which 1.2 "
+                "GiB is free."
+            )
+        return inner(self, *args, **kwargs)
+
+    monkeypatch.setattr(vqa.SurgicalVQAModel, "forward", forward)
+    message = refusal(run, tmp_path)
+    assert message.startswith("out of memory (Tried to allocate 2.50 GiB) at step 3 with 1 samples of ")
+    assert "tokens, the longest fx-00" in message
+    for flag in ("per_device_train_batch_size", "max_train_frames", "max_image_size", "checkpoint_every_n 1"):
+        assert f"--{flag}" in message
+    assert message.endswith(f"{tmp_path}/checkpoint-2 is whole; go on with --resume_from_checkpoint True")
+    assert vqa.find_damage(tmp_path / "checkpoint-2", vqa.RESUME_FILES) is None
+
+
+def test_a_disk_too_small_for_the_run_is_refused_before_training(tmp_path, monkeypatch):
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(vqa.shutil, "disk_usage", lambda _: usage._replace(free=1_000_000))
+    message = refusal(run, tmp_path, "--save_steps", "1")
+    assert message.startswith(f"--output_dir {tmp_path}: 6 checkpoints of about ")
+    assert "1,000,000 are free" in message
+    assert "--save_total_limit" in message
+
+
+@pytest.mark.parametrize("failing", ["adapter_model.safetensors", "optimizer.pt", "tokenizer.json", "scheduler.pt"])
+def test_a_full_disk_leaves_the_last_checkpoint(tmp_path, monkeypatch, failing):
+    """The second save fails as its file is synced, as a disk that is full does."""
+    inner, seen = vqa.sync, []
+
+    def sync(path):
+        seen.append(path.name)
+        if seen.count(failing) == 2:
+            raise OSError(28, "No space left on device", str(path))
+        inner(path)
+
+    monkeypatch.setattr(vqa, "sync", sync)
+    message = refusal(run, tmp_path, "--save_steps", "2")
+    assert message.startswith(f"{tmp_path}: checkpoint-4 could not be saved ([Errno 28] No space left on device")
+    assert "bytes, " in message and "are free there; checkpoint-2 is whole" in message
+    assert vqa.find_damage(tmp_path / "checkpoint-2", vqa.RESUME_FILES) is None
+    assert {path.name for path in tmp_path.iterdir()} == {".lock", "checkpoint-2"}
+
+
+# -------------------------------------------------------------------------------------------------- hostile checkpoints
+
+
+class Hostile:
+    """Unpickling it makes the folder `ran`."""
+
+    def __reduce__(self):
+        return os.mkdir, (str(Path(os.environ["HOSTILE"]) / "ran"),)
+
+
+@pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "rng_state.pth"])
+@pytest.mark.parametrize("plain", [True, False])
+def test_a_pickle_that_would_run_code_does_not(whole, tmp_path, monkeypatch, name, plain):
+    monkeypatch.setenv("HOSTILE", str(tmp_path))
+    folder = tmp_path / "checkpoint-4"
+    shutil.copytree(whole / "checkpoint-4", folder)
+    if plain:
+        (folder / name).write_bytes(pickle.dumps(Hostile()))
+    else:
+        torch.save({"state": Hostile()}, folder / name)
+    (folder / vqa.MANIFEST_FILE).unlink()
+    vqa.write_manifest(folder)
+    message = refusal(run, tmp_path, *RESUME)
+    assert message.startswith(f"{folder}: ") and name in message and "cannot be read" in message
+    assert not (tmp_path / "ran").exists()
+
+
+def test_weights_in_a_pickle_are_not_even_looked_at(whole, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOSTILE", str(tmp_path))
+    shutil.copytree(whole / "checkpoint-6", tmp_path / "checkpoint-6")
+    for name in ("pytorch_model.bin", "adapter_model.bin", "training_args.bin", "scaler.pt"):
+        torch.save(Hostile(), tmp_path / "checkpoint-6" / name)
+    assert run(tmp_path, *EVALUATION, *RESUME) == 0
+    assert not (tmp_path / "ran").exists()
+    assert_same(result(tmp_path), result(whole))
