@@ -23,6 +23,7 @@ Exit status: 0 all rows answered, 1 some rows failed (they count as wrong), 2 no
 
 import argparse
 import contextlib
+import copy
 import fcntl
 import functools
 import hashlib
@@ -38,6 +39,7 @@ import statistics
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 import unicodedata
 from collections import Counter, defaultdict, deque
@@ -1453,7 +1455,7 @@ def read_subject(args: argparse.Namespace, device_type: str) -> Subject:
             settings = vqa.load_settings(folder) if (folder / vqa.SETTINGS_FILE).is_file() else {}
     # A merged model has weights of its own, however the base that it was made from came about.
     model, inputs = settings.get("model", {}) if adapter else {}, settings.get("input", {})
-    if args.init and args.init != model.get("init", args.init if not folder else "pretrained"):
+    if folder and args.init not in (None, model.get("init", "pretrained")):
         raise InputError(f"--init {args.init}: {folder} was not trained so; leave the flag out")
     if inputs.get("instruction", vqa.INSTRUCTION) != vqa.INSTRUCTION:
         raise InputError(
@@ -1529,7 +1531,7 @@ def load_subject(subject: Subject, device: Any) -> tuple[Any, Any, str]:
 
 
 class ArmInputs:
-    """The rows of one arm as model inputs, decoded and changed as the arm says; item by item.
+    """The rows of one arm as model inputs, decoded and changed as the arm says.
 
     Args:
         arm: one of ARMS.
@@ -1541,12 +1543,10 @@ class ArmInputs:
     def __init__(self, arm: str, dataset: Any, heard: Sequence[Any], seed: int):
         self.arm, self.dataset, self.heard, self.seed = arm, dataset, heard, seed
         self.rows, self.processor = dataset.rows, dataset.processor
+        self._one_at_a_time = threading.Lock()
 
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, index: int) -> Row | str:
-        """Model inputs of a row without a batch dimension, or what is wrong with its media."""
+    def sample(self, index: int) -> Row | str:
+        """Model inputs of a row without a batch dimension, or what is wrong with its media; threads may call it."""
         import train_vqa as vqa
 
         try:
@@ -1560,30 +1560,30 @@ class ArmInputs:
         """(selected frames as PIL images, speech float32 [n] or None); VQAError for media that cannot be used."""
         import train_vqa as vqa
 
-        row, heard = self.rows[index], self.heard[index]
+        row, speech = self.rows[index], self.speech_path(index)
         if len(row.frame_paths) < len(row.frames):
             raise vqa.VQAError(f"{row.where}: a frame is missing")
+        if speech is None and self.processor.input_mode != "text":
+            raise vqa.VQAError(f"{self.heard[index].where}: the speech is missing")
         frames = [vqa.load_frame(path, self.processor.max_image_size) for path in self.frame_paths(index)]
-        if self.processor.input_mode == "text":
-            return frames, None
-        if heard.audio_path is None:
-            raise vqa.VQAError(f"{heard.where}: the speech is missing")
-        return frames, vqa.load_speech(heard.audio_path)
+        return frames, None if speech is None else vqa.load_speech(speech)
 
     def encode(self, index: int, frames: list[Any], speech: Any) -> Row:
         """Model inputs of a row with these frames and this speech."""
-        return self.processor.encode(self.rows[index], frames, speech, with_answer=False)
+        with self._one_at_a_time:  # fast tokenizers keep the settings of a call in themselves
+            return self.processor.encode(self.rows[index], frames, speech, with_answer=False)
 
     def frame_paths(self, index: int) -> Sequence[Path]:
         """The frames of a row that are shown."""
         return self.dataset._select_frames(self.rows[index].frame_paths)
 
+    def speech_path(self, index: int) -> Path | None:
+        """The speech that is played; None in text mode, or where it was not found."""
+        return None if self.processor.input_mode == "text" else self.heard[index].audio_path
+
     def media_sha256(self, index: int) -> str:
         """Digest of the files behind a row's answer: a resumed run must not mix old files with new ones."""
-        paths = [
-            *self.frame_paths(index),
-            None if self.processor.input_mode == "text" else self.heard[index].audio_path,
-        ]
+        paths = [*self.frame_paths(index), self.speech_path(index)]
         return hashlib.sha256("".join(sha256_once(path) for path in paths if path).encode()).hexdigest()
 
     def prompt(self, question: str, n_frames: int = 1) -> str:
@@ -1625,9 +1625,8 @@ def sha256_once(path: Path) -> str:
 
 def check_leaks(arms: Iterable[ArmInputs]) -> None:
     """Raise InputError if the prompt of any row in an audio arm holds words of its question."""
-    for inputs in arms:
-        if inputs.processor.input_mode != "audio":
-            continue
+    by_ear = [inputs for inputs in arms if inputs.processor.input_mode == "audio"]
+    for inputs in by_ear[:1]:  # the others differ in media, not in words
         for index, row in enumerate(inputs.rows):
             n_frames = len(inputs.frame_paths(index))
             words = leaked_words(inputs.prompt(row.question, n_frames), row.question, inputs.prompt("", n_frames))
@@ -1639,7 +1638,7 @@ def check_leaks(arms: Iterable[ArmInputs]) -> None:
 
 
 def check_liveness(model: Any, inputs: ArmInputs) -> Row:
-    """Do speech and frames reach the logits? {"speech", "frames"}: by how much other ones move a logit at most.
+    """Do speech and frames reach the logits? {"speech", "frames"}: how far other ones move a logit at most.
 
     Speech is replaced by another row's at the same length (where there is none, by its own played backwards), frames by
     their negatives: so the prompt stays as it is, and only what is heard or seen differs. `speech` is None in text
@@ -1654,12 +1653,11 @@ def check_liveness(model: Any, inputs: ArmInputs) -> Row:
 
     def logits(frames: list[Any], speech: Any) -> Any:
         batch = collate([inputs.encode(index, frames, speech)])
-        tensors = {name: tensor.to(model.device) for name, tensor in batch.items() if name != "labels"}
         with torch.inference_mode():
-            return model(**tensors, logits_to_keep=1).logits.float()
+            return model(**on_device(batch, model.device), logits_to_keep=1).logits.float()
 
     def readable() -> Iterator[tuple[int, tuple[list[Any], Any]]]:
-        for index in range(len(inputs)):
+        for index in range(len(inputs.rows)):
             with contextlib.suppress(vqa.VQAError):
                 yield index, inputs.read(index)
 
@@ -1669,17 +1667,20 @@ def check_liveness(model: Any, inputs: ArmInputs) -> Row:
     plain = logits(frames, speech)
     if not torch.equal(plain, logits(frames, speech)):
         raise InputError("liveness gate: the same speech and frames give different logits; no answer would repeat")
-    others = {"frames": (([frame.point(lambda value: 255 - value) for frame in frames]), speech), "speech": None}
+
+    def distance(*changed: Any) -> float:
+        return float((plain - logits(*changed)).abs().max())
+
+    moved = {"speech": None, "frames": distance([frame.point(lambda value: 255 - value) for frame in frames], speech)}
     if speech is not None:
         question = inputs.rows[index].question
         borrowed = (media[1] for other, media in readable() if inputs.rows[other].question != question)
-        others["speech"] = frames, np.resize(next(borrowed, speech[::-1]), speech.shape)
-    moved = {path: other and float((plain - logits(*other)).abs().max()) for path, other in others.items()}
-    dead = [path for path, distance in moved.items() if distance == 0]
+        moved["speech"] = distance(frames, np.resize(next(borrowed, speech[::-1]), speech.shape))
+    dead = [path for path, by in moved.items() if by == 0]
     if dead:
         raise InputError(
             f"liveness gate: the path of {' and '.join(dead)} is dead: with other {' and '.join(dead)} every logit "
-            f"stays as it is; check the checkpoint"
+            f"stays as it is; check the checkpoint, and that the files differ"
         )
     return moved
 
@@ -1701,14 +1702,28 @@ def answer_batch(model: Any, batch: Row, stop_ids: Sequence[int], max_new_tokens
         eos_token_id=list(stop_ids),
         pad_token_id=model.generation_config.pad_token_id,
     )
-    inputs = {name: tensor.to(model.device) for name, tensor in batch.items() if name != "labels"}
     with torch.inference_mode():
-        output = model.generate(**inputs, generation_config=decoding)
+        output = model.generate(**on_device(batch, model.device), generation_config=decoding)
     answers = []
-    for ids in output[:, inputs["input_ids"].shape[1] :].tolist():
+    for ids in output[:, batch["input_ids"].shape[1] :].tolist():
         end = next((place for place, token in enumerate(ids) if token in stop_ids), None)
         answers.append((ids, "length") if end is None else (ids[: end + 1], "eos"))
     return answers
+
+
+def on_device(batch: Row, device: Any) -> Row:
+    """The tensors of a collated batch that the model takes, on `device`."""
+    return {name: tensor.to(device) for name, tensor in batch.items() if name != "labels"}
+
+
+def check_same_media(inputs: ArmInputs, annotations: Sequence[Row], file: RowFile) -> None:
+    """Raise InputError where a row of `file` was made from other frames or speech than are there now."""
+    for index, key in enumerate(map(row_key, annotations)):
+        if key in file.done and file.done[key].get("media_sha256") != inputs.media_sha256(index):
+            raise InputError(
+                f"{file.path}: the frames or speech of {key_text(key)} are not the ones that its row was made from; "
+                f"choose another --output_file, or start again with --overwrite"
+            )
 
 
 def answer_arm(
@@ -1717,25 +1732,18 @@ def answer_arm(
     """Answer the rows that `file` lacks, batch by batch, and append them; returns how many.
 
     Batches are fixed slices of the data, answered whole even where a killed run left only part of one to do: so a
-    resumed run computes exactly what an uninterrupted one does. Raises InputError where the media behind a row that is
-    there have changed.
+    resumed run computes exactly what an uninterrupted one does.
     """
     from tqdm.auto import tqdm
 
     import train_vqa as vqa
 
     keys = [row_key(annotation) for annotation in annotations]
-    for index, key in enumerate(keys):
-        if key in file.done and file.done[key].get("media_sha256") != inputs.media_sha256(index):
-            raise InputError(
-                f"{file.path}: the frames or speech of {key_text(key)} are not the ones that its row was made from; "
-                f"choose another --output_file, or start again with --overwrite"
-            )
     slices = [range(i, min(i + args.batch_size, len(keys))) for i in range(0, len(keys), args.batch_size)]
     slices = [part for part in slices if any(keys[index] not in file.done for index in part)]
-    tokenizer, by_ear = inputs.processor.tokenizer, inputs.processor.input_mode != "text"
+    tokenizer = copy.deepcopy(inputs.processor.tokenizer)  # the other one is busy in the threads below
     stop_ids, collate = vqa.turn_end_ids(tokenizer), vqa.VQACollator(tokenizer.pad_token_id, "left")
-    decoded = ahead(inputs.__getitem__, itertools.chain(*slices), 2 * args.batch_size)
+    decoded = ahead(inputs.sample, itertools.chain(*slices), 2 * args.batch_size)
     answered, already = 0, sum(key in file.done for key in keys)
     with contextlib.closing(decoded), tqdm(total=len(keys), initial=already, desc=inputs.arm, unit="row") as bar:
         for part in slices:
@@ -1747,7 +1755,7 @@ def answer_arm(
                 ids, finish = ([], "error") if failed else next(answers)
                 if keys[index] in file.done:
                     continue
-                heard = inputs.heard[index]
+                speech, heard = inputs.speech_path(index), inputs.heard[index]
                 file.append(
                     answer_row(
                         annotations[index],
@@ -1755,7 +1763,7 @@ def answer_arm(
                         finish_reason=finish,
                         n_tokens=len(ids),
                         input_mode=inputs.processor.input_mode,
-                        audio_file=str(heard.audio_path) if by_ear and heard.audio_path else None,
+                        audio_file=None if speech is None else str(speech),
                         **({"audio_of": heard.key} if heard is not inputs.rows[index] else {}),
                         media_sha256=inputs.media_sha256(index),
                         **({"error": sample} if failed else {}),
@@ -1802,7 +1810,7 @@ def generate(args: argparse.Namespace) -> int:
     except torch.OutOfMemoryError as error:
         raise InputError(
             f"--batch_size {args.batch_size} does not fit into the GPU memory; run the same command with a smaller one "
-            f"(below 1: a smaller --max_image_size or --max_eval_frames); the rows answered so far are kept"
+            f"(at 1: a smaller --max_image_size or --max_eval_frames); the rows answered so far are kept"
         ) from error
 
 
@@ -1812,6 +1820,7 @@ def _generate(args: argparse.Namespace) -> int:
     import train_vqa as vqa
 
     # 1. What answers, in which arms
+    sha256_once.cache_clear()
     target = summary_path(args.output_file)
     vqa.limit_gpu_memory(args.gpu_memory_limit_gib or None)
     device = torch.accelerator.current_accelerator() or torch.device("cpu")
@@ -1861,16 +1870,24 @@ def _generate(args: argparse.Namespace) -> int:
     check_leaks(arms.values())
     moved = check_liveness(model, next((part for arm, part in arms.items() if modes[arm] != "text"), arms[main_arm]))
     figures = ", ".join(f"other {path} by {by:.3g}" for path, by in moved.items() if by is not None)
-    print(f"Gates passed: no prompt gives its question away; logits move with {figures}")
+    leaks = "no prompt gives its question away; " if "audio" in modes.values() else ""
+    print(_wrap(f"Gates passed: {leaks}logits move with {figures}"))
 
     # 5. Answers
     files = {arm: arm_path(args.output_file, arm, main_arm) for arm in arms}
     fingerprints = {arm: run_fingerprint(args, subject, inputs, identity) for arm, inputs in arms.items()}
-    scored, answered, start = {}, 0, time.monotonic()
-    for arm, inputs in arms.items():
-        with RowFile(files[arm], fingerprints[arm], overwrite=args.overwrite) as file:
-            answered += answer_arm(model, inputs, annotations, file, args)
-            scored[arm] = score_rows(annotations, file.done)
+    answered, start = 0, time.monotonic()
+    with contextlib.ExitStack() as stack:  # all of them first, so that none is refused after hours of answering another
+        rows_of = {
+            arm: stack.enter_context(RowFile(path, fingerprints[arm], overwrite=args.overwrite))
+            for arm, path in files.items()
+        }
+        for arm, inputs in arms.items():
+            check_same_media(inputs, annotations, rows_of[arm])
+        target.unlink(missing_ok=True)  # the figures of fewer rows, or of other ones
+        for arm, inputs in arms.items():
+            answered += answer_arm(model, inputs, annotations, rows_of[arm], args)
+    scored = {arm: score_rows(annotations, file.done) for arm, file in rows_of.items()}
     seconds = time.monotonic() - start
     peak = torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else None
 
@@ -1889,7 +1906,7 @@ def _generate(args: argparse.Namespace) -> int:
     print(render_summary(summary))
     memory = "" if peak is None else f", peak GPU memory {peak:.1f} GiB"
     print(f"\nAnswered {answered} rows in {seconds:.1f} s ({answered / seconds:.2f} samples/s{memory})")
-    print(f"Rows: {', '.join(map(str, files.values()))}\nSummary: {target}")
+    print(*(f"Rows: {path}" for path in files.values()), f"Summary: {target}", sep="\n")
     return 1 if any(row.prediction is None for part in scored.values() for row in part) else 0
 
 
@@ -1941,7 +1958,7 @@ def run_manifest(args: argparse.Namespace, subject: Subject, inputs: ArmInputs, 
     manifest["sha256"] |= {
         "adapter": fingerprint["adapter_sha256"],
         "prompt": fingerprint["prompt_sha256"],
-        "media": hashlib.sha256("".join(map(inputs.media_sha256, range(len(inputs)))).encode()).hexdigest(),
+        "media": hashlib.sha256("".join(map(inputs.media_sha256, range(len(inputs.rows)))).encode()).hexdigest(),
         "train_vqa.py": sha256_file(vqa.__file__),
     }
     packages = ("torch", "transformers", "peft", "pillow", "torchaudio", "soundfile")

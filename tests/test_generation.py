@@ -103,6 +103,13 @@ def evaluate(tmp_path, trained, capsys):
     return run
 
 
+@pytest.fixture()
+def inputs(processor, rows):
+    """The fixture rows as the audio arm presents them, with two frames."""
+    dataset = vqa.SurgicalVQADataset(rows, processor, max_eval_frames=2, is_eval=True, with_answer=False)
+    return ev.ArmInputs("audio", dataset, rows, 0)
+
+
 def refusal(result):
     """The one line of a refused run that wrote neither rows nor figures."""
     status, rows, summary, _, errors = result
@@ -204,6 +211,29 @@ def test_generation_at_the_real_ids_and_152064_rows(tmp_path, rows, forced, caps
     batch = vqa.VQACollator(tokenizer.pad_token_id, "left")([dataset[0], dataset[1]])
     answers = ev.answer_batch(model, batch, vqa.turn_end_ids(tokenizer), 3)
     assert answers == [([300, 151645], "eos"), ([151643], "eos")]
+
+
+def test_decoding_ahead_keeps_the_order_and_its_distance():
+    begun = []
+    results = ev.ahead(lambda item: begun.append(item) or item, range(100), 3)
+    assert next(results) == 0
+    assert max(begun) <= 3
+    assert list(results) == list(range(1, 100))
+
+
+def test_samples_are_encoded_one_at_a_time(inputs, monkeypatch):
+    """A fast tokenizer keeps a call's settings in itself: a second thread would split the first one's tokens."""
+    inside, encode = [], inputs.processor.encode
+
+    def watched(*args, **kwargs):
+        inside.append(len(inside))
+        time.sleep(0.005)
+        sample = encode(*args, **kwargs)
+        assert inside.pop() == 0
+        return sample
+
+    monkeypatch.setattr(inputs.processor, "encode", watched)
+    assert all(isinstance(sample, dict) for sample in ev.ahead(inputs.sample, [0, 1, 2, 3, 4] * 2, 10))
 
 
 # ---------------------------------------------------------------------------------------------------- rows and summary
@@ -375,7 +405,7 @@ def test_one_speech_file_for_two_questions_is_refused_whatever_is_allowed(evalua
     assert f"{data.jsonl}:2: asks another question than" in refusal(evaluate("--allow_errors", data=flags))
 
 
-def test_memory_that_does_not_suffice_is_one_line_and_keeps_the_rows(evaluate, monkeypatch):
+def test_memory_that_does_not_suffice_is_one_line_and_keeps_the_rows(evaluate, monkeypatch, tmp_path):
     answer, calls = ev.answer_batch, []
 
     def fail_at_the_second(*args):
@@ -385,7 +415,9 @@ def test_memory_that_does_not_suffice_is_one_line_and_keeps_the_rows(evaluate, m
         return answer(*args)
 
     monkeypatch.setattr(ev, "answer_batch", fail_at_the_second)
+    (tmp_path / "x.summary.json").write_text("{}")
     status, rows, _, _, errors = evaluate("--batch_size", 2)
+    assert not (tmp_path / "x.summary.json").exists()  # an earlier run's figures beside rows of this one
     assert (status, len(rows)) == (2, 2)
     assert "error: --batch_size 2 does not fit into the GPU memory; run the same command with a smaller one" in errors
     status, more, *_ = evaluate("--batch_size", 1)
@@ -394,13 +426,6 @@ def test_memory_that_does_not_suffice_is_one_line_and_keeps_the_rows(evaluate, m
 
 
 # --------------------------------------------------------------------------------------------------------------- gates
-
-
-@pytest.fixture()
-def inputs(processor, rows):
-    """The fixture rows as the audio arm presents them, with two frames."""
-    dataset = vqa.SurgicalVQADataset(rows, processor, max_eval_frames=2, is_eval=True, with_answer=False)
-    return ev.ArmInputs("audio", dataset, rows, 0)
 
 
 def test_a_living_model_passes_the_gates(base, inputs):
@@ -535,7 +560,7 @@ def test_a_torn_run_goes_on_to_the_same_rows_and_summary(evaluate, tmp_path):
     assert without_times(resumed_summary) == without_times(summary)
 
 
-def test_a_larger_limit_goes_on_and_other_decoding_does_not(evaluate):
+def test_a_larger_limit_goes_on_and_other_decoding_does_not(evaluate, tmp_path):
     arms = ("--arms", "mismatched_audio")
     _, rows, *_ = evaluate(*arms, name="whole")
     _, first, *_ = evaluate(*arms, "--limit", 2)
@@ -545,10 +570,11 @@ def test_a_larger_limit_goes_on_and_other_decoding_does_not(evaluate):
     status, _, _, _, errors = evaluate(*arms, "--max_new_tokens", 5)
     assert status == 2
     assert "its rows come from another run; max_new_tokens (4 then, 5 now)" in errors
+    assert (tmp_path / "x.summary.json").exists()
     assert evaluate(*arms, "--max_new_tokens", 5, "--overwrite")[0] == 0
 
 
-def test_speech_exchanged_between_two_runs_is_noticed(evaluate, data):
+def test_speech_exchanged_between_two_runs_is_noticed(evaluate, data, tmp_path):
     flags = ("--eval_data_path", data.jsonl, "--frames_dir", data.frames, "--audio_dir", data.audio)
     evaluate("--limit", 2, data=flags)
     shutil.copy(FIXTURES / "audio" / "qa_000205.ogg", data.audio / "fx-001_qa_000101_nbi_status.ogg")
@@ -556,6 +582,7 @@ def test_speech_exchanged_between_two_runs_is_noticed(evaluate, data):
     status, _, _, _, errors = evaluate(data=flags)
     assert status == 2
     assert "the frames or speech of fx-001/qa_000101/nbi_status are not the ones that its row was made from" in errors
+    assert (tmp_path / "x.summary.json").exists()
 
 
 @pytest.mark.slow
