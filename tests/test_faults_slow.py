@@ -1,0 +1,267 @@
+"""Kills at every file boundary of a save, a file size limit, real signals to real process groups, locks, fuzzing."""
+
+import contextlib
+import fcntl
+import json
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import train_vqa as vqa
+from tests.conftest import FIXTURES
+from tests.test_faults import RESUME, RUN
+from tests.test_main import ROOT
+
+# Set FUZZ_EXAMPLES for a long run; the short one of the suite is the same each time.
+FUZZ = settings(
+    max_examples=int(os.environ.get("FUZZ_EXAMPLES", 150)),
+    derandomize="FUZZ_EXAMPLES" not in os.environ,
+    deadline=None,
+    database=None,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
+)
+
+
+@pytest.fixture(scope="module")
+def trainer(tmp_path_factory):
+    """A Trainer after its second step, and the folder with its checkpoint-2."""
+    kept, folder = [], tmp_path_factory.mktemp("trainer") / "out"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(vqa.VQATrainer, "save_model", keep_and_save(kept))
+        assert vqa.main([*RUN, "--max_steps", "2", "--output_dir", str(folder)]) == 0
+    for path in folder.iterdir():
+        if path.is_file():
+            path.unlink()
+    return kept[0], folder
+
+
+def keep_and_save(kept):
+    inner = vqa.VQATrainer.save_model
+
+    def save_model(self, *args, **kwargs):
+        kept[:] = [self]
+        return inner(self, *args, **kwargs)
+
+    return save_model
+
+
+def in_a_child(trainer, folder, save, kill_at=None, limit=None):
+    """`save(trainer)` into `folder` in a fork, killed as its `kill_at`-th file operation begins; how the fork ended."""
+    pid = os.fork()
+    if pid:
+        return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    status = 9
+    try:
+        trainer.args.output_dir, seen = str(folder), [0]
+
+        def hook(event, arguments):
+            written = event == "open" and (arguments[1] is None or set(str(arguments[1])) & set("wxa+"))
+            if written or event in ("os.mkdir", "os.rename", "os.remove", "os.rmdir", "shutil.rmtree"):
+                seen[0] += 1
+                if seen[0] == kill_at:
+                    os.kill(os.getpid(), signal.SIGKILL)
+
+        if kill_at:
+            sys.addaudithook(hook)
+        if limit:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+        try:
+            save(trainer)
+            status = 0
+        except vqa.VQAError as error:
+            (folder / "message").write_text(str(error))
+            status = 3
+    finally:
+        os._exit(status)
+
+
+def save_step_4(trainer):
+    trainer.state.global_step = 4
+    trainer.args.save_total_limit = 1
+    trainer._save_checkpoint(trainer.model, None)
+
+
+def killed_at_each_boundary(trainer, start, tmp_path, save):
+    """Yields the folder after each kill; ends with the first save that was not reached by its kill."""
+    for kill_at in range(1, 300):
+        folder = tmp_path / str(kill_at)
+        shutil.copytree(start, folder)
+        status = in_a_child(trainer, folder, save, kill_at)
+        yield folder
+        if status == 0:
+            return
+        assert status == -signal.SIGKILL
+        shutil.rmtree(folder)
+    raise AssertionError("the save never ended")
+
+
+@pytest.mark.slow
+def test_a_kill_at_any_file_boundary_of_a_checkpoint_leaves_a_whole_one(trainer, tmp_path, capsys):
+    found = []
+    for folder in killed_at_each_boundary(trainer[0], trainer[1], tmp_path, save_step_4):
+        arguments = vqa.parse_arguments([*RUN, "--output_dir", str(folder), *RESUME])[2]
+        found.append(vqa.find_checkpoint(arguments).name)
+        with vqa.lock_folder(folder):
+            assert list(folder.glob("tmp-*")) == []  # the next start clears up
+    assert found == sorted(found) and set(found) == {"checkpoint-2", "checkpoint-4"}
+    print(f"{len(found)} boundaries")
+
+
+@pytest.mark.slow
+def test_a_kill_at_any_file_boundary_of_the_final_save_leaves_no_manifest_or_a_whole_model(trainer, tmp_path):
+    whole = []
+    for folder in killed_at_each_boundary(trainer[0], trainer[1], tmp_path, lambda trainer: trainer.save_model()):
+        damage = vqa.find_damage(folder)
+        assert damage in (None, "manifest.json is missing: the save did not end")
+        assert vqa.find_damage(folder / "checkpoint-2", vqa.RESUME_FILES) is None
+        whole.append(damage is None)
+    assert whole == sorted(whole) and whole[-1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("limit", [100, 2_000, 20_000, 40_000, 60_000, 120_000])
+def test_a_file_size_limit_leaves_the_last_checkpoint(trainer, tmp_path, limit):
+    folder = tmp_path / "out"
+    shutil.copytree(trainer[1], folder)
+    assert in_a_child(trainer[0], folder, save_step_4, limit=limit) == 3
+    message = (folder / "message").read_text()
+    assert f"{folder}: checkpoint-4 could not be saved (" in message
+    assert "are free there; checkpoint-2 is whole" in message
+    assert vqa.find_damage(folder / "checkpoint-2", vqa.RESUME_FILES) is None
+    assert {path.name for path in folder.iterdir()} == {".lock", "checkpoint-2", "message"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, 129)])
+def test_a_signal_to_the_whole_group_with_loader_workers(tmp_path, number, status):
+    def default_signals():
+        os.setsid()
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
+    command = [sys.executable, str(ROOT / "train_vqa.py"), *RUN, "--output_dir", str(tmp_path / "out")]
+    command += ["--max_steps", "500", "--logging_steps", "1", "--dataloader_num_workers", "2"]
+    with (tmp_path / "log").open("w") as log:
+        process = subprocess.Popen(command, stdout=log, stderr=log, preexec_fn=default_signals, cwd=tmp_path)
+    deadline = time.time() + 200
+    while "'loss'" not in (tmp_path / "log").read_text():
+        assert process.poll() is None and time.time() < deadline, (tmp_path / "log").read_text()
+        time.sleep(0.2)
+    os.killpg(process.pid, number)
+    assert process.wait(200) == status, (tmp_path / "log").read_text()
+    newest = next(iter(vqa.checkpoints_of(tmp_path / "out").values()))
+    assert vqa.find_damage(newest, vqa.RESUME_FILES) is None
+    assert not (tmp_path / "out/adapter_model.safetensors").exists()
+    assert f"{newest.name} is whole" in (tmp_path / "log").read_text()
+
+
+def test_the_shell_script_does_not_evaluate_after_a_signal(tmp_path):
+    stub = tmp_path / "python"
+    stub.write_text(
+        '#!/bin/sh\ncase "$1" in *train_vqa.py) exit 143;; *evaluate_checkpoint.py) touch "$STUB/evaluated";; esac\n'
+    )
+    stub.chmod(0o755)
+    shutil.copy(ROOT / "train_with_eval_FINAL.sh", tmp_path)
+    environment = {**os.environ, "PYTHON": str(stub), "STUB": str(tmp_path)}
+    done = subprocess.run(["bash", "train_with_eval_FINAL.sh"], cwd=tmp_path, env=environment, capture_output=True)
+    assert done.returncode == 143
+    assert not (tmp_path / "evaluated").exists()
+
+
+def test_a_second_run_into_the_same_folder_is_refused(tmp_path):
+    pid = os.fork()
+    if not pid:
+        with (tmp_path / ".lock").open("w") as lock:
+            fcntl.lockf(lock, fcntl.LOCK_EX)
+            (tmp_path / "held").touch()
+            time.sleep(60)
+        os._exit(0)
+    try:
+        while not (tmp_path / "held").exists():
+            time.sleep(0.01)
+        with pytest.raises(vqa.VQAError, match="another run is writing there"), vqa.lock_folder(tmp_path):
+            pass
+    finally:
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+    with vqa.lock_folder(tmp_path):  # a killed run holds nothing
+        pass
+
+
+# ------------------------------------------------------------------------------------------------------------- fuzzing
+
+ROW = (FIXTURES / "smoke.jsonl").read_bytes().splitlines()[0]
+MEDIA = {path.suffix: path for path in sorted(FIXTURES.rglob("*")) if path.suffix in (".jpg", ".png", ".wav", ".mp3",
+                                                                                     ".flac", ".ogg")}  # fmt: skip
+EDITS = st.lists(st.tuples(st.floats(0, 1), st.binary(min_size=0, max_size=6), st.integers(0, 6)), max_size=6)
+
+
+def edited(content: bytes, edits) -> bytes:
+    """`content` with some bytes replaced, put in or taken out; half of the edits near the start, where headers are."""
+    for where, put, cut in edits:
+        at = int(where * 2 * len(content)) if where < 0.5 else int((where - 0.5) * 400)
+        content = content[:at] + put + content[at + cut :]
+    return content
+
+
+@FUZZ
+@given(st.one_of(st.binary(), EDITS.map(lambda edits: edited(ROW, edits))))
+def test_fuzz_rows(line):
+    try:
+        row = vqa.parse_row(line, "f", 1)
+    except vqa.VQAError as error:
+        assert str(error) and "\n" not in str(error)
+    else:
+        for name in (row.id, row.video_id, row.question_type, *row.frames):
+            assert not set(name) & set("/\\\0") and name not in (".", "..")
+
+
+@FUZZ
+@given(
+    st.dictionaries(st.sampled_from([*json.loads(ROW), "x"]), st.recursive(st.none() | st.text() | st.floats(),
+                                                                          lambda inner: st.lists(inner)))
+)  # fmt: skip
+def test_fuzz_fields(changes):
+    with contextlib.suppress(vqa.VQAError):
+        vqa.parse_row(json.dumps({**json.loads(ROW), **changes}), "f", 1)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", MEDIA)
+@FUZZ
+@given(edits=EDITS)
+def test_fuzz_media(tmp_path, kind, edits):
+    path = tmp_path / f"media{kind}"
+    path.write_bytes(edited(MEDIA[kind].read_bytes(), edits))
+    try:
+        vqa.decode_audio(path) if kind in vqa.AUDIO_EXTENSIONS else vqa.decode_frame(path)
+    except vqa.VQAError as error:
+        assert str(path) in str(error)
+
+
+@FUZZ
+@given(edits=EDITS)
+def test_fuzz_checkpoint_files(tmp_path, edits):
+    folder = tmp_path / "checkpoint-2"
+    folder.mkdir(exist_ok=True)
+    for path in folder.iterdir():
+        path.unlink()
+    state = {"global_step": 2, "epoch": 1.0, "log_history": []}
+    progress = {"step": 2, "tr_loss": 0.0, "total_loss": 0.0, "last_logged": 2, "seconds": 1.0, "evaluate": False}
+    for name, content in (("trainer_state.json", state), (vqa.PROGRESS_FILE, progress)):
+        (folder / name).write_bytes(edited(json.dumps(content).encode(), edits))
+    with contextlib.suppress(vqa.VQAError):
+        vqa.read_progress(folder)
+    vqa.write_manifest(folder)
+    assert vqa.find_damage(folder) is None
+    manifest = folder / vqa.MANIFEST_FILE
+    manifest.write_bytes(edited(manifest.read_bytes(), edits))
+    assert isinstance(vqa.find_damage(folder), str | None)
