@@ -216,8 +216,9 @@ def test_a_run_that_misses_its_target_loss_fails(tmp_path, capsys):
 
 
 @pytest.fixture()
-def no_weights(monkeypatch):
+def no_weights(monkeypatch, tmp_path):
     """Fails the test where weights would be loaded."""
+    monkeypatch.chdir(tmp_path)
 
     def load_model(*args, **kwargs):
         raise AssertionError("weights were loaded")
