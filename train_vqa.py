@@ -2346,7 +2346,7 @@ def refuse_other_settings(checkpoint: Path, settings: dict) -> None:
             "go on with the same flags, or start another run"
             for part in ("model", "input", "lora")
             for name, value in settings[part].items()
-            if stored.get(part, {}).get(name) != value
+            if stored.get(part, {}).get(name) != value and name != "max_eval_frames"  # training does not use it
         ]
     )
 
