@@ -1918,7 +1918,7 @@ def find_and_check_media(rows: Iterable[Any], args: argparse.Namespace, by_ear: 
     import train_vqa as vqa
 
     rows = list(rows)
-    problems = vqa.find_media(rows, args.frames_dir, args.audio_dir if by_ear else None)
+    problems = vqa.find_media(rows, args.frames_dir, args.audio_dir if by_ear else None, args.allow_symlinks)
     vqa.raise_problems(vqa.find_shared_speech(rows))
     problems += vqa.check_media(rows)
     if not args.allow_errors:
@@ -2044,6 +2044,10 @@ def build_parser() -> argparse.ArgumentParser:
         action="store_true",
         help="a row whose files cannot be read counts as wrong; "
         "without it, such a row stops the run before the model loads",
+    )
+
+    data.add_argument(
+        "--allow_symlinks", action="store_true", help="links may lead out of --frames_dir and --audio_dir"
     )
 
     model = parser.add_argument_group("model")

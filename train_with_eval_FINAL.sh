@@ -92,7 +92,6 @@ case ${1-} in
             --learning_rate 1e-2 --lr_scheduler_type cosine --warmup_steps 5 --max_steps 150
             --logging_steps 5 --save_strategy no --target_train_loss 1e-3
         )
-        evaluation=(--overwrite)
         smoke=1
         ;;
     *)
@@ -102,7 +101,6 @@ case ${1-} in
             --save_strategy epoch --eval_strategy epoch --per_device_eval_batch_size 1 --eval_accumulation_steps 4
             --max_eval_frames 6
         )
-        evaluation=()
         smoke=0
         ;;
 esac
@@ -124,6 +122,10 @@ if [ "$(flag_value --dry_run False "${flags[@]/%--dry_run/--dry_run=True}")" != 
 
 results=${RESULTS:-results/eval_out.jsonl}
 limit=$(flag_value --gpu_memory_limit_gib "" "${flags[@]}")
+evaluation=(--overwrite)  # what was trained just now answers; rows of an earlier training would be refused
+if [ "$(flag_value --allow_symlinks False "${flags[@]/%--allow_symlinks/--allow_symlinks=True}")" != False ]; then
+    evaluation+=(--allow_symlinks)
+fi
 "$python" "$here/evaluate_checkpoint.py" \
     --checkpoint_path "$(flag_value --output_dir "" "${flags[@]}")" \
     --eval_data_path "$(flag_value --eval_data_path "" "${flags[@]}")" \

@@ -136,14 +136,15 @@ def batch_of(samples):
     return vqa.VQACollator(497, "left")(samples)
 
 
-def test_a_batch_answers_exactly_as_its_samples_alone(base, tokenizer, rows):
-    """Prompts of five lengths: one to eight frames, and questions of different length."""
-    processor = vqa.VQAProcessor(tokenizer, base.config, 56, "audio_text")
+@pytest.mark.parametrize(("audio_tokens", "frame_mode"), [("full", "images"), ("speech", "video")])
+def test_a_batch_answers_exactly_as_its_samples_alone(base, tokenizer, rows, audio_tokens, frame_mode):
+    """Prompts of different length: one to eight frames, questions and (trimmed to it) speech."""
+    processor = vqa.VQAProcessor(tokenizer, base.config, 56, "audio_text", audio_tokens, frame_mode)
     samples = []
     for row, frames in zip(rows, (1, 8, 2, 5, 3), strict=True):
         dataset = vqa.SurgicalVQADataset([row], processor, max_eval_frames=frames, is_eval=True, with_answer=False)
         samples.append(dataset[0])
-    assert len({len(sample["input_ids"]) for sample in samples}) == 5
+    assert len({len(sample["input_ids"]) for sample in samples}) >= 4
     together = ev.answer_batch(base, batch_of(samples), [IM_END, END_OF_TEXT], 12)
     alone = [ev.answer_batch(base, batch_of([sample]), [IM_END, END_OF_TEXT], 12)[0] for sample in samples]
     assert together == alone
@@ -372,6 +373,15 @@ def test_media_that_cannot_be_read_are_refused_before_weights_load(evaluate, dat
     flags = ("--eval_data_path", data.jsonl, "--frames_dir", data.frames, "--audio_dir", data.audio)
     complaint = refusal(evaluate(data=flags))
     assert complaint.startswith(f"{data.jsonl}:5: speech {data.audio / 'qa_000205.ogg'} cannot be decoded")
+
+
+def test_links_out_of_the_folders_need_a_flag(evaluate, data, tmp_path):
+    speech = data.audio / "fx-001_qa_000101_nbi_status.wav"
+    speech.rename(tmp_path / "elsewhere.wav")
+    speech.symlink_to(tmp_path / "elsewhere.wav")
+    flags = ("--eval_data_path", data.jsonl, "--frames_dir", data.frames, "--audio_dir", data.audio, "--limit", 1)
+    assert f"speech {speech} is a link out of {data.audio}; see --allow_symlinks" in refusal(evaluate(data=flags))
+    assert evaluate("--allow_symlinks", data=flags)[0] == 0
 
 
 # ------------------------------------------------------------------------------------------------------------ failures
