@@ -2421,6 +2421,11 @@ class VQATrainer(Trainer):
             raise Interrupted(self.stop_signal.signum)
         return super().prediction_step(model, inputs, *args, **kwargs)
 
+    def _evaluate(self, *args, **kwargs) -> dict[str, float]:
+        """As usual, but drawing nothing from the random states that training goes on with: it may be cut short."""
+        with torch.random.fork_rng():
+            return super()._evaluate(*args, **kwargs)
+
     def _get_grad_norm(self, model: nn.Module, grad_norm=None):
         """As usual; here, before the optimizer steps, loss and gradients must be finite (read from the GPU once)."""
         norm = super()._get_grad_norm(model, grad_norm)

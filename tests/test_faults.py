@@ -31,7 +31,7 @@ RUN = (
     *("--logging_steps", "2", "--save_strategy", "steps", "--save_steps", "100"),
 )
 EVALUATION = ("--eval_data_path", str(FIXTURES / "smoke.jsonl"), "--max_eval_samples", "2", "--eval_strategy", "steps",
-              "--eval_steps", "3", "--max_eval_frames", "2")  # fmt: skip
+              "--eval_steps", "3", "--per_device_eval_batch_size", "1", "--max_eval_frames", "2")  # fmt: skip
 RESUME = ("--resume_from_checkpoint", "True")
 
 
