@@ -37,7 +37,8 @@ class GatheringModel(vqa.SurgicalVQAModel):
 
 def measure(model, tokenizer, dataset, gather: bool, accumulation: int | None, bf16: bool) -> dict:
     """Evaluate `dataset` once; peak GPU memory in GiB, gathered logits in GiB, or the reason why it failed."""
-    vars(model).pop("forward", None)  # the Trainer before left its autocast around this model's forward
+    for left in ("forward", "_original_forward"):  # of the Trainer before: its autocast, and its cast of the outputs
+        vars(model).pop(left, None)
     model.__class__ = GatheringModel if gather else vqa.SurgicalVQAModel
     args = vqa.VQATrainingArguments(
         output_dir="unused",
