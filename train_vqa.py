@@ -1963,6 +1963,11 @@ class VQATrainer(Trainer):
         with self.reading(f"{checkpoint}: optimizer.pt or scheduler.pt"):
             super()._load_optimizer_and_scheduler(checkpoint)
 
+    def _load_scaler(self, checkpoint: str | None) -> None:
+        if getattr(self.accelerator, "scaler", None) is not None:
+            with self.reading(f"{checkpoint}: scaler.pt"):
+                super()._load_scaler(checkpoint)
+
     def _load_rng_state(self, checkpoint: str | None) -> None:
         with self.reading(f"{checkpoint}: rng_state.pth"):
             super()._load_rng_state(checkpoint)
