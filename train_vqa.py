@@ -2360,12 +2360,14 @@ class VQATrainer(Trainer):
     Args:
         tokenizer: saved with every checkpoint. (As `processing_class` it would overwrite the model's turn-end ids.)
         settings: from `resolved_settings`.
-        stop_signal: says when to stop.
+        stop_signal: says when to stop. None: never.
     """
 
-    def __init__(self, *args, tokenizer: PreTrainedTokenizerBase, settings: dict, stop_signal: StopSignal, **kwargs):
+    def __init__(
+        self, *args, tokenizer: PreTrainedTokenizerBase, settings: dict, stop_signal: StopSignal | None = None, **kwargs
+    ):
         super().__init__(*args, **kwargs)
-        self.settings, self.stop_signal = settings, stop_signal
+        self.settings, self.stop_signal = settings, stop_signal or StopSignal()
         with tempfile.TemporaryDirectory() as folder:
             tokenizer.save_pretrained(folder)
             self.tokenizer_files = {path.name: path.read_bytes() for path in Path(folder).iterdir()}
@@ -2409,14 +2411,14 @@ class VQATrainer(Trainer):
 
     def training_step(self, model: nn.Module, inputs: dict, num_items_in_batch=None) -> torch.Tensor:
         """As usual, keeping which rows and how many tokens the batch has, and its loss."""
-        self.batches.append((inputs.pop("rows"), inputs["input_ids"].shape[1]))
+        self.batches.append((inputs.pop("rows", []), inputs["input_ids"].shape[1]))
         loss = super().training_step(model, inputs, num_items_in_batch)
         self.losses.append(loss)
         return loss
 
     def prediction_step(self, model: nn.Module, inputs: dict, *args, **kwargs):
         """As usual, without the numbers of the rows; a signal ends the evaluation."""
-        self.batches = [(inputs.pop("rows"), inputs["input_ids"].shape[1])]
+        self.batches = [(inputs.pop("rows", []), inputs["input_ids"].shape[1])]
         if self.stop_signal.signum:
             raise Interrupted(self.stop_signal.signum)
         return super().prediction_step(model, inputs, *args, **kwargs)
@@ -2636,6 +2638,11 @@ class VQATrainer(Trainer):
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         with self.reading(f"{checkpoint}: optimizer.pt or scheduler.pt"):
             super()._load_optimizer_and_scheduler(checkpoint)
+
+    def _load_scaler(self, checkpoint: str | None) -> None:
+        if getattr(self.accelerator, "scaler", None) is not None:
+            with self.reading(f"{checkpoint}: scaler.pt"):
+                super()._load_scaler(checkpoint)
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         with self.reading(f"{checkpoint}: rng_state.pth"):
