@@ -13,6 +13,8 @@ import argparse
 import gc
 import json
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -35,33 +37,34 @@ class GatheringModel(vqa.SurgicalVQAModel):
         return output
 
 
-def measure(model, tokenizer, dataset, gather: bool, accumulation: int | None, bf16: bool) -> dict:
-    """Evaluate `dataset` once; peak GPU memory in GiB, gathered logits in GiB, or the reason why it failed."""
-    for left in ("forward", "_original_forward"):  # of the Trainer before: its autocast, and its cast of the outputs
-        vars(model).pop(left, None)
+def measure(build: Callable, dataset, collator, gather: bool, accumulation: int | None) -> dict:
+    """Evaluate `dataset` once; peak GPU memory in GiB, gathered logits in GiB, or the reason why it failed.
+
+    The model is a new one from `build` each time: a Trainer leaves its autocast and its cast of the outputs on it.
+    """
+    cuda = torch.cuda.is_available()
+    model = build()
     model.__class__ = GatheringModel if gather else vqa.SurgicalVQAModel
     args = vqa.VQATrainingArguments(
         output_dir="unused",
-        bf16=bf16,
-        use_cpu=not torch.cuda.is_available(),
+        bf16=cuda,
+        use_cpu=not cuda,
         per_device_eval_batch_size=1,
         eval_accumulation_steps=accumulation,
         report_to="none",
         disable_tqdm=True,
     )
     args.prediction_loss_only = not gather
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+    if cuda:
         torch.cuda.reset_peak_memory_stats()
     result = {"gather": gather, "accumulation": accumulation, "frames": dataset.max_eval_frames, "rows": len(dataset)}
     try:
-        output = Trainer(model=model, args=args, data_collator=vqa.VQACollator(tokenizer.pad_token_id)).predict(dataset)
+        output = Trainer(model=model, args=args, data_collator=collator).predict(dataset)
         result["loss"] = output.metrics["test_loss"]
         result["gathered_gib"] = 0.0 if output.predictions is None else output.predictions.nbytes / 2**30
     except torch.OutOfMemoryError as error:
         result["out_of_memory"] = str(error).split(". ")[0]
-    if torch.cuda.is_available():
+    if cuda:
         result["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
     return result
 
@@ -83,8 +86,9 @@ def main() -> None:
     device, dtype = ("cuda", torch.bfloat16) if cuda else ("cpu", torch.float32)
     rows = vqa.load_rows(args.data_path, args.frames_dir, args.audio_dir, args.rows)
     tokenizer = vqa.load_tokenizer(args.model_name_or_path)
-    model = vqa.load_model(args.model_name_or_path, tokenizer, init="random", dtype=dtype, device=device)
-    processor = vqa.VQAProcessor(tokenizer, model.config)
+    build = partial(vqa.load_model, args.model_name_or_path, tokenizer, init="random", dtype=dtype, device=device)
+    processor = vqa.VQAProcessor(tokenizer, vqa.load_config(args.model_name_or_path))
+    collator = vqa.VQACollator(tokenizer.pad_token_id)
     measurements = []
     print(f"{'evaluation':42} {'frames':>6} {'peak GiB':>9} {'logits GiB':>10}  fits {args.card_gib} GiB")
     for frames in args.frames:
@@ -94,7 +98,10 @@ def main() -> None:
             ("plain Trainer, --eval_accumulation_steps 4", True, 4),
             ("ours, loss at answer positions only", False, None),
         ):
-            result = {"name": name, **measure(model, tokenizer, dataset, gather, accumulation, cuda)}
+            result = {"name": name, **measure(build, dataset, collator, gather, accumulation)}
+            gc.collect()  # the Trainer and its model hold each other
+            if cuda:
+                torch.cuda.empty_cache()
             measurements.append(result)
             peak = result.get("peak_gib")
             gathered = "out of memory" if "out_of_memory" in result else f"{result['gathered_gib']:.3f}"
