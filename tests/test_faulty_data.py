@@ -1,5 +1,6 @@
 """Damaged, hostile and unusual data: decoded right, or refused by name before any weight is loaded."""
 
+import gc
 import json
 import os
 import struct
@@ -296,14 +297,17 @@ def test_memory_of_many_rows(tmp_path, monkeypatch):
                 os.link(frame, tmp_path / f"frames/vid-01/{name}.png")
             os.link(speech, tmp_path / f"audio/vid-01_qa_{i:06}.wav")
             out.write(json.dumps({**row, "id": f"qa_{i:06}", "video_id": "vid-01", "frames": frames}) + "\n")
-    peaks = []
+    kept = []
     for limit in (1, count // 2, count):  # the first one loads what Python loads late
         tracemalloc.start()
         rows = vqa.load_rows(tmp_path / "rows.jsonl", tmp_path / "frames", tmp_path / "audio", limit)
-        peaks.append(tracemalloc.get_traced_memory()[1])
+        gc.collect()
+        now, peak = tracemalloc.get_traced_memory()
         tracemalloc.stop()
         assert len(rows) == limit
-    assert (peaks[2] - peaks[1]) / (count / 2) < 2048
+        assert peak - now < 16 * 2**20  # what the files being decoded take, however many there are
+        kept.append(now)
+    assert (kept[2] - kept[1]) / (count / 2) < 2048
 
 
 # --------------------------------------------------------------------------------------------------------------- flags
