@@ -22,6 +22,7 @@ Exit status: 0 all rows answered, 1 some rows failed (they count as wrong), 2 no
 """
 
 import argparse
+import codecs
 import contextlib
 import copy
 import fcntl
@@ -107,6 +108,7 @@ def read_jsonl(path: str | Path) -> Iterator[tuple[int, Row]]:
     """
     with open(path, "rb") as file:
         for number, line in enumerate(file, start=1):
+            line = line.removeprefix(codecs.BOM_UTF8 if number == 1 else b"")  # the mark that Windows sets
             if not line.strip():
                 continue
             try:
@@ -1442,6 +1444,11 @@ def read_subject(args: argparse.Namespace, device_type: str) -> Subject:
     if folder:
         if (folder / "adapter_config.json").is_file():
             adapter, settings = folder, vqa.load_settings(folder)
+            damage = vqa.find_damage(folder)
+            if damage and (folder / vqa.MANIFEST_FILE).is_file():
+                raise InputError(f"--checkpoint_path {folder}: {damage}; take a whole checkpoint-N")
+            if damage:
+                print(f"   {folder}: {damage}, or it is not from train_vqa.py; its files were not compared")
         elif not (folder / "config.json").is_file():
             inside = ", ".join(sorted(path.name for path in folder.glob("checkpoint-*")))
             raise InputError(
@@ -1823,7 +1830,7 @@ def _generate(args: argparse.Namespace) -> int:
     sha256_once.cache_clear()
     target = summary_path(args.output_file)
     vqa.limit_gpu_memory(args.gpu_memory_limit_gib or None)
-    device = torch.accelerator.current_accelerator() or torch.device("cpu")
+    device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     subject = read_subject(args, device.type)
     main_arm = subject.input_mode
     modes = {arm: arm if arm in INPUT_MODES else main_arm for arm in (main_arm, *(args.arms or ()))}
@@ -1934,6 +1941,7 @@ def run_fingerprint(args: argparse.Namespace, subject: Subject, inputs: ArmInput
         "input_mode": inputs.processor.input_mode,
         "base_fingerprint": identity,
         "adapter_sha256": subject.adapter and sha256_once(subject.adapter / "adapter_model.safetensors"),
+        "adapter_config_sha256": subject.adapter and sha256_once(subject.adapter / "adapter_config.json"),
         "dtype": subject.dtype,
         "attn_implementation": subject.attn_implementation,
         "eval_data_sha256": sha256_once(Path(args.eval_data_path)),
@@ -2088,7 +2096,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--batch_size",
         type=_at_least(1),
         default=8,
-        help="samples answered at a time; costs memory, changes no answer",
+        help="samples answered at a time; costs memory; in bfloat16 a near tie may tip to another answer",
     )
     answers.add_argument("--max_new_tokens", type=_at_least(1), default=32, help="tokens after which an answer is cut")
     answers.add_argument(

@@ -363,7 +363,7 @@ def parse_arguments(argv: Sequence[str]) -> tuple[ModelArguments, DataArguments,
     parser = HfArgumentParser(
         (ModelArguments, DataArguments, VQATrainingArguments), allow_abbrev=False, description=__doc__.split("\n\n")[0]
     )
-    given = {a.split("=")[0] for a in argv if a.startswith("--")}
+    given = {"--" + a[2:].split("=")[0].replace("-", "_") for a in argv if a.startswith("--")}  # either spelling
     parser.parse_args(argv)  # unknown flags: usage and status 2; transformers would raise
     if not torch.accelerator.is_available() and "--use_cpu" not in given:
         print("No accelerator found: training on the CPU (use_cpu).")
@@ -2038,7 +2038,9 @@ def check_base(model: SurgicalVQAModel, adapter: Path) -> None:
         print(f"   {adapter} has no {SETTINGS_FILE}: nothing says which base it was trained on, so none was compared")
         return
     trained_on, found = load_settings(adapter)["model"], fingerprint(model)
-    if trained_on.get("base_fingerprint") not in (None, found):
+    if trained_on.get("base_fingerprint") is None:
+        print(f"   {adapter}: its {SETTINGS_FILE} has no base_fingerprint, so no base was compared")
+    elif trained_on["base_fingerprint"] != found:
         base = f"its base was {trained_on['model_name_or_path']}, name it with --model_name_or_path"
         if trained_on.get("init") == "random":
             base = (
@@ -2338,15 +2340,24 @@ def find_checkpoint(args: VQATrainingArguments) -> Path | None:
 
 
 def refuse_other_settings(checkpoint: Path, settings: dict) -> None:
-    """VQAError where a run would go on from a checkpoint of another model, input or LoRA shape."""
+    """VQAError where a run would go on from a checkpoint of another model, input, LoRA shape, schedule or data.
+
+    The optimizer's state brings its learning rate along, so that another --learning_rate would be passed over.
+    """
     stored = load_settings(checkpoint)
+    fixed = {
+        **{part: settings[part].keys() - {"max_eval_frames"} for part in ("model", "input", "lora")},
+        "training": {"learning_rate", "lr_scheduler_type", "optim", "weight_decay", "seed"}
+        | {"per_device_train_batch_size", "gradient_accumulation_steps"},
+        "data": {"train_data_path", "max_train_samples"},
+    }
     raise_problems(
         [
-            f"{checkpoint}: was trained with {name} {stored.get(part, {}).get(name)!r}, this run has {value!r}; "
-            "go on with the same flags, or start another run"
-            for part in ("model", "input", "lora")
-            for name, value in settings[part].items()
-            if stored.get(part, {}).get(name) != value and name != "max_eval_frames"  # training does not use it
+            f"{checkpoint}: was trained with {name} {stored.get(part, {}).get(name)!r}, this run has "
+            f"{settings[part][name]!r}; go on with the same flags, or start another run"
+            for part, names in fixed.items()
+            for name in sorted(names)
+            if stored.get(part, {}).get(name) != settings[part][name]
         ]
     )
 
@@ -2443,7 +2454,8 @@ class VQATrainer(Trainer):
             last = f"{self.args.output_dir}/checkpoint-{self.saved_step}" if self.saved_step >= 0 else "none"
             raise VQAError(
                 f"step {self.state.global_step + 1}: {what} with {keys}; stopped before the optimizer step, and the "
-                f"last checkpoint ({last}) is from before; look at these samples, or lower --learning_rate"
+                f"last checkpoint ({last}) is from before; look at these samples, or start another run "
+                "with a lower --learning_rate"
             )
         self.losses, self.batches = [], []
         return norm

@@ -8,6 +8,7 @@
 #
 # Environment: MODEL TRAIN_DATA EVAL_DATA FRAMES_DIR AUDIO_DIR EVAL_AUDIO_DIR OUTPUT_DIR RESULTS PYTHON
 set -euo pipefail
+shopt -s inherit_errexit  # or an install that fails inside $(find_python) would pass
 
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 
@@ -69,6 +70,21 @@ flag_value() {
     echo "$value"
 }
 
+# Whether the switch $1 is on in the remaining arguments: alone or with a value, the last one counts.
+switched_on() {
+    local flag=$1 value=False
+    shift
+    while [ $# -gt 0 ]; do
+        case $1 in
+            "$flag") case ${2-} in "" | -*) value=True ;; *) value=$2 ;; esac ;;
+            "$flag="*) value=${1#*=} ;;
+        esac
+        shift
+    done
+    case ${value,,} in yes | true | t | y | 1) return 0 ;; esac
+    return 1
+}
+
 case ${1-} in
     --python)
         find_python "$here/requirements.txt" "${@:2}"
@@ -105,6 +121,18 @@ case ${1-} in
         ;;
 esac
 
+# train_vqa.py takes --output-dir for --output_dir; the flags that are read below have one spelling.
+given=()
+for flag in "$@"; do
+    case $flag in
+        --*)
+            name=${flag%%=*}
+            flag=--$(tr - _ <<<"${name#--}")${flag#"$name"}
+            ;;
+    esac
+    given+=("$flag")
+done
+
 flags=(
     --train_data_path "${TRAIN_DATA:-test_set/in_002-001.jsonl}"
     --eval_data_path "${EVAL_DATA:-test_set/out_002-001.jsonl}"
@@ -113,18 +141,22 @@ flags=(
     --eval_audio_dir "${EVAL_AUDIO_DIR:-audio/out_002-001}"
     --output_dir "${OUTPUT_DIR:-./checkpoints/surgical_vqa_50samples}"
     ${MODEL:+--model_name_or_path "$MODEL"}
-    "${settings[@]}" "$@"
+    "${settings[@]}" ${given[@]+"${given[@]}"}
 )
 python=$(find_python "$here/requirements.txt")
 "$python" "$here/train_vqa.py" "${flags[@]}"
 
-if [ "$(flag_value --dry_run False "${flags[@]/%--dry_run/--dry_run=True}")" != False ]; then exit; fi
+for flag in "$@"; do case $flag in -h | --help) exit ;; esac; done
+if switched_on --dry_run "${flags[@]}" || switched_on --check_data "${flags[@]}"; then exit; fi
 
 results=${RESULTS:-results/eval_out.jsonl}
 limit=$(flag_value --gpu_memory_limit_gib "" "${flags[@]}")
 evaluation=(--overwrite)  # what was trained just now answers; rows of an earlier training would be refused
-if [ "$(flag_value --allow_symlinks False "${flags[@]/%--allow_symlinks/--allow_symlinks=True}")" != False ]; then
-    evaluation+=(--allow_symlinks)
+if switched_on --allow_symlinks "${flags[@]}"; then evaluation+=(--allow_symlinks); fi
+if switched_on --skip_bad_samples "${flags[@]}"; then
+    evaluation+=(--allow_errors)  # what training left out is counted as wrong
+else
+    evaluation+=(--train_data_path "$(flag_value --train_data_path "" "${flags[@]}")")
 fi
 "$python" "$here/evaluate_checkpoint.py" \
     --checkpoint_path "$(flag_value --output_dir "" "${flags[@]}")" \

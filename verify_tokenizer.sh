@@ -7,7 +7,7 @@ set -euo pipefail
 
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 python=$(bash "$here/train_with_eval_FINAL.sh" --python)
-PYTHONPATH=$here "$python" - "$@" <<'PY'
+PYTHONPATH=$here${PYTHONPATH:+:$PYTHONPATH} "$python" - "$@" <<'PY'
 import sys
 
 from transformers import AutoTokenizer
