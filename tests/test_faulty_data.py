@@ -299,7 +299,7 @@ def test_memory_of_many_rows(tmp_path, monkeypatch):
             out.write(json.dumps({**row, "id": f"qa_{i:06}", "video_id": "vid-01", "frames": frames}) + "\n")
 
     def kept(limit):
-        """Bytes that reading `limit` rows leaves behind. A decoder's buffer may outlive it once, so the least of three."""
+        """Bytes that reading `limit` rows leaves behind: the least of three, as a decoder may keep a buffer once."""
         sizes = []
         for _ in range(3):
             tracemalloc.start()
