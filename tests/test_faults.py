@@ -87,10 +87,12 @@ TERM, INT, HUP = vqa.STOP_SIGNALS
     ("method", "count", "signals", "step"),
     [
         ("training_step", 3, [TERM], 2),  # the first micro-batch of the second step
-        ("training_step", 5, [INT], 3),  # the last of an epoch, whose evaluation and log are due
+        pytest.param(
+            "training_step", 5, [INT], 3, marks=pytest.mark.slow
+        ),  # of an epoch the last, with all that is due
         ("prediction_step", 2, [HUP], 3),  # in the middle of the evaluation after the third step
-        ("_save", 1, [TERM, TERM], 2),  # while checkpoint-2 is being written, twice
-        ("training_step", 10, [TERM], 6),  # the last step of all
+        pytest.param("_save", 1, [TERM, TERM], 2, marks=pytest.mark.slow),  # while checkpoint-2 is being written, twice
+        pytest.param("training_step", 10, [TERM], 6, marks=pytest.mark.slow),  # the last step of all
     ],
 )
 def test_stopped_by_a_signal_and_gone_on_is_the_same_bit_for_bit(

@@ -284,7 +284,7 @@ def test_a_cache_folder_that_cannot_be_written_does_no_harm(data, decoded, tmp_p
 def test_memory_of_many_rows(tmp_path, monkeypatch):
     """No more than 2 kB a row, the rows themselves included, with eight frames of its own for each."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    count, frame, speech = 400, tmp_path / "f.png", tmp_path / "s.wav"
+    count, frame, speech = 200, tmp_path / "f.png", tmp_path / "s.wav"
     Image.new("RGB", (4, 4)).save(frame)
     soundfile.write(speech, TONE, 16000)
     (tmp_path / "frames/vid-01").mkdir(parents=True)
