@@ -47,6 +47,7 @@ def choice(smoke, tmp_path):
     return run
 
 
+@pytest.mark.slow
 def test_smoke_ends_with_five_of_five(smoke):
     folder, printed = smoke
     lines = printed.splitlines()
@@ -61,6 +62,7 @@ def test_smoke_ends_with_five_of_five(smoke):
     assert (folder / "checkpoints" / "smoke" / "adapter_model.safetensors").is_file()
 
 
+@pytest.mark.slow
 def test_with_the_speech_of_the_rows_exchanged_the_answers_go(choice, rows, tmp_path):
     """Row i hears the question of row i + 1; a model that does not listen would still score 5."""
     (tmp_path / "audio").mkdir()
@@ -70,6 +72,7 @@ def test_with_the_speech_of_the_rows_exchanged_the_answers_go(choice, rows, tmp_
     assert choice(audio=tmp_path / "audio")["audio"] <= 2
 
 
+@pytest.mark.slow
 def test_the_arms_show_that_it_hears_and_sees(choice):
     right = choice("--arms", "audio,mismatched_audio,black_frames")
     assert right["audio"] == 5
