@@ -2790,11 +2790,8 @@ def read_data(args: DataArguments) -> tuple[list[VQARow], list[VQARow], list[str
             print(f"{path}: {len(rows)} good rows ({clips} clips, {types} types, {len(media)} files), {bad} bad")
         loaded.append(rows)
         problems += found
-    if not args.skip_bad_samples:
-        raise_problems([*problems, *find_shared_speech(row for rows in loaded for row in rows)])
-    raise_problems(
-        find_shared_speech(row for rows in loaded for row in rows)
-    )  # which of the two is wrong, none can say
+    shared = find_shared_speech(row for rows in loaded for row in rows)  # never left out: none can say which is wrong
+    raise_problems(shared if args.skip_bad_samples else [*problems, *shared])
     skipped = [str(problem) for problem in problems]
     if skipped:
         print("\n".join([f"Leaving out bad rows ({len(skipped)} problems, --skip_bad_samples):", *skipped]))
