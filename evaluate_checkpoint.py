@@ -1444,11 +1444,6 @@ def read_subject(args: argparse.Namespace, device_type: str) -> Subject:
     if folder:
         if (folder / "adapter_config.json").is_file():
             adapter, settings = folder, vqa.load_settings(folder)
-            damage = vqa.find_damage(folder)
-            if damage and (folder / vqa.MANIFEST_FILE).is_file():
-                raise InputError(f"--checkpoint_path {folder}: {damage}; take a whole checkpoint-N")
-            if damage:
-                print(f"   {folder}: {damage}, or it is not from train_vqa.py; its files were not compared")
         elif not (folder / "config.json").is_file():
             inside = ", ".join(sorted(path.name for path in folder.glob("checkpoint-*")))
             raise InputError(
@@ -1460,7 +1455,13 @@ def read_subject(args: argparse.Namespace, device_type: str) -> Subject:
         else:
             base = str(folder)
             settings = vqa.load_settings(folder) if (folder / vqa.SETTINGS_FILE).is_file() else {}
-    # A merged model has weights of its own, however the base that it was made from came about.
+        listed = (folder / vqa.MANIFEST_FILE).is_file()  # a merged model has no list of its files
+        damage = vqa.find_damage(folder) if adapter or listed else None
+        if damage and listed:
+            raise InputError(f"--checkpoint_path {folder}: {damage}; take a whole checkpoint-N")
+        if damage:
+            print(f"   {folder}: {damage}, or it is not from train_vqa.py; its files were not compared")
+    # A whole model has weights of its own, however the base that it was made from came about.
     model, inputs = settings.get("model", {}) if adapter else {}, settings.get("input", {})
     if folder and args.init not in (None, model.get("init", "pretrained")):
         raise InputError(f"--init {args.init}: {folder} was not trained so; leave the flag out")
@@ -1524,8 +1525,9 @@ def load_subject(subject: Subject, device: Any) -> tuple[Any, Any, str]:
     if subject.adapter:
         model = vqa.load_adapter(model, subject.adapter, allow_pickle=options["allow_pickle"]).get_base_model()
     model = model.to(device).eval()
-    if subject.dtype != subject.base_dtype:
-        for weight in model.parameters():  # not `model.to(dtype)`: it would round the rotary frequencies as well
+    answering = [model] if subject.dtype != subject.base_dtype else [model.model.visual, model.audio_encoder]
+    for part in answering:  # towers that were trained come in float32, which only their training needs
+        for weight in part.parameters():  # not `model.to(dtype)`: it would round the rotary frequencies as well
             if weight.is_floating_point():  # and not what is kept in 4 bits
                 weight.data = weight.data.to(getattr(torch, subject.dtype))
     print(f"✓ Model loaded in full {precision}", flush=True)
@@ -1936,12 +1938,17 @@ def find_and_check_media(rows: Iterable[Any], args: argparse.Namespace, by_ear: 
 
 def run_fingerprint(args: argparse.Namespace, subject: Subject, inputs: ArmInputs, identity: str) -> Row:
     """What the answers of an arm depend on, as flat JSON: rows made with other values are never mixed with them."""
+    import train_vqa as vqa
+
+    listed = Path(subject.base) / vqa.MANIFEST_FILE  # of a whole model that was trained
     return {
         "arm": inputs.arm,
         "input_mode": inputs.processor.input_mode,
         "base_fingerprint": identity,
         "adapter_sha256": subject.adapter and sha256_once(subject.adapter / "adapter_model.safetensors"),
         "adapter_config_sha256": subject.adapter and sha256_once(subject.adapter / "adapter_config.json"),
+        # The fingerprint samples the weights: too few to tell neighbouring checkpoints of a whole model apart.
+        "manifest_sha256": sha256_once(listed) if listed.is_file() else None,
         "dtype": subject.dtype,
         "attn_implementation": subject.attn_implementation,
         "eval_data_sha256": sha256_once(Path(args.eval_data_path)),

@@ -13,27 +13,19 @@ import os
 import shutil
 import signal
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
+from peft.utils import ModulesToSaveWrapper
 from PIL import Image
-from safetensors.torch import save_file
 
 import train_vqa as vqa
 
-SHARD_BYTES = 5 * 10**9  # what transformers wrote for years, and the hub is at ease with
 SPARE_BYTES = 2**26  # config, tokenizer and headers
-# Files of the base that other programs ask for and this project does not; none of them holds weights or code.
-COPIED_FILES = (
-    "preprocessor_config.json",
-    "video_preprocessor_config.json",
-    "chat_template.json",
-    "chat_template.jinja",
-)
 
 
 def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
@@ -65,8 +57,11 @@ def fold_adapter(model: PeftModel) -> vqa.SurgicalVQAModel:
                 weight = layer.base_layer.weight
                 weight.copy_(weight.float() + layer.scaling["default"] * update)
                 base.set_submodule(name, layer.base_layer)
-        base.audio_projector.original_module.weight.copy_(base.audio_projector.modules_to_save["default"].weight)
-    base.audio_projector = base.audio_projector.original_module
+            elif isinstance(layer, ModulesToSaveWrapper):  # the projector, and towers that were trained
+                trained = dict(layer.modules_to_save["default"].named_parameters())
+                for part, weight in layer.original_module.named_parameters():
+                    weight.copy_(trained[part])
+                base.set_submodule(name, layer.original_module)
     return base.requires_grad_(False).eval()
 
 
@@ -87,46 +82,6 @@ def sample_logits(model: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> to
     """Logits of the last 16 positions of the sample, float32 on the CPU [16, vocabulary]."""
     with torch.no_grad():
         return model(**inputs, logits_to_keep=16).logits[0].float().cpu()
-
-
-def shards(weights: dict[str, torch.Tensor]) -> Iterator[dict[str, torch.Tensor]]:
-    """`weights` in groups of at most SHARD_BYTES; one that is larger stands alone."""
-    group, size = {}, 0
-    for name, tensor in weights.items():
-        if group and size + tensor.nbytes > SHARD_BYTES:
-            yield group
-            group, size = {}, 0
-        group[name] = tensor.detach()
-        size += tensor.nbytes
-    yield group
-
-
-def write_weights(weights: dict[str, torch.Tensor], folder: Path) -> None:
-    """Write safetensors shards and their index; of weights on a GPU, one shard at a time lies in RAM."""
-    groups = list(shards(weights))
-    weight_map = {}
-    for number, group in enumerate(groups, start=1):
-        file = folder / f"model-{number:05d}-of-{len(groups):05d}.safetensors"
-        save_file({name: tensor.cpu().contiguous() for name, tensor in group.items()}, file, metadata={"format": "pt"})
-        file.chmod(folder.stat().st_mode & 0o666)  # safetensors makes files that only their owner may read
-        weight_map |= dict.fromkeys(group, file.name)
-        print(f"   {file.name}: {len(group)} tensors, {file.stat().st_size / 1e9:.2f} GB")
-    total = sum(tensor.nbytes for group in groups for tensor in group.values())
-    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-
-
-def write_description(model: vqa.SurgicalVQAModel, tokenizer, base: Path, folder: Path) -> None:
-    """Write config, generation config, tokenizer and processor files; those of `base` where it has them."""
-    model.config.architectures = ["Qwen2VLForConditionalGeneration"]
-    model.config.save_pretrained(folder)
-    model.generation_config.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    vqa.VQAProcessor(tokenizer, model.config).image_processor.save_pretrained(folder)
-    for name in COPIED_FILES:
-        if (base / name).is_file():
-            vqa.read_config(base / name) if name.endswith(".json") else None  # refuses one that asks for code
-            shutil.copyfile(base / name, folder / name)
 
 
 def compare(base: torch.Tensor, live: torch.Tensor, merged: torch.Tensor, dtype: torch.dtype) -> str:
@@ -218,8 +173,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     partial.mkdir()
     try:
         print(f"Writing {output}")
-        write_weights(dict(model.named_parameters()), partial)  # a tied head is listed once
-        write_description(model, tokenizer, vqa.resolve_model_dir(args.stage1_model_path), partial)
+        vqa.write_weights(dict(model.named_parameters()), partial, verbose=True)  # a tied head is listed once
+        vqa.write_description(model, tokenizer, vqa.resolve_model_dir(args.stage1_model_path), partial)
         identity = vqa.fingerprint(model)
         if settings:
             write_settings(settings, output, args.dtype, identity, partial)

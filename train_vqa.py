@@ -40,7 +40,7 @@ import typing
 import warnings
 import zlib
 from array import array
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from functools import cache, partial
@@ -148,6 +148,9 @@ AUDIO_CONFIG_FIELDS = (*WHISPER_LARGE_V3_TURBO, "activation_function", "scale_em
 WHISPER_HEAD_SIZE = 64  # channels of one attention head, in every Whisper from tiny to large
 
 ATTENTION_KERNELS = ("sdpa", "eager", "flash_attention_2")
+DECODER_TRAINING = ("lora", "full")
+# How PEFT's modules_to_save call the projector, which is always trained, and the towers, which are on request.
+PROJECTOR, TOWERS = "audio_projector", {"vision_tower": "visual", "audio_encoder": "audio_encoder"}
 # bitsandbytes keeps the statistics of a 4-bit weight as tensors of their own, beside the packed one.
 FOUR_BIT_KEY = re.compile(
     r"(.+)\.(absmax|quant_map|nested_absmax|nested_quant_map|quant_state\.bitsandbytes__(?:nf4|fp4))"
@@ -155,6 +158,12 @@ FOUR_BIT_KEY = re.compile(
 # Pickles that training leaves beside the weights; nobody reads them here.
 NO_WEIGHTS = r"(?:optimizer|scheduler|scaler|training_args|rng_state.*)\.(?:bin|pth?)"
 
+SHARD_BYTES = 5 * 10**9  # what transformers wrote for years, and the hub is at ease with
+# Files of the base that other programs ask for and this project does not; none of them holds weights or code.
+COPIED_FILES = (
+    *("preprocessor_config.json", "video_preprocessor_config.json"),
+    *("chat_template.json", "chat_template.jinja"),
+)
 SETTINGS_FILE = "vqa_settings.json"
 # Fields of an adapter_config.json that `load_adapter` reads, or that show in the names of the adapter's tensors.
 ADAPTER_FIELDS_READ = (
@@ -163,10 +172,12 @@ ADAPTER_FIELDS_READ = (
     *("auto_mapping", "base_model_name_or_path", "revision"),
 )
 NEW_ROWS_FILE = "new_token_rows.safetensors"
-# The files of a checkpoint from which a run goes on: sizes and hashes of the others, and what the loss log has so far.
+ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
+# The files of a checkpoint from which a run goes on, beside the adapter or the whole model: sizes and hashes of all
+# others, and what the loss log has so far.
 MANIFEST_FILE, PROGRESS_FILE = "manifest.json", "vqa_progress.json"
 RESUME_FILES = (
-    *("adapter_config.json", "adapter_model.safetensors", SETTINGS_FILE, PROGRESS_FILE),
+    *(SETTINGS_FILE, PROGRESS_FILE),
     *("optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json"),
 )
 UNFINISHED = "tmp-"  # a save is written under this prefix, and named only once it is whole
@@ -233,14 +244,30 @@ class ModelArguments:
             "choices": list(ATTENTION_KERNELS),
         },
     )
+    train_decoder: str = field(
+        default="lora",
+        metadata={
+            "help": "lora: adapters on the decoder's linear layers. full: all weights of the decoder, its embeddings "
+            "and its head, in float32 (16 bytes a parameter with Adam); what is saved is then a whole model.",
+            "choices": list(DECODER_TRAINING),
+        },
+    )
+    train_vision_tower: bool = field(
+        default=False, metadata={"help": "Train Qwen2-VL's vision tower too, whole and in float32. False: frozen."}
+    )
+    train_audio_encoder: bool = field(
+        default=False,
+        metadata={"help": "Train the speech encoder too, whole and in float32, but for its fixed sinusoids. False: "
+                  "frozen."},
+    )  # fmt: skip
     lora_r: int = field(default=64, metadata={"help": "LoRA rank on the decoder's linear layers."})
     lora_alpha: int = field(default=16, metadata={"help": "LoRA scale: the update is multiplied by alpha / r."})
     lora_dropout: float = field(default=0.05, metadata={"help": "Dropout on the LoRA input during training."})
     checkpoint_every_n: int = field(
         default=1,
         metadata={
-            "help": "Activation checkpointing of the decoder: 1 recomputes every layer (least memory), N every N-th "
-            "layer, 0 none (fastest). The result is the same."
+            "help": "Activation checkpointing of the decoder and of trained towers: 1 recomputes every layer (least "
+            "memory), N every N-th layer, 0 none (fastest). The result is the same."
         },
     )
     gpu_memory_limit_gib: float | None = field(
@@ -385,11 +412,32 @@ def parse_arguments(argv: Sequence[str]) -> tuple[ModelArguments, DataArguments,
         raise VQAError("--eval_strategy needs --eval_data_path: name the questions to evaluate on")
     if model_args.checkpoint_every_n < 0:
         raise VQAError("--checkpoint_every_n must be 0 (none), 1 (every layer) or N (every N-th layer)")
+    refuse_contradictions(model_args, data_args, training_args, given)
     for flag in ("max_train_frames", "max_train_samples", "max_eval_samples"):
         if getattr(data_args, flag) is not None and getattr(data_args, flag) < 1:
             raise VQAError(f"--{flag} must be at least 1; leave it out for all")
     data_args.max_eval_frames = frame_limit(data_args.max_eval_frames)
     return model_args, data_args, training_args
+
+
+def refuse_contradictions(
+    model_args: ModelArguments, data_args: DataArguments, training_args: VQATrainingArguments, given: set[str]
+) -> None:
+    """VQAError where flags on what is trained contradict others; `given` are the flags on the command line."""
+    if model_args.train_audio_encoder and data_args.input_mode == "text":
+        raise VQAError("--train_audio_encoder: with --input_mode text no speech is heard; leave one of them out")
+    if model_args.train_decoder != "full":
+        return
+    idle = sorted(given & {"--lora_r", "--lora_alpha", "--lora_dropout"})
+    if idle:
+        raise VQAError(f"{', '.join(idle)}: --train_decoder full has no adapters; leave it out")
+    if model_args.load_in_4bit:
+        raise VQAError("--load_in_4bit: 4-bit weights cannot be trained; leave it out, or --train_decoder full")
+    if Path(model_args.model_name_or_path).resolve() == Path(training_args.output_dir).resolve():
+        raise VQAError(
+            f"--output_dir {training_args.output_dir}: holds the base model, which the trained one would overwrite; "
+            "name another folder"
+        )
 
 
 def frame_limit(flag: int | None) -> int | None:
@@ -1203,7 +1251,7 @@ class AudioProjector(nn.Linear):
 
 
 class SurgicalVQAModel(Qwen2VLForConditionalGeneration):
-    """Qwen2-VL with a frozen Whisper encoder (`audio_encoder.*`) and a linear bridge (`audio_projector.weight`).
+    """Qwen2-VL with a Whisper encoder (`audio_encoder.*`) and a linear bridge (`audio_projector.weight`).
 
     `<|audio_pad|>` ids stand where the speech goes, as `<|image_pad|>` ids do for the frames, so that ids, token types,
     positions and embeddings have one length and M-RoPE positions come out right.
@@ -1218,20 +1266,25 @@ class SurgicalVQAModel(Qwen2VLForConditionalGeneration):
         self.audio_encoder = WhisperEncoder(audio)
         self.audio_projector = AudioProjector(audio.d_model, config.text_config.hidden_size, bias=False)
         self.stored_rows = config.text_config.vocab_size  # `grow_embeddings` may add rows, which travel with an adapter
+        self.trains_vision, self.trains_audio = False, False  # whether the towers are trained: see `add_lora`
         self.post_init()
 
     def train(self, mode: bool = True) -> "SurgicalVQAModel":
-        """As usual, but the frozen towers stay in evaluation mode."""
+        """As usual, but frozen towers stay in evaluation mode."""
         super().train(mode)
-        self.model.visual.eval()
-        self.audio_encoder.eval()
+        self.model.visual.train(mode and self.trains_vision)
+        self.audio_encoder.train(mode and self.trains_audio)
         return self
 
     def set_checkpointing(self, every_n: int) -> None:
-        """Recompute every `every_n`-th decoder layer in the backward pass; 0: none."""
-        for index, layer in enumerate(self.model.language_model.layers):
-            layer.gradient_checkpointing = every_n > 0 and index % every_n == 0
-            layer._gradient_checkpointing_func = partial(torch.utils.checkpoint.checkpoint, use_reentrant=False)
+        """Recompute every `every_n`-th layer of the decoder and of trained towers in the backward pass; 0: none.
+
+        Layers of frozen towers take the setting without effect: they are in evaluation mode.
+        """
+        for layers in (self.model.language_model.layers, self.model.visual.blocks, self.audio_encoder.layers):
+            for index, layer in enumerate(layers):
+                layer.gradient_checkpointing = every_n > 0 and index % every_n == 0
+                layer._gradient_checkpointing_func = partial(torch.utils.checkpoint.checkpoint, use_reentrant=False)
 
     def embed(
         self,
@@ -1251,12 +1304,14 @@ class SurgicalVQAModel(Qwen2VLForConditionalGeneration):
         if pixel_values is not None:
             kind = "image" if video_grid_thw is None else "video"
             grid = image_grid_thw if video_grid_thw is None else video_grid_thw
-            with torch.no_grad():
-                seen = self.model.visual(pixel_values.to(self.dtype), grid_thw=grid).pooler_output
+            visual = self.model.visual
+            with torch.set_grad_enabled(self.trains_vision and torch.is_grad_enabled()):
+                seen = visual(pixel_values.to(visual.dtype), grid_thw=grid).pooler_output
             embeds = _splice(embeds, input_ids == getattr(self.config, f"{kind}_token_id"), seen, kind)
         if input_features is not None:
-            with torch.no_grad():
-                heard = self.audio_encoder(input_features.to(self.dtype)).last_hidden_state
+            encoder = self.audio_encoder
+            with torch.set_grad_enabled(self.trains_audio and torch.is_grad_enabled()):
+                heard = encoder(input_features.to(encoder.dtype)).last_hidden_state
             if audio_lengths is not None:
                 heard = heard[torch.arange(heard.shape[1], device=heard.device) < audio_lengths[:, None]]
             speech = self.audio_projector(heard.flatten(0, -2))
@@ -1462,6 +1517,7 @@ def load_model(
     audio_encoder: str | Path | None = None,
     load_in_4bit: bool = False,
     allow_pickle: bool = False,
+    compute_dtype: torch.dtype | None = None,
 ) -> SurgicalVQAModel:
     """The base model on `device`, frozen, in evaluation mode, with a row for every token id.
 
@@ -1480,11 +1536,12 @@ def load_model(
         audio_encoder: folder or hub id of a Whisper, for a Qwen2-VL without speech encoder.
         load_in_4bit: keep the decoder's 4-bit weights.
         allow_pickle: read pickled weights where there are no safetensors.
+        compute_dtype: of the products, which autocast decides. None: `dtype`.
 
     Raises:
         VQAError: no weights, or missing, unexpected or mis-shaped tensors.
     """
-    check_attention(attn_implementation, dtype)
+    check_attention(attn_implementation, compute_dtype or dtype)
     config = load_config(model_name_or_path)
     stated, actual = getattr(config, "audio_token_id", None), tokenizer.convert_tokens_to_ids(AUDIO_PAD)
     if stated is not None and stated != actual:
@@ -1907,12 +1964,22 @@ def fingerprint(model: nn.Module, samples: int = 16) -> str:
     return digest.hexdigest()
 
 
-def add_lora(model: SurgicalVQAModel, r: int = 64, alpha: int = 16, dropout: float = 0.05) -> PeftModel:
-    """LoRA on the seven linear layers of every decoder layer; the projector is trained whole, in float32.
+def add_lora(
+    model: SurgicalVQAModel,
+    r: int = 64,
+    alpha: int = 16,
+    dropout: float = 0.05,
+    *,
+    vision_tower: bool = False,
+    audio_encoder: bool = False,
+) -> PeftModel:
+    """LoRA on the seven linear layers of every decoder layer; the projector, and the towers asked for, are trained
+    whole, in float32 copies beside the frozen originals.
 
     Raises:
         RuntimeError: the adapters did not land on exactly those layers.
     """
+    towers = [TOWERS["vision_tower"]] * vision_tower + [TOWERS["audio_encoder"]] * audio_encoder
     config = LoraConfig(
         r=r,
         lora_alpha=alpha,
@@ -1920,7 +1987,7 @@ def add_lora(model: SurgicalVQAModel, r: int = 64, alpha: int = 16, dropout: flo
         bias="none",
         task_type="CAUSAL_LM",
         target_modules=LORA_TARGETS,
-        modules_to_save=["audio_projector"],
+        modules_to_save=[PROJECTOR, *towers],
     )
     peft_model = get_peft_model(model, config)
     adapted = [name for name, _ in peft_model.named_parameters() if name.endswith("lora_A.default.weight")]
@@ -1928,13 +1995,47 @@ def add_lora(model: SurgicalVQAModel, r: int = 64, alpha: int = 16, dropout: flo
     if len(adapted) != expected or not all(".language_model.layers." in name for name in adapted):
         raise RuntimeError(f"LoRA on {len(adapted)} layers, expected {expected} in the decoder alone")
     # A step of 2e-4 is lost in bf16's 8 bits; PEFT keeps its own layers in float32, but not the copies it saves.
-    model.audio_projector.modules_to_save.float()
+    for name in (PROJECTOR, *towers):
+        wrapper = model.model.visual if name == TOWERS["vision_tower"] else getattr(model, name)
+        wrapper.modules_to_save.float()
+    model.trains_vision, model.trains_audio = vision_tower, audio_encoder
+    freeze_sinusoids(model)
     return peft_model
 
 
-def skip_input_casts(peft_model: PeftModel) -> None:
+def train_whole(
+    model: SurgicalVQAModel, dtype: torch.dtype, *, vision_tower: bool = False, audio_encoder: bool = False
+) -> SurgicalVQAModel:
+    """`model`, loaded in float32, with decoder, embeddings, head and projector trainable, and the towers asked for;
+    frozen towers are rounded to `dtype`."""
+    model.requires_grad_(True)
+    model.trains_vision, model.trains_audio = vision_tower, audio_encoder
+    for tower, trained in ((model.model.visual, vision_tower), (model.audio_encoder, audio_encoder)):
+        if not trained:
+            for weight in tower.requires_grad_(False).parameters():  # not `tower.to`: rotary frequencies stay exact
+                weight.data = weight.data.to(dtype)
+    freeze_sinusoids(model)
+    return model
+
+
+def freeze_sinusoids(model: SurgicalVQAModel) -> None:
+    """Whisper's positions are fixed sinusoids; neither PEFT nor `requires_grad_` knows."""
+    model.audio_encoder.embed_positions.requires_grad_(False)
+
+
+def print_trainable_parameters(model: SurgicalVQAModel | PeftModel) -> None:
+    """Print how many parameters are trained, of how many, in PEFT's words also where there is no adapter."""
+    if isinstance(model, PeftModel):
+        model.print_trainable_parameters()
+        return
+    total = sum(p.numel() for p in model.parameters())
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    print(f"trainable params: {trained:,d} || all params: {total:,d} || trainable%: {100 * trained / total:.4f}")
+
+
+def skip_input_casts(model: nn.Module) -> None:
     """Stop PEFT from casting each LoRA input to float32: under autocast, as in training, it is cast back at once."""
-    for module in peft_model.modules():
+    for module in model.modules():
         if isinstance(module, BaseTunerLayer):
             module.cast_input_dtype_enabled = False
 
@@ -1971,6 +2072,60 @@ def load_new_rows(model: SurgicalVQAModel, folder: Path) -> None:
             room.copy_(stored[name])
 
 
+def shards(weights: dict[str, torch.Tensor]) -> Iterator[dict[str, torch.Tensor]]:
+    """`weights` in groups of at most SHARD_BYTES; one that is larger stands alone."""
+    group, size = {}, 0
+    for name, tensor in weights.items():
+        if group and size + tensor.nbytes > SHARD_BYTES:
+            yield group
+            group, size = {}, 0
+        group[name] = tensor.detach()
+        size += tensor.nbytes
+    yield group
+
+
+def write_weights(weights: dict[str, torch.Tensor], folder: Path, verbose: bool = False) -> None:
+    """Write safetensors shards and their index; of weights on a GPU, one shard at a time lies in RAM."""
+    groups = list(shards(weights))
+    weight_map = {}
+    for number, group in enumerate(groups, start=1):
+        file = folder / f"model-{number:05d}-of-{len(groups):05d}.safetensors"
+        save_file({name: tensor.cpu().contiguous() for name, tensor in group.items()}, file, metadata={"format": "pt"})
+        file.chmod(folder.stat().st_mode & 0o666)  # safetensors makes files that only their owner may read
+        weight_map |= dict.fromkeys(group, file.name)
+        if verbose:
+            print(f"   {file.name}: {len(group)} tensors, {file.stat().st_size / 1e9:.2f} GB")
+    total = sum(tensor.nbytes for group in groups for tensor in group.values())
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def write_description(model: SurgicalVQAModel, tokenizer: PreTrainedTokenizerBase, base: Path, folder: Path) -> None:
+    """Write config, generation config, tokenizer and processor files; those of `base` where it has them."""
+    model.config.architectures = ["Qwen2VLForConditionalGeneration"]
+    model.config.save_pretrained(folder)
+    model.generation_config.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    VQAProcessor(tokenizer, model.config).image_processor.save_pretrained(folder)
+    for name in COPIED_FILES:
+        if (base / name).is_file():
+            read_config(base / name) if name.endswith(".json") else None  # refuses one that asks for code
+            shutil.copyfile(base / name, folder / name)
+
+
+def read_whole(model: SurgicalVQAModel, folder: Path) -> None:
+    """Fill `model` in place, each parameter in its own dtype, from a folder that `write_weights` wrote.
+
+    Raises:
+        VQAError: missing, unexpected or mis-shaped tensors, or a torn file.
+    """
+    stored, _ = find_weights(folder)
+    check_fit(model, stored, folder)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(read_tensor(stored[name], parameter.device))
+
+
 def read_adapter_config(path: Path) -> dict:
     """An adapter's config; VQAError where it asks for another computation than plain LoRA."""
     config, plain = read_config(path), LoraConfig()
@@ -1984,6 +2139,13 @@ def read_adapter_config(path: Path) -> dict:
         raise VQAError(
             f"{path}: init_lora_weights {config['init_lora_weights']!r} changed the base as well; merge the adapter "
             "where it was trained, and take the merged model"
+        )
+    known = (PROJECTOR, *TOWERS.values())
+    other = [name for name in config.get("modules_to_save") or () if str(name).rpartition(".")[2] not in known]
+    if other:
+        raise VQAError(
+            f"{path}: modules_to_save names {', '.join(map(str, other))}; this script reads adapters that trained "
+            f"{', '.join(known)} whole, and no other part"
         )
     return config
 
@@ -2072,7 +2234,9 @@ def load_adapter(model: SurgicalVQAModel, path: str | Path, *, allow_pickle: boo
     stored = read_adapter(path, config["r"], allow_pickle)
     check_base(model, path)
     load_new_rows(model, path)
-    peft_model = add_lora(model, config["r"], config["lora_alpha"], config.get("lora_dropout", 0.0))
+    whole = {str(name).rpartition(".")[2] for name in config.get("modules_to_save") or ()}
+    towers = {flag: name in whole for flag, name in TOWERS.items()}
+    peft_model = add_lora(model, config["r"], config["lora_alpha"], config.get("lora_dropout", 0.0), **towers)
     wanted = get_peft_model_state_dict(peft_model, save_embedding_layers=False)
     keys = [key for key, _ in stored.values()]
     unexpected = [key for name, (key, _) in stored.items() if name not in wanted]
@@ -2143,7 +2307,14 @@ def resolved_settings(
             "frame_mode": processor.frame_mode,
             "instruction": INSTRUCTION,
         },
-        "lora": {"r": model_args.lora_r, "alpha": model_args.lora_alpha, "dropout": model_args.lora_dropout},
+        "trained": {
+            "decoder": model_args.train_decoder,
+            "vision_tower": model_args.train_vision_tower,
+            "audio_encoder": model_args.train_audio_encoder,
+        },
+        "lora": {"r": model_args.lora_r, "alpha": model_args.lora_alpha, "dropout": model_args.lora_dropout}
+        if model_args.train_decoder == "lora"
+        else {},
         "tokens": {
             "pad": processor.tokenizer.pad_token_id,
             "audio": processor.audio_id,
@@ -2345,8 +2516,9 @@ def refuse_other_settings(checkpoint: Path, settings: dict) -> None:
     The optimizer's state brings its learning rate along, so that another --learning_rate would be passed over.
     """
     stored = load_settings(checkpoint)
+    stored.setdefault("trained", dict.fromkeys(TOWERS, False) | {"decoder": "lora"})  # there was nothing else once
     fixed = {
-        **{part: settings[part].keys() - {"max_eval_frames"} for part in ("model", "input", "lora")},
+        **{part: settings[part].keys() - {"max_eval_frames"} for part in ("model", "input", "trained", "lora")},
         "training": {"learning_rate", "lr_scheduler_type", "optim", "weight_decay", "seed"}
         | {"per_device_train_batch_size", "gradient_accumulation_steps"},
         "data": {"train_data_path", "max_train_samples"},
@@ -2363,7 +2535,7 @@ def refuse_other_settings(checkpoint: Path, settings: dict) -> None:
 
 
 class VQATrainer(Trainer):
-    """Trainer whose checkpoints hold the adapter, the projector, the tokenizer and the settings, and nothing more.
+    """Trainer whose checkpoints hold the adapter (or without one the whole model), the tokenizer and the settings.
 
     A save is written aside, synced, listed in a manifest and only then named. A run that ended early and went on from
     its last checkpoint is the same, bit for bit on the CPU, as one that did not.
@@ -2379,9 +2551,14 @@ class VQATrainer(Trainer):
     ):
         super().__init__(*args, **kwargs)
         self.settings, self.stop_signal = settings, stop_signal or StopSignal()
+        self.whole = not isinstance(self.model, PeftModel)
         with tempfile.TemporaryDirectory() as folder:
-            tokenizer.save_pretrained(folder)
-            self.tokenizer_files = {path.name: path.read_bytes() for path in Path(folder).iterdir()}
+            if self.whole:
+                base = resolve_model_dir(settings["model"]["model_name_or_path"])
+                write_description(self.model, tokenizer, base, Path(folder))
+            else:
+                tokenizer.save_pretrained(folder)
+            self.small_files = {path.name: path.read_bytes() for path in Path(folder).iterdir()}
         self.add_callback(RunGuard(self))
         self.losses: list[torch.Tensor] = []  # of the accumulation under way
         self.batches: list[tuple[list[int], int]] = []  # its rows, and the tokens of each
@@ -2543,9 +2720,12 @@ class VQATrainer(Trainer):
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         folder = Path(output_dir or self.args.output_dir)
         folder.mkdir(parents=True, exist_ok=True)
-        self.model.save_pretrained(folder, state_dict=state_dict, save_embedding_layers=False)
-        save_new_rows(self.model, folder)
-        for name, content in self.tokenizer_files.items():
+        if self.whole:
+            write_weights(dict(self.model.named_parameters()), folder)  # a tied head is listed once
+        else:
+            self.model.save_pretrained(folder, state_dict=state_dict, save_embedding_layers=False)
+            save_new_rows(self.model, folder)
+        for name, content in self.small_files.items():
             (folder / name).write_bytes(content)
         (folder / SETTINGS_FILE).write_text(json.dumps(self.settings, indent=2) + "\n", encoding="utf-8")
 
@@ -2588,9 +2768,11 @@ class VQATrainer(Trainer):
             super().save_model(str(part), _internal_call=True)
             self.state.save_to_json(str(part / "trainer_state.json"))
             write_manifest(part)
-            (root / MANIFEST_FILE).unlink(missing_ok=True)
+            last = (*(["config.json"] if self.whole else []), MANIFEST_FILE)  # no config, no model: not one of two runs
+            for name in (*last, *((*ADAPTER_FILES, NEW_ROWS_FILE) if self.whole else ())):
+                (root / name).unlink(missing_ok=True)
             sync(root)
-            for path in sorted(part.iterdir(), key=lambda path: path.name == MANIFEST_FILE):
+            for path in sorted(part.iterdir(), key=lambda path: last.index(path.name) if path.name in last else -1):
                 os.replace(path, root / path.name)
             sync(root)
 
@@ -2619,8 +2801,9 @@ class VQATrainer(Trainer):
         """VQAError where the checkpoints of this run, as many as are kept at a time, will not fit on the disk."""
         root, args, state = Path(self.args.output_dir), self.args, self.state
         trained = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
-        rest = sum(map(len, self.tokenizer_files.values())) + 2**16
-        final, self.save_bytes = 4 * trained + rest, 12 * trained + rest  # float32, and Adam's two moments
+        saved = [p.nbytes for p in self.model.parameters() if p.requires_grad or self.whole]
+        final = sum(saved) + sum(map(len, self.small_files.values())) + 2**16
+        self.save_bytes = final + 8 * trained  # Adam's two moments in float32
         each = {"steps": state.save_steps or 1, "epoch": state.max_steps / state.num_train_epochs, "no": math.inf}
         kept = math.ceil(state.max_steps / each.get(args.save_strategy.value, state.max_steps)) or 1
         if (args.save_total_limit or 0) > 0:
@@ -2638,6 +2821,8 @@ class VQATrainer(Trainer):
     # ---- loading: only what is no pickle, or is read as data
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        if self.whole:
+            return read_whole(self.model, Path(resume_from_checkpoint))
         file = Path(resume_from_checkpoint) / "adapter_model.safetensors"
         wanted = get_peft_model_state_dict(self.model, save_embedding_layers=False)
         with self.reading(file):
@@ -2646,6 +2831,9 @@ class VQATrainer(Trainer):
             if shapes != {name: tensor.shape for name, tensor in wanted.items()}:
                 raise ValueError("its tensors are not those of this model")
             set_peft_model_state_dict(self.model, stored)
+
+    def _load_best_model(self) -> None:
+        self._load_from_checkpoint(self.state.best_model_checkpoint)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         with self.reading(f"{checkpoint}: optimizer.pt or scheduler.pt"):
@@ -2828,12 +3016,14 @@ def train(
     precision = "BF16" if training_args.bf16 else "FP32"
     print(f"⏳ Loading merged {precision} model with {kernel or model_args.attn_implementation} attention...")
     tokenizer = load_tokenizer(model_args.model_name_or_path)
+    dtype, whole = torch.bfloat16 if training_args.bf16 else torch.float32, model_args.train_decoder == "full"
     model = load_model(
         model_args.model_name_or_path,
         tokenizer,
         init=model_args.init,
         seed=training_args.seed,
-        dtype=torch.bfloat16 if training_args.bf16 else torch.float32,
+        dtype=torch.float32 if whole else dtype,
+        compute_dtype=dtype,
         device="meta" if data_args.dry_run else training_args.device,
         attn_implementation=model_args.attn_implementation,
         audio_encoder=model_args.audio_encoder,
@@ -2843,15 +3033,21 @@ def train(
     print(f"✓ Model loaded in full {precision}" if not data_args.dry_run else "✓ Model built without weights")
     base_fingerprint = fingerprint(model) if not data_args.dry_run else ""
 
-    # 4. LoRA
-    print("🧠 Adding LoRA Adapters...")
+    # 4. What is trained
+    towers = {flag: getattr(model_args, f"train_{flag}") for flag in TOWERS}
     set_seed(training_args.seed)
-    with torch.device("meta" if data_args.dry_run else training_args.device):
-        peft_model = add_lora(model, model_args.lora_r, model_args.lora_alpha, model_args.lora_dropout)
+    if whole:
+        print("🧠 Training the whole decoder, without LoRA...")
+        trained_model = train_whole(model, dtype, **towers)
+    else:
+        print("🧠 Adding LoRA Adapters...")
+        shape = model_args.lora_r, model_args.lora_alpha, model_args.lora_dropout
+        with torch.device("meta" if data_args.dry_run else training_args.device):
+            trained_model = add_lora(model, *shape, **towers)
     model.set_checkpointing(model_args.checkpoint_every_n)
     if training_args.bf16:
-        skip_input_casts(peft_model)
-    peft_model.print_trainable_parameters()
+        skip_input_casts(trained_model)
+    print_trainable_parameters(trained_model)
 
     # 5. Datasets
     processor = VQAProcessor(
@@ -2886,7 +3082,7 @@ def train(
     memory = PeakMemory()
     stop = StopAtLoss(data_args.target_train_loss) if data_args.target_train_loss is not None else None
     trainer = VQATrainer(
-        model=peft_model,
+        model=trained_model,
         args=training_args,
         train_dataset=train_dataset,
         eval_dataset=eval_dataset,
@@ -2909,7 +3105,8 @@ def train(
         print(trainer.evaluate())
     if memory.gib:
         print("Peak GPU memory: " + ", ".join(f"{phase} {gib:.1f} GiB" for phase, gib in memory.gib.items()))
-    print(f"Saved adapter, projector, tokenizer and {SETTINGS_FILE} to {training_args.output_dir}")
+    what = "the whole model" if whole else "adapter, projector"
+    print(f"Saved {what}, tokenizer and {SETTINGS_FILE} to {training_args.output_dir}")
     if stop and not stop.reached:
         print(f"error: the loss did not fall below --target_train_loss {stop.target}", file=sys.stderr)
         return 1

@@ -53,7 +53,7 @@ def write_old_layout(source: Path, folder: Path, dtype: torch.dtype, device: str
     fill_vocabulary(source, folder)
     tokenizer = vqa.load_tokenizer(folder)
     model = vqa.load_model(folder, tokenizer, init="random", dtype=dtype, device=device)
-    merge.write_weights({old_name(name): p for name, p in model.named_parameters()}, folder)
+    vqa.write_weights({old_name(name): p for name, p in model.named_parameters()}, folder, verbose=True)
     config = json.loads((folder / "config.json").read_text())
     del config["audio_config"]
     (folder / "config.json").write_text(json.dumps(config, indent=2))

@@ -731,7 +731,7 @@ def test_merged_float32_answers_as_the_live_adapter(adapter, fresh, batch, tmp_p
 
 
 def test_merged_bf16_is_rounded_once_and_the_difference_explained(tiny, adapter, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(merge, "SHARD_BYTES", 100_000)
+    monkeypatch.setattr(vqa, "SHARD_BYTES", 100_000)
     stored = vqa.load_settings(adapter)
     base = vqa.load_model(tiny, vqa.load_tokenizer(adapter), init="random", seed=1)
     folder = tmp_path / "adapter"
@@ -764,7 +764,7 @@ def test_without_an_adapter_the_layout_is_converted_bit_for_bit(checkpoint, base
     assert_same_tensors(vqa.load_model(tmp_path / "new/out", tokenizer, dtype=torch.float32), base)
 
 
-@pytest.mark.parametrize("step", ["write_weights", "write_description", "vqa.sync", "check_written"])
+@pytest.mark.parametrize("step", ["vqa.write_weights", "vqa.write_description", "vqa.sync", "check_written"])
 def test_an_interrupted_merge_leaves_nothing_that_looks_finished(adapter, tmp_path, monkeypatch, step):
     seen = []
 
@@ -780,12 +780,12 @@ def test_an_interrupted_merge_leaves_nothing_that_looks_finished(adapter, tmp_pa
 
 
 def test_a_merge_that_reads_back_as_another_model_is_refused(adapter, tmp_path, monkeypatch):
-    def save_spoiled(weights, folder):
+    def save_spoiled(weights, folder, verbose):
         tensors = {name: tensor.detach().clone() for name, tensor in weights.items()}
         tensors["model.language_model.norm.weight"][3] += 1
         save_file(tensors, folder / "model.safetensors")
 
-    monkeypatch.setattr(merge, "write_weights", save_spoiled)
+    monkeypatch.setattr(vqa, "write_weights", save_spoiled)
     with pytest.raises(vqa.VQAError, match="reads back as another model"):
         run_merge(adapter, tmp_path / "out", "--dtype", "float32")
     assert list(tmp_path.iterdir()) == []

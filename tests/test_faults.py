@@ -126,7 +126,7 @@ DAMAGES = {
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-@pytest.mark.parametrize("name", [*vqa.RESUME_FILES, vqa.MANIFEST_FILE])
+@pytest.mark.parametrize("name", [*vqa.RESUME_FILES, *vqa.ADAPTER_FILES, vqa.MANIFEST_FILE])
 def test_a_damaged_checkpoint_is_passed_over_by_name(whole, tmp_path, capsys, name, damage):
     for number in (2, 4):
         shutil.copytree(whole / f"checkpoint-{number}", tmp_path / f"checkpoint-{number}")
