@@ -18,8 +18,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from peft import PeftModel
-from peft.tuners.lora import LoraLayer
 from PIL import Image
 from safetensors.torch import save_file
 
@@ -50,24 +48,6 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, help="of a new projector. None: as the adapter's settings say, else 42")
     parser.add_argument("--allow_pickle", action="store_true", help="read .bin and .pt weights (weights_only=True)")
     return parser.parse_args(argv)
-
-
-def fold_adapter(model: PeftModel) -> vqa.SurgicalVQAModel:
-    """The base with the adapter in its own weights, changed in place, one layer at a time.
-
-    PEFT's `merge_and_unload` adds the update in the dtype of the weight; here the sum is float32 and rounded once.
-    """
-    base = model.get_base_model()
-    with torch.no_grad():
-        for name, layer in list(base.named_modules()):
-            if isinstance(layer, LoraLayer):
-                update = layer.lora_B["default"].weight.float() @ layer.lora_A["default"].weight.float()
-                weight = layer.base_layer.weight
-                weight.copy_(weight.float() + layer.scaling["default"] * update)
-                base.set_submodule(name, layer.base_layer)
-        base.audio_projector.original_module.weight.copy_(base.audio_projector.modules_to_save["default"].weight)
-    base.audio_projector = base.audio_projector.original_module
-    return base.requires_grad_(False).eval()
 
 
 def sample_inputs(model: vqa.SurgicalVQAModel, tokenizer) -> dict[str, torch.Tensor]:
@@ -209,7 +189,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         before = sample_logits(model, inputs)
         peft_model = vqa.load_adapter(model, adapter, allow_pickle=args.allow_pickle)
         live = sample_logits(peft_model, inputs)
-        model = fold_adapter(peft_model)
+        model = vqa.fold_adapter(peft_model)
+        model.audio_projector.to(dtype)  # trained in float32; one checkpoint has one dtype
         del peft_model
     merged = sample_logits(model, inputs)
 
