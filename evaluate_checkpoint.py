@@ -1602,7 +1602,7 @@ class ArmInputs:
         asked = dataclasses.replace(self.rows[index], audio_path=self.speech_path(index), answer="")
         frames = self.frame_paths(index)[: 1 if self.arm == "first_frame" else None]
         try:
-            return self.processor.count_tokens(asked, frames)
+            return self.processor.count_tokens(asked, frames) - 1  # the answer's turn end
         except (OSError, RuntimeError, IndexError, TypeError, vqa.VQAError):
             return math.inf
 
@@ -1726,7 +1726,7 @@ def check_liveness(model: Any, inputs: ArmInputs) -> Row:
 def answer_batch(
     model: Any, samples: Iterable[Row], pad_token_id: int, stop_ids: Sequence[int], max_new_tokens: int
 ) -> list[tuple[list[int], str]]:
-    """Greedy answers of samples: per row the new ids, turn end included, and `eos` or `length`.
+    """Greedy answers of one sample or more: per row the new ids, turn end included, and `eos` or `length`.
 
     The prompts are read a group at a time (`read_prompts`), then all rows go on together, one token a step. Written out
     because `generate` reads a whole batch at once, under a mask that keeps sdpa from its fast kernels.
@@ -1736,8 +1736,6 @@ def answer_batch(
 
     with torch.inference_mode():
         lengths, ids, positions, layers = read_prompts(model, samples, pad_token_id)
-        if not lengths:
-            return []
         cache = DynamicCache()
         for index in range(len(layers)):
             cache.update(*layers[index], index)
@@ -1803,8 +1801,6 @@ def read_prompts(
         positions.append(places[0].gather(1, last)[:, 0] + 1)  # a prompt ends in words: its three positions are one
         caches.append([(layer.keys, layer.values) for layer in output.past_key_values.layers])
         del output
-    if not lengths:
-        return [], None, None, []
 
     def aligned(layer: int, side: int) -> Any:
         parts = [cache[layer][side] for cache in caches]
@@ -1876,24 +1872,23 @@ class Answering:
         """Answers of the samples that are no message; `samples` may be gone through more than once."""
         import torch
 
-        answers, size = [], None
-        while size != 0:
+        answers = []
+        while True:
             sound = (sample for sample in samples if not isinstance(sample, str))
             todo = itertools.islice(sound, len(answers), len(answers) + self.batch_size)
+            first = next(todo, None)
+            if first is None:
+                return answers
             try:
-                more = answer_batch(self.model, todo, *self.decoding)
+                answers += answer_batch(self.model, itertools.chain([first], todo), *self.decoding)
+                continue
             except torch.OutOfMemoryError:
                 if not self.may_halve or self.batch_size == 1:
                     raise
-                more = None
-            if more is None:  # out of the handler, which holds on to the tensors of the failed batch
-                self.batch_size = math.ceil(self.batch_size / 2)
-                torch.cuda.empty_cache()
-                print(f"   The GPU memory is full: going on with batches of {self.batch_size}", flush=True)
-                continue
-            answers += more
-            size = len(more)
-        return answers
+            # Out of the handler, which holds on to the tensors of the failed batch.
+            self.batch_size = math.ceil(self.batch_size / 2)
+            torch.cuda.empty_cache()
+            print(f"   The GPU memory is full: going on with batches of {self.batch_size}", flush=True)
 
 
 def choose_batch_size(model: Any, longest: int, max_new_tokens: int, limit_gib: float) -> int:
