@@ -1567,6 +1567,7 @@ class ArmInputs:
     def __init__(self, arm: str, dataset: Any, heard: Sequence[Any], seed: int):
         self.arm, self.dataset, self.heard, self.seed = arm, dataset, heard, seed
         self.rows, self.processor = dataset.rows, dataset.processor
+        self.batch_size: int | None = None  # rows answered at a time; `answer_arm` sets it
 
     def sample(self, index: int) -> Row | str:
         """Model inputs of a row without a batch dimension, or what is wrong with its media; threads may call it."""
@@ -1999,6 +2000,7 @@ def answer_arm(
                 )
                 answered += 1
                 bar.update()
+            inputs.batch_size = answer.batch_size
     return answered
 
 
@@ -2123,6 +2125,7 @@ def _generate(args: argparse.Namespace) -> int:
     manifest = run_manifest(args, subject, arms[main_arm], fingerprints[main_arm], device)
     manifest["gates"] = moved
     manifest["runtime"] = {"seconds": seconds, "rows_answered": answered, "peak_gpu_memory_gib": peak}
+    manifest["runtime"]["batch_size"] = {arm: inputs.batch_size for arm, inputs in arms.items()}
     summary = summarise(
         annotations,
         scored[main_arm],

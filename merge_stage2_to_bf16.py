@@ -190,7 +190,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         peft_model = vqa.load_adapter(model, adapter, allow_pickle=args.allow_pickle)
         live = sample_logits(peft_model, inputs)
         model = vqa.fold_adapter(peft_model)
-        model.audio_projector.to(dtype)  # trained in float32; one checkpoint has one dtype
+        for weight in model.parameters():  # what was trained whole is float32; one checkpoint has one dtype
+            weight.data = weight.data.to(dtype)
         del peft_model
     merged = sample_logits(model, inputs)
 

@@ -58,6 +58,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import ModulesToSaveWrapper
 from PIL import Image, ImageOps, UnidentifiedImageError
 from PIL import __version__ as PIL_VERSION
 from safetensors import SafetensorError, safe_open
@@ -2120,7 +2121,7 @@ def fold_adapter(model: PeftModel) -> SurgicalVQAModel:
     """The base with the adapter in its own weights, changed in place, one layer at a time.
 
     W + alpha / r * B A is summed in float32 and rounded once, to the dtype of W; PEFT's `merge_and_unload` adds the
-    update in the dtype of the weight. The projector is the trained one, in the dtype that it was trained in.
+    update in the dtype of the weight. What was trained whole keeps the dtype that it was trained in, float32.
     """
     base = model.get_base_model()
     with torch.no_grad():
@@ -2130,7 +2131,8 @@ def fold_adapter(model: PeftModel) -> SurgicalVQAModel:
                 weight = layer.base_layer.weight
                 weight.copy_(weight.float() + layer.scaling["default"] * update)
                 base.set_submodule(name, layer.base_layer)
-    base.audio_projector = base.audio_projector.modules_to_save["default"]
+            elif isinstance(layer, ModulesToSaveWrapper):
+                base.set_submodule(name, layer.modules_to_save["default"])
     return base.requires_grad_(False).eval()
 
 

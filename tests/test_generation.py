@@ -490,6 +490,7 @@ def test_a_batch_that_does_not_fit_is_halved_where_the_size_is_left_to_us(evalua
     assert (status, halved, sizes) == (0, rows, [5, 4, 2, 2, 1])
     assert "   The GPU memory is full: going on with batches of 2\n" in printed
     assert summary["manifest"]["decoding"]["batch_size"] == "auto"
+    assert summary["manifest"]["runtime"]["batch_size"] == {"audio": 2}
 
     def answer_none(*args):
         raise torch.OutOfMemoryError("CUDA out of memory")
@@ -537,13 +538,13 @@ def test_merged_apart_and_in_any_batch_the_answers_are_the_same(evaluate, tmp_pa
             texts[path.name.removeprefix(name)] = {ev.row_key(row): row["predicted_answer"] for row in rows}
         return texts
 
-    _, _, summary, *_ = evaluate(*ALL_ARMS, name="merged")
+    _, _, summary, *_ = evaluate(*ALL_ARMS, "--limit", 3, name="merged")
     assert summary["manifest"]["model"]["adapter_merged"] is True
-    _, _, summary, *_ = evaluate(*ALL_ARMS, "--no_merge", "--batch_size", 1, name="apart")
+    _, _, summary, *_ = evaluate(*ALL_ARMS, "--limit", 3, "--no_merge", "--batch_size", 1, name="apart")
     assert summary["manifest"]["model"]["adapter_merged"] is False
-    evaluate(*ALL_ARMS, "--batch_size", 2, name="pairs")
+    evaluate(*ALL_ARMS, "--limit", 3, "--batch_size", 2, name="pairs")
     merged = answers("merged")
-    assert {len(rows) for rows in merged.values()} == {5}
+    assert {len(rows) for rows in merged.values()} == {3}
     assert len(merged) == 8
     assert answers("apart") == answers("pairs") == merged
 
@@ -833,3 +834,31 @@ def test_ten_kills_at_random_moments_change_nothing(tmp_path, trained, data):
     summaries = [json.loads(path.with_suffix(".summary.json").read_text()) for path in (killed, whole)]
     summaries[0]["arms"]["audio"]["file"] = "whole.jsonl"
     assert without_times(summaries[0]) == without_times(summaries[1])
+
+
+# --------------------------------------------------------------------------------------------------------------- speed
+
+
+def test_the_benchmark_of_speed_runs_every_design(tiny, tmp_path, capsys, monkeypatch):
+    """On the tiny model: all rows are answered with as many tokens as asked for, and counted."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import generate_speed
+
+    flags = ["--model_name_or_path", tiny, "--data_path", DATA[1], "--frames_dir", DATA[3], "--audio_dir", DATA[5]]
+    flags += ["--rows", 7, "--seed_rows", 2, "--max_image_size", 56, "--frames", 2, "--max_new_tokens", 3]
+    generate_speed.main([*map(str, flags), "--output", str(tmp_path / "speed.json"), "--profile", "1"])
+    report = json.loads((tmp_path / "speed.json").read_text())
+    assert report["distinct_rows"] == 5
+    figures = {result["design"]: result for result in report["designs"]}
+    assert {name: (result["rows"], result["new_tokens"]) for name, result in figures.items()} == {
+        "seed": (2, 6),
+        "ours": (7, 21),
+        "fast": (7, 21),
+    }
+    assert figures["seed"]["prompt_tokens"] == figures["ours"]["prompt_tokens"] > figures["fast"]["prompt_tokens"]
+    printed = capsys.readouterr().out
+    assert "## read prompts" in printed
+    assert "of ceiling" in printed
+    with pytest.raises(SystemExit):
+        generate_speed.main([*map(str, flags), "--designs", "plain"])
+    assert "--designs: 'plain' is none of seed, ours, fast" in capsys.readouterr().err
