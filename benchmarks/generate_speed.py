@@ -9,6 +9,10 @@ evaluate_checkpoint.py with its defaults, the adapter folded in, on the same tok
 `audio_tokens speech` and `frame_mode video`. All three on one model in one process, with random weights, so that no
 answer ends by itself: the ids that end a turn are taken away, and every answer has `--max_new_tokens` tokens. Rows are
 repeated under other keys where the data have fewer than `--rows`. Media are decoded ahead in threads in all three.
+
+With `--cache_features` ours and fast are measured three times: encoding as rows come; `cold`, the folder empty and the
+time to fill it counted; and `warm`, everything kept and only the time to answer counted (`filling` says how long it
+took to find out that nothing was lacking, which is once a run, however many rows).
 """
 
 import argparse
@@ -111,8 +115,16 @@ def answer_ours(model, inputs: ev.ArmInputs, annotations: list[dict], args: argp
         return sum(row["n_tokens"] for row in file.done.values())
 
 
-def measure(design: str, model, tokenizer, data: tuple[list[dict], list], args: argparse.Namespace) -> dict:
-    """Answer all rows of `data` in one design; figures of the run."""
+def measure(
+    design: str,
+    model,
+    tokenizer,
+    data: tuple[list[dict], list],
+    args: argparse.Namespace,
+    cache: str = "",
+    folder: str | None = None,
+) -> dict:
+    """Answer all rows of `data` in one design; figures of the run. `cache`: `cold` or `warm`, kept in `folder`."""
     annotations, rows = data
     processor = vqa.VQAProcessor(tokenizer, model.config, args.max_image_size, "audio", *DESIGNS[design])
     dataset = vqa.SurgicalVQADataset(rows, processor, max_eval_frames=args.frames, is_eval=True, with_answer=False)
@@ -134,6 +146,11 @@ def measure(design: str, model, tokenizer, data: tuple[list[dict], list], args: 
         torch.cuda.reset_peak_memory_stats()
     wait_for_gpu()
     clock, start = Clocked(), time.perf_counter()
+    if cache:
+        vqa.fill_feature_cache(model, [inputs], folder)
+    filling = time.perf_counter() - start
+    if cache == "warm":
+        start += filling
     with patch.object(ev, "ahead", clock):
         tokens = answer()
     wait_for_gpu()
@@ -143,11 +160,12 @@ def measure(design: str, model, tokenizer, data: tuple[list[dict], list], args: 
     prompt = sum(inputs.length(index) for index in range(len(rows)))
     decoder = sum(p.numel() for n, p in model.named_parameters() if ".layers." in n and "language_model" in n)
     result = {
-        "design": design,
+        "design": f"{design} {cache}".rstrip(),
         "rows": len(rows),
         "prompt_tokens": prompt / len(rows),
         "new_tokens": tokens,
         "seconds": seconds,
+        "seconds_filling": filling,
         "samples_per_second": len(rows) / seconds,
         "tokens_per_second": (prompt + tokens) / seconds,
         "waiting_for_data": clock.waited / seconds,
@@ -213,6 +231,11 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--max_new_tokens", type=int, default=12, help="tokens of every answer")
     parser.add_argument("--batch_size", type=ev._batch_size, default="auto", help="of ours and fast")
     parser.add_argument("--gpu_memory_limit_gib", type=float, default=0.0, help="hard cap on this process. 0: none")
+    parser.add_argument(
+        "--cache_features",
+        type=Path,
+        help="measure ours and fast with kept features too, cold and warm, in a folder made here and removed",
+    )
     parser.add_argument("--profile", type=int, default=0, help="rows a design answers once more, profiled. 0: none")
     parser.add_argument("--output", type=Path, help="write the figures there as JSON. None: print them alone")
     args = parser.parse_args(argv)
@@ -248,7 +271,13 @@ def main(argv: list[str] | None = None) -> None:
             if design != "seed" and adapted is not None:
                 model, adapted = vqa.fold_adapter(adapted), None
             count = args.seed_rows if design == "seed" else args.rows
-            results.append(measure(design, model, tokenizer, repeated(annotations, rows, count), args))
+            data = repeated(annotations, rows, count)
+            results.append(measure(design, model, tokenizer, data, args))
+            if args.cache_features and design != "seed":
+                args.cache_features.mkdir(parents=True, exist_ok=True)
+                with tempfile.TemporaryDirectory(dir=args.cache_features) as folder:
+                    for state in ("cold", "warm"):
+                        results.append(measure(design, model, tokenizer, data, args, state, folder))
     report = {
         "device": torch.cuda.get_device_name() if cuda else platform.processor() or "cpu",
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
@@ -260,12 +289,25 @@ def main(argv: list[str] | None = None) -> None:
     }
     reference = next((r["samples_per_second"] for r in results if r["design"] == "seed"), None)
     print(f"\n{report['device']}: products of matrices reach {ceiling:.3g} TFLOP/s; {len(rows)} distinct rows")
-    heads = ("design", "rows", "prompt", "samples/s", "x seed", "tokens/s", "of ceiling", "waiting", "GiB", "reserved")
+    heads = (
+        "design",
+        "rows",
+        "prompt",
+        "samples/s",
+        "x seed",
+        "tokens/s",
+        "of ceiling",
+        "waiting",
+        "filling s",
+        "GiB",
+        "reserved",
+    )
     print("".join(f"{head:>11}" for head in heads))
     for r in results:
         cells = [r["design"], r["rows"], f"{r['prompt_tokens']:.0f}", f"{r['samples_per_second']:.3g}"]
         cells += ["-" if reference is None else f"{r['samples_per_second'] / reference:.2f}"]
         cells += [f"{r['tokens_per_second']:.0f}", f"{r['tflops'] / ceiling:.0%}", f"{r['waiting_for_data']:.0%}"]
+        cells += [f"{r['seconds_filling']:.1f}"]
         cells += [f"{r[name]:.1f}" if cuda else "-" for name in ("peak_allocated_gib", "peak_reserved_gib")]
         print("".join(f"{cell:>11}" for cell in cells))
     if args.output:
