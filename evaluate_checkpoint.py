@@ -25,6 +25,7 @@ import argparse
 import codecs
 import contextlib
 import copy
+import dataclasses
 import fcntl
 import functools
 import hashlib
@@ -40,7 +41,6 @@ import statistics
 import subprocess
 import sys
 import textwrap
-import threading
 import time
 import unicodedata
 from collections import Counter, defaultdict, deque
@@ -63,6 +63,10 @@ BALANCE_SLACK = 1.3  # balanced: the commonest of k gold answers holds at most 1
 COLLAPSE_MIN_ROWS = 10  # below this, one answer throughout is no surprise
 LISTED = 10  # keys shown in a message; the summary lists them all
 WIDTH = 80
+AUTO_BATCH_SIZE = 128  # rows at most: a step of decoding costs the same for one row as for a hundred
+CPU_BATCH_SIZE = 8  # of --batch_size auto where no GPU sets a limit
+PREFILL_TOKENS = 16384  # prompts read at a time: enough to fill a GPU, and what MLP activations take stays bounded
+USABLE_MEMORY = 0.92  # of the limit: the allocator splits what it holds
 
 Row = dict[str, Any]
 Key = tuple[str, str, str]
@@ -1429,6 +1433,7 @@ class Subject:
     audio_tokens: str  # full or speech
     frame_mode: str  # images or video
     settings: Row  # what train_vqa saved beside the adapter, {} for a base model
+    merged: bool  # the adapter is folded into the weights
 
 
 def read_subject(args: argparse.Namespace, device_type: str) -> Subject:
@@ -1470,6 +1475,11 @@ def read_subject(args: argparse.Namespace, device_type: str) -> Subject:
             f"{folder}: trained with the instruction {inputs['instruction']!r}, this train_vqa.py asks "
             f"{vqa.INSTRUCTION!r}; use the train_vqa.py that trained it"
         )
+    if args.no_merge and not adapter:
+        raise InputError("--no_merge: there is no adapter to keep apart; leave it out")
+    in_4bit = model.get("load_in_4bit", False)
+    if in_4bit and not args.no_merge:
+        print(f"   {folder}: the base is kept in 4 bits, which cannot take the adapter in; it stays apart")
     base_dtype = model.get("dtype", "float32" if device_type == "cpu" else "bfloat16")
     dtype = base_dtype if args.dtype == "auto" else args.dtype
     defaults = vqa.DataArguments()
@@ -1490,6 +1500,7 @@ def read_subject(args: argparse.Namespace, device_type: str) -> Subject:
         audio_tokens=inputs.get("audio_tokens", defaults.audio_tokens),
         frame_mode=inputs.get("frame_mode", defaults.frame_mode),
         settings=settings,
+        merged=bool(adapter) and not in_4bit and not args.no_merge,
     )
 
 
@@ -1522,14 +1533,20 @@ def load_subject(subject: Subject, device: Any) -> tuple[Any, Any, str]:
         attn_implementation=subject.attn_implementation,
     )
     identity = vqa.fingerprint(model)
+    peft_model = None
     if subject.adapter:
-        model = vqa.load_adapter(model, subject.adapter, allow_pickle=options["allow_pickle"]).get_base_model()
+        peft_model = vqa.load_adapter(model, subject.adapter, allow_pickle=options["allow_pickle"])
+        model = peft_model.get_base_model()
     model = model.to(device).eval()
+    if subject.merged and subject.dtype == "bfloat16":
+        model = vqa.fold_adapter(peft_model)
     answering = [model] if subject.dtype != subject.base_dtype else [model.model.visual, model.audio_encoder]
     for part in answering:  # towers that were trained come in float32, which only their training needs
         for weight in part.parameters():  # not `model.to(dtype)`: it would round the rotary frequencies as well
             if weight.is_floating_point():  # and not what is kept in 4 bits
                 weight.data = weight.data.to(getattr(torch, subject.dtype))
+    if subject.merged and subject.dtype == "float32":  # after widening, so that nothing is rounded
+        model = vqa.fold_adapter(peft_model)
     print(f"✓ Model loaded in full {precision}", flush=True)
     return model, tokenizer, identity
 
@@ -1553,7 +1570,7 @@ class ArmInputs:
         self.arm, self.dataset, self.heard, self.seed = arm, dataset, heard, seed
         self.rows, self.processor = dataset.rows, dataset.processor
         self.features: list[tuple[Path | None, Path | None]] = []  # of each row; `fill_feature_cache` sets it
-        self._one_at_a_time = threading.Lock()
+        self.batch_size: int | None = None  # rows answered at a time; `answer_arm` sets it
 
     def sample(self, index: int) -> Row | str:
         """Model inputs of a row without a batch dimension, or what is wrong with its media; threads may call it."""
@@ -1585,8 +1602,7 @@ class ArmInputs:
 
     def encode(self, index: int, frames: list[Any], speech: Any, seen: Any = None, heard: Any = None) -> Row:
         """Model inputs of a row with these frames and this speech, or with the features of either."""
-        with self._one_at_a_time:  # fast tokenizers keep the settings of a call in themselves
-            return self.processor.encode(self.rows[index], frames, speech, False, seen, heard)
+        return self.processor.encode(self.rows[index], frames, speech, False, seen, heard)
 
     def media_of(self, index: int) -> tuple[tuple[Path, ...] | None, Path | None]:
         """What the encoders get of a row as it is in the files: the frames in the order shown, and the speech.
@@ -1603,6 +1619,17 @@ class ArmInputs:
             None if self.arm == "black_frames" else tuple(frames),
             None if self.arm == "silent_audio" else speech,
         )
+
+    def length(self, index: int) -> float:
+        """Tokens of a row's prompt, from the headers of its media; infinite where these cannot be read."""
+        import train_vqa as vqa
+
+        asked = dataclasses.replace(self.rows[index], audio_path=self.speech_path(index), answer="")
+        frames = self.frame_paths(index)[: 1 if self.arm == "first_frame" else None]
+        try:
+            return self.processor.count_tokens(asked, frames) - 1  # the answer's turn end
+        except (OSError, RuntimeError, IndexError, TypeError, vqa.VQAError):
+            return math.inf
 
     def frame_paths(self, index: int) -> Sequence[Path]:
         """The frames of a row that are shown."""
@@ -1721,30 +1748,220 @@ def check_liveness(model: Any, inputs: ArmInputs) -> Row:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def answer_batch(model: Any, batch: Row, stop_ids: Sequence[int], max_new_tokens: int) -> list[tuple[list[int], str]]:
-    """Greedy answers of a left-padded batch: per row the new ids, turn end included, and `eos` or `length`."""
-    import torch
-    from transformers import GenerationConfig
+def answer_batch(
+    model: Any, samples: Iterable[Row], pad_token_id: int, stop_ids: Sequence[int], max_new_tokens: int
+) -> list[tuple[list[int], str]]:
+    """Greedy answers of one sample or more: per row the new ids, turn end included, and `eos` or `length`.
 
-    decoding = GenerationConfig(
-        do_sample=False,
-        num_beams=1,
-        max_new_tokens=max_new_tokens,
-        eos_token_id=list(stop_ids),
-        pad_token_id=model.generation_config.pad_token_id,
-    )
+    The prompts are read a group at a time (`read_prompts`), then all rows go on together, one token a step. Written out
+    because `generate` reads a whole batch at once, under a mask that keeps sdpa from its fast kernels.
+    """
+    import torch
+    from transformers import DynamicCache
+
     with torch.inference_mode():
-        output = model.generate(**on_device(batch, model.device), generation_config=decoding)
+        lengths, ids, positions, layers = read_prompts(model, samples, pad_token_id)
+        cache = DynamicCache()
+        for index in range(len(layers)):
+            cache.update(*layers[index], index)
+            layers[index] = None  # freed, so that one layer at a time is there twice
+        width, mask = max(lengths), None
+        if min(lengths) < width:
+            starts = width - torch.tensor(lengths, device=ids.device)
+            mask = (torch.arange(width, device=ids.device) >= starts[:, None]).long()
+        stops = torch.tensor(list(stop_ids), dtype=ids.dtype, device=ids.device)
+        ended, produced = torch.isin(ids, stops), [ids]
+        while len(produced) < max_new_tokens and not ended.all():
+            if mask is not None:
+                mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
+            output = model(
+                input_ids=ids[:, None],
+                attention_mask=mask,
+                position_ids=positions.expand(3, -1)[..., None],
+                past_key_values=cache,
+                use_cache=True,
+            )
+            ids, positions = output.logits[:, -1].argmax(-1), positions + 1
+            ended |= torch.isin(ids, stops)
+            produced.append(ids)
     answers = []
-    for ids in output[:, batch["input_ids"].shape[1] :].tolist():
+    for ids in torch.stack(produced, dim=1).tolist():
         end = next((place for place, token in enumerate(ids) if token in stop_ids), None)
         answers.append((ids, "length") if end is None else (ids[: end + 1], "eos"))
     return answers
 
 
+def read_prompts(
+    model: Any, samples: Iterable[Row], pad_token_id: int
+) -> tuple[list[int], Any, Any, list[tuple[Any, Any]]]:
+    """Read prompts in groups of at most PREFILL_TOKENS with their padding.
+
+    Padding is on the right, where causal attention never meets it, so that no mask is needed. The keys and values of
+    each row are then moved to end where those of the longest row end.
+
+    Returns:
+        Tokens of each prompt; the first token of each answer, int64 [B], and its position, int64 [B]; per decoder layer
+        keys and values [B, heads, longest prompt, head size], 0 in front of shorter prompts.
+    """
+    import torch
+    from torch.nn.functional import pad
+    from transformers import DynamicCache
+
+    import train_vqa as vqa
+
+    collate = vqa.VQACollator(pad_token_id)
+    lengths, first, positions, caches = [], [], [], []
+    for group in grouped(samples):
+        batch = collate(group)
+        last = torch.tensor([[len(sample["input_ids"]) - 1] for sample in group])
+        grids = {name: batch[name] for name in ("image_grid_thw", "video_grid_thw") if name in batch}
+        # On the CPU, where reading the ids does not wait for the group before.
+        places, _ = model.model.get_rope_index(
+            batch["input_ids"], mm_token_type_ids=batch["mm_token_type_ids"], **grids
+        )
+        inputs = on_device({**batch, "position_ids": places, "logits_to_keep": last}, model.device)
+        output = model(**inputs, past_key_values=DynamicCache(), use_cache=True)
+        lengths += (last[:, 0] + 1).tolist()
+        first.append(output.logits[:, 0].argmax(-1))
+        positions.append(places[0].gather(1, last)[:, 0] + 1)  # a prompt ends in words: its three positions are one
+        caches.append([(layer.keys, layer.values) for layer in output.past_key_values.layers])
+        del output
+
+    def aligned(layer: int, side: int) -> Any:
+        parts = [cache[layer][side] for cache in caches]
+        width = max(lengths)
+        if min(lengths) == width:
+            return torch.cat(parts)
+        rows = zip(lengths, (row for part in parts for row in part), strict=True)
+        return torch.stack([pad(row[:, :length], (0, 0, width - length, 0)) for length, row in rows])
+
+    layers = []
+    for layer in range(len(caches[0])):
+        layers.append((aligned(layer, 0), aligned(layer, 1)))
+        for cache in caches:
+            cache[layer] = None  # freed, so that one layer at a time is there twice
+    return lengths, torch.cat(first), torch.cat(positions).to(model.device), layers
+
+
+def grouped(samples: Iterable[Row]) -> Iterator[list[Row]]:
+    """Samples in lists, in order, each of at most PREFILL_TOKENS when padded to its longest, or of one sample."""
+    group: list[Row] = []
+    for sample in samples:
+        longest = max(len(other["input_ids"]) for other in (*group, sample))
+        if group and longest * (len(group) + 1) > PREFILL_TOKENS:
+            yield group
+            group = []
+        group.append(sample)
+    if group:
+        yield group
+
+
+class Kept:
+    """The items of an iterator as they come, kept, so that they can be gone through again."""
+
+    def __init__(self, items: Iterator[Any]):
+        self._items, self._taken = items, []
+
+    def __iter__(self) -> Iterator[Any]:
+        for place in itertools.count():
+            if place == len(self._taken):
+                try:
+                    self._taken.append(next(self._items))
+                except StopIteration:
+                    return
+            yield self._taken[place]
+
+
+class Answering:
+    """Answers batches of samples; with `--batch_size auto` in halves where a batch does not fit into memory.
+
+    Args:
+        model, pad_token_id, stop_ids, max_new_tokens: of `answer_batch`.
+        batch_size: rows at a time.
+        may_halve: go on with half of `batch_size` where torch is out of memory; False: raise OutOfMemoryError.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        pad_token_id: int,
+        stop_ids: Sequence[int],
+        max_new_tokens: int,
+        batch_size: int,
+        may_halve: bool,
+    ):
+        self.model, self.decoding = model, (pad_token_id, stop_ids, max_new_tokens)
+        self.batch_size, self.may_halve = batch_size, may_halve
+
+    def __call__(self, samples: Iterable[Row | str]) -> list[tuple[list[int], str]]:
+        """Answers of the samples that are no message; `samples` may be gone through more than once."""
+        import torch
+
+        answers = []
+        while True:
+            sound = (sample for sample in samples if not isinstance(sample, str))
+            todo = itertools.islice(sound, len(answers), len(answers) + self.batch_size)
+            first = next(todo, None)
+            if first is None:
+                return answers
+            try:
+                answers += answer_batch(self.model, itertools.chain([first], todo), *self.decoding)
+                continue
+            except torch.OutOfMemoryError:
+                if not self.may_halve or self.batch_size == 1:
+                    raise
+            # Out of the handler, which holds on to the tensors of the failed batch.
+            self.batch_size = math.ceil(self.batch_size / 2)
+            torch.cuda.empty_cache()
+            print(f"   The GPU memory is full: going on with batches of {self.batch_size}", flush=True)
+
+
+def choose_batch_size(model: Any, longest: int, max_new_tokens: int, limit_gib: float) -> int:
+    """Rows that fit into the GPU memory at a time, for --batch_size auto; CPU_BATCH_SIZE without a CUDA GPU.
+
+    Args:
+        longest: tokens of the longest prompt.
+        limit_gib: hard cap in GiB. 0: all that the card has.
+
+    An estimate from shapes alone, so that the same card, flags and data give the same batches.
+    """
+    import torch
+
+    if model.device.type != "cuda":
+        return CPU_BATCH_SIZE
+    total = limit_gib * 2**30 or torch.cuda.get_device_properties(model.device).total_memory
+    weights = sum(weight.nbytes for weight in model.parameters())
+    return batch_that_fits(
+        USABLE_MEMORY * total - weights, model.config.text_config, model.dtype, longest, max_new_tokens
+    )
+
+
+def batch_that_fits(room: float, text: Any, dtype: Any, longest: int, max_new_tokens: int) -> int:
+    """Rows whose keys and values fit into `room` bytes beside what reading the prompts takes: 1 to AUTO_BATCH_SIZE.
+
+    Args:
+        room: bytes beside the weights.
+        text: decoder config.
+        dtype: of the activations.
+        longest: tokens of the longest prompt.
+    """
+    head = text.hidden_size // text.num_attention_heads
+    # While a prompt is read: four activations of the MLP's width (gate, its SiLU, up, their product), and about sixteen
+    # of the hidden size, of which some are float32.
+    reading = max(PREFILL_TOKENS, longest) * dtype.itemsize * (4 * text.intermediate_size + 16 * text.hidden_size)
+    # A token keeps a key and a value a layer; one layer is copied to grow, and, under a mask, repeated for every head.
+    kept = 2 * head * text.num_key_value_heads * (text.num_hidden_layers + 2)
+    repeated = 2 * head * text.num_attention_heads
+    row = (longest + max_new_tokens) * dtype.itemsize * (kept + repeated)
+    return int(min(AUTO_BATCH_SIZE, max(1, (room - reading) // row)))
+
+
 def on_device(batch: Row, device: Any) -> Row:
     """The tensors of a collated batch that the model takes, on `device`."""
-    return {name: tensor.to(device) for name, tensor in batch.items() if name != "labels"}
+    tensors = {name: tensor for name, tensor in batch.items() if name != "labels"}
+    if device.type == "cuda":  # from pinned memory the copy runs beside the computation
+        return {name: tensor.pin_memory().to(device, non_blocking=True) for name, tensor in tensors.items()}
+    return {name: tensor.to(device) for name, tensor in tensors.items()}
 
 
 def check_same_media(inputs: ArmInputs, annotations: Sequence[Row], file: RowFile) -> None:
@@ -1762,25 +1979,30 @@ def answer_arm(
 ) -> int:
     """Answer the rows that `file` lacks, batch by batch, and append them; returns how many.
 
-    Batches are fixed slices of the data, answered whole even where a killed run left only part of one to do: so a
-    resumed run computes exactly what an uninterrupted one does.
+    Batches are fixed slices of the data, the longest prompts first, answered whole even where a killed run left only
+    part of one to do: so a resumed run computes exactly what an uninterrupted one does.
     """
     from tqdm.auto import tqdm
 
     import train_vqa as vqa
 
     keys = [row_key(annotation) for annotation in annotations]
-    slices = [range(i, min(i + args.batch_size, len(keys))) for i in range(0, len(keys), args.batch_size)]
+    lengths = [inputs.length(index) for index in range(len(keys))]
+    order = sorted(range(len(keys)), key=lambda index: -lengths[index])  # of equal ones, in the order of the data
+    size, auto = args.batch_size, args.batch_size == "auto"
+    if auto:
+        known = [length for length in lengths if length < math.inf]
+        size = choose_batch_size(model, max(known, default=1), args.max_new_tokens, args.gpu_memory_limit_gib)
+    slices = [order[i : i + size] for i in range(0, len(order), size)]
     slices = [part for part in slices if any(keys[index] not in file.done for index in part)]
     tokenizer = copy.deepcopy(inputs.processor.tokenizer)  # the other one is busy in the threads below
-    stop_ids, collate = vqa.turn_end_ids(tokenizer), vqa.VQACollator(tokenizer.pad_token_id, "left")
-    decoded = ahead(inputs.sample, itertools.chain(*slices), 2 * args.batch_size)
+    answer = Answering(model, tokenizer.pad_token_id, vqa.turn_end_ids(tokenizer), args.max_new_tokens, size, auto)
+    decoded = ahead(inputs.sample, itertools.chain(*slices), 2 * size)
     answered, already = 0, sum(key in file.done for key in keys)
     with contextlib.closing(decoded), tqdm(total=len(keys), initial=already, desc=inputs.arm, unit="row") as bar:
         for part in slices:
-            samples = list(itertools.islice(decoded, len(part)))
-            sound = [sample for sample in samples if not isinstance(sample, str)]
-            answers = iter(answer_batch(model, collate(sound), stop_ids, args.max_new_tokens) if sound else ())
+            samples = Kept(itertools.islice(decoded, len(part)))  # read while the rest is still being decoded
+            answers = iter(answer(samples))
             for index, sample in zip(part, samples, strict=True):
                 failed = isinstance(sample, str)
                 ids, finish = ([], "error") if failed else next(answers)
@@ -1802,6 +2024,7 @@ def answer_arm(
                 )
                 answered += 1
                 bar.update()
+            inputs.batch_size = answer.batch_size
     return answered
 
 
@@ -1841,7 +2064,7 @@ def generate(args: argparse.Namespace) -> int:
     except torch.OutOfMemoryError as error:
         raise InputError(
             f"--batch_size {args.batch_size} does not fit into the GPU memory; run the same command with a smaller one "
-            f"(at 1: a smaller --max_image_size or --max_eval_frames); the rows answered so far are kept"
+            f"(at 1 or auto: a smaller --max_image_size or --max_eval_frames); the rows answered so far are kept"
         ) from error
 
 
@@ -1928,6 +2151,7 @@ def _generate(args: argparse.Namespace) -> int:
     manifest = run_manifest(args, subject, arms[main_arm], fingerprints[main_arm], device)
     manifest["gates"] = moved
     manifest["runtime"] = {"seconds": seconds, "rows_answered": answered, "peak_gpu_memory_gib": peak}
+    manifest["runtime"]["batch_size"] = {arm: inputs.batch_size for arm, inputs in arms.items()}
     summary = summarise(
         annotations,
         scored[main_arm],
@@ -1973,6 +2197,7 @@ def run_fingerprint(args: argparse.Namespace, subject: Subject, inputs: ArmInput
         "adapter_config_sha256": subject.adapter and sha256_once(subject.adapter / "adapter_config.json"),
         # The fingerprint samples the weights: too few to tell neighbouring checkpoints of a whole model apart.
         "manifest_sha256": sha256_once(listed) if listed.is_file() else None,
+        "adapter_merged": subject.merged,
         "dtype": subject.dtype,
         "attn_implementation": subject.attn_implementation,
         "eval_data_sha256": sha256_once(Path(args.eval_data_path)),
@@ -2010,6 +2235,7 @@ def run_manifest(args: argparse.Namespace, subject: Subject, inputs: ArmInputs, 
             "base_fingerprint": fingerprint["base_fingerprint"],
             "init": subject.init,
             "adapter": subject.adapter and str(subject.adapter),
+            "adapter_merged": subject.merged,
             "dtype": subject.dtype,
             "attn_implementation": subject.attn_implementation,
         },
@@ -2039,6 +2265,13 @@ def _at_least(minimum: int):
 
     number.__name__ = "whole number"  # argparse names the type in its message
     return number
+
+
+def _batch_size(text: str) -> int | str:
+    return text if text == "auto" else _at_least(1)(text)
+
+
+_batch_size.__name__ = "whole number, or auto"
 
 
 def _arm_list(text: str) -> list[str]:
@@ -2116,6 +2349,11 @@ def build_parser() -> argparse.ArgumentParser:
         help="random: the base with weights drawn from --seed, to rehearse. None: as in training, else pretrained",
     )
     model.add_argument(
+        "--no_merge",
+        action="store_true",
+        help="keep the adapter apart from the weights: slower; without it, it is folded in once the weights are loaded",
+    )
+    model.add_argument(
         "--gpu_memory_limit_gib",
         type=float,
         default=0.0,
@@ -2133,9 +2371,11 @@ def build_parser() -> argparse.ArgumentParser:
     answers = parser.add_argument_group("answers")
     answers.add_argument(
         "--batch_size",
-        type=_at_least(1),
-        default=8,
-        help="samples answered at a time; costs memory; in bfloat16 a near tie may tip to another answer",
+        type=_batch_size,
+        default="auto",
+        help="samples answered at a time; in bfloat16 another number may tip a near tie to another answer. auto: as "
+        f"many as the GPU or --gpu_memory_limit_gib has room for, up to {AUTO_BATCH_SIZE}, halved where they do not "
+        f"fit; without a GPU {CPU_BATCH_SIZE}",
     )
     answers.add_argument("--max_new_tokens", type=_at_least(1), default=32, help="tokens after which an answer is cut")
     answers.add_argument(

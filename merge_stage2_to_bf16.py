@@ -18,9 +18,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from peft import PeftModel
-from peft.tuners.lora import LoraLayer
-from peft.utils import ModulesToSaveWrapper
 from PIL import Image
 
 import train_vqa as vqa
@@ -42,27 +39,6 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, help="of a new projector. None: as the adapter's settings say, else 42")
     parser.add_argument("--allow_pickle", action="store_true", help="read .bin and .pt weights (weights_only=True)")
     return parser.parse_args(argv)
-
-
-def fold_adapter(model: PeftModel) -> vqa.SurgicalVQAModel:
-    """The base with the adapter in its own weights, changed in place, one layer at a time.
-
-    PEFT's `merge_and_unload` adds the update in the dtype of the weight; here the sum is float32 and rounded once.
-    """
-    base = model.get_base_model()
-    with torch.no_grad():
-        for name, layer in list(base.named_modules()):
-            if isinstance(layer, LoraLayer):
-                update = layer.lora_B["default"].weight.float() @ layer.lora_A["default"].weight.float()
-                weight = layer.base_layer.weight
-                weight.copy_(weight.float() + layer.scaling["default"] * update)
-                base.set_submodule(name, layer.base_layer)
-            elif isinstance(layer, ModulesToSaveWrapper):  # the projector, and towers that were trained
-                trained = dict(layer.modules_to_save["default"].named_parameters())
-                for part, weight in layer.original_module.named_parameters():
-                    weight.copy_(trained[part])
-                base.set_submodule(name, layer.original_module)
-    return base.requires_grad_(False).eval()
 
 
 def sample_inputs(model: vqa.SurgicalVQAModel, tokenizer) -> dict[str, torch.Tensor]:
@@ -164,7 +140,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         before = sample_logits(model, inputs)
         peft_model = vqa.load_adapter(model, adapter, allow_pickle=args.allow_pickle)
         live = sample_logits(peft_model, inputs)
-        model = fold_adapter(peft_model)
+        model = vqa.fold_adapter(peft_model)
+        for weight in model.parameters():  # what was trained whole is float32; one checkpoint has one dtype
+            weight.data = weight.data.to(dtype)
         del peft_model
     merged = sample_logits(model, inputs)
 

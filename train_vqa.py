@@ -35,6 +35,7 @@ import statistics
 import struct
 import sys
 import tempfile
+import threading
 import time
 import typing
 import warnings
@@ -56,7 +57,9 @@ import torchaudio.functional
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import ModulesToSaveWrapper
 from PIL import Image, ImageOps, UnidentifiedImageError
 from PIL import __version__ as PIL_VERSION
 from safetensors import SafetensorError, safe_open
@@ -947,6 +950,9 @@ def load_speech(path: Path) -> np.ndarray:
 # ----------------------------------------------------------------------------------------------------------------------
 
 
+TOKENIZING = threading.Lock()  # a fast tokenizer keeps the settings of a call in itself
+
+
 class VQAProcessor:
     """Turns a row's frames, speech and words into model inputs, the same way for training and evaluation.
 
@@ -1017,7 +1023,11 @@ class VQAProcessor:
             `input_ids`, `mm_token_type_ids` (0 text and speech, 1 image, 2 video) and `labels` (the answer and its turn
             end; -100 elsewhere), each int64 [T].
         """
-        words = partial(self.tokenizer.encode, add_special_tokens=False)
+
+        def words(text: str, **options) -> list[int]:
+            with TOKENIZING:
+                return self.tokenizer.encode(text, add_special_tokens=False, **options)
+
         ids = words("<|im_start|>user\n" + (AUDIO_BOS if self.input_mode != "text" else ""))
         if self.input_mode != "text":
             ids += [self.audio_id] * audio_tokens + words(AUDIO_EOS + "\n")
@@ -1470,7 +1480,7 @@ class SurgicalVQAModel(Qwen2VLForConditionalGeneration):
             input_features: float32 [B, mel bins, mel frames].
             audio_lengths: int64 [B], how many of the encoder's outputs stand in the prompt. None: all.
             mm_token_type_ids: int64 [B, T], 0 text and speech, 1 image, 2 video.
-            logits_to_keep: number of last positions (0: all), or the positions.
+            logits_to_keep: number of last positions (0: all), the positions [n], or those of each row [B, n].
             num_items_in_batch: labels in the whole accumulated batch, which the loss is divided by. None: in this one.
             inputs_embeds: always None (PEFT passes it); speech and frames are placed by id.
             vision_features: outputs of `see` along the batch, in place of `pixel_values`; the grid is still needed.
@@ -1503,7 +1513,9 @@ class SurgicalVQAModel(Qwen2VLForConditionalGeneration):
             count = learned.sum() if num_items_in_batch is None else num_items_in_batch
             return CausalLMOutputWithPast(loss=total / count)
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        return CausalLMOutputWithPast(logits=self.lm_head(hidden[:, keep]), past_key_values=outputs.past_key_values)
+        of_each_row = not isinstance(keep, slice) and keep.ndim == 2
+        rows = torch.arange(len(hidden), device=hidden.device)[:, None] if of_each_row else slice(None)
+        return CausalLMOutputWithPast(logits=self.lm_head(hidden[rows, keep]), past_key_values=outputs.past_key_values)
 
 
 def _splice(embeds: torch.Tensor, mask: torch.Tensor, features: torch.Tensor, kind: str) -> torch.Tensor:
@@ -2388,6 +2400,25 @@ def load_adapter(model: SurgicalVQAModel, path: str | Path, *, allow_pickle: boo
         ]
     )
     return peft_model.eval()
+
+
+def fold_adapter(model: PeftModel) -> SurgicalVQAModel:
+    """The base with the adapter in its own weights, changed in place, one layer at a time.
+
+    W + alpha / r * B A is summed in float32 and rounded once, to the dtype of W; PEFT's `merge_and_unload` adds the
+    update in the dtype of the weight. What was trained whole keeps the dtype that it was trained in, float32.
+    """
+    base = model.get_base_model()
+    with torch.no_grad():
+        for name, layer in list(base.named_modules()):
+            if isinstance(layer, LoraLayer):
+                update = layer.lora_B["default"].weight.float() @ layer.lora_A["default"].weight.float()
+                weight = layer.base_layer.weight
+                weight.copy_(weight.float() + layer.scaling["default"] * update)
+                base.set_submodule(name, layer.base_layer)
+            elif isinstance(layer, ModulesToSaveWrapper):
+                base.set_submodule(name, layer.modules_to_save["default"])
+    return base.requires_grad_(False).eval()
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -15,11 +15,12 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import save_file
+from transformers import GenerationConfig
 
 import evaluate_checkpoint as ev
 import train_vqa as vqa
 from tests import make_tiny_models
-from tests.conftest import FIXTURES
+from tests.conftest import FIXTURES, FULL_SIZE
 
 ROOT = Path(ev.__file__).resolve().parent
 DATA = (
@@ -70,7 +71,7 @@ def trained(tiny, tokenizer, tmp_path_factory):
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
         for name, weight in model.named_parameters():
-            if "lora_B" in name:
+            if "lora_" in name:  # both sides: PEFT draws A from the global generator, and then runs differ
                 weight.copy_(torch.randn(weight.shape, generator=generator) * 0.2)
     return write_checkpoint(tmp_path_factory.mktemp("trained"), model, tiny, tokenizer)
 
@@ -132,8 +133,7 @@ def no_weights(monkeypatch):
 # -------------------------------------------------------------------------------------------------- batches and stops
 
 
-def batch_of(samples):
-    return vqa.VQACollator(497, "left")(samples)
+PAD, STOPS = 497, [IM_END, END_OF_TEXT]
 
 
 @pytest.mark.parametrize(("audio_tokens", "frame_mode"), [("full", "images"), ("speech", "video")])
@@ -145,10 +145,46 @@ def test_a_batch_answers_exactly_as_its_samples_alone(base, tokenizer, rows, aud
         dataset = vqa.SurgicalVQADataset([row], processor, max_eval_frames=frames, is_eval=True, with_answer=False)
         samples.append(dataset[0])
     assert len({len(sample["input_ids"]) for sample in samples}) >= 4
-    together = ev.answer_batch(base, batch_of(samples), [IM_END, END_OF_TEXT], 12)
-    alone = [ev.answer_batch(base, batch_of([sample]), [IM_END, END_OF_TEXT], 12)[0] for sample in samples]
+    together = ev.answer_batch(base, samples, PAD, STOPS, 12)
+    alone = [ev.answer_batch(base, [sample], PAD, STOPS, 12)[0] for sample in samples]
     assert together == alone
     assert len({tuple(ids) for ids, _ in alone}) > 1
+
+
+@pytest.mark.parametrize(("audio_tokens", "frame_mode"), [("full", "images"), ("speech", "video")])
+@pytest.mark.parametrize("prefill", [1, 500, 10**6])
+def test_answers_are_those_of_generate(base, tokenizer, rows, monkeypatch, audio_tokens, frame_mode, prefill):
+    """Prompts of different length, read one by one, a few at a time, and all together."""
+    processor = vqa.VQAProcessor(tokenizer, base.config, 56, "audio_text", audio_tokens, frame_mode)
+    samples = []
+    for row, frames in zip(rows, (1, 8, 2, 5, 3), strict=True):
+        dataset = vqa.SurgicalVQADataset([row], processor, max_eval_frames=frames, is_eval=True, with_answer=False)
+        samples.append(dataset[0])
+    batch = vqa.VQACollator(PAD, "left")(samples)
+    del batch["labels"]
+    decoding = GenerationConfig(do_sample=False, max_new_tokens=12, eos_token_id=STOPS, pad_token_id=PAD)
+    with torch.inference_mode():
+        expected = base.generate(**batch, generation_config=decoding)[:, batch["input_ids"].shape[1] :].tolist()
+    monkeypatch.setattr(ev, "PREFILL_TOKENS", prefill)
+    answers = ev.answer_batch(base, iter(samples), PAD, STOPS, 12)
+    assert [ids + [PAD] * (len(expected[0]) - len(ids)) for ids, _ in answers] == expected
+
+
+def test_prompts_are_read_in_groups_of_bounded_size(monkeypatch):
+    monkeypatch.setattr(ev, "PREFILL_TOKENS", 100)
+    samples = [{"input_ids": torch.zeros(length)} for length in (40, 50, 51, 49, 101, 1, 30, 30)]
+    sizes = [[len(sample["input_ids"]) for sample in group] for group in ev.grouped(samples)]
+    assert sizes == [[40, 50], [51], [49], [101], [1, 30, 30]]
+    assert list(ev.grouped([])) == []
+
+
+def test_rows_of_a_batch_are_read_before_the_last_is_decoded():
+    taken = []
+    kept = ev.Kept(iter(taken.append(item) or item for item in "abc"))
+    first, again = iter(kept), iter(kept)
+    assert (next(first), next(first), taken) == ("a", "b", ["a", "b"])
+    assert [*again] == [*kept] == ["a", "b", "c"]
+    assert (next(first), taken) == ("c", ["a", "b", "c"])  # each item is taken once
 
 
 @pytest.fixture()
@@ -175,7 +211,7 @@ def forced():
 def test_each_row_stops_at_its_own_turn_end(base, processor, rows, forced):
     dataset = vqa.SurgicalVQADataset(rows, processor, max_eval_frames=1, is_eval=True, with_answer=False)
     forced(base, [40, 41, IM_END, 9, 9], [END_OF_TEXT, 9, 9, 9, 9], [40, 41, 42, 43, 44], [1, 2, 3, 4, IM_END])
-    answers = ev.answer_batch(base, batch_of([dataset[i] for i in range(4)]), [END_OF_TEXT, IM_END], 5)
+    answers = ev.answer_batch(base, [dataset[i] for i in range(4)], PAD, [END_OF_TEXT, IM_END], 5)
     assert answers == [
         ([40, 41, IM_END], "eos"),
         ([END_OF_TEXT], "eos"),
@@ -209,8 +245,8 @@ def test_generation_at_the_real_ids_and_152064_rows(tmp_path, rows, forced, caps
     processor = vqa.VQAProcessor(tokenizer, model.config, 56)
     dataset = vqa.SurgicalVQADataset(rows, processor, max_eval_frames=1, is_eval=True, with_answer=False)
     forced(model, [300, 151645, 300], [151643, 300, 300])
-    batch = vqa.VQACollator(tokenizer.pad_token_id, "left")([dataset[0], dataset[1]])
-    answers = ev.answer_batch(model, batch, vqa.turn_end_ids(tokenizer), 3)
+    samples = [dataset[0], dataset[1]]
+    answers = ev.answer_batch(model, samples, tokenizer.pad_token_id, vqa.turn_end_ids(tokenizer), 3)
     assert answers == [([300, 151645], "eos"), ([151643], "eos")]
 
 
@@ -222,18 +258,18 @@ def test_decoding_ahead_keeps_the_order_and_its_distance():
     assert list(results) == list(range(1, 100))
 
 
-def test_samples_are_encoded_one_at_a_time(inputs, monkeypatch):
+def test_words_are_tokenised_one_call_at_a_time(inputs, monkeypatch):
     """A fast tokenizer keeps a call's settings in itself: a second thread would split the first one's tokens."""
-    inside, encode = [], inputs.processor.encode
+    inside, encode = [], inputs.processor.tokenizer.encode
 
     def watched(*args, **kwargs):
         inside.append(len(inside))
-        time.sleep(0.005)
-        sample = encode(*args, **kwargs)
+        time.sleep(0.001)
+        ids = encode(*args, **kwargs)
         assert inside.pop() == 0
-        return sample
+        return ids
 
-    monkeypatch.setattr(inputs.processor, "encode", watched)
+    monkeypatch.setattr(inputs.processor.tokenizer, "encode", watched)
     assert all(isinstance(sample, dict) for sample in ev.ahead(inputs.sample, [0, 1, 2, 3, 4] * 2, 10))
 
 
@@ -401,12 +437,15 @@ def test_allowed_errors_stay_in_the_denominator(evaluate, data):
         "fx-002/qa_000203/nbi_status",
         "fx-002/qa_000205/tool_identification",
     ]
-    assert [row["finish_reason"] for row in rows] == ["error", "error", "error", "length", "error"]
+    assert rows != sorted(rows, key=ev.row_key)  # in the file, what cannot be read comes first
+    rows = sorted(rows, key=ev.row_key)
+    assert [row["finish_reason"] for row in rows] == ["error", "error", "length", "error", "error"]
     assert (rows[0]["predicted_answer"], rows[0]["n_tokens"], rows[0]["correct"]) == (None, 0, False)
     assert "cannot be decoded" in rows[0]["error"]
-    assert rows[2]["error"] == f"{data.jsonl}:3: the speech is missing"
+    assert rows[3]["error"] == f"{data.jsonl}:3: the speech is missing"
     assert errors.count("(--allow_errors: counted as wrong)") == 3  # three files; two rows share the frame
-    assert evaluate("--allow_errors", data=flags)[:2] == (1, rows)  # resumed: still an error
+    status, again, *_ = evaluate("--allow_errors", data=flags)
+    assert (status, sorted(again, key=ev.row_key)) == (1, rows)  # resumed: still an error
 
 
 def test_one_speech_file_for_two_questions_is_refused_whatever_is_allowed(evaluate, data, no_weights):
@@ -433,6 +472,170 @@ def test_memory_that_does_not_suffice_is_one_line_and_keeps_the_rows(evaluate, m
     status, more, *_ = evaluate("--batch_size", 1)
     assert (status, len(more)) == (0, 5)
     assert more[:2] == rows
+
+
+def test_a_batch_that_does_not_fit_is_halved_where_the_size_is_left_to_us(evaluate, monkeypatch, capsys):
+    _, rows, *_ = evaluate("--batch_size", 1, name="alone")
+    answer, sizes = ev.answer_batch, []
+
+    def answer_two(model, samples, *args):
+        samples = list(samples)
+        sizes.append(len(samples))
+        if len(samples) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return answer(model, samples, *args)
+
+    monkeypatch.setattr(ev, "answer_batch", answer_two)
+    status, halved, summary, printed, _ = evaluate("--batch_size", "auto")
+    assert (status, halved, sizes) == (0, rows, [5, 4, 2, 2, 1])
+    assert "   The GPU memory is full: going on with batches of 2\n" in printed
+    assert summary["manifest"]["decoding"]["batch_size"] == "auto"
+    assert summary["manifest"]["runtime"]["batch_size"] == {"audio": 2}
+
+    def answer_none(*args):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(ev, "answer_batch", answer_none)
+    status, _, _, _, errors = evaluate(name="none")
+    assert status == 2
+    assert "error: --batch_size auto does not fit into the GPU memory" in errors
+
+
+def test_batches_that_fit(base):
+    """Qwen2-VL-7B's shapes by hand: 28 layers, 4 of 28 heads of 128 hold keys and values, MLP of 18944, bfloat16."""
+    text = vqa.load_config(FULL_SIZE).text_config
+    reading = 16384 * 2 * (4 * 18944 + 16 * 3584)
+    row = (2904 + 12) * 2 * (2 * 128 * 4 * 30 + 2 * 128 * 28)
+    assert ev.batch_that_fits(reading + 3 * row, text, torch.bfloat16, 2904, 12) == 3
+    assert ev.batch_that_fits(reading + 3 * row - 1, text, torch.bfloat16, 2904, 12) == 2
+    assert ev.batch_that_fits(0, text, torch.bfloat16, 2904, 12) == 1
+    assert ev.batch_that_fits(reading + 500 * row, text, torch.bfloat16, 2904, 12) == ev.AUTO_BATCH_SIZE
+    assert ev.batch_that_fits(reading + 3 * row, text, torch.float32, 2904, 12) == 1
+    assert ev.choose_batch_size(base, 2904, 12, 0) == ev.CPU_BATCH_SIZE  # no GPU
+
+
+@pytest.mark.parametrize("size", ["0", "-1", "many", "2.5"])
+def test_a_batch_size_is_a_number_or_auto(evaluate, size, capsys):
+    with pytest.raises(SystemExit) as stop:
+        evaluate("--batch_size", size)
+    assert stop.value.code == 2
+    assert "argument --batch_size: " in capsys.readouterr().err
+
+
+# --------------------------------------------------------------------------------------------------------------- merge
+
+
+ALL_ARMS = ("--arms", "audio_text,text,mismatched_audio,silent_audio,black_frames,shuffled_frames,first_frame")
+
+
+def test_merged_apart_and_in_any_batch_the_answers_are_the_same(evaluate, tmp_path):
+    """Every arm, in float32. The adapter does change the answers: without it they are others."""
+
+    def answers(name):
+        texts = {}
+        for path in tmp_path.glob(f"{name}*.jsonl"):
+            rows = [json.loads(line) for line in path.read_text().splitlines()]
+            texts[path.name.removeprefix(name)] = {ev.row_key(row): row["predicted_answer"] for row in rows}
+        return texts
+
+    _, _, summary, *_ = evaluate(*ALL_ARMS, "--limit", 3, name="merged")
+    assert summary["manifest"]["model"]["adapter_merged"] is True
+    _, _, summary, *_ = evaluate(*ALL_ARMS, "--limit", 3, "--no_merge", "--batch_size", 1, name="apart")
+    assert summary["manifest"]["model"]["adapter_merged"] is False
+    evaluate(*ALL_ARMS, "--limit", 3, "--batch_size", 2, name="pairs")
+    merged = answers("merged")
+    assert {len(rows) for rows in merged.values()} == {3}
+    assert len(merged) == 8
+    assert answers("apart") == answers("pairs") == merged
+
+
+def test_rows_answered_apart_are_not_mixed_with_merged_ones(evaluate):
+    evaluate("--no_merge", "--limit", 1)
+    status, _, _, _, errors = evaluate("--limit", 2)
+    assert status == 2
+    assert "its rows come from another run; adapter_merged (False then, True now)" in errors
+
+
+def test_no_merge_without_an_adapter_is_refused(evaluate, tiny, no_weights):
+    complaint = refusal(evaluate("--no_merge", "--model_name_or_path", tiny, "--init", "random", checkpoint=None))
+    assert complaint == "--no_merge: there is no adapter to keep apart; leave it out"
+
+
+def test_a_base_in_4_bits_keeps_the_adapter_apart_and_says_so(checkpoint, capsys):
+    folder, change = checkpoint
+    change("model", load_in_4bit=True)
+    args = ev.build_parser().parse_args(["--checkpoint_path", str(folder)])
+    args.checkpoint_path = folder
+    assert ev.read_subject(args, "cpu").merged is False
+    assert "the base is kept in 4 bits, which cannot take the adapter in; it stays apart" in capsys.readouterr().out
+    args.no_merge = True
+    assert ev.read_subject(args, "cpu").merged is False
+    assert "4 bits" not in capsys.readouterr().out
+
+
+def test_merging_rounds_once_and_keeps_the_projector_as_trained(trained, tiny, tokenizer):
+    def loaded():
+        model = vqa.load_model(tiny, tokenizer, init="random", seed=1, dtype=torch.float32)
+        for weight in model.parameters():
+            weight.data = weight.data.bfloat16().float()
+        return vqa.load_adapter(model, trained)
+
+    exact, rounded = vqa.fold_adapter(loaded()), loaded()
+    base = rounded.get_base_model()
+    for name, weight in base.named_parameters():
+        if "lora_" not in name and "modules_to_save" not in name:
+            weight.data = weight.data.bfloat16()
+    rounded = vqa.fold_adapter(rounded)
+    assert rounded.audio_projector.weight.dtype == torch.float32
+    names = [name for name, _ in exact.named_parameters()]
+    assert names == [name for name, _ in rounded.named_parameters()]
+    assert not any("lora" in name or "modules_to_save" in name for name in names)
+    merged = dict(rounded.named_parameters())
+    for name, weight in exact.named_parameters():
+        if "_proj." in name and ".language_model." in name:
+            assert torch.equal(merged[name], weight.bfloat16())
+
+
+# --------------------------------------------------------------------------------------------------- batches by length
+
+
+def test_the_longest_prompts_come_first_and_a_resumed_run_answers_the_same(evaluate, data, tmp_path, monkeypatch):
+    """Clips of 1 to 8 frames; torn inside a batch, the rest of that batch is answered with the rows it stood with."""
+    data.rewrite(
+        lambda rows: [{**row, "frames": row["frames"][:n]} for row, n in zip(rows, (2, 8, 1, 5, 3), strict=True)]
+    )
+    flags = ("--eval_data_path", data.jsonl, "--frames_dir", data.frames, "--audio_dir", data.audio)
+    flags = (*flags, "--max_eval_frames", 0, "--batch_size", 2)
+    _, rows, *_ = evaluate(data=flags, name="whole")
+    stored = [json.loads(line) for line in data.jsonl.read_text().splitlines()]
+    assert [row["id"] for row in rows] == [stored[i]["id"] for i in (1, 3, 4, 0, 2)]
+    evaluate(data=flags)
+    path = tmp_path / "x.jsonl"
+    path.write_bytes(b"".join(path.read_bytes().splitlines(keepends=True)[:3]))
+    batches, answer = [], ev.answer_batch
+
+    def watched(model, samples, *args):
+        samples = list(samples)
+        batches.append([len(sample["input_ids"]) for sample in samples])
+        return answer(model, samples, *args)
+
+    monkeypatch.setattr(ev, "answer_batch", watched)
+    _, resumed, *_ = evaluate(data=flags)
+    assert resumed == rows
+    assert [len(batch) for batch in batches] == [2, 1]
+    assert batches[0][0] > batches[0][1] > batches[1][0]
+
+
+@pytest.mark.parametrize("arm", ["audio", "mismatched_audio", "first_frame", "text"])
+@pytest.mark.parametrize(("audio_tokens", "frame_mode"), [("full", "images"), ("speech", "video")])
+def test_lengths_are_known_without_decoding(base, tokenizer, rows, arm, audio_tokens, frame_mode):
+    mode = "text" if arm == "text" else "audio_text"
+    processor = vqa.VQAProcessor(tokenizer, base.config, 56, mode, audio_tokens, frame_mode)
+    dataset = vqa.SurgicalVQADataset(rows, processor, max_eval_frames=3, is_eval=True, with_answer=False)
+    heard = [*rows[1:], rows[0]] if arm == "mismatched_audio" else rows
+    inputs = ev.ArmInputs(arm, dataset, heard, 0)
+    expected = [len(inputs.sample(index)["input_ids"]) for index in range(len(rows))]
+    assert [inputs.length(index) for index in range(len(rows))] == expected
 
 
 # --------------------------------------------------------------------------------------------------------------- gates
@@ -631,3 +834,31 @@ def test_ten_kills_at_random_moments_change_nothing(tmp_path, trained, data):
     summaries = [json.loads(path.with_suffix(".summary.json").read_text()) for path in (killed, whole)]
     summaries[0]["arms"]["audio"]["file"] = "whole.jsonl"
     assert without_times(summaries[0]) == without_times(summaries[1])
+
+
+# --------------------------------------------------------------------------------------------------------------- speed
+
+
+def test_the_benchmark_of_speed_runs_every_design(tiny, tmp_path, capsys, monkeypatch):
+    """On the tiny model: all rows are answered with as many tokens as asked for, and counted."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import generate_speed
+
+    flags = ["--model_name_or_path", tiny, "--data_path", DATA[1], "--frames_dir", DATA[3], "--audio_dir", DATA[5]]
+    flags += ["--rows", 7, "--seed_rows", 2, "--max_image_size", 56, "--frames", 2, "--max_new_tokens", 3]
+    generate_speed.main([*map(str, flags), "--output", str(tmp_path / "speed.json"), "--profile", "1"])
+    report = json.loads((tmp_path / "speed.json").read_text())
+    assert report["distinct_rows"] == 5
+    figures = {result["design"]: result for result in report["designs"]}
+    assert {name: (result["rows"], result["new_tokens"]) for name, result in figures.items()} == {
+        "seed": (2, 6),
+        "ours": (7, 21),
+        "fast": (7, 21),
+    }
+    assert figures["seed"]["prompt_tokens"] == figures["ours"]["prompt_tokens"] > figures["fast"]["prompt_tokens"]
+    printed = capsys.readouterr().out
+    assert "## read prompts" in printed
+    assert "of ceiling" in printed
+    with pytest.raises(SystemExit):
+        generate_speed.main([*map(str, flags), "--designs", "plain"])
+    assert "--designs: 'plain' is none of seed, ours, fast" in capsys.readouterr().err

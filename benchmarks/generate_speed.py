@@ -1,0 +1,318 @@
+"""How many answers a second: evaluation's own batches, beside one row at a time with the adapter apart.
+
+    python benchmarks/generate_speed.py --model_name_or_path tests/fixtures/full_size_model \\
+        --data_path test_set/in_002-001.jsonl --frames_dir dataset/frames --audio_dir audio/in_002-001 \\
+        --gpu_memory_limit_gib 38.5 --output speed.json
+
+seed: batches of one, the adapter apart from the weights, transformers' `generate`. ours: `answer_arm` of
+evaluate_checkpoint.py with its defaults, the adapter folded in, on the same tokens. fast: the same with
+`audio_tokens speech` and `frame_mode video`. All three on one model in one process, with random weights, so that no
+answer ends by itself: the ids that end a turn are taken away, and every answer has `--max_new_tokens` tokens. Rows are
+repeated under other keys where the data have fewer than `--rows`. Media are decoded ahead in threads in all three.
+
+With `--cache_features` ours and fast are measured three times: encoding as rows come; `cold`, the folder empty and the
+time to fill it counted; and `warm`, everything kept and only the time to answer counted (`filling` says how long it
+took to find out that nothing was lacking, which is once a run, however many rows).
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import gc
+import json
+import platform
+import sys
+import tempfile
+import time
+from pathlib import Path
+from unittest.mock import patch
+
+import torch
+import transformers
+from transformers import GenerationConfig
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import evaluate_checkpoint as ev
+import train_vqa as vqa
+
+DESIGNS = {"seed": ("full", "images"), "ours": ("full", "images"), "fast": ("speech", "video")}
+WARM_UP = 2  # rows answered before the clock starts: kernels are loaded and chosen at their first use
+
+
+def matmul_ceiling(size: int, repeats: int) -> float:
+    """TFLOP/s of `size` x `size` products in bf16 on the GPU, float32 on the CPU, after as many to warm up."""
+    cuda = torch.cuda.is_available()
+    device, dtype = ("cuda", torch.bfloat16) if cuda else ("cpu", torch.float32)
+    a, b = torch.randn(2, size, size, device=device).to(dtype)
+    for _ in range(2):  # the second round counts
+        wait_for_gpu()
+        start = time.perf_counter()
+        for _ in range(repeats):
+            a @ b
+        wait_for_gpu()
+    return 2 * size**3 * repeats / (time.perf_counter() - start) / 1e12
+
+
+def wait_for_gpu() -> None:
+    """Until all that was launched is done."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def repeated(annotations: list[dict], rows: list, count: int) -> tuple[list[dict], list]:
+    """`count` annotations and VQARows, gone through again under other ids where there are fewer."""
+    turns = [divmod(n, len(rows)) for n in range(count)]
+    ids = [annotations[place]["id"] + (f"_{turn}" if turn else "") for turn, place in turns]
+    return (
+        [{**annotations[place], "id": name} for (_, place), name in zip(turns, ids, strict=True)],
+        [dataclasses.replace(rows[place], id=name) for (_, place), name in zip(turns, ids, strict=True)],
+    )
+
+
+class Clocked:
+    """`ahead` of evaluate_checkpoint.py, with a sum of the seconds that its user waits for a result."""
+
+    def __init__(self):
+        self.waited, self._ahead = 0.0, ev.ahead
+
+    def __call__(self, *args):
+        results = self._ahead(*args)
+        with contextlib.closing(results):
+            while True:
+                start = time.perf_counter()
+                try:
+                    result = next(results)
+                except StopIteration:
+                    return
+                finally:
+                    self.waited += time.perf_counter() - start
+                yield result
+
+
+def answer_plainly(model, inputs: ev.ArmInputs, max_new_tokens: int) -> int:
+    """Answer the rows of `inputs` one at a time with `generate`; returns the number of new tokens."""
+    pad = inputs.processor.tokenizer.pad_token_id
+    decoding = GenerationConfig(do_sample=False, max_new_tokens=max_new_tokens, eos_token_id=None, pad_token_id=pad)
+    model.generation_config.eos_token_id = None
+    collate, tokens = vqa.VQACollator(pad, "left"), 0
+    for sample in ev.ahead(inputs.sample, range(len(inputs.rows)), 8):
+        if isinstance(sample, str):
+            raise SystemExit(f"generate_speed.py: error: {sample}")
+        batch = ev.on_device(collate([sample]), model.device)
+        with torch.inference_mode():
+            output = model.generate(**batch, generation_config=decoding)
+        tokens += output.shape[1] - batch["input_ids"].shape[1]
+    return tokens
+
+
+def answer_ours(model, inputs: ev.ArmInputs, annotations: list[dict], args: argparse.Namespace) -> int:
+    """Answer the rows of `inputs` with `answer_arm`, into a file as in a run; returns the number of new tokens."""
+    with tempfile.TemporaryDirectory() as folder, ev.RowFile(Path(folder) / "rows.jsonl", {}) as file:
+        ev.answer_arm(model, inputs, annotations, file, args)
+        failed = [row for row in file.done.values() if "error" in row]
+        if failed:
+            raise SystemExit(f"generate_speed.py: error: {failed[0]['error']}")
+        return sum(row["n_tokens"] for row in file.done.values())
+
+
+def measure(
+    design: str,
+    model,
+    tokenizer,
+    data: tuple[list[dict], list],
+    args: argparse.Namespace,
+    cache: str = "",
+    folder: str | None = None,
+) -> dict:
+    """Answer all rows of `data` in one design; figures of the run. `cache`: `cold` or `warm`, kept in `folder`."""
+    annotations, rows = data
+    processor = vqa.VQAProcessor(tokenizer, model.config, args.max_image_size, "audio", *DESIGNS[design])
+    dataset = vqa.SurgicalVQADataset(rows, processor, max_eval_frames=args.frames, is_eval=True, with_answer=False)
+    inputs = ev.ArmInputs("audio", dataset, rows, 0)
+
+    def answer() -> int:
+        if design == "seed":
+            return answer_plainly(model, inputs, args.max_new_tokens)
+        return answer_ours(model, inputs, annotations, args)
+
+    inputs.rows = dataset.rows = rows[:WARM_UP]
+    annotations = data[0][:WARM_UP]
+    answer()
+    inputs.rows = dataset.rows = rows
+    annotations = data[0]
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    wait_for_gpu()
+    clock, start = Clocked(), time.perf_counter()
+    if cache:
+        vqa.fill_feature_cache(model, [inputs], folder)
+    filling = time.perf_counter() - start
+    if cache == "warm":
+        start += filling
+    with patch.object(ev, "ahead", clock):
+        tokens = answer()
+    wait_for_gpu()
+    seconds = time.perf_counter() - start
+    if tokens != len(rows) * args.max_new_tokens:
+        raise SystemExit(f"generate_speed.py: error: {design} made {tokens} tokens for {len(rows)} rows")
+    prompt = sum(inputs.length(index) for index in range(len(rows)))
+    decoder = sum(p.numel() for n, p in model.named_parameters() if ".layers." in n and "language_model" in n)
+    result = {
+        "design": f"{design} {cache}".rstrip(),
+        "rows": len(rows),
+        "prompt_tokens": prompt / len(rows),
+        "new_tokens": tokens,
+        "seconds": seconds,
+        "seconds_filling": filling,
+        "samples_per_second": len(rows) / seconds,
+        "tokens_per_second": (prompt + tokens) / seconds,
+        "waiting_for_data": clock.waited / seconds,
+        "tflops": 2 * decoder * (prompt + tokens) / seconds / 1e12,  # of the decoder's matrices alone
+    }
+    if torch.cuda.is_available():
+        result["peak_allocated_gib"] = torch.cuda.max_memory_allocated() / 2**30
+        result["peak_reserved_gib"] = torch.cuda.max_memory_reserved() / 2**30
+    if args.profile:
+        inputs.rows = dataset.rows = rows[: args.profile]
+        annotations = data[0][: args.profile]
+        print(f"\n{design}: where {args.profile} rows spend their time")
+        print(profiled(answer))
+    return result
+
+
+def profiled(answer) -> str:
+    """A table of what `answer` spends its time on: the parts of a batch, then the operations by their own time."""
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    if torch.cuda.is_available():
+        activities.append(torch.profiler.ProfilerActivity.CUDA)
+
+    def named(name, function):
+        def call(*args, **kwargs):
+            with torch.profiler.record_function(name):
+                return function(*args, **kwargs)
+
+        return call
+
+    def timed(*args):  # reading ends when the GPU has done it, so that the rest is decoding
+        output = read_prompts(*args)
+        wait_for_gpu()
+        return output
+
+    read_prompts = ev.read_prompts
+    with (
+        patch.object(ev, "read_prompts", named("## read prompts", timed)),
+        patch.object(ev, "answer_batch", named("## a batch", ev.answer_batch)),
+        torch.profiler.profile(activities=activities) as profile,
+    ):
+        answer()
+        wait_for_gpu()
+    averages = profile.key_averages()
+    parts = "\n".join(f"{e.key}: {e.cpu_time_total / 1000:.0f} ms in {e.count}" for e in averages if "##" in e.key)
+    order = "self_device_time_total" if torch.cuda.is_available() else "self_cpu_time_total"
+    return f"{parts}\n{averages.table(sort_by=order, row_limit=25, max_name_column_width=60)}"
+
+
+def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
+    """The flags; an unknown or abbreviated one ends the process with status 2."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("--model_name_or_path", required=True, help="folder with config and tokenizer")
+    parser.add_argument("--data_path", required=True, help="JSONL of questions")
+    parser.add_argument("--frames_dir", required=True, help="as in train_vqa.py")
+    parser.add_argument("--audio_dir", required=True, help="as in train_vqa.py")
+    parser.add_argument("--designs", default="seed,ours,fast", help="which of seed, ours, fast, comma-separated")
+    parser.add_argument("--rows", type=int, default=200, help="questions to answer; the data are repeated to make them")
+    parser.add_argument("--seed_rows", type=int, default=24, help="questions that the design seed answers")
+    parser.add_argument("--frames", type=int, default=8, help="frames per clip")
+    parser.add_argument("--max_image_size", type=int, default=384, help="longer side of a frame in pixels")
+    parser.add_argument("--max_new_tokens", type=int, default=12, help="tokens of every answer")
+    parser.add_argument("--batch_size", type=ev._batch_size, default="auto", help="of ours and fast")
+    parser.add_argument("--gpu_memory_limit_gib", type=float, default=0.0, help="hard cap on this process. 0: none")
+    parser.add_argument(
+        "--cache_features",
+        type=Path,
+        help="measure ours and fast with kept features too, cold and warm, in a folder made here and removed",
+    )
+    parser.add_argument("--profile", type=int, default=0, help="rows a design answers once more, profiled. 0: none")
+    parser.add_argument("--output", type=Path, help="write the figures there as JSON. None: print them alone")
+    args = parser.parse_args(argv)
+    args.designs = args.designs.split(",")
+    unknown = [name for name in args.designs if name not in DESIGNS]
+    if unknown:
+        parser.error(f"--designs: {', '.join(map(repr, unknown))} is none of {', '.join(DESIGNS)}")
+    if min(args.rows, args.seed_rows, args.frames, args.max_new_tokens) < 1:
+        parser.error("--rows, --seed_rows, --frames and --max_new_tokens must be 1 or more")
+    return args
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Command line entry: see the module docstring."""
+    args = parse_arguments(argv)
+    vqa.limit_gpu_memory(args.gpu_memory_limit_gib or None)
+    cuda = torch.cuda.is_available()
+    device, dtype = ("cuda", torch.bfloat16) if cuda else ("cpu", torch.float32)
+    annotations = ev.read_annotations(args.data_path)
+    rows = vqa.load_rows(args.data_path, args.frames_dir, args.audio_dir)
+    ceiling = matmul_ceiling(8192, 50) if cuda else matmul_ceiling(256, 5)
+    tokenizer = vqa.load_tokenizer(args.model_name_or_path)
+    base = vqa.load_model(args.model_name_or_path, tokenizer, init="random", seed=1, dtype=dtype, device=device)
+    adapted = vqa.add_lora(base).eval()
+    with torch.no_grad():
+        for name, weight in adapted.named_parameters():
+            if "lora_B" in name:  # zero, so far: nothing to fold in
+                weight.normal_(std=0.01)
+    model, results = adapted.get_base_model(), []
+    with patch.object(vqa, "turn_end_ids", lambda tokenizer: []):
+        # The seed's design first: once the adapter is folded in, it cannot be taken out again.
+        for design in sorted(args.designs, key=list(DESIGNS).index):
+            if design != "seed" and adapted is not None:
+                model, adapted = vqa.fold_adapter(adapted), None
+            count = args.seed_rows if design == "seed" else args.rows
+            data = repeated(annotations, rows, count)
+            results.append(measure(design, model, tokenizer, data, args))
+            if args.cache_features and design != "seed":
+                args.cache_features.mkdir(parents=True, exist_ok=True)
+                with tempfile.TemporaryDirectory(dir=args.cache_features) as folder:
+                    for state in ("cold", "warm"):
+                        results.append(measure(design, model, tokenizer, data, args, state, folder))
+    report = {
+        "device": torch.cuda.get_device_name() if cuda else platform.processor() or "cpu",
+        "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
+        "matmul_ceiling_tflops": ceiling,
+        "gpu_memory_limit_gib": args.gpu_memory_limit_gib,
+        "batch_size": args.batch_size,
+        "distinct_rows": len(rows),
+        "designs": results,
+    }
+    reference = next((r["samples_per_second"] for r in results if r["design"] == "seed"), None)
+    print(f"\n{report['device']}: products of matrices reach {ceiling:.3g} TFLOP/s; {len(rows)} distinct rows")
+    heads = (
+        "design",
+        "rows",
+        "prompt",
+        "samples/s",
+        "x seed",
+        "tokens/s",
+        "of ceiling",
+        "waiting",
+        "filling s",
+        "GiB",
+        "reserved",
+    )
+    print("".join(f"{head:>11}" for head in heads))
+    for r in results:
+        cells = [r["design"], r["rows"], f"{r['prompt_tokens']:.0f}", f"{r['samples_per_second']:.3g}"]
+        cells += ["-" if reference is None else f"{r['samples_per_second'] / reference:.2f}"]
+        cells += [f"{r['tokens_per_second']:.0f}", f"{r['tflops'] / ceiling:.0%}", f"{r['waiting_for_data']:.0%}"]
+        cells += [f"{r['seconds_filling']:.1f}"]
+        cells += [f"{r[name]:.1f}" if cuda else "-" for name in ("peak_allocated_gib", "peak_reserved_gib")]
+        print("".join(f"{cell:>11}" for cell in cells))
+    if args.output:
+        args.output.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
