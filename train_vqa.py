@@ -148,6 +148,12 @@ WHISPER_LARGE_V3_TURBO = {
     "max_source_positions": 1500,
 }
 
+# At half of what it would keep by itself, torch.compile keeps the results of products (queries, keys, values, gate, up)
+# and computes the rest again: norms, activations, the dropped-out copies of LoRA's inputs and their masks.
+ACTIVATION_MEMORY_BUDGET = 0.5
+GIB = 2**30
+CUDA_CONTEXT_GIB = 1.0  # what the driver and cuBLAS hold beside the allocator
+
 MAX_WORKERS = 8  # decoding 8 frames of 1240x1080 and the speech takes one core 0.3 s, a GPU step less than twice that
 # What the grafted encoder computes with; the rest of a Whisper config speaks of its decoder.
 AUDIO_CONFIG_FIELDS = (*WHISPER_LARGE_V3_TURBO, "activation_function", "scale_embedding", "init_std")
@@ -269,11 +275,20 @@ class ModelArguments:
     lora_r: int = field(default=64, metadata={"help": "LoRA rank on the decoder's linear layers."})
     lora_alpha: int = field(default=16, metadata={"help": "LoRA scale: the update is multiplied by alpha / r."})
     lora_dropout: float = field(default=0.05, metadata={"help": "Dropout on the LoRA input during training."})
-    checkpoint_every_n: int = field(
-        default=1,
+    checkpoint_every_n: str = field(
+        default="1",
         metadata={
             "help": "Activation checkpointing of the decoder and of trained towers: 1 recomputes every layer (least "
-            "memory), N every N-th layer, 0 none (fastest). The result is the same."
+            "memory), N every N-th layer, 0 none (fastest), auto the fewest that the estimate of --dry_run fits into --gpu_memory_limit_gib "
+            "or the card. The result is the same."
+        },
+    )
+    compile_layers: bool = field(
+        default=False,
+        metadata={
+            "help": "Compile the decoder's layers with torch.compile: faster, and 0.4 times the activations; the first "
+            "step takes a minute or two, and needs a C compiler. Results differ by rounding, and dropout is drawn "
+            "from other random numbers. False: layers run as they are."
         },
     )
     gpu_memory_limit_gib: float | None = field(
@@ -426,8 +441,8 @@ def parse_arguments(argv: Sequence[str]) -> tuple[ModelArguments, DataArguments,
         raise VQAError("missing flag: " + ", ".join(missing))
     if training_args.eval_strategy != "no" and not data_args.eval_data_path:
         raise VQAError("--eval_strategy needs --eval_data_path: name the questions to evaluate on")
-    if model_args.checkpoint_every_n < 0:
-        raise VQAError("--checkpoint_every_n must be 0 (none), 1 (every layer) or N (every N-th layer)")
+    if not re.fullmatch(r"\d+|auto", model_args.checkpoint_every_n):
+        raise VQAError("--checkpoint_every_n must be 0 (none), 1 (every layer), N (every N-th layer) or auto")
     refuse_contradictions(model_args, data_args, training_args, given)
     for flag in ("max_train_frames", "max_train_samples", "max_eval_samples"):
         if getattr(data_args, flag) is not None and getattr(data_args, flag) < 1:
@@ -1376,15 +1391,26 @@ class SurgicalVQAModel(Qwen2VLForConditionalGeneration):
         self.audio_encoder.train(mode and self.trains_audio)
         return self
 
-    def set_checkpointing(self, every_n: int) -> None:
+    def set_checkpointing(self, every_n: int, compiled: bool = False) -> None:
         """Recompute every `every_n`-th layer of the decoder and of trained towers in the backward pass; 0: none.
 
-        Layers of frozen towers take the setting without effect: they are in evaluation mode.
+        Layers of frozen towers take the setting without effect: they are in evaluation mode. With `compiled` the
+        decoder's layers are compiled; they have one form, so that one compilation serves them all, and all lengths.
         """
+        checkpoint = partial(torch.utils.checkpoint.checkpoint, use_reentrant=False)
         for layers in (self.model.language_model.layers, self.model.visual.blocks, self.audio_encoder.layers):
             for index, layer in enumerate(layers):
                 layer.gradient_checkpointing = every_n > 0 and index % every_n == 0
-                layer._gradient_checkpointing_func = partial(torch.utils.checkpoint.checkpoint, use_reentrant=False)
+                layer._gradient_checkpointing_func = checkpoint
+        if not compiled:
+            return
+        torch._functorch.config.activation_memory_budget = ACTIVATION_MEMORY_BUDGET
+        for layer in self.model.language_model.layers:
+            # The plain forward: some versions of transformers wrap their own checkpointing around it.
+            plain = getattr(type(layer).forward, "__wrapped__", type(layer).forward)
+            layer.forward = torch.compile(plain.__get__(layer), dynamic=True, fullgraph=True)
+            if layer.gradient_checkpointing:
+                layer.forward, layer.gradient_checkpointing = partial(checkpoint, layer.forward), False
 
     def embed(
         self,
@@ -3264,7 +3290,7 @@ class PeakMemory(TrainerCallback):
 
     def _note(self, phase: str) -> None:
         if torch.cuda.is_available():
-            self.gib[phase] = max(self.gib.get(phase, 0.0), torch.cuda.max_memory_reserved() / 2**30)
+            self.gib[phase] = max(self.gib.get(phase, 0.0), torch.cuda.max_memory_reserved() / GIB)
             torch.cuda.reset_peak_memory_stats()
 
     def on_step_end(self, args, state, control, **kwargs):
@@ -3303,10 +3329,70 @@ def limit_gpu_memory(gib: float | None) -> None:
         return
     if not torch.cuda.is_available():
         raise VQAError("--gpu_memory_limit_gib needs a CUDA GPU; leave it out here")
-    total = torch.cuda.get_device_properties(0).total_memory / 2**30
+    total = torch.cuda.get_device_properties(0).total_memory / GIB
     if not 0 < gib <= total:
         raise VQAError(f"--gpu_memory_limit_gib {gib}: this card has {total:.1f} GiB")
     torch.cuda.set_per_process_memory_fraction(gib / total)
+
+
+def estimate_memory(
+    model: SurgicalVQAModel, tokens: int, model_args: ModelArguments, kept_features: bool, every_n: int
+) -> dict[str, int]:
+    """Bytes of GPU memory at the peak of training on batches of `tokens`, by what takes them; an estimate.
+
+    Counted are the tensors that a decoder layer keeps for its backward pass, in units of a value in the model's dtype:
+    both norms' float32 inputs (4 h), queries and attention output (2 h), keys and values (2 k), gate, up, their
+    activation and product (4 f); with dropout a copy and a byte of mask of each LoRA input (6 h + f) in place of two
+    shared inputs (2 h) and the product; LoRA's narrow outputs (7 r). A compiled layer keeps its two inputs, queries,
+    output, keys, values, gate and up (see ACTIVATION_MEMORY_BUDGET), a recomputed one its input alone.
+
+    Args:
+        model: with its adapter, also on the meta device.
+        tokens: of a batch, padding included.
+        model_args: what is trained, rank, dropout, and whether layers are compiled.
+        kept_features: the frozen encoders are not on the GPU.
+        every_n: as in `SurgicalVQAModel.set_checkpointing`.
+    """
+    text, size = model.config.text_config, model.dtype.itemsize
+    adapted = model_args.train_decoder == "lora"
+    h, f, r = text.hidden_size, text.intermediate_size, model_args.lora_r * adapted
+    k = text.num_key_value_heads * h // text.num_attention_heads
+    if model_args.compile_layers:
+        layer = size * (4 * h + 2 * k + 2 * f + 7 * r)
+    elif adapted and model_args.lora_dropout:
+        layer = size * (6 * h + 2 * k + 3 * f + 7 * r) + (size + 1) * (6 * h + f)
+    else:
+        layer = size * (8 * h + 2 * k + 4 * f + 7 * r)
+    count = text.num_hidden_layers
+    recomputed = math.ceil(count / every_n) if every_n else 0
+    kept = (count - recomputed) * layer + recomputed * size * h + bool(recomputed) * layer
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    resting = [*model.model.visual.parameters(), *model.audio_encoder.parameters()] if kept_features else []
+    bytes_of = partial(map, lambda p: p.numel() * p.element_size())
+    return {
+        "weights": sum(bytes_of(model.parameters())) - sum(bytes_of(resting)),
+        "gradients and optimizer": 12 * trained + (size * trained if size < 4 else 0),  # and autocast's copy
+        "activations": tokens * (kept + 6 * f * size),  # and what the backward pass of one MLP works with
+    }
+
+
+def choose_checkpointing(model_args: ModelArguments, estimate: typing.Callable[[int], dict[str, int]]) -> int:
+    """`--checkpoint_every_n` as a number: for `auto` the fewest recomputed layers whose estimate fits.
+
+    Raises:
+        VQAError: `auto` with neither a GPU nor --gpu_memory_limit_gib.
+    """
+    if model_args.checkpoint_every_n != "auto":
+        return int(model_args.checkpoint_every_n)
+    limit = model_args.gpu_memory_limit_gib
+    if limit is None:
+        if not torch.cuda.is_available():
+            raise VQAError("--checkpoint_every_n auto needs a CUDA GPU, or --gpu_memory_limit_gib to fit into")
+        limit = torch.cuda.get_device_properties(0).total_memory / GIB - CUDA_CONTEXT_GIB
+    fitting = (n for n in (0, *range(32, 1, -1)) if sum(estimate(n).values()) < limit * GIB)
+    every_n = next(fitting, 1)
+    print(f"Activation checkpointing: --checkpoint_every_n auto takes {every_n}")
+    return every_n
 
 
 def report_plan(train: SurgicalVQADataset, evaluation: SurgicalVQADataset | None, args: VQATrainingArguments) -> None:
@@ -3357,7 +3443,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Train as the flags say; returns the exit status."""
     # 1. Arguments
     model_args, data_args, training_args = parse_arguments(sys.argv[1:] if argv is None else list(argv))
-    limit_gpu_memory(model_args.gpu_memory_limit_gib)
+    if not data_args.dry_run:  # which may plan for another card
+        limit_gpu_memory(model_args.gpu_memory_limit_gib)
     with contextlib.ExitStack() as stack:
         stop_signal = stack.enter_context(StopSignal())
         if not (data_args.check_data or data_args.dry_run):
@@ -3408,7 +3495,6 @@ def train(
         shape = model_args.lora_r, model_args.lora_alpha, model_args.lora_dropout
         with torch.device("meta" if data_args.dry_run else training_args.device):
             trained_model = add_lora(model, *shape, **towers)
-    model.set_checkpointing(model_args.checkpoint_every_n)
     if training_args.bf16:
         skip_input_casts(trained_model)
     print_trainable_parameters(trained_model)
@@ -3437,8 +3523,16 @@ def train(
     raise_problems(
         [problem for data in (train_dataset, eval_dataset) if data for problem in data.find_too_long(context)]
     )
+    longest = max(train_dataset.token_counts()) if data_args.dry_run or model_args.checkpoint_every_n == "auto" else 0
+    tokens, kept = training_args.train_batch_size * longest, bool(data_args.cache_features)
+    estimate = partial(estimate_memory, model, tokens, model_args, kept)
+    every_n = choose_checkpointing(model_args, estimate)
+    model.set_checkpointing(every_n, model_args.compile_layers)
     if data_args.dry_run:
         report_plan(train_dataset, eval_dataset, training_args)
+        parts = {name: size / GIB for name, size in estimate(every_n).items()}
+        shares = ", ".join(f"{name} {gib:.1f}" for name, gib in parts.items())
+        print(f"memory: about {sum(parts.values()):.1f} GiB of the GPU at the peak of training ({shares})")
         return 0
 
     if data_args.cache_features:
