@@ -279,8 +279,8 @@ class ModelArguments:
         default="1",
         metadata={
             "help": "Activation checkpointing of the decoder and of trained towers: 1 recomputes every layer (least "
-            "memory), N every N-th layer, 0 none (fastest), auto the fewest that the estimate of --dry_run fits into --gpu_memory_limit_gib "
-            "or the card. The result is the same."
+            "memory), N every N-th layer, 0 none (fastest), auto the fewest that the estimate of --dry_run fits into "
+            "--gpu_memory_limit_gib or the card. The result is the same."
         },
     )
     compile_layers: bool = field(
