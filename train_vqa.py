@@ -40,6 +40,7 @@ import typing
 import warnings
 import zlib
 from array import array
+from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
@@ -118,6 +119,8 @@ MP3_KBPS = (
 MEDIA_CHECKS = 1  # raise it when decode_frame or decode_audio refuse more: what passed before is decoded again
 DIGEST_BYTES = 16
 MAX_REMEMBERED = 1_000_000  # digests: 16 MB
+FEATURE_SCHEMA = 1  # raise it when what the towers are fed, or what is stored of them, changes
+STALE_SECONDS = 3600  # a file of features takes a second to write; what is older was left by a run that was killed
 
 INPUT_MODES = ("audio", "audio_text", "text")
 AUDIO_TOKENS = ("full", "speech")
@@ -331,6 +334,16 @@ class DataArguments:
             "choices": list(FRAME_MODES),
         },
     )
+    cache_features: str | None = field(
+        default=None,
+        metadata={
+            "help": "Folder in which the outputs of the two frozen encoders are kept, so that later epochs, runs and "
+            "evaluations neither decode nor encode again. A clip of 8 frames at 384 px takes up to 11.2 MB and a "
+            "speech 3.8 MB in bf16, each kept once. In float32 the result of batches of 1 is the same, bit for bit; "
+            "else it is that of frozen encoders outside autocast and one clip at a time: equal but for rounding. "
+            "None: encode at every step."
+        },
+    )
     max_train_samples: int | None = field(default=None, metadata={"help": "Use the first N training rows. None: all."})
     max_eval_samples: int | None = field(default=None, metadata={"help": "Use the first N eval rows. None: all."})
     allow_symlinks: bool = field(
@@ -416,6 +429,9 @@ def parse_arguments(argv: Sequence[str]) -> tuple[ModelArguments, DataArguments,
     for flag in ("max_train_frames", "max_train_samples", "max_eval_samples"):
         if getattr(data_args, flag) is not None and getattr(data_args, flag) < 1:
             raise VQAError(f"--{flag} must be at least 1; leave it out for all")
+    for flag in ("train_vision_tower", "train_audio_encoder"):
+        if data_args.cache_features and getattr(model_args, flag, False):
+            raise VQAError(f"--cache_features keeps what frozen encoders put out, and --{flag} trains one; drop either")
     data_args.max_eval_frames = frame_limit(data_args.max_eval_frames)
     return model_args, data_args, training_args
 
@@ -1042,33 +1058,53 @@ class VQAProcessor:
             VQAError: speech longer than the encoder's window, frames that cannot be paired, or labels all or none
                 masked.
         """
+        pixels, grid = self.encode_frames(row, frames)
+        if self.input_mode == "text":
+            return self.lay_out(row, grid, 0, with_answer, pixel_values=pixels)
+        heard = {"audio_lengths": torch.tensor([self.speech_tokens(len(speech))])}
+        heard["input_features"] = self.encode_speech(row, speech)
+        return self.lay_out(row, grid, int(heard["audio_lengths"]), with_answer, pixel_values=pixels, **heard)
+
+    def encode_frames(self, row: VQARow, frames: Sequence[Image.Image]) -> tuple[torch.Tensor, torch.Tensor]:
+        """`pixel_values` and grid, as `encode` returns them."""
         images = self.image_processor(images=list(frames), return_tensors="pt")
         pixels, grid = images["pixel_values"], images["image_grid_thw"]
         if self.frame_mode == "video":
             if (grid != grid[0]).any():
                 raise VQAError(f"{row.where}: the frames differ in size; --frame_mode video cannot pair them")
             pixels, grid = pair_frames(pixels, grid)
-        audio_tokens = 0 if speech is None else self.speech_tokens(len(speech))
+        return pixels, grid
+
+    def encode_speech(self, row: VQARow, speech: np.ndarray) -> torch.Tensor:
+        """`input_features`, as `encode` returns them; float32 [n] at 16 kHz comes in."""
+        if len(speech) > self.max_samples:
+            raise VQAError(
+                f"{row.where}: speech {row.audio_path} lasts {len(speech) / SAMPLE_RATE:.1f} s, this model's "
+                f"encoder hears {self.max_samples / SAMPLE_RATE:.1f}; shorten it"
+            )
+        return self.feature_extractor(speech, sampling_rate=SAMPLE_RATE, return_tensors="pt", padding="max_length")[
+            "input_features"
+        ]
+
+    def lay_out(
+        self, row: VQARow, grid: torch.Tensor, audio_tokens: int, with_answer: bool, **media: torch.Tensor
+    ) -> dict[str, torch.Tensor]:
+        """A sample around frames of `grid` int64 [n, 3] and `audio_tokens` of speech: `build`, the grid and `media`."""
         counts = (grid.prod(-1) // self.merge_size**2).tolist()
         sample = self.build(row.question, counts, audio_tokens, row.answer if with_answer else None)
-        sample["pixel_values"] = pixels
         sample["video_grid_thw" if self.frame_mode == "video" else "image_grid_thw"] = grid
-        if self.input_mode != "text":
-            if len(speech) > self.max_samples:
-                raise VQAError(
-                    f"{row.where}: speech {row.audio_path} lasts {len(speech) / SAMPLE_RATE:.1f} s, this model's "
-                    f"encoder hears {self.max_samples / SAMPLE_RATE:.1f}; shorten it"
-                )
-            sample["input_features"] = self.feature_extractor(
-                speech, sampling_rate=SAMPLE_RATE, return_tensors="pt", padding="max_length"
-            )["input_features"]
-            sample["audio_lengths"] = torch.tensor([audio_tokens])
         if with_answer:
             check_labels(sample["labels"], row)
-        return sample
+        return sample | media
 
     def count_tokens(self, row: VQARow, frame_paths: Sequence[Path]) -> int:
         """Length of the training sample of `row`, from the frames' headers alone."""
+        counts = self.vision_tokens(frame_paths)
+        audio_tokens = 0 if self.input_mode == "text" else self.speech_tokens(speech_length(row.audio_path))
+        return len(self.build(row.question, counts, audio_tokens, row.answer)["input_ids"])
+
+    def vision_tokens(self, frame_paths: Sequence[Path]) -> list[int]:
+        """Tokens of each frame, or of the one video, from the frames' headers alone."""
         counts = []
         for path in frame_paths:
             with Image.open(path, formats=FRAME_FORMATS) as image:
@@ -1076,10 +1112,7 @@ class VQAProcessor:
                 width, height = fit_size(image.size[::-1] if turned else image.size, self.max_image_size)
             patches = self.image_processor.get_number_of_image_patches(height, width, {})
             counts.append(patches // self.merge_size**2)
-        if self.frame_mode == "video":
-            counts = [counts[0] * math.ceil(len(counts) / 2)]
-        audio_tokens = 0 if self.input_mode == "text" else self.speech_tokens(speech_length(row.audio_path))
-        return len(self.build(row.question, counts, audio_tokens, row.answer)["input_ids"])
+        return [counts[0] * math.ceil(len(counts) / 2)] if self.frame_mode == "video" else counts
 
 
 def pair_frames(pixels: torch.Tensor, grid: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -1145,6 +1178,7 @@ class SurgicalVQADataset(torch.utils.data.Dataset):
         self.rows, self.processor = rows, processor
         self.max_train_frames, self.max_eval_frames = max_train_frames, max_eval_frames
         self.is_eval, self.with_answer, self.numbered = is_eval, with_answer, numbered
+        self.features: list[tuple[Path | None, Path | None]] = []  # of each row; `fill_feature_cache` sets it
 
     def _select_frames(self, frames: Sequence) -> Sequence:
         """Evenly spaced frames, the first among them, so that the order in time is kept; a short clip is kept whole."""
@@ -1158,11 +1192,25 @@ class SurgicalVQADataset(torch.utils.data.Dataset):
         return len(self.rows)
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        row = self.rows[index]
-        frames = [load_frame(path, self.processor.max_image_size) for path in self._select_frames(row.frame_paths)]
-        speech = load_speech(row.audio_path) if self.processor.input_mode != "text" else None
-        sample = self.processor.encode(row, frames, speech, self.with_answer)
+        row, (clip, speech_path) = self.rows[index], self.media_of(index)
+        if self.features:
+            seen, heard = self.features[index]
+            features, grid = read_features(seen)
+            media = {"vision_features": features}
+            if heard:
+                media["speech_features"], _ = read_features(heard)
+            audio_tokens = len(media.get("speech_features", ()))
+            sample = self.processor.lay_out(row, grid, audio_tokens, self.with_answer, **media)
+        else:
+            frames = [load_frame(path, self.processor.max_image_size) for path in clip]
+            speech = load_speech(speech_path) if speech_path else None
+            sample = self.processor.encode(row, frames, speech, self.with_answer)
         return {**sample, "rows": [index]} if self.numbered else sample
+
+    def media_of(self, index: int) -> tuple[tuple[Path, ...], Path | None]:
+        """The clip of a row, that is, the selected frames in order; and its speech, None in text mode."""
+        row, by_ear = self.rows[index], self.processor.input_mode != "text"
+        return tuple(self._select_frames(row.frame_paths)), row.audio_path if by_ear else None
 
     def find_too_long(self, context: int) -> list[Problem]:
         """The rows whose samples take more than `context` tokens, the most that the model can place.
@@ -1211,7 +1259,8 @@ class VQACollator:
     def __call__(self, samples: Sequence[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
         """`input_ids`, `labels`, `mm_token_type_ids` and, padded on the left, `attention_mask`, int64 [B, T];
         `pixel_values` and `image_grid_thw` or `video_grid_thw` along all frames or clips of the batch; `input_features`
-        float32 [B, mel bins, mel frames] and `audio_lengths` int64 [B]."""
+        float32 [B, mel bins, mel frames] and `audio_lengths` int64 [B]. From the feature cache, in place of pixels and
+        mel: `vision_features` [tokens, hidden] and `speech_features` [tokens, d_audio] along the batch."""
         padded = {name: [s[name] for s in samples] for name in ("input_ids", "labels", "mm_token_type_ids")}
         if self.padding_side == "left":
             padded["attention_mask"] = [torch.ones_like(s["input_ids"]) for s in samples]
@@ -1224,12 +1273,48 @@ class VQACollator:
             )
             for name, values in padded.items()
         }
-        for name in ("pixel_values", "image_grid_thw", "video_grid_thw", "input_features", "audio_lengths"):
+        for name in (
+            *("pixel_values", "image_grid_thw", "video_grid_thw", "input_features", "audio_lengths"),
+            *("vision_features", "speech_features"),
+        ):
             if name in samples[0]:
                 batch[name] = torch.cat([s[name] for s in samples])
         if "rows" in samples[0]:
             batch["rows"] = [index for s in samples for index in s["rows"]]
         return batch
+
+
+def read_features(file: Path) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """What `write_features` stored: features [tokens, width], mapped from the file; and of a clip its grid [n, 3].
+
+    Raises:
+        VQAError: the file is missing or damaged.
+    """
+    try:
+        with safe_open(file, framework="pt") as stored:
+            features, notes = stored.get_tensor("features"), stored.metadata()
+        if features_checksum(features, notes["grid"]) != notes["crc32"]:
+            raise ValueError("its checksum differs")
+    except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
+        raise VQAError(f"{file}: damaged or gone ({error}); start again, then it is computed anew") from error
+    return features, torch.tensor(json.loads(notes["grid"])) if notes["grid"] else None
+
+
+def write_features(file: Path, features: torch.Tensor, grid: torch.Tensor | None = None) -> None:
+    """Store features [tokens, width] and, of a clip, the grid int64 [n, 3]; the file is named only once it is whole."""
+    text = json.dumps(grid.tolist()) if grid is not None else ""
+    part = file.with_name(f"{UNFINISHED}{os.urandom(8).hex()}")
+    try:
+        save_file({"features": features}, part, metadata={"grid": text, "crc32": features_checksum(features, text)})
+        os.replace(part, file)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def features_checksum(features: torch.Tensor, grid: str) -> str:
+    """CRC-32 of all that a file of features says; sha256 would take longer than the reading."""
+    crc = zlib.crc32(f"{features.dtype} {tuple(features.shape)} {grid}".encode())
+    return f"{zlib.crc32(features.contiguous().view(torch.uint8).numpy(), crc):08x}"
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1294,29 +1379,55 @@ class SurgicalVQAModel(Qwen2VLForConditionalGeneration):
         video_grid_thw: torch.Tensor | None,
         input_features: torch.Tensor | None,
         audio_lengths: torch.Tensor | None,
+        vision_features: torch.Tensor | None = None,
+        speech_features: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Embeddings [B, T, hidden] of `input_ids` [B, T] with frames and speech in their places.
+        """Embeddings [B, T, hidden] of `input_ids` [B, T] with frames and speech, or their features, in their places.
 
         Raises:
             ValueError: placeholders and features differ in number.
         """
         embeds = self.get_input_embeddings()(input_ids)
-        if pixel_values is not None:
+        if pixel_values is not None or vision_features is not None:
             kind = "image" if video_grid_thw is None else "video"
             grid = image_grid_thw if video_grid_thw is None else video_grid_thw
-            visual = self.model.visual
-            with torch.set_grad_enabled(self.trains_vision and torch.is_grad_enabled()):
-                seen = visual(pixel_values.to(visual.dtype), grid_thw=grid).pooler_output
+            seen = self.see(pixel_values, grid) if vision_features is None else vision_features
             embeds = _splice(embeds, input_ids == getattr(self.config, f"{kind}_token_id"), seen, kind)
-        if input_features is not None:
-            encoder = self.audio_encoder
-            with torch.set_grad_enabled(self.trains_audio and torch.is_grad_enabled()):
-                heard = encoder(input_features.to(encoder.dtype)).last_hidden_state
-            if audio_lengths is not None:
-                heard = heard[torch.arange(heard.shape[1], device=heard.device) < audio_lengths[:, None]]
-            speech = self.audio_projector(heard.flatten(0, -2))
+        if input_features is not None or speech_features is not None:
+            heard = self.hear(input_features, audio_lengths) if speech_features is None else speech_features
+            speech = self.audio_projector(heard)
             embeds = _splice(embeds, input_ids == self.config.audio_token_id, speech, "audio")
         return embeds
+
+    def see(self, pixel_values: torch.Tensor, grid: torch.Tensor) -> torch.Tensor:
+        """What the vision tower makes of patches and their grid int64 [n, 3]: [tokens, hidden]."""
+        visual = self.model.visual
+        with torch.set_grad_enabled(self.trains_vision and torch.is_grad_enabled()):
+            return visual(pixel_values.to(visual.dtype), grid_thw=grid).pooler_output
+
+    def hear(self, input_features: torch.Tensor, audio_lengths: torch.Tensor | None) -> torch.Tensor:
+        """What the speech encoder makes of speech [B, mel, frames]: the first `audio_lengths` int64 [B] outputs
+        of each (None: all), one speech after the other, [tokens, d_audio]."""
+        encoder = self.audio_encoder
+        with torch.set_grad_enabled(self.trains_audio and torch.is_grad_enabled()):
+            heard = encoder(input_features.to(encoder.dtype)).last_hidden_state
+        if audio_lengths is not None:
+            heard = heard[torch.arange(heard.shape[1], device=heard.device) < audio_lengths[:, None]]
+        return heard.flatten(0, -2)
+
+    def rest_towers(self) -> None:
+        """Take both encoders off the GPU (2.4 GiB at full size), for when all that comes are features."""
+        for tower in (self.model.visual, self.audio_encoder):
+            tower.to("cpu")
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+    def prepare_inputs_for_generation(self, *args, is_first_iteration: bool = False, **kwargs) -> dict:
+        """As usual: frames and speech are read with the prompt, and not again with each token of the answer."""
+        inputs = super().prepare_inputs_for_generation(*args, is_first_iteration=is_first_iteration, **kwargs)
+        if not is_first_iteration and kwargs.get("use_cache", True):
+            inputs = {name: value for name, value in inputs.items() if not name.endswith("_features")}
+        return inputs
 
     def forward(
         self,
@@ -1335,6 +1446,8 @@ class SurgicalVQAModel(Qwen2VLForConditionalGeneration):
         logits_to_keep: int | torch.Tensor = 0,
         num_items_in_batch: torch.Tensor | int | None = None,
         inputs_embeds: None = None,
+        vision_features: torch.Tensor | None = None,
+        speech_features: torch.Tensor | None = None,
         **kwargs,
     ) -> CausalLMOutputWithPast:
         """With `labels`: the loss alone, its logits built at answer positions only. Without: logits for generation.
@@ -1355,8 +1468,11 @@ class SurgicalVQAModel(Qwen2VLForConditionalGeneration):
             logits_to_keep: number of last positions (0: all), or the positions.
             num_items_in_batch: labels in the whole accumulated batch, which the loss is divided by. None: in this one.
             inputs_embeds: always None (PEFT passes it); speech and frames are placed by id.
+            vision_features: outputs of `see` along the batch, in place of `pixel_values`; the grid is still needed.
+            speech_features: outputs of `hear` along the batch, in place of `input_features` and `audio_lengths`.
         """
-        embeds = self.embed(input_ids, pixel_values, image_grid_thw, video_grid_thw, input_features, audio_lengths)
+        media = (pixel_values, image_grid_thw, video_grid_thw, input_features, audio_lengths)
+        embeds = self.embed(input_ids, *media, vision_features, speech_features)
         if position_ids is None:
             position_ids, _ = self.model.get_rope_index(
                 input_ids,
@@ -2270,6 +2386,217 @@ def load_adapter(model: SurgicalVQAModel, path: str | Path, *, allow_pickle: boo
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# Feature cache
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def ahead(function: typing.Callable, items: Iterable, depth: int) -> Iterator:
+    """`map(function, items)`, with up to `depth` results under way in threads while the caller uses the last one."""
+    pending = deque()
+    with ThreadPoolExecutor(min(MAX_WORKERS, os.cpu_count() or 1)) as pool:
+        try:
+            for item in items:
+                pending.append(pool.submit(function, item))
+                if len(pending) > depth:
+                    yield pending.popleft().result()
+            while pending:
+                yield pending.popleft().result()
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+
+
+def tower_digest(tower: nn.Module) -> str:
+    """sha256 over the name, dtype, shape and every byte of a tower's parameters and buffers."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted([*tower.named_parameters(), *tower.named_buffers()]):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.detach().contiguous().cpu().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def feature_recipes(model: SurgicalVQAModel, processor: VQAProcessor, by_ear: bool) -> dict[str, str]:
+    """All that the features of a clip (`vision`) and of a speech (`speech`) depend on but their files, as text."""
+    kind = model.device.type
+    towers = {"vision": model.model.visual, "speech": model.audio_encoder}
+    configs = {"vision": model.config.vision_config, "speech": audio_config_of(model.config)}
+    shared = {
+        "schema": FEATURE_SCHEMA,
+        "dtype": str(model.dtype),
+        "attention": model.config._attn_implementation,
+        "device": torch.cuda.get_device_name(model.device) if kind == "cuda" else kind,
+        "torch": torch.__version__,
+        "transformers": importlib.metadata.version("transformers"),
+    }
+    own = {
+        "vision": {
+            "max_image_size": processor.max_image_size,
+            "frame_mode": processor.frame_mode,
+            "image_processor": processor.image_processor.to_dict(),
+            "pillow": PIL_VERSION,
+        },
+        "speech": {
+            "audio_tokens": processor.audio_tokens,
+            "encoder_tokens": processor.encoder_tokens,
+            "soundfile": soundfile.__libsndfile_version__,
+            "torchaudio": importlib.metadata.version("torchaudio"),
+        },
+    }
+    needed = ("vision", "speech") if by_ear else ("vision",)
+    with ThreadPoolExecutor(2) as pool:  # hashlib lets go of the interpreter
+        digests = dict(zip(needed, pool.map(lambda name: tower_digest(towers[name]), needed), strict=True))
+    return {
+        name: json.dumps([shared, own[name], configs[name].to_dict(), digests[name]], sort_keys=True, default=str)
+        for name in needed
+    }
+
+
+def fill_feature_cache(
+    model: SurgicalVQAModel, sources: Sequence, folder: str | Path, allow_errors: bool = False
+) -> None:
+    """Encode whatever clips and speech of `sources` `folder` lacks, and set `features` of each source.
+
+    A clip, that is, its selected frames in order, and a speech go through their encoder alone, so that what is read is
+    the same, bit for bit, whenever it was written and whatever batch it comes to stand in. Runs may share the folder.
+
+    Args:
+        model: its encoders stay as they are from here on; on the device that computes.
+        sources: SurgicalVQADataset, or what has its `rows`, `processor`, `media_of` and `features`. Where `media_of`
+            says None, or the media cannot be read, there are no features.
+        folder: made where it is missing; a file a clip and a speech.
+        allow_errors: pass over media that cannot be read.
+
+    Raises:
+        VQAError: the folder cannot be written or has no room, or media that cannot be read.
+    """
+    start, folder = time.monotonic(), Path(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+        for rest in folder.glob(UNFINISHED + "*"):
+            with contextlib.suppress(FileNotFoundError):
+                if time.time() - rest.stat().st_mtime > STALE_SECONDS:
+                    rest.unlink()
+    except OSError as error:
+        raise VQAError(
+            f"--cache_features {folder}: cannot be written ({error.strerror}); name another folder"
+        ) from error
+
+    # 1. What is wanted, under which name
+    users = {}  # a clip, as a tuple of paths, or the path of a speech -> its processor and a row that needs it
+    for source in sources:
+        for index, row in enumerate(source.rows):
+            for medium in source.media_of(index):
+                if medium:
+                    users.setdefault(medium, (source.processor, row))
+    if not users:
+        return
+    by_ear = any(isinstance(medium, Path) for medium in users)
+    recipes = feature_recipes(model, next(iter(users.values()))[0], by_ear)
+
+    def name(medium: tuple[Path, ...] | Path) -> Path | None:
+        kind, paths = ("speech", (medium,)) if isinstance(medium, Path) else ("vision", medium)
+        try:
+            content = [digest_of(path) for path in paths]
+        except OSError as error:
+            if allow_errors:
+                return None
+            raise VQAError(f"{error.filename}: cannot be read ({error.strerror})") from error
+        return (
+            folder / f"{kind}-{hashlib.sha256(json.dumps([recipes[kind], content]).encode()).hexdigest()}.safetensors"
+        )
+
+    digest_of, depth = cache(sha256_of), 2 * MAX_WORKERS
+    files = dict(zip(users, ahead(name, users, depth), strict=True))
+
+    # 2. What is missing or damaged
+    def lacks(file: Path | None) -> bool:
+        if file is None or not file.exists():
+            return file is not None
+        try:
+            read_features(file)
+        except VQAError:
+            print(f"{file}: damaged; computing it again")
+            return True
+        return False
+
+    unique = dict(zip(files.values(), files, strict=True))  # media of one content are one file
+    lacking = [unique[file] for file, lacked in zip(unique, ahead(lacks, unique, depth), strict=True) if lacked]
+
+    # 3. Room for it
+    widths = {"vision": model.config.text_config.hidden_size, "speech": audio_config_of(model.config).d_model}
+
+    def size(medium: tuple[Path, ...] | Path) -> int:
+        processor, _ = users[medium]
+        with contextlib.suppress(*DECODE_ERRORS, soundfile.SoundFileError):  # which decoding names
+            if isinstance(medium, Path):
+                return processor.speech_tokens(speech_length(medium)) * widths["speech"] * model.dtype.itemsize
+            return sum(processor.vision_tokens(medium)) * widths["vision"] * model.dtype.itemsize
+        return 0
+
+    needed, free = sum(ahead(size, lacking, depth)), shutil.disk_usage(folder).free
+    if needed > free:
+        raise VQAError(
+            f"--cache_features {folder}: features of {len(lacking)} clips and speech files take {needed:,} bytes, and "
+            f"{free:,} are free there; make room, name a folder on another disk, or leave the flag out"
+        )
+
+    # 4. Decoding, ahead of the encoders; a file is written while the next one is computed
+    def decode(medium: tuple[Path, ...] | Path) -> tuple[torch.Tensor, ...] | None:
+        processor, row = users[medium]
+        try:
+            if isinstance(medium, Path):
+                speech = load_speech(medium)
+                return processor.encode_speech(row, speech), torch.tensor([processor.speech_tokens(len(speech))])
+            return processor.encode_frames(row, [load_frame(path, processor.max_image_size) for path in medium])
+        except VQAError:
+            if allow_errors:
+                return None
+            raise
+
+    written, bar = deque(), tqdm(total=len(lacking), desc="Caching features", unit="file", disable=not lacking)
+    decoded = ahead(decode, lacking, depth)
+    try:
+        with bar, contextlib.closing(decoded), ThreadPoolExecutor(2) as pool:
+            for medium, inputs in zip(lacking, decoded, strict=True):
+                bar.update()
+                if inputs is None:
+                    continue
+                encode = model.hear if isinstance(medium, Path) else model.see
+                with torch.no_grad():  # an adapter may bring a tower that was trained
+                    features = encode(*(tensor.to(model.device) for tensor in inputs)).cpu()
+                grid = None if isinstance(medium, Path) else inputs[1]
+                written.append(pool.submit(write_features, files[medium], features, grid))
+                if len(written) > depth:
+                    written.popleft().result()
+            for write in written:
+                write.result()
+    except (OSError, SafetensorError) as error:
+        free = shutil.disk_usage(folder).free
+        raise VQAError(
+            f"--cache_features {folder}: could not be written ({str(error).splitlines()[0]}), {free:,} bytes are free; "
+            "make room and start again: what is written is kept"
+        ) from error
+
+    # 5. What each row reads
+    kept = {medium: file if file and file.exists() else None for medium, file in files.items()}
+    for source in sources:
+        source.features = [
+            tuple(kept.get(medium) for medium in source.media_of(index)) for index in range(len(source.rows))
+        ]
+    total = sum(file.stat().st_size for file in set(kept.values()) if file)
+    found = [medium for file, medium in unique.items() if file]
+    clips, speech, new_clips, new_speech = (
+        sum(isinstance(medium, Path) == heard for medium in part)
+        for part in (found, lacking)
+        for heard in (False, True)
+    )
+    print(
+        f"   Features in {folder}: {clips} clips and {speech} speech files, {new_clips} and {new_speech} of them "
+        f"encoded now; {total:,} bytes, {time.monotonic() - start:.1f} s"
+    )
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # Settings, Trainer and callbacks
 # ----------------------------------------------------------------------------------------------------------------------
 
@@ -2320,7 +2647,7 @@ def resolved_settings(
             "audio": processor.audio_id,
             "turn_ends": turn_end_ids(processor.tokenizer),
         },
-        "data": {k: v for k, v in asdict(data_args).items() if k.endswith(("_path", "_dir", "_samples"))},
+        "data": {k: v for k, v in asdict(data_args).items() if k.endswith(("_path", "_dir", "_samples", "_features"))},
         "skipped": list(skipped),
         "training": json.loads(training_args.to_json_string()),
         "versions": {name: importlib.metadata.version(name) for name in packages},
@@ -2662,6 +2989,8 @@ class VQATrainer(Trainer):
             self._initial_global_step = 0  # so that the mean loss at the end is that of the whole run
         self.started = time.time() - self.progress["seconds"]
         self.check_disk()
+        if getattr(self.train_dataset, "features", None):
+            (self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model).rest_towers()
         if self.resumed and self.progress["evaluate"]:  # the signal came during this evaluation
             self.progress["evaluate"] = False
             self._determine_best_metric(self._evaluate(None, None), None)
@@ -3076,6 +3405,10 @@ def train(
     if data_args.dry_run:
         report_plan(train_dataset, eval_dataset, training_args)
         return 0
+
+    if data_args.cache_features:
+        datasets = [dataset for dataset in (train_dataset, eval_dataset) if dataset]
+        fill_feature_cache(model, datasets, data_args.cache_features)
 
     # 6. Training; evaluation computes the loss only
     settings = resolved_settings(model_args, data_args, training_args, processor, base_fingerprint, skipped)
