@@ -1039,7 +1039,13 @@ class VQAProcessor:
         return {"input_ids": torch.tensor(ids), "mm_token_type_ids": types, "labels": torch.tensor(labels)}
 
     def encode(
-        self, row: VQARow, frames: Sequence[Image.Image], speech: np.ndarray | None, with_answer: bool
+        self,
+        row: VQARow,
+        frames: Sequence[Image.Image],
+        speech: np.ndarray | None,
+        with_answer: bool,
+        seen: tuple[torch.Tensor, torch.Tensor] | None = None,
+        heard: torch.Tensor | None = None,
     ) -> dict[str, torch.Tensor]:
         """One sample as model inputs, without a batch dimension.
 
@@ -1048,22 +1054,36 @@ class VQAProcessor:
             frames: RGB, from `load_frame`.
             speech: float32 [n] at 16 kHz; None in text mode.
             with_answer: append the answer and label it.
+            seen: features and grid of the clip, from `read_features`; then `frames` are not looked at.
+            heard: features of the speech; then `speech` is not listened to.
 
         Returns:
             The tensors of `build`, `pixel_values` float32 [patches, channels * temporal patch * patch * patch],
             `image_grid_thw` int64 [frames, 3] or `video_grid_thw` int64 [1, 3], and outside text mode `input_features`
-            float32 [1, mel bins, frames] and `audio_lengths` int64 [1], the tokens of the speech.
+            float32 [1, mel bins, frames] and `audio_lengths` int64 [1], the tokens of the speech. With `seen`
+            `vision_features` in place of the pixels, with `heard` `speech_features` in place of these two.
 
         Raises:
             VQAError: speech longer than the encoder's window, frames that cannot be paired, or labels all or none
                 masked.
         """
-        pixels, grid = self.encode_frames(row, frames)
-        if self.input_mode == "text":
-            return self.lay_out(row, grid, 0, with_answer, pixel_values=pixels)
-        heard = {"audio_lengths": torch.tensor([self.speech_tokens(len(speech))])}
-        heard["input_features"] = self.encode_speech(row, speech)
-        return self.lay_out(row, grid, int(heard["audio_lengths"]), with_answer, pixel_values=pixels, **heard)
+        media, audio_tokens = {}, 0
+        if seen is None:
+            media["pixel_values"], grid = self.encode_frames(row, frames)
+        else:
+            media["vision_features"], grid = seen
+        if heard is not None:
+            media["speech_features"], audio_tokens = heard, len(heard)
+        elif self.input_mode != "text":
+            audio_tokens = self.speech_tokens(len(speech))
+            media["input_features"] = self.encode_speech(row, speech)
+            media["audio_lengths"] = torch.tensor([audio_tokens])
+        counts = (grid.prod(-1) // self.merge_size**2).tolist()
+        sample = self.build(row.question, counts, audio_tokens, row.answer if with_answer else None) | media
+        sample["video_grid_thw" if self.frame_mode == "video" else "image_grid_thw"] = grid
+        if with_answer:
+            check_labels(sample["labels"], row)
+        return sample
 
     def encode_frames(self, row: VQARow, frames: Sequence[Image.Image]) -> tuple[torch.Tensor, torch.Tensor]:
         """`pixel_values` and grid, as `encode` returns them."""
@@ -1085,17 +1105,6 @@ class VQAProcessor:
         return self.feature_extractor(speech, sampling_rate=SAMPLE_RATE, return_tensors="pt", padding="max_length")[
             "input_features"
         ]
-
-    def lay_out(
-        self, row: VQARow, grid: torch.Tensor, audio_tokens: int, with_answer: bool, **media: torch.Tensor
-    ) -> dict[str, torch.Tensor]:
-        """A sample around frames of `grid` int64 [n, 3] and `audio_tokens` of speech: `build`, the grid and `media`."""
-        counts = (grid.prod(-1) // self.merge_size**2).tolist()
-        sample = self.build(row.question, counts, audio_tokens, row.answer if with_answer else None)
-        sample["video_grid_thw" if self.frame_mode == "video" else "image_grid_thw"] = grid
-        if with_answer:
-            check_labels(sample["labels"], row)
-        return sample | media
 
     def count_tokens(self, row: VQARow, frame_paths: Sequence[Path]) -> int:
         """Length of the training sample of `row`, from the frames' headers alone."""
@@ -1194,13 +1203,9 @@ class SurgicalVQADataset(torch.utils.data.Dataset):
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         row, (clip, speech_path) = self.rows[index], self.media_of(index)
         if self.features:
-            seen, heard = self.features[index]
-            features, grid = read_features(seen)
-            media = {"vision_features": features}
-            if heard:
-                media["speech_features"], _ = read_features(heard)
-            audio_tokens = len(media.get("speech_features", ()))
-            sample = self.processor.lay_out(row, grid, audio_tokens, self.with_answer, **media)
+            clip_file, speech_file = self.features[index]
+            heard = read_features(speech_file)[0] if speech_file else None
+            sample = self.processor.encode(row, (), None, self.with_answer, read_features(clip_file), heard)
         else:
             frames = [load_frame(path, self.processor.max_image_size) for path in clip]
             speech = load_speech(speech_path) if speech_path else None
