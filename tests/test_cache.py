@@ -358,3 +358,32 @@ def test_evaluation_reads_what_training_wrote(tmp_path, capsys):
     assert answers[0] == answers[1]
     summary = json.loads((tmp_path / "cached.summary.json").read_text())
     assert summary["manifest"]["flags"]["cache_features"] == cache[1]
+
+
+def test_two_runs_may_fill_one_folder_at_once(fresh, dataset, tmp_path):
+    models = [fresh(), fresh()]
+    with vqa.ThreadPoolExecutor(2) as pool:
+        (one,), (two,) = pool.map(lambda model: fill(model, tmp_path, dataset()), models)
+    assert all(same(one[index], two[index]) for index in range(5))
+    assert sorted({file.name for pair in one.features for file in pair}) == names(tmp_path)
+
+
+def test_a_trained_tower_is_refused():
+    arguments, data = vqa.ModelArguments(), vqa.DataArguments("t", "f", "a", cache_features="c")
+    vqa.refuse_trained_towers(arguments, data)
+    arguments.train_vision_tower = True
+    with pytest.raises(vqa.VQAError, match="keeps what frozen encoders put out, and --train_vision_tower trains one"):
+        vqa.refuse_trained_towers(arguments, data)
+
+
+def test_resting_towers_are_not_needed_for_features(fresh, dataset, tmp_path):
+    model = fresh()
+    (cached,) = fill(model, tmp_path, dataset())
+    batch = vqa.VQACollator(497)([cached[0], cached[3]])
+    batch.pop("rows")
+    with torch.no_grad():
+        before = model(**batch).loss
+        model.rest_towers()
+        for tower in (model.model.visual, model.audio_encoder):
+            tower.forward = None  # a call would raise
+        assert torch.equal(before, model(**batch).loss)
