@@ -447,8 +447,16 @@ def parse_arguments(argv: Sequence[str]) -> tuple[ModelArguments, DataArguments,
     for flag in ("max_train_frames", "max_train_samples", "max_eval_samples"):
         if getattr(data_args, flag) is not None and getattr(data_args, flag) < 1:
             raise VQAError(f"--{flag} must be at least 1; leave it out for all")
+    refuse_trained_towers(model_args, data_args)
     data_args.max_eval_frames = frame_limit(data_args.max_eval_frames)
     return model_args, data_args, training_args
+
+
+def refuse_trained_towers(model_args: ModelArguments, data_args: DataArguments) -> None:
+    """VQAError where features are to be kept of an encoder that is trained, so that they would change."""
+    for flag in ("train_vision_tower", "train_audio_encoder"):
+        if data_args.cache_features and getattr(model_args, flag, False):
+            raise VQAError(f"--cache_features keeps what frozen encoders put out, and --{flag} trains one; drop either")
 
 
 def refuse_contradictions(
@@ -2625,6 +2633,217 @@ def fill_feature_cache(
                     continue
                 encode = model.hear if isinstance(medium, Path) else model.see
                 features = encode(*(tensor.to(model.device) for tensor in inputs)).cpu()
+                grid = None if isinstance(medium, Path) else inputs[1]
+                written.append(pool.submit(write_features, files[medium], features, grid))
+                if len(written) > depth:
+                    written.popleft().result()
+            for write in written:
+                write.result()
+    except (OSError, SafetensorError) as error:
+        free = shutil.disk_usage(folder).free
+        raise VQAError(
+            f"--cache_features {folder}: could not be written ({str(error).splitlines()[0]}), {free:,} bytes are free; "
+            "make room and start again: what is written is kept"
+        ) from error
+
+    # 5. What each row reads
+    kept = {medium: file if file and file.exists() else None for medium, file in files.items()}
+    for source in sources:
+        source.features = [
+            tuple(kept.get(medium) for medium in source.media_of(index)) for index in range(len(source.rows))
+        ]
+    total = sum(file.stat().st_size for file in set(kept.values()) if file)
+    found = [medium for file, medium in unique.items() if file]
+    clips, speech, new_clips, new_speech = (
+        sum(isinstance(medium, Path) == heard for medium in part)
+        for part in (found, lacking)
+        for heard in (False, True)
+    )
+    print(
+        f"   Features in {folder}: {clips} clips and {speech} speech files, {new_clips} and {new_speech} of them "
+        f"encoded now; {total:,} bytes, {time.monotonic() - start:.1f} s"
+    )
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Feature cache
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def ahead(function: typing.Callable, items: Iterable, depth: int) -> Iterator:
+    """`map(function, items)`, with up to `depth` results under way in threads while the caller uses the last one."""
+    pending = deque()
+    with ThreadPoolExecutor(min(MAX_WORKERS, os.cpu_count() or 1)) as pool:
+        try:
+            for item in items:
+                pending.append(pool.submit(function, item))
+                if len(pending) > depth:
+                    yield pending.popleft().result()
+            while pending:
+                yield pending.popleft().result()
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+
+
+def tower_digest(tower: nn.Module) -> str:
+    """sha256 over the name, dtype, shape and every byte of a tower's parameters and buffers."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted([*tower.named_parameters(), *tower.named_buffers()]):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.detach().contiguous().cpu().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def feature_recipes(model: SurgicalVQAModel, processor: VQAProcessor, by_ear: bool) -> dict[str, str]:
+    """All that the features of a clip (`vision`) and of a speech (`speech`) depend on but their files, as text."""
+    kind = model.device.type
+    towers = {"vision": model.model.visual, "speech": model.audio_encoder}
+    configs = {"vision": model.config.vision_config, "speech": audio_config_of(model.config)}
+    shared = {
+        "schema": FEATURE_SCHEMA,
+        "dtype": str(model.dtype),
+        "attention": model.config._attn_implementation,
+        "device": torch.cuda.get_device_name(model.device) if kind == "cuda" else kind,
+        "torch": torch.__version__,
+        "transformers": importlib.metadata.version("transformers"),
+    }
+    own = {
+        "vision": {
+            "max_image_size": processor.max_image_size,
+            "frame_mode": processor.frame_mode,
+            "image_processor": processor.image_processor.to_dict(),
+            "pillow": PIL_VERSION,
+        },
+        "speech": {
+            "audio_tokens": processor.audio_tokens,
+            "encoder_tokens": processor.encoder_tokens,
+            "soundfile": soundfile.__libsndfile_version__,
+            "torchaudio": importlib.metadata.version("torchaudio"),
+        },
+    }
+    needed = ("vision", "speech") if by_ear else ("vision",)
+    with ThreadPoolExecutor(2) as pool:  # hashlib lets go of the interpreter
+        digests = dict(zip(needed, pool.map(lambda name: tower_digest(towers[name]), needed), strict=True))
+    return {
+        name: json.dumps([shared, own[name], configs[name].to_dict(), digests[name]], sort_keys=True, default=str)
+        for name in needed
+    }
+
+
+def fill_feature_cache(
+    model: SurgicalVQAModel, sources: Sequence, folder: str | Path, allow_errors: bool = False
+) -> None:
+    """Encode whatever clips and speech of `sources` `folder` lacks, and set `features` of each source.
+
+    A clip, that is, its selected frames in order, and a speech go through their encoder alone, so that what is read is
+    the same, bit for bit, whenever it was written and whatever batch it comes to stand in. Runs may share the folder.
+
+    Args:
+        model: its encoders stay as they are from here on; on the device that computes.
+        sources: SurgicalVQADataset, or what has its `rows`, `processor`, `media_of` and `features`. Where `media_of`
+            says None, or the media cannot be read, there are no features.
+        folder: made where it is missing; a file a clip and a speech.
+        allow_errors: pass over media that cannot be read.
+
+    Raises:
+        VQAError: the folder cannot be written or has no room, or media that cannot be read.
+    """
+    start, folder = time.monotonic(), Path(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+        for rest in folder.glob(UNFINISHED + "*"):
+            with contextlib.suppress(FileNotFoundError):
+                if time.time() - rest.stat().st_mtime > STALE_SECONDS:
+                    rest.unlink()
+    except OSError as error:
+        raise VQAError(
+            f"--cache_features {folder}: cannot be written ({error.strerror}); name another folder"
+        ) from error
+
+    # 1. What is wanted, under which name
+    users = {}  # a clip, as a tuple of paths, or the path of a speech -> its processor and a row that needs it
+    for source in sources:
+        for index, row in enumerate(source.rows):
+            for medium in source.media_of(index):
+                if medium:
+                    users.setdefault(medium, (source.processor, row))
+    if not users:
+        return
+    by_ear = any(isinstance(medium, Path) for medium in users)
+    recipes = feature_recipes(model, next(iter(users.values()))[0], by_ear)
+
+    def name(medium: tuple[Path, ...] | Path) -> Path | None:
+        kind, paths = ("speech", (medium,)) if isinstance(medium, Path) else ("vision", medium)
+        try:
+            content = [digest_of(path) for path in paths]
+        except OSError as error:
+            if allow_errors:
+                return None
+            raise VQAError(f"{error.filename}: cannot be read ({error.strerror})") from error
+        return (
+            folder / f"{kind}-{hashlib.sha256(json.dumps([recipes[kind], content]).encode()).hexdigest()}.safetensors"
+        )
+
+    digest_of, depth = cache(sha256_of), 2 * MAX_WORKERS
+    files = dict(zip(users, ahead(name, users, depth), strict=True))
+
+    # 2. What is missing or damaged
+    def lacks(file: Path | None) -> bool:
+        if file is None or not file.exists():
+            return file is not None
+        try:
+            read_features(file)
+        except VQAError:
+            print(f"{file}: damaged; computing it again")
+            return True
+        return False
+
+    unique = dict(zip(files.values(), files, strict=True))  # media of one content are one file
+    lacking = [unique[file] for file, lacked in zip(unique, ahead(lacks, unique, depth), strict=True) if lacked]
+
+    # 3. Room for it
+    widths = {"vision": model.config.text_config.hidden_size, "speech": audio_config_of(model.config).d_model}
+
+    def size(medium: tuple[Path, ...] | Path) -> int:
+        processor, _ = users[medium]
+        with contextlib.suppress(*DECODE_ERRORS, soundfile.SoundFileError):  # which decoding names
+            if isinstance(medium, Path):
+                return processor.speech_tokens(speech_length(medium)) * widths["speech"] * model.dtype.itemsize
+            return sum(processor.vision_tokens(medium)) * widths["vision"] * model.dtype.itemsize
+        return 0
+
+    needed, free = sum(ahead(size, lacking, depth)), shutil.disk_usage(folder).free
+    if needed > free:
+        raise VQAError(
+            f"--cache_features {folder}: features of {len(lacking)} clips and speech files take {needed:,} bytes, and "
+            f"{free:,} are free there; make room, name a folder on another disk, or leave the flag out"
+        )
+
+    # 4. Decoding, ahead of the encoders; a file is written while the next one is computed
+    def decode(medium: tuple[Path, ...] | Path) -> tuple[torch.Tensor, ...] | None:
+        processor, row = users[medium]
+        try:
+            if isinstance(medium, Path):
+                speech = load_speech(medium)
+                return processor.encode_speech(row, speech), torch.tensor([processor.speech_tokens(len(speech))])
+            return processor.encode_frames(row, [load_frame(path, processor.max_image_size) for path in medium])
+        except VQAError:
+            if allow_errors:
+                return None
+            raise
+
+    written, bar = deque(), tqdm(total=len(lacking), desc="Caching features", unit="file", disable=not lacking)
+    decoded = ahead(decode, lacking, depth)
+    try:
+        with bar, contextlib.closing(decoded), ThreadPoolExecutor(2) as pool:
+            for medium, inputs in zip(lacking, decoded, strict=True):
+                bar.update()
+                if inputs is None:
+                    continue
+                encode = model.hear if isinstance(medium, Path) else model.see
+                with torch.no_grad():  # an adapter may bring a tower that was trained
+                    features = encode(*(tensor.to(model.device) for tensor in inputs)).cpu()
                 grid = None if isinstance(medium, Path) else inputs[1]
                 written.append(pool.submit(write_features, files[medium], features, grid))
                 if len(written) > depth:
