@@ -82,8 +82,10 @@ from transformers import (
 )
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+from transformers.models.qwen2_vl.modeling_qwen2_vl import VisionAttention, apply_rotary_pos_emb_vision
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
 from transformers.utils import is_flash_attn_2_available
+from transformers.vision_utils import get_vision_position_ids
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Constants
@@ -1095,6 +1097,7 @@ class VQAProcessor:
             `image_grid_thw` int64 [frames, 3] or `video_grid_thw` int64 [1, 3], and outside text mode `input_features`
             float32 [1, mel bins, frames] and `audio_lengths` int64 [1], the tokens of the speech. With `seen`
             `vision_features` in place of the pixels, with `heard` `speech_features` in place of these two.
+            With the answer `position_ids` int64 [T, 3].
 
         Raises:
             VQAError: speech longer than the encoder's window, frames that cannot be paired, or labels all or none
@@ -1116,6 +1119,8 @@ class VQAProcessor:
         sample["video_grid_thw" if self.frame_mode == "video" else "image_grid_thw"] = grid
         if with_answer:
             check_labels(sample["labels"], row)
+            # Here, in the loader's workers, and not by the model, which would do it sample by sample on the GPU.
+            sample["position_ids"] = mrope_positions(sample["mm_token_type_ids"], grid, self.merge_size)
         return sample
 
     def encode_frames(self, row: VQARow, frames: Sequence[Image.Image]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -1173,6 +1178,29 @@ def pair_frames(pixels: torch.Tensor, grid: torch.Tensor) -> tuple[torch.Tensor,
     pairs = pixels.view(frames // 2, 2, height * width, -1, 2, pixels.shape[1] // 6)
     video = torch.stack([pairs[:, 0, :, :, 0], pairs[:, 1, :, :, 1]], dim=-2)
     return video.reshape(-1, pixels.shape[1]), torch.tensor([[frames // 2, height, width]])
+
+
+def mrope_positions(types: torch.Tensor, grid: torch.Tensor, merge_size: int) -> torch.Tensor:
+    """M-RoPE positions of one sample, int64 [T, 3] (time, row, column), as Qwen2-VL's `get_rope_index` gives them.
+
+    Args:
+        types: int64 [T], 0 text and speech, 1 image, 2 video.
+        grid: int64 [frames or clips, 3], patches in time, rows and columns.
+        merge_size: patches a token covers each way.
+    """
+    positions, place, vision = torch.empty(len(types), 3, dtype=torch.long), 0, torch.nonzero(types).flatten()
+    at = 0
+    for t, h, w in grid.tolist():
+        sides = t, h // merge_size, w // merge_size
+        start = int(vision[0])
+        positions[at:start] = torch.arange(place, place + start - at)[:, None]
+        place += start - at
+        at = start + math.prod(sides)
+        positions[start:at] = torch.cartesian_prod(*map(torch.arange, sides)) + place
+        place += max(sides[1:])
+        vision = vision[math.prod(sides) :]
+    positions[at:] = torch.arange(place, place + len(types) - at)[:, None]
+    return positions
 
 
 def check_labels(labels: torch.Tensor, row: VQARow) -> None:
@@ -1296,6 +1324,7 @@ class VQACollator:
 
     def __call__(self, samples: Sequence[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
         """`input_ids`, `labels`, `mm_token_type_ids` and, padded on the left, `attention_mask`, int64 [B, T];
+        `position_ids` int64 [3, B, T] where the samples have them;
         `pixel_values` and `image_grid_thw` or `video_grid_thw` along all frames or clips of the batch; `input_features`
         float32 [B, mel bins, mel frames] and `audio_lengths` int64 [B]. From the feature cache, in place of pixels and
         mel: `vision_features` [tokens, hidden] and `speech_features` [tokens, d_audio] along the batch."""
@@ -1311,6 +1340,10 @@ class VQACollator:
             )
             for name, values in padded.items()
         }
+        if "position_ids" in samples[0]:
+            positions = [s["position_ids"] for s in samples]
+            padded_positions = nn.utils.rnn.pad_sequence(positions, batch_first=True, padding_side=self.padding_side)
+            batch["position_ids"] = padded_positions.permute(2, 0, 1)
         for name in (
             *("pixel_values", "image_grid_thw", "video_grid_thw", "input_features", "audio_lengths"),
             *("vision_features", "speech_features"),
@@ -1373,6 +1406,35 @@ class AudioProjector(nn.Linear):
         return super().forward(states.to(self.weight.dtype))
 
 
+class FrameAttention(VisionAttention):
+    """Qwen2-VL's attention within each frame; frames of one size take one sdpa call, not one each."""
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        cu_seqlens: torch.Tensor,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
+        **kwargs,
+    ) -> torch.Tensor:
+        """[patches, d] -> [patches, d]; `cu_seqlens` [frames + 1] says where the frames begin."""
+        sizes = cu_seqlens.diff().tolist()
+        if len(set(sizes)) > 1 or self.config._attn_implementation != "sdpa":
+            return super().forward(hidden_states, cu_seqlens, position_embeddings=position_embeddings, **kwargs)
+        total = len(hidden_states)
+        query, key, value = self.qkv(hidden_states).reshape(total, 3, self.num_heads, -1).unbind(1)
+        query, key = apply_rotary_pos_emb_vision(query, key, *position_embeddings)
+        query, key, value = (x.view(len(sizes), sizes[0], *x.shape[1:]).transpose(1, 2) for x in (query, key, value))
+        mixed = F.scaled_dot_product_attention(query, key, value, scale=self.scaling)
+        return self.proj(mixed.transpose(1, 2).reshape(total, -1))
+
+
+def patch_positions(grid: torch.Tensor, merge_size: int) -> torch.Tensor:
+    """Row and column of each patch, int64 [patches, 2], in the order of the vision tower; `grid` int64 [frames, 3]."""
+    if (grid == grid[0]).all():  # transformers would lay out one frame after the other
+        return get_vision_position_ids(grid[:1], merge_size).repeat(len(grid), 1)
+    return get_vision_position_ids(grid, merge_size)
+
+
 class SurgicalVQAModel(Qwen2VLForConditionalGeneration):
     """Qwen2-VL with a Whisper encoder (`audio_encoder.*`) and a linear bridge (`audio_projector.weight`).
 
@@ -1388,6 +1450,8 @@ class SurgicalVQAModel(Qwen2VLForConditionalGeneration):
         audio._attn_implementation = config._attn_implementation
         self.audio_encoder = WhisperEncoder(audio)
         self.audio_projector = AudioProjector(audio.d_model, config.text_config.hidden_size, bias=False)
+        for block in self.model.visual.blocks:
+            block.attn.__class__ = FrameAttention  # built anew it would draw other random weights
         self.stored_rows = config.text_config.vocab_size  # `grow_embeddings` may add rows, which travel with an adapter
         self.trains_vision, self.trains_audio = False, False  # whether the towers are trained: see `add_lora`
         self.post_init()
@@ -1450,9 +1514,9 @@ class SurgicalVQAModel(Qwen2VLForConditionalGeneration):
 
     def see(self, pixel_values: torch.Tensor, grid: torch.Tensor) -> torch.Tensor:
         """What the vision tower makes of patches and their grid int64 [n, 3]: [tokens, hidden]."""
-        visual = self.model.visual
+        visual, where = self.model.visual, patch_positions(grid, self.model.visual.spatial_merge_size)
         with torch.set_grad_enabled(self.trains_vision and torch.is_grad_enabled()):
-            return visual(pixel_values.to(visual.dtype), grid_thw=grid).pooler_output
+            return visual(pixel_values.to(visual.dtype), grid_thw=grid, position_ids=where).pooler_output
 
     def hear(self, input_features: torch.Tensor, audio_lengths: torch.Tensor | None) -> torch.Tensor:
         """What the speech encoder makes of speech [B, mel, frames]: the first `audio_lengths` int64 [B] outputs

@@ -369,11 +369,11 @@ def test_two_runs_may_fill_one_folder_at_once(fresh, dataset, tmp_path):
 
 
 def test_a_trained_tower_is_refused():
-    arguments, data = vqa.ModelArguments(), vqa.DataArguments("t", "f", "a", cache_features="c")
-    vqa.refuse_trained_towers(arguments, data)
-    arguments.train_vision_tower = True
+    flags = ["--train_data_path", "t", "--frames_dir", "f", "--audio_dir", "a", "--output_dir", "o"]
+    flags += ["--cache_features", "c"]
+    vqa.parse_arguments(flags)
     with pytest.raises(vqa.VQAError, match="keeps what frozen encoders put out, and --train_vision_tower trains one"):
-        vqa.refuse_trained_towers(arguments, data)
+        vqa.parse_arguments([*flags, "--train_vision_tower", "True"])
 
 
 def test_resting_towers_are_not_needed_for_features(fresh, dataset, tmp_path):
