@@ -14,6 +14,8 @@ Qwen2-VL answers, the encoder of Whisper listens, one linear layer joins them:
     frames -> Qwen2-VL vision tower (frozen)                                                            -> image tokens
     both + prompt -> Qwen2 decoder (LoRA) -> answer
 
+`--train_decoder full`, `--train_vision_tower` and `--train_audio_encoder` train more than that.
+
 This file holds the whole of it in reading order: arguments, data, prompt and labels, dataset, model, loaders,
 callbacks, main(). `evaluate_checkpoint.py` imports from here, so that training and evaluation cannot drift apart.
 """
@@ -1448,6 +1450,7 @@ class SurgicalVQAModel(Qwen2VLForConditionalGeneration):
         super().__init__(config)
         audio = audio_config_of(config)
         audio._attn_implementation = config._attn_implementation
+        audio.use_cache = False  # an encoder has none, and transformers warns of it beside checkpointing
         self.audio_encoder = WhisperEncoder(audio)
         self.audio_projector = AudioProjector(audio.d_model, config.text_config.hidden_size, bias=False)
         for block in self.model.visual.blocks:
@@ -1797,8 +1800,11 @@ def load_model(
         # Buffers are computed, not loaded: with weights to come they are needed in earnest.
         with device if on_meta else accelerate.init_empty_weights(include_buffers=False):
             model = build()
+        model.tie_weights()  # accelerate parts a head from the embeddings that it shares, as in Qwen2-VL-2B
     if load_in_4bit and (stored or init == "random") and not any(tensor.statistics for tensor in stored.values()):
         raise VQAError("--load_in_4bit keeps weights that are stored in 4 bits, and here none are; leave it out")
+    if model.lm_head.weight is model.get_input_embeddings().weight:
+        drop_tied_head(stored, read=not on_meta)
     if stored:
         check_fit(model, stored, folder, untrained=["audio_projector.weight"] if audio_encoder else [])
     if stored and not on_meta:
@@ -2037,6 +2043,19 @@ def name_on_disk(name: str, keys: Iterable[str]) -> str:
     if any("model.language_model." in key for key in keys):
         return name
     return name.replace("model.language_model.", "model.").replace("model.visual.", "visual.")
+
+
+def drop_tied_head(stored: dict[str, StoredTensor], read: bool) -> None:
+    """Leave out the copy of the embeddings that some files hold as head of a model that shares them.
+
+    VQAError where it is no copy, which only shows when the two are `read`.
+    """
+    head, embeddings = stored.pop("lm_head.weight", None), stored.get("model.language_model.embed_tokens.weight")
+    if read and head and embeddings and not torch.equal(read_tensor(head, "cpu"), read_tensor(embeddings, "cpu")):
+        raise VQAError(
+            f"{head.file}: {head.key} is not {embeddings.key}, and config.json says that they are one "
+            "(tie_word_embeddings); set that to false"
+        )
 
 
 def check_fit(
@@ -3021,6 +3040,7 @@ class VQATrainer(Trainer):
                 tokenizer.save_pretrained(folder)
             self.small_files = {path.name: path.read_bytes() for path in Path(folder).iterdir()}
         self.add_callback(RunGuard(self))
+        self.parameter_count: int | None = None
         self.losses: list[torch.Tensor] = []  # of the accumulation under way
         self.batches: list[tuple[list[int], int]] = []  # its rows, and the tokens of each
         self.progress = {"step": 0, "tr_loss": 0.0, "total_loss": 0.0, "last_logged": 0, "seconds": 0.0}
@@ -3064,6 +3084,12 @@ class VQATrainer(Trainer):
         loss = super().training_step(model, inputs, num_items_in_batch)
         self.losses.append(loss)
         return loss
+
+    def floating_point_ops(self, inputs: dict) -> int:
+        """As usual, but the parameters are counted once: for each batch anew that takes longer than a small step."""
+        if self.parameter_count is None:
+            self.parameter_count = self.model.num_parameters(exclude_embeddings=True)
+        return 6 * inputs["input_ids"].numel() * self.parameter_count
 
     def prediction_step(self, model: nn.Module, inputs: dict, *args, **kwargs):
         """As usual, without the numbers of the rows; a signal ends the evaluation."""
@@ -3263,10 +3289,11 @@ class VQATrainer(Trainer):
     def check_disk(self) -> None:
         """VQAError where the checkpoints of this run, as many as are kept at a time, will not fit on the disk."""
         root, args, state = Path(self.args.output_dir), self.args, self.state
-        trained = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
+        trained = [p.numel() for p in self.model.parameters() if p.requires_grad]
         saved = [p.nbytes for p in self.model.parameters() if p.requires_grad or self.whole]
         final = sum(saved) + sum(map(len, self.small_files.values())) + 2**16
-        self.save_bytes = final + 8 * trained  # Adam's two moments in float32
+        # Adam's two moments in float32, and what torch.save writes about a tensor
+        self.save_bytes = final + 8 * sum(trained) + 2**10 * len(trained)
         each = {"steps": state.save_steps or 1, "epoch": state.max_steps / state.num_train_epochs, "no": math.inf}
         kept = math.ceil(state.max_steps / each.get(args.save_strategy.value, state.max_steps)) or 1
         if (args.save_total_limit or 0) > 0:
