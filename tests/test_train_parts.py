@@ -287,16 +287,23 @@ def test_a_config_that_names_other_modules_than_the_weights_is_refused(adapter, 
 
 def test_towers_are_folded_into_the_base_with_the_rest(adapter, whole_base, base, batch):
     folder, model = adapter
-    merged = merge.fold_adapter(vqa.load_adapter(whole_base(), folder))
+    merged = vqa.fold_adapter(vqa.load_adapter(whole_base(), folder))
     assert [name for name, _ in merged.named_parameters()] == [name for name, _ in base.named_parameters()]
-    stored = load_file(folder / "adapter_model.safetensors")
-    for name, p in merged.named_parameters():
-        if name.startswith(("model.visual.", "audio_")):
-            assert torch.equal(p, stored[f"base_model.model.{name}"]), name
     live = logits(model, batch[0])
     assert (logits(merged, batch[0]) - live).abs().max() <= 1e-5 * live.abs().max()
-    in_bf16 = merge.fold_adapter(vqa.load_adapter(whole_base(torch.bfloat16), folder))
-    assert {p.dtype for p in in_bf16.parameters()} == {torch.bfloat16}
+
+
+def test_a_merged_model_on_disk_has_the_towers_rounded_once(adapter, whole_base, tiny, tmp_path):
+    folder = shutil.copytree(tiny, tmp_path / "base")
+    vqa.write_weights(dict(whole_base().named_parameters()), folder)
+    paths = ["--stage1_model_path", str(folder), "--stage2_adapter_path", str(adapter[0])]
+    assert merge.main([*paths, "--output_path", str(tmp_path / "out"), "--device", "cpu"]) == 0
+    trained = load_file(adapter[0] / "adapter_model.safetensors")
+    merged = load_file(tmp_path / "out/model-00001-of-00001.safetensors")
+    towers = [name for name in merged if name.startswith(("model.visual.", "audio_"))]
+    assert len(towers) == 31 + 37 + 1
+    for name in towers:
+        assert torch.equal(merged[name], trained[f"base_model.model.{name}"].to(torch.bfloat16)), name
 
 
 # --------------------------------------------------------------------------------------------- whole models, from runs
@@ -363,8 +370,7 @@ def test_evaluation_answers_as_the_model_in_memory(run, tokenizer, rows, tmp_pat
     answers = [json.loads(line)["predicted_answer"] for line in (tmp_path / "x.jsonl").read_text().splitlines()]
     processor = vqa.VQAProcessor(tokenizer, model.config, 56)
     dataset = vqa.SurgicalVQADataset(rows, processor, max_eval_frames=2, is_eval=True, with_answer=False)
-    batch = vqa.VQACollator(497, "left")([dataset[i] for i in range(5)])
-    wanted = ev.answer_batch(model, batch, vqa.turn_end_ids(tokenizer), 6)
+    wanted = ev.answer_batch(model, [dataset[i] for i in range(5)], 497, vqa.turn_end_ids(tokenizer), 6)
     assert answers == [tokenizer.decode(ids, skip_special_tokens=True).strip() for ids, _ in wanted]
     assert any(answers)
 
