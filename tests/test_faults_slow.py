@@ -30,13 +30,16 @@ FUZZ = settings(
 )
 
 
-@pytest.fixture(scope="module")
-def trainer(tmp_path_factory):
-    """A Trainer after its second step, and the folder with its checkpoint-2."""
+@pytest.fixture(scope="module", params=vqa.DECODER_TRAINING)
+def trainer(tmp_path_factory, request):
+    """A Trainer, of an adapter and of a whole model, after its second step, and the folder with its checkpoint-2."""
     kept, folder = [], tmp_path_factory.mktemp("trainer") / "out"
+    pairs = zip(RUN[::2], RUN[1::2], strict=True)
+    flags = [part for pair in pairs if request.param == "lora" or "--lora" not in pair[0] for part in pair]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(vqa.VQATrainer, "save_model", keep_and_save(kept))
-        assert vqa.main([*RUN, "--max_steps", "2", "--output_dir", str(folder)]) == 0
+        flags += ["--train_decoder", request.param, "--max_steps", "2", "--output_dir", str(folder)]
+        assert vqa.main(flags) == 0
     for path in folder.iterdir():
         if path.is_file():
             path.unlink()
@@ -123,6 +126,10 @@ def test_a_kill_at_any_file_boundary_of_the_final_save_leaves_no_manifest_or_a_w
         damage = vqa.find_damage(folder)
         assert damage in (None, "manifest.json is missing: the save did not end")
         assert vqa.find_damage(folder / "checkpoint-2", vqa.RESUME_FILES) is None
+        if (folder / "config.json").exists():  # which makes it a model to others
+            assert {*trainer[0].small_files, "model-00001-of-00001.safetensors", vqa.SETTINGS_FILE} <= {
+                path.name for path in folder.iterdir()
+            }
         whole.append(damage is None)
     assert whole == sorted(whole) and whole[-1]
 
