@@ -353,6 +353,8 @@ def render(args: argparse.Namespace) -> None:
     files["five"] = files["train"][:5]
     for split, rows in files.items():
         write_jsonl(work / "data" / f"{split}.jsonl", rows)
+        if split != "train":  # the report judges the answers anew, type by type
+            write_jsonl(args.out_dir / "data" / f"{split}.jsonl", rows)
     every = [row for split in SPLITS for row in files[split]]
     started = time.monotonic()
     parts = [every[i : i + 64] for i in range(0, len(every), 64)]
@@ -597,13 +599,200 @@ def evaluate(args: argparse.Namespace) -> None:
 
 # ---------------------------------------------------------------- report
 
+REPORT, CURVES = ROOT / "docs" / "LEARNABILITY.md", ROOT / "docs" / "learnability_loss.png"
+DIRECTIONS = ("lesion_motion_direction", "scope_forward_motion", "scope_backward_motion", "scope_motion_type")
+INTRODUCTION = """\
+A small model of the same build as the real one (Qwen2-VL with a Whisper encoder), from random weights, on the real
+annotations of REAL-Colon-VQA. The frames are drawn so that each row's answer is true in its clip, and all else in the
+clip is drawn independently of the answer; the questions are spoken. Nothing was pretrained: every weight was drawn at
+random and trained, by `train_vqa.py --init random --train_decoder full --train_vision_tower True
+--train_audio_encoder True`, and `evaluate_checkpoint.py` judged the answers.
+"""
+NOT_SHOWN = """\
+It is not endoscopy. Mucosa, folds, lesions and tools are drawings, each with one look; a lesion is never partly hidden,
+folds and texture flow along circles, and a "stable" lesion trembles by as much as a drifting one travels, so that only
+the order of the frames tells them apart. The voices are all espeak-ng's, the room is silent, and the answers are the
+20 types' 1 to 5 sentences. A model that does well here has shown that speech, frames, their order, labels and
+generation fit together so that the task can be learned from them; what Qwen2-VL and Whisper with their own weights
+reach on real video, this says nothing about."""
+
+
+def percent(figure: dict) -> str:
+    """An accuracy of evaluate_checkpoint.py with its 95 % interval, in percent: "96.0 (94 - 97)"."""
+    if not figure["n"]:
+        return "-"
+    low, high = figure["ci95"]
+    return f"{100 * figure['accuracy']:.1f} ({100 * low:.0f} - {100 * high:.0f})"
+
+
+def table(header: Sequence[str], lines: Sequence[Sequence[object]]) -> str:
+    """A Markdown table."""
+    rows = [header, ["---"] * len(header), *lines]
+    return "\n".join("| " + " | ".join(map(str, row)) + " |" for row in rows) + "\n"
+
+
+class Answers:
+    """Scored answers of one evaluation: those in --out_dir/answers/{label}[.{arm}].jsonl, judged on its question file.
+
+    Raises FileNotFoundError where there is no such evaluation.
+    """
+
+    def __init__(self, args: argparse.Namespace, label: str, split: str, arm: str = ""):
+        import evaluate_checkpoint as judge
+
+        self.accuracy = judge.accuracy
+        folder = args.out_dir / "answers"
+        self.summary = json.loads((folder / f"{label}.summary.json").read_text())
+        annotations = judge.read_annotations(args.out_dir / "data" / f"{split}.jsonl")
+        answered = judge.read_answer_rows(folder / (f"{label}.{arm}.jsonl" if arm else f"{label}.jsonl"))
+        annotations = [row for row in annotations if judge.row_key(row) in answered]
+        self.rows = judge.score_rows(annotations, answered)
+        self.discriminative = self.summary["discriminative"]["types"]
+
+    def choice(self, types: Sequence[str] | None = None) -> dict:
+        """`choice` over the rows of some types (None: the discriminative ones)."""
+        wanted = self.discriminative if types is None else types
+        return self.accuracy([row for row in self.rows if row.question_type in wanted], "choice")
+
+    def line(self, name: str) -> float | None:
+        """A reference line of the discriminative types: chance, train_majority."""
+        return self.summary["discriminative"]["baselines"][name]
+
+    def finish(self) -> str:
+        """How the answers ended."""
+        counts = Counter(row.finish_reason for row in self.rows)
+        n = len(self.rows)
+        return f"{counts['eos']} of {n} ({100 * counts['eos'] / n:.1f} %)"
+
+
+def arm_answers(args: argparse.Namespace, name: str) -> dict[str, Answers]:
+    """The arms of a variant that were measured, with 8 frames."""
+    arms = {"audio": (f"{name}-test-8", "")}
+    for number, group in enumerate(ARM_GROUPS):
+        arms |= {arm: (f"{name}-test-8-arms{number}", arm) for arm in group.split(",")}
+    found = {}
+    for arm, (label, suffix) in arms.items():
+        if (args.out_dir / "answers" / f"{label}.summary.json").exists():
+            found[arm] = Answers(args, label, "test", suffix)
+    return found
+
+
+def draw_curves(runs: dict[str, dict], path: Path) -> None:
+    """Training loss of each variant over the samples it has seen; needs matplotlib."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(8, 4))
+    for name, run in runs.items():
+        batch = run["settings"]["training"]["per_device_train_batch_size"]
+        points = [(log["step"] * batch, log["loss"]) for log in run["state"]["log_history"] if "loss" in log]
+        axes.plot(*zip(*points, strict=True), label=name, linewidth=0.8)
+    axes.set(xlabel="samples", ylabel="loss a token of the answer", yscale="log")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.tight_layout()
+    figure.savefig(path, dpi=100)
+    plt.close(figure)
+
 
 def report(args: argparse.Namespace) -> None:
-    """placeholder"""
-    for path in sorted((args.out_dir / "answers").glob("*.summary.json")):
-        summary = json.loads(path.read_text())
-        types = {name: figures["choice"] for name, figures in summary.get("by_type", {}).items()}
-        print(path.name, json.dumps(types)[:2000])
+    """Write docs/LEARNABILITY.md and the loss curves from what --out_dir holds; what was not measured is left out."""
+    runs = {}
+    for name in VARIANTS:
+        path = args.out_dir / f"train_{name}.json"
+        run = json.loads(path.read_text()) if path.exists() else {}
+        if run.get("state"):
+            runs[name] = run
+    if not runs:
+        raise SystemExit(f"{args.out_dir}: no training has left its figures there; run --stage train first")
+    world = json.loads((args.out_dir / "render.json").read_text())
+    text = ["# Measured: does it learn?\n", *describe_world(world), *describe_runs(runs, args)]
+    for name in runs:
+        if name == "five":
+            continue
+        label = f"{name}-test-8"
+        if (args.out_dir / "answers" / f"{label}.summary.json").exists():
+            text += describe_variant(args, name)
+    text += ["## What this does not show\n", NOT_SHOWN, ""]
+    args.report.parent.mkdir(parents=True, exist_ok=True)
+    draw_curves(runs, args.report.with_name(CURVES.name))
+    media.save(args.report, "\n".join(text).encode())
+    print(f"{args.report}, {args.report.with_name(CURVES.name)}")
+
+
+def describe_world(world: dict) -> list[str]:
+    """The part of the report on what was drawn and spoken."""
+    size = "x".join(map(str, world["size"]))
+    voices = f"{len(world['voices'])} voices of espeak-ng in training, {len(world['held_out_voices'])} others in test"
+    return [
+        INTRODUCTION,
+        f"{world['clips']} clips of {N_FRAMES} frames of {size} pixels ({world['rows']['train']} for training, "
+        f"{world['rows']['test']} for the rows of `test_multivideo`), drawn in {world['seconds']:.0f} s on "
+        f"{world['cores']} cores; {voices}. No clip and no voice of the test occurs in training.\n",
+    ]
+
+
+def describe_runs(runs: dict[str, dict], args: argparse.Namespace) -> list[str]:
+    """The part of the report on what was trained, how long and with what loss."""
+    lines = []
+    for name, run in runs.items():
+        training, state = run["settings"]["training"], run["state"]
+        losses = [log["loss"] for log in state["log_history"] if "loss" in log]
+        batch = training["per_device_train_batch_size"]
+        steps = state["global_step"]
+        lines.append((f"`{name}`", run["variant"]["what"], steps, steps * batch, f"{run['seconds']:.0f}",
+                      f"{training['learning_rate']:g}", f"{float(losses[-1]):.2g}"))  # fmt: skip
+    some = next(iter(runs.values()))
+    versions = ", ".join(f"{name} {version}" for name, version in some["settings"]["versions"].items())
+    text = ["## What was trained\n", table(
+        ("variant", "what", "steps", "samples", "seconds", "learning rate", "last loss"), lines)]  # fmt: skip
+    text += [f"Seconds include the start of the process. {args.machine} Versions: {versions}.\n"]
+    text += ["```bash", f"python {Path(__file__).relative_to(ROOT)} {args.command}", "```\n"] if args.command else []
+    text += [f"![loss]({CURVES.name})\n"]
+    five = args.out_dir / "answers" / "five-five-8.summary.json"
+    if five.exists() and "five" in runs:
+        figure = json.loads(five.read_text())["metrics"]["strict"]
+        losses = [log["loss"] for log in runs["five"]["state"]["log_history"] if "loss" in log]
+        text += [f"Five samples by heart: the loss reached {float(losses[-1]):.1e}, and {figure['correct']} of "
+                 f"{figure['n']} came back word for word by generation.\n"]  # fmt: skip
+    return text
+
+
+def describe_variant(args: argparse.Namespace, name: str) -> list[str]:
+    """The part of the report on one variant's answers."""
+    arms = arm_answers(args, name)
+    eight, folder = arms["audio"], args.out_dir / "answers"
+    six = Answers(args, f"{name}-test-6", "test") if (folder / f"{name}-test-6.summary.json").exists() else None
+    still = [kind for kind in eight.discriminative if kind not in DIRECTIONS]
+    text = [f"## `{name}`: {VARIANTS[name].what}\n"]
+    text += [f"Answers that stopped by themselves: {eight.finish()}. `choice` in percent, 95 % intervals in brackets; "
+             "the discriminative types are those with more than one answer in the test.\n"]  # fmt: skip
+    groups = {"discriminative types": None, "directions of motion": DIRECTIONS, "the others of them": still}
+    lines = []
+    for arm, answers in arms.items():
+        lines.append((f"`{arm}`", *(percent(answers.choice(types)) for types in groups.values()), answers.finish()))
+    if six:
+        lines.append(("`audio`, 6 frames", *(percent(six.choice(types)) for types in groups.values()), six.finish()))
+    for line, words in (("chance", "chance"), ("train_majority", "the most frequent answer in training")):
+        value = eight.line(line)
+        lines.append((words, "-" if value is None else f"{100 * value:.1f}", "", "", ""))
+    text += [table(("arm", *groups, "stopped by themselves"), lines)]
+    shown = [arm for arm in ("audio", "shuffled_frames", "black_frames", "first_frame") if arm in arms]
+    rows = []
+    for kind, figures in sorted(eight.summary["by_type"].items()):
+        cells = [percent(arms[arm].choice([kind])) for arm in shown]
+        rows.append((f"`{kind}`", figures["n"], *cells, percent(six.choice([kind])) if six else "-",
+                     f"{100 * figures['chance']:.0f}", f"{100 * figures['train_majority']:.0f}"))  # fmt: skip
+    text += [table(("type", "rows", *(f"`{arm}`" for arm in shown), "6 frames", "chance", "majority"), rows)]
+    wordings = {"same": "`out_002-001`: the wording of the training", "other": "`in_002-001`: words never heard"}
+    found = [(words, Answers(args, f"{name}-{split}-8", split)) for split, words in wordings.items()
+             if (folder / f"{name}-{split}-8.summary.json").exists()]  # fmt: skip
+    if found:
+        cells = [(words, len(a.rows), percent(a.accuracy(a.rows, "choice"))) for words, a in found]
+        text += [table(("question file", "rows", "`choice`, all types"), cells)]
+    return text
 
 
 # ---------------------------------------------------------------- command line
@@ -644,6 +833,9 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--jobs", type=int, default=6, help="evaluations at a time (6)")
     parser.add_argument("--eval_batch", type=int, default=64, help="answers at a time (64)")
     parser.add_argument("--curve", action="store_true", help="evaluate the checkpoints on the way too")
+    parser.add_argument("--report", type=Path, default=REPORT, help="where the report goes (docs/LEARNABILITY.md)")
+    parser.add_argument("--machine", default="", help="a sentence for the report on the machine that measured")
+    parser.add_argument("--command", default="", help="for the report: the flags of the command that measured")
     parser.add_argument("--seed", type=int, default=0, help="of the world, and with 1 added of the weights (0)")
     args = parser.parse_args(argv)
     args.out_dir = args.out_dir or args.work_dir / "results"
