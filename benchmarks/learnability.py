@@ -677,6 +677,12 @@ def arm_answers(args: argparse.Namespace, name: str) -> dict[str, Answers]:
     return found
 
 
+def last_loss(run: dict) -> str:
+    """The last training loss that a run logged, in words."""
+    losses = [log["loss"] for log in run["state"]["log_history"] if "loss" in log]
+    return f"{float(losses[-1]):.2g}" if losses else "none logged"
+
+
 def draw_curves(runs: dict[str, dict], path: Path) -> None:
     """Training loss of each variant over the samples it has seen; needs matplotlib."""
     import matplotlib
@@ -688,7 +694,7 @@ def draw_curves(runs: dict[str, dict], path: Path) -> None:
     for name, run in runs.items():
         batch = run["settings"]["training"]["per_device_train_batch_size"]
         points = [(log["step"] * batch, log["loss"]) for log in run["state"]["log_history"] if "loss" in log]
-        axes.plot(*zip(*points, strict=True), label=name, linewidth=0.8)
+        axes.plot(*np.array(points, dtype=float).reshape(-1, 2).T, label=name, linewidth=0.8)
     axes.set(xlabel="samples", ylabel="loss a token of the answer", yscale="log")
     axes.grid(alpha=0.3)
     axes.legend()
@@ -739,11 +745,10 @@ def describe_runs(runs: dict[str, dict], args: argparse.Namespace) -> list[str]:
     lines = []
     for name, run in runs.items():
         training, state = run["settings"]["training"], run["state"]
-        losses = [log["loss"] for log in state["log_history"] if "loss" in log]
         batch = training["per_device_train_batch_size"]
         steps = state["global_step"]
         lines.append((f"`{name}`", run["variant"]["what"], steps, steps * batch, f"{run['seconds']:.0f}",
-                      f"{training['learning_rate']:g}", f"{float(losses[-1]):.2g}"))  # fmt: skip
+                      f"{training['learning_rate']:g}", last_loss(run)))  # fmt: skip
     some = next(iter(runs.values()))
     versions = ", ".join(f"{name} {version}" for name, version in some["settings"]["versions"].items())
     text = ["## What was trained\n", table(
@@ -754,8 +759,7 @@ def describe_runs(runs: dict[str, dict], args: argparse.Namespace) -> list[str]:
     five = args.out_dir / "answers" / "five-five-8.summary.json"
     if five.exists() and "five" in runs:
         figure = json.loads(five.read_text())["metrics"]["strict"]
-        losses = [log["loss"] for log in runs["five"]["state"]["log_history"] if "loss" in log]
-        text += [f"Five samples by heart: the loss reached {float(losses[-1]):.1e}, and {figure['correct']} of "
+        text += [f"Five samples by heart: the loss reached {last_loss(runs['five'])}, and {figure['correct']} of "
                  f"{figure['n']} came back word for word by generation.\n"]  # fmt: skip
     return text
 
