@@ -443,7 +443,7 @@ VARIANTS = {
     "video": Variant("frames in pairs, --frame_mode video", frame_mode="video", arms=False),
     "full": Variant("all of the encoder's outputs, --audio_tokens full", audio_tokens="full", arms=False),
     "naive_pad": Variant(
-        "PAD = EOS = <|im_end|>, masked out of the labels by its id", naive_pad=True, share=0.25, arms=False
+        "PAD = EOS = im_end, masked out of the labels by its id", naive_pad=True, share=0.25, arms=False
     ),
     "five": Variant("five samples by heart", data="five", target_loss=1e-4, arms=False),
 }
