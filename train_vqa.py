@@ -1288,14 +1288,15 @@ class SurgicalVQADataset(torch.utils.data.Dataset):
         processor, problems = self.processor, []
         unit = processor.image_processor.patch_size * processor.merge_size
         largest = max(16, math.ceil(processor.max_image_size / unit) ** 2)  # tiny frames are scaled up to 4 x 4 tokens
+
+        @cache  # thousands of rows have a few answers
+        def bound(frames: int, question: str, answer: str) -> int:
+            tokens = processor.build(question, [largest] * frames, processor.encoder_tokens, answer)
+            return len(tokens["input_ids"])
+
         for row in self.rows:
-            frames = len(self._select_frames(row.frames))
-            if (
-                len(
-                    processor.build(row.question, [largest] * frames, processor.encoder_tokens, row.answer)["input_ids"]
-                )
-                <= context
-            ):
+            question = "" if processor.input_mode == "audio" else row.question
+            if bound(len(self._select_frames(row.frames)), question, row.answer) <= context:
                 continue
             tokens = processor.count_tokens(row, self._select_frames(row.frame_paths))
             if tokens > context:

@@ -6,7 +6,7 @@
 
 Every row of the annotations is drawn under frame names of its own, so that its clip shows its answer; all else in the
 clip is drawn independently of the answer. The questions are spoken by many voices. `train_vqa.py` trains and
-`evaluate_checkpoint.py` judges, both as any user runs them. Each stage keeps what is there and goes on where it stopped.
+`evaluate_checkpoint.py` judges, both as any user runs them. Each stage keeps what is there and goes on from it.
 
 speech     speaks every question in every voice: a few hundred clips, made once, carried along
 render     draws the clips, links the speech and writes the question files
@@ -26,18 +26,17 @@ import sys
 import time
 from collections import Counter, defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from io import BytesIO
 from pathlib import Path
 
 import numpy as np
-import soundfile
 from PIL import Image, ImageDraw
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
-import make_media as media
-import make_tiny_models as tiny
+import make_media as media  # noqa: E402
+import make_tiny_models as tiny  # noqa: E402
 
 STAGES = ("speech", "render", "train", "evaluate", "report")
 
@@ -71,8 +70,8 @@ def lesion_path(drift: str, spans: Sequence[tuple[float, float]], n: int, rng: n
     """Places (x, y) of a lesion in n frames, float [n, 2].
 
     Along each axis the places are n equal steps on that axis' circle, TRAVEL of it in all, from a random start: in the
-    order of time along the axis of the drift, in an order without trend along the other (both, if stable). So the set of
-    places is distributed alike for every drift, and so is the place in any one frame: only their order tells.
+    order of time along the axis of the drift, in an order without trend along the other (both, if stable). So the set
+    of places is distributed alike for every drift, and so is the place in any one frame: only their order tells.
     """
     path = np.empty((n, 2))
     for axis, (low, high) in enumerate(spans):
@@ -89,7 +88,6 @@ def lesion_spans(scene: media.Scene, roams: bool) -> tuple[tuple[float, float], 
     return (ROAM, ROAM) if roams else (QUADRANT_SPAN[right], QUADRANT_SPAN[down])
 
 
-@dataclass
 class Bowel:
     """Mucosa, folds and texture of one clip, drawn by numpy for a canvas of w x h pixels; white light.
 
@@ -151,10 +149,12 @@ class _Fixed:
 def draw_clip(scene: media.Scene, roams: bool, n: int, size: tuple[int, int], rng: np.random.Generator) -> np.ndarray:
     """n frames of a clip, uint8 [n, h, w, 3]; `rng` decides all that the scene leaves open."""
     w, h = size[0] + 2 * PAD, size[1] + 2 * PAD
+    # One generator a purpose: what one of them draws must not change what another does.
     detail = [int(seed) for seed in rng.integers(2**32, size=6)]  # a layer draws the same in every frame
-    bowel, path = Bowel(scene, w, h, rng), lesion_path(scene.drift, lesion_spans(scene, roams), n, rng)
-    cast, gain, gamma = rng.uniform(0.9, 1.1, 3), rng.uniform(0.75, 1.2), rng.uniform(0.85, 1.2)
-    noise, shakes = rng.uniform(2, 7), rng.integers(-2, 3, (n, 2))
+    folds, drift, camera, drops = rng.spawn(4)
+    bowel, path = Bowel(scene, w, h, folds), lesion_path(scene.drift, lesion_spans(scene, roams), n, drift)
+    cast, gain, gamma = camera.uniform(0.9, 1.1, 3), camera.uniform(0.75, 1.2), camera.uniform(0.85, 1.2)
+    noise, shakes = camera.uniform(2, 7), camera.integers(-2, 3, (n, 2))
     mask, frames = vignette(size), np.empty((n, size[1], size[0], 3), np.uint8)
     for i in range(n):
         t = i / max(n - 1, 1)
@@ -177,7 +177,7 @@ def draw_clip(scene: media.Scene, roams: bool, n: int, size: tuple[int, int], rn
                 if scene.endoscope_body:
                     media._draw_endoscope(draw, w, h, layer[2])
                 if scene.flush:
-                    media._draw_flush(draw, w, h, layer[3], rng)
+                    media._draw_flush(draw, w, h, layer[3], drops)
                 if scene.tool != "none":
                     media._draw_tool(scene.tool, draw, w, h, layer[4])
                 if scene.lesion:
@@ -188,7 +188,7 @@ def draw_clip(scene: media.Scene, roams: bool, n: int, size: tuple[int, int], rn
         dx, dy = PAD + shakes[i]
         rgb = rgb[dy : dy + size[1], dx : dx + size[0]] / 255
         rgb = np.clip(rgb * (gain * cast).astype(np.float32), 0, 1) ** np.float32(gamma) * 255
-        rgb = rgb + np.float32(noise) * rng.standard_normal(rgb.shape, dtype=np.float32)
+        rgb = rgb + np.float32(noise) * camera.standard_normal(rgb.shape, dtype=np.float32)
         frames[i] = np.clip(rgb * mask, 0, 255)
     return frames
 
@@ -223,9 +223,9 @@ SPEECH_RATE = 16_000  # Hz
 SPEECH_SECONDS = 4.4  # what the small model hears; the slowest question takes 4.15
 
 
-def speech_file(folder: Path, text: str, voice: str, speed: int) -> Path:
-    """Where the clip of a text in a voice at a speed lies."""
-    return folder / f"{hashlib.sha256(text.encode()).hexdigest()[:12]}_{voice}_{speed}.ogg"
+def speech_name(text: str, voice: str, speed: int) -> str:
+    """The name of the clip of a text in a voice at a speed, without extension."""
+    return f"{hashlib.sha256(text.encode()).hexdigest()[:12]}_{voice}_{speed}"
 
 
 def speak_all(texts: Sequence[str], held_out_only: Sequence[str], folder: Path) -> int:
@@ -240,7 +240,7 @@ def speak_all(texts: Sequence[str], held_out_only: Sequence[str], folder: Path) 
         (t, voice, speed) for t in (*texts, *held_out_only) for voice in HELD_OUT_VOICES for speed in HELD_OUT_SPEEDS
     ]
     for text, voice, speed in jobs:
-        path = speech_file(folder, text, voice, speed)
+        path = folder / f"{speech_name(text, voice, speed)}.ogg"
         if path.exists():
             continue
         samples, rate = media.speak(text, voice, speed)
@@ -258,6 +258,8 @@ def speak_all(texts: Sequence[str], held_out_only: Sequence[str], folder: Path) 
 
 # ---------------------------------------------------------------- rows
 
+# Our question files -> the annotations that they are drawn from. "other" has the wordings that training never hears.
+SPLITS = {"train": "train_multivideo", "test": "test_multivideo", "other": "in_002-001", "same": "out_002-001"}
 # Renderings of the training rows of each type: motion is the hardest to learn, a constant answer needs no practice.
 CLIPS_OF_TYPE = {
     **dict.fromkeys(media.REQUIREMENTS, 800),
@@ -267,24 +269,25 @@ CLIPS_OF_TYPE = {
 }
 
 
-def derive(rows: Sequence[dict], split: str, repeats: dict[str, int], seed: int, speech_dir: Path) -> list[dict]:
-    """Rows with frame names, an id and speech of their own, each rendered `repeats[question_type]` times, shuffled.
+def derive(rows: Sequence[dict], split: str, repeats: dict[tuple[str, str], int], seed: int) -> list[dict]:
+    """Rows with frame names and speech of their own, each rendered `repeats[question_type, short_answer]`
+    times, shuffled.
 
-    `speech` is the clip that is played: a voice of the training for split "train", else a held-out one.
+    `id` names the speech, as `{id}.ogg`: a voice of the training for split "train", else a held-out one. `video_id` is
+    the clip's own.
     """
     rng = np.random.default_rng(int.from_bytes(hashlib.sha256(f"{seed}/{split}".encode()).digest()[:8], "little"))
     voices, speeds = (VOICES, SPEEDS) if split == "train" else (HELD_OUT_VOICES, HELD_OUT_SPEEDS)
     derived = []
     for number, row in enumerate(rows):
-        for turn in range(repeats[row["question_type"]]):
-            video = f"{split}-{turn:03d}"
-            numbers = [number * len(row["frames"]) + i for i in range(len(row["frames"]))]
+        for turn in range(repeats[row["question_type"], row["short_answer"]]):
             voice, speed = voices[rng.integers(len(voices))], int(speeds[rng.integers(len(speeds))])
+            clip = f"{split}-{number:05d}-{turn:03d}"
             derived.append({
-                "id": f"r{number:05d}", "video_id": video, "frames": [f"{video}_{i}" for i in numbers],
-                "frame_numbers": numbers, "drawn_from": f"{row['video_id']}/{row['id']}",
+                "id": speech_name(row["question"], voice, speed), "video_id": clip,
+                "frames": [f"{clip}_{i}" for i in range(len(row["frames"]))],
+                "drawn_from": f"{row['video_id']}/{row['id']}",
                 **{key: row[key] for key in ("question", "question_type", "answer", "short_answer")},
-                "speech": speech_file(speech_dir, row["question"], voice, speed).name,
             })  # fmt: skip
     order = rng.permutation(len(derived))
     return [derived[i] for i in order]
@@ -300,12 +303,19 @@ def write_jsonl(path: Path, rows: Sequence[dict]) -> None:
     media.save(path, "".join(json.dumps(row) + "\n" for row in rows).encode())
 
 
-def _render(job: tuple[dict, Path, int, tuple[int, int]]) -> int:
-    """Draw one row's clip to its files; returns how many were drawn."""
-    row, frames_dir, seed, size = job
+def repeats_for(rows: Sequence[dict], scale: float) -> dict[tuple[str, str], int]:
+    """How often each row of a (type, short answer) is rendered: a type comes to about CLIPS_OF_TYPE x `scale` clips,
+    shared equally by its answers."""
+    counts = Counter((row["question_type"], row["short_answer"]) for row in rows)
+    answers = Counter(name for name, _ in counts)
+    return {key: max(1, round(scale * CLIPS_OF_TYPE[key[0]] / answers[key[0]] / n)) for key, n in counts.items()}
+
+
+def draw_files(row: dict, frames_dir: Path, seed: int, size: tuple[int, int]) -> None:
+    """Draw one row's clip to its JPEG files, if they are not there."""
     paths = [frames_dir / row["video_id"] / f"{name}.jpg" for name in row["frames"]]
     if paths[-1].exists():
-        return 0
+        return
     paths[0].parent.mkdir(parents=True, exist_ok=True)
     quality = 75 + int(hashlib.sha256(row["frames"][0].encode()).digest()[0]) % 20
     for path, frame in zip(paths, clip_of(row, seed, size), strict=True):
@@ -314,7 +324,50 @@ def _render(job: tuple[dict, Path, int, tuple[int, int]]) -> int:
         part = path.with_suffix(".part")
         part.write_bytes(buffer.getvalue())
         part.rename(path)
-    return len(paths)
+
+
+def _draw_and_check(job: tuple[list[dict], Path, Path, int, tuple[int, int], Path]) -> np.ndarray:
+    """Draw the clips of some rows and check them as training will; returns the digests of the files that passed."""
+    import train_vqa as vqa
+
+    rows, frames_dir, speech_dir, seed, size, cache = job
+    for row in rows:
+        draw_files(row, frames_dir, seed, size)
+    os.environ["XDG_CACHE_HOME"] = str(cache / str(os.getpid()))
+    fields = ("id", "video_id", "question", "question_type", "answer", "short_answer")
+    parsed = [vqa.VQARow("", i, frames=tuple(r["frames"]), **{f: r[f] for f in fields}) for i, r in enumerate(rows)]
+    vqa.raise_problems([*vqa.find_media(parsed, frames_dir, speech_dir), *vqa.check_media(parsed)])
+    return vqa.read_passed()
+
+
+def render(args: argparse.Namespace) -> None:
+    """Derive the question files, draw their clips on all cores, and remember that their media were checked."""
+    import train_vqa as vqa
+
+    work, frames_dir = args.work_dir, args.work_dir / "frames"
+    files = {}
+    for split, source in SPLITS.items():
+        rows = [row for row in read_jsonl(args.data_dir / f"{source}.jsonl") if row["question_type"] in args.types]
+        repeats = repeats_for(rows, args.scale) if split == "train" else defaultdict(lambda: 1)
+        files[split] = derive(rows, split, repeats, args.seed)[: args.max_rows if split != "train" else None]
+    files["five"] = files["train"][:5]
+    for split, rows in files.items():
+        write_jsonl(work / "data" / f"{split}.jsonl", rows)
+        if split != "train":  # the report judges the answers anew, type by type
+            write_jsonl(args.out_dir / "data" / f"{split}.jsonl", rows)
+    every = [row for split in SPLITS for row in files[split]]
+    started = time.monotonic()
+    parts = [every[i : i + 64] for i in range(0, len(every), 64)]
+    jobs = [(part, frames_dir, args.speech_dir, args.seed, args.size, work / "cache") for part in parts]
+    with multiprocessing.Pool(os.cpu_count()) as pool:
+        digests = pool.map(_draw_and_check, jobs, chunksize=1)
+    vqa.write_passed(np.unique(np.concatenate([vqa.read_passed(), *digests])))
+    note(args, "render", {
+        "seconds": time.monotonic() - started, "clips": len(every), "frames": sum(len(r["frames"]) for r in every),
+        "rows": {split: len(rows) for split, rows in files.items()}, "cores": os.cpu_count(), "size": args.size,
+        "train_rows_of_type": dict(Counter(row["question_type"] for row in files["train"])),
+        "voices": VOICES, "held_out_voices": HELD_OUT_VOICES, "seed": args.seed,
+    })  # fmt: skip
 
 
 # ---------------------------------------------------------------- the model
@@ -340,12 +393,14 @@ class Variant:
     audio_tokens: str = "speech"
     naive_pad: bool = False  # PAD = EOS = <|im_end|>, masked out of the labels wherever it stands
     share: float = 1.0  # of the training steps
-    data: str = "train"
+    data: str = "train"  # the question file
+    target_loss: float | None = None  # stop there
+    arms: bool = True  # evaluated in all arms, with 8 and with 6 frames
 
 
 def write_model(folder: Path, variant: Variant, texts: Sequence[str]) -> None:
     """config.json and tokenizer of a variant; the BPE knows the wording of `texts`."""
-    bpe = tiny.train_bpe([tiny.INSTRUCTION, *tiny.WORDING, *texts])
+    bpe = tiny.train_bpe([*tiny.fixture_wording(), *texts])
     config = tiny.model_config(
         tiny.N_BPE,
         text={
@@ -379,3 +434,435 @@ def write_model(folder: Path, variant: Variant, texts: Sequence[str]) -> None:
         },
     )
     tiny.write_model_dir(folder, config, tiny.with_special_tokens(bpe, tiny.N_BPE), tiny.N_BPE)
+
+
+VARIANTS = {
+    "images": Variant("eight separate frames, the default"),
+    "wide": Variant("the same, wider", hidden=384, vision=192, vision_layers=4, learning_rate=6e-4, arms=False),
+    "slow": Variant("the same, at a lower learning rate", learning_rate=4e-4, arms=False),
+    "video": Variant("frames in pairs, --frame_mode video", frame_mode="video", arms=False),
+    "full": Variant("all of the encoder's outputs, --audio_tokens full", audio_tokens="full", arms=False),
+    "naive_pad": Variant(
+        "PAD = EOS = im_end, masked out of the labels by its id", naive_pad=True, share=0.25, arms=False
+    ),
+    "five": Variant("five samples by heart", data="five", target_loss=1e-4, arms=False),
+}
+
+
+def note(args: argparse.Namespace, name: str, content: dict) -> None:
+    """Keep figures for the report, as --out_dir/{name}.json."""
+    media.save(args.out_dir / f"{name}.json", (json.dumps(content, indent=1, default=str) + "\n").encode())
+
+
+def train_command(args: argparse.Namespace, name: str, workers: int) -> list[str]:
+    """How a variant is trained."""
+    variant, work = VARIANTS[name], args.work_dir
+    five = variant.data == "five"
+    steps = 600 if five else max(1, round(args.max_steps * variant.share))
+    flags = {
+        "model_name_or_path": work / "models" / name, "init": "random", "train_decoder": "full",
+        "train_vision_tower": True, "train_audio_encoder": True,
+        "train_data_path": work / "data" / f"{variant.data}.jsonl", "frames_dir": work / "frames",
+        "audio_dir": args.speech_dir, "output_dir": work / "runs" / name, "max_image_size": max(args.size),
+        "frame_mode": variant.frame_mode, "audio_tokens": variant.audio_tokens,
+        "per_device_train_batch_size": 5 if five else args.batch or variant.batch,
+        "learning_rate": args.learning_rate or variant.learning_rate, "max_steps": steps,
+        "lr_scheduler_type": "constant_with_warmup" if five else args.schedule, "warmup_steps": min(200, steps // 10),
+        "weight_decay": 0.0 if five else 0.02, "adam_beta2": 0.98, "bf16": args.bf16, "checkpoint_every_n": 0,
+        "logging_steps": 10 if five else 20, "save_strategy": "no" if five else "steps", "save_steps": args.save_steps,
+        "dataloader_num_workers": workers, "report_to": "none", "seed": args.seed + 1, "disable_tqdm": True,
+        **({"dataloader_persistent_workers": True, "dataloader_prefetch_factor": 4} if workers else {}),
+        **({"target_train_loss": variant.target_loss} if variant.target_loss else {}),
+    }  # fmt: skip
+    entry = [__file__, "--stage", "naive_pad", "--"] if variant.naive_pad else [ROOT / "train_vqa.py"]
+    return [sys.executable, *map(str, entry), *(str(x) for k, v in flags.items() for x in (f"--{k}", v))]
+
+
+def train(args: argparse.Namespace) -> None:
+    """Train the variants side by side; those that a folder has a final model of are left alone.
+
+    After --train_seconds they get a SIGTERM, on which train_vqa.py saves a checkpoint.
+    """
+    texts = {row[key] for row in read_jsonl(args.work_dir / "data" / "train.jsonl") for key in ("question", "answer")}
+    running = {}
+    names = [name for name in args.variants if not (args.work_dir / "runs" / name / "config.json").exists()]
+    cores, weights = max(0, os.cpu_count() - len(names)), {n: 0 if VARIANTS[n].data == "five" else 1 for n in names}
+    for name in names:
+        write_model(args.work_dir / "models" / name, VARIANTS[name], sorted(texts))
+        share = cores * weights[name] // max(1, sum(weights.values()))
+        command = train_command(args, name, args.workers if args.workers is not None else share)
+        log = (args.out_dir / f"train_{name}.log").open("w")
+        log.write(" ".join(command) + "\n")
+        log.flush()
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        running[name] = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment, cwd=ROOT)
+    started = time.monotonic()
+    while any(process.poll() is None for process in running.values()):
+        time.sleep(0.5)
+        if time.monotonic() - started > args.train_seconds:
+            for process in running.values():
+                process.terminate()
+            for process in running.values():
+                process.wait()
+    for name, process in running.items():
+        folder = args.work_dir / "runs" / name
+        checkpoints = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
+        last = folder if (folder / "trainer_state.json").exists() else checkpoints[-1] if checkpoints else None
+        note(args, f"train_{name}", {
+            "status": process.returncode, "variant": asdict(VARIANTS[name]), "last": last and last.name,
+            "seconds": time.monotonic() - started, "command": train_command(args, name, 0),
+            "state": last and json.loads((last / "trainer_state.json").read_text()),
+            "settings": last and json.loads((last / "vqa_settings.json").read_text()),
+        })  # fmt: skip
+
+
+def train_naively(argv: Sequence[str]) -> None:
+    """train_vqa.py with the fix undone: PAD = EOS = <|im_end|>, and labels equal to PAD are not learned."""
+    import train_vqa as vqa
+
+    class Collator(vqa.VQACollator):
+        def __call__(self, samples):
+            batch = super().__call__(samples)
+            batch["labels"][batch["labels"] == self.pad_token_id] = vqa.IGNORE_INDEX
+            return batch
+
+    fixed = vqa.load_tokenizer
+
+    def load_tokenizer(folder):
+        tokenizer = fixed(folder)
+        tokenizer.pad_token = tokenizer.eos_token = "<|im_end|>"
+        return tokenizer
+
+    vqa.VQACollator, vqa.load_tokenizer = Collator, load_tokenizer
+    vqa.run(lambda: vqa.main(argv))
+
+
+ARM_GROUPS = ("mismatched_audio,silent_audio", "black_frames,shuffled_frames", "first_frame,text")
+
+
+def evaluations(args: argparse.Namespace) -> dict[str, list[str]]:
+    """Name of a figure -> the command that measures it."""
+    work, jobs = args.work_dir, {}
+
+    def add(label: str, checkpoint: Path, split: str, frames: int, *more: str) -> None:
+        flags = {
+            "checkpoint_path": checkpoint, "eval_data_path": work / "data" / f"{split}.jsonl",
+            "frames_dir": work / "frames", "audio_dir": args.speech_dir, "max_eval_frames": frames,
+            "train_data_path": args.data_dir / f"{SPLITS['train']}.jsonl", "batch_size": args.eval_batch,
+            "dtype": "float32", "output_file": args.out_dir / "answers" / f"{label}.jsonl",
+        }  # fmt: skip
+        words = [str(x) for k, v in flags.items() for x in (f"--{k}", v)]
+        jobs[label] = [sys.executable, str(ROOT / "evaluate_checkpoint.py"), *words, *more]
+
+    for name in args.variants:
+        variant, folder = VARIANTS[name], work / "runs" / name
+        checkpoints = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
+        final = folder if (folder / "config.json").exists() else checkpoints.pop() if checkpoints else None
+        if final is None:
+            continue
+        if variant.data == "five":
+            add(f"{name}-five-8", final, "five", 8)
+            continue
+        add(f"{name}-test-8", final, "test", 8)
+        add(f"{name}-test-6", final, "test", 6)
+        if variant.arms:
+            for number, group in enumerate(ARM_GROUPS):
+                add(f"{name}-test-8-arms{number}", final, "test", 8, "--arms", group)
+            for split in ("other", "same"):
+                add(f"{name}-{split}-8", final, split, 8)
+        for checkpoint in checkpoints if args.curve else ():
+            add(f"{name}-{checkpoint.name}", checkpoint, "test", 8, "--limit", "400")
+    return jobs
+
+
+def evaluate(args: argparse.Namespace) -> None:
+    """Run what of `evaluations` has no summary yet, `--jobs` at a time; each leaves rows and a summary in --out_dir."""
+    (args.out_dir / "answers").mkdir(parents=True, exist_ok=True)
+    waiting = [
+        (label, command)
+        for label, command in evaluations(args).items()
+        if not (args.out_dir / "answers" / f"{label}.summary.json").exists()
+    ]
+    running: dict[str, subprocess.Popen] = {}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    while waiting or running:
+        while waiting and len(running) < args.jobs:
+            label, command = waiting.pop(0)
+            log = (args.out_dir / "answers" / f"{label}.log").open("w")
+            log.write(" ".join(command) + "\n")
+            log.flush()
+            running[label] = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment, cwd=ROOT)
+        for label in [label for label, process in running.items() if process.poll() is not None]:
+            print(f"{label}: exit status {running.pop(label).returncode}", flush=True)
+        time.sleep(0.2)
+
+
+# ---------------------------------------------------------------- report
+
+REPORT, CURVES = ROOT / "docs" / "LEARNABILITY.md", ROOT / "docs" / "learnability_loss.png"
+DIRECTIONS = ("lesion_motion_direction", "scope_forward_motion", "scope_backward_motion", "scope_motion_type")
+INTRODUCTION = """\
+A small model of the same build as the real one (Qwen2-VL with a Whisper encoder), from random weights, on the real
+annotations of REAL-Colon-VQA. The frames are drawn so that each row's answer is true in its clip, and all else in the
+clip is drawn independently of the answer; the questions are spoken. Nothing was pretrained: every weight was drawn at
+random and trained, by `train_vqa.py --init random --train_decoder full --train_vision_tower True
+--train_audio_encoder True`, and `evaluate_checkpoint.py` judged the answers.
+"""
+NOT_SHOWN = """\
+It is not endoscopy. Mucosa, folds, lesions and tools are drawings, each with one look; a lesion is never partly hidden,
+folds and texture flow along circles, and a "stable" lesion trembles by as much as a drifting one travels, so that only
+the order of the frames tells them apart. The voices are all espeak-ng's, the room is silent, and the answers are the
+20 types' 1 to 5 sentences. A model that does well here has shown that speech, frames, their order, labels and
+generation fit together so that the task can be learned from them; what Qwen2-VL and Whisper with their own weights
+reach on real video, this says nothing about."""
+
+
+def percent(figure: dict) -> str:
+    """An accuracy of evaluate_checkpoint.py with its 95 % interval, in percent: "96.0 (94 - 97)"."""
+    if not figure["n"]:
+        return "-"
+    low, high = figure["ci95"]
+    return f"{100 * figure['accuracy']:.1f} ({100 * low:.0f} - {100 * high:.0f})"
+
+
+def table(header: Sequence[str], lines: Sequence[Sequence[object]]) -> str:
+    """A Markdown table."""
+    rows = [header, ["---"] * len(header), *lines]
+    return "\n".join("| " + " | ".join(map(str, row)) + " |" for row in rows) + "\n"
+
+
+class Answers:
+    """Scored answers of one evaluation: those in --out_dir/answers/{label}[.{arm}].jsonl, judged on its question file.
+
+    Raises FileNotFoundError where there is no such evaluation.
+    """
+
+    def __init__(self, args: argparse.Namespace, label: str, split: str, arm: str = ""):
+        import evaluate_checkpoint as judge
+
+        self.accuracy = judge.accuracy
+        folder = args.out_dir / "answers"
+        self.summary = json.loads((folder / f"{label}.summary.json").read_text())
+        annotations = judge.read_annotations(args.out_dir / "data" / f"{split}.jsonl")
+        answered = judge.read_answer_rows(folder / (f"{label}.{arm}.jsonl" if arm else f"{label}.jsonl"))
+        annotations = [row for row in annotations if judge.row_key(row) in answered]
+        self.rows = judge.score_rows(annotations, answered)
+        self.discriminative = self.summary["discriminative"]["types"]
+
+    def choice(self, types: Sequence[str] | None = None) -> dict:
+        """`choice` over the rows of some types (None: the discriminative ones)."""
+        wanted = self.discriminative if types is None else types
+        return self.accuracy([row for row in self.rows if row.question_type in wanted], "choice")
+
+    def line(self, name: str) -> float | None:
+        """A reference line of the discriminative types: chance, train_majority."""
+        return self.summary["discriminative"]["baselines"][name]
+
+    def finish(self) -> str:
+        """How the answers ended."""
+        counts = Counter(row.finish_reason for row in self.rows)
+        n = len(self.rows)
+        return f"{counts['eos']} of {n} ({100 * counts['eos'] / n:.1f} %)"
+
+
+def arm_answers(args: argparse.Namespace, name: str) -> dict[str, Answers]:
+    """The arms of a variant that were measured, with 8 frames."""
+    arms = {"audio": (f"{name}-test-8", "")}
+    for number, group in enumerate(ARM_GROUPS):
+        arms |= {arm: (f"{name}-test-8-arms{number}", arm) for arm in group.split(",")}
+    found = {}
+    for arm, (label, suffix) in arms.items():
+        if (args.out_dir / "answers" / f"{label}.summary.json").exists():
+            found[arm] = Answers(args, label, "test", suffix)
+    return found
+
+
+def last_loss(run: dict) -> str:
+    """The last training loss that a run logged, in words."""
+    losses = [log["loss"] for log in run["state"]["log_history"] if "loss" in log]
+    return f"{float(losses[-1]):.2g}" if losses else "none logged"
+
+
+def draw_curves(runs: dict[str, dict], path: Path) -> None:
+    """Training loss of each variant over the samples it has seen; needs matplotlib."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(8, 4))
+    for name, run in runs.items():
+        batch = run["settings"]["training"]["per_device_train_batch_size"]
+        points = [(log["step"] * batch, log["loss"]) for log in run["state"]["log_history"] if "loss" in log]
+        axes.plot(*np.array(points, dtype=float).reshape(-1, 2).T, label=name, linewidth=0.8)
+    axes.set(xlabel="samples", ylabel="loss a token of the answer", yscale="log")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.tight_layout()
+    figure.savefig(path, dpi=100)
+    plt.close(figure)
+
+
+def report(args: argparse.Namespace) -> None:
+    """Write docs/LEARNABILITY.md and the loss curves from what --out_dir holds; what was not measured is left out."""
+    runs = {}
+    for name in VARIANTS:
+        path = args.out_dir / f"train_{name}.json"
+        run = json.loads(path.read_text()) if path.exists() else {}
+        if run.get("state"):
+            runs[name] = run
+    if not runs:
+        raise SystemExit(f"{args.out_dir}: no training has left its figures there; run --stage train first")
+    world = json.loads((args.out_dir / "render.json").read_text())
+    text = ["# Measured: does it learn?\n", *describe_world(world), *describe_runs(runs, args)]
+    for name in runs:
+        if name == "five":
+            continue
+        label = f"{name}-test-8"
+        if (args.out_dir / "answers" / f"{label}.summary.json").exists():
+            text += describe_variant(args, name)
+    text += ["## What this does not show\n", NOT_SHOWN, ""]
+    args.report.parent.mkdir(parents=True, exist_ok=True)
+    draw_curves(runs, args.report.with_name(CURVES.name))
+    media.save(args.report, "\n".join(text).encode())
+    print(f"{args.report}, {args.report.with_name(CURVES.name)}")
+
+
+def describe_world(world: dict) -> list[str]:
+    """The part of the report on what was drawn and spoken."""
+    size = "x".join(map(str, world["size"]))
+    voices = f"{len(world['voices'])} voices of espeak-ng in training, {len(world['held_out_voices'])} others in test"
+    return [
+        INTRODUCTION,
+        f"{world['clips']} clips of {N_FRAMES} frames of {size} pixels ({world['rows']['train']} for training, "
+        f"{world['rows']['test']} for the rows of `test_multivideo`), drawn in {world['seconds']:.0f} s on "
+        f"{world['cores']} cores; {voices}. No clip and no voice of the test occurs in training.\n",
+    ]
+
+
+def describe_runs(runs: dict[str, dict], args: argparse.Namespace) -> list[str]:
+    """The part of the report on what was trained, how long and with what loss."""
+    lines = []
+    for name, run in runs.items():
+        training, state = run["settings"]["training"], run["state"]
+        batch = training["per_device_train_batch_size"]
+        steps = state["global_step"]
+        lines.append((f"`{name}`", run["variant"]["what"], steps, steps * batch, f"{run['seconds']:.0f}",
+                      f"{training['learning_rate']:g}", last_loss(run)))  # fmt: skip
+    some = next(iter(runs.values()))
+    versions = ", ".join(f"{name} {version}" for name, version in some["settings"]["versions"].items())
+    text = ["## What was trained\n", table(
+        ("variant", "what", "steps", "samples", "seconds", "learning rate", "last loss"), lines)]  # fmt: skip
+    text += [f"Seconds include the start of the process. {args.machine} Versions: {versions}.\n"]
+    text += ["```bash", f"python {Path(__file__).relative_to(ROOT)} {args.command}", "```\n"] if args.command else []
+    text += [f"![loss]({CURVES.name})\n"]
+    five = args.out_dir / "answers" / "five-five-8.summary.json"
+    if five.exists() and "five" in runs:
+        figure = json.loads(five.read_text())["metrics"]["strict"]
+        text += [f"Five samples by heart: the loss reached {last_loss(runs['five'])}, and {figure['correct']} of "
+                 f"{figure['n']} came back word for word by generation.\n"]  # fmt: skip
+    return text
+
+
+def describe_variant(args: argparse.Namespace, name: str) -> list[str]:
+    """The part of the report on one variant's answers."""
+    arms = arm_answers(args, name)
+    eight, folder = arms["audio"], args.out_dir / "answers"
+    six = Answers(args, f"{name}-test-6", "test") if (folder / f"{name}-test-6.summary.json").exists() else None
+    still = [kind for kind in eight.discriminative if kind not in DIRECTIONS]
+    text = [f"## `{name}`: {VARIANTS[name].what}\n"]
+    text += [f"Answers that stopped by themselves: {eight.finish()}. `choice` in percent, 95 % intervals in brackets; "
+             "the discriminative types are those with more than one answer in the test.\n"]  # fmt: skip
+    groups = {"discriminative types": None, "directions of motion": DIRECTIONS, "the others of them": still}
+    lines = []
+    for arm, answers in arms.items():
+        lines.append((f"`{arm}`", *(percent(answers.choice(types)) for types in groups.values()), answers.finish()))
+    if six:
+        lines.append(("`audio`, 6 frames", *(percent(six.choice(types)) for types in groups.values()), six.finish()))
+    for line, words in (("chance", "chance"), ("train_majority", "the most frequent answer in training")):
+        value = eight.line(line)
+        lines.append((words, "-" if value is None else f"{100 * value:.1f}", "", "", ""))
+    text += [table(("arm", *groups, "stopped by themselves"), lines)]
+    shown = [arm for arm in ("audio", "shuffled_frames", "black_frames", "first_frame") if arm in arms]
+    rows = []
+    for kind, figures in sorted(eight.summary["by_type"].items()):
+        cells = [percent(arms[arm].choice([kind])) for arm in shown]
+        rows.append((f"`{kind}`", figures["n"], *cells, percent(six.choice([kind])) if six else "-",
+                     f"{100 * figures['chance']:.0f}", f"{100 * figures['train_majority']:.0f}"))  # fmt: skip
+    text += [table(("type", "rows", *(f"`{arm}`" for arm in shown), "6 frames", "chance", "majority"), rows)]
+    wordings = {"same": "`out_002-001`: the wording of the training", "other": "`in_002-001`: words never heard"}
+    found = [(words, Answers(args, f"{name}-{split}-8", split)) for split, words in wordings.items()
+             if (folder / f"{name}-{split}-8.summary.json").exists()]  # fmt: skip
+    if found:
+        cells = [(words, len(a.rows), percent(a.accuracy(a.rows, "choice"))) for words, a in found]
+        text += [table(("question file", "rows", "`choice`, all types"), cells)]
+    return text
+
+
+# ---------------------------------------------------------------- command line
+
+
+def speech(args: argparse.Namespace) -> None:
+    """Speak every question of the annotations; those of the training in all voices, the others in held-out ones."""
+    asked = {split: {row["question"] for row in read_jsonl(args.data_dir / f"{source}.jsonl")}
+             for split, source in SPLITS.items()}  # fmt: skip
+    others = set().union(*asked.values()) - asked["train"]
+    print(f"{speak_all(sorted(asked['train']), sorted(others), args.speech_dir)} clips in {args.speech_dir}")
+
+
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """The flags; an abbreviated or unknown one is an error."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    comma = lambda allowed: lambda text: [word for word in text.split(",") if allowed.index(word) >= 0]  # noqa: E731
+    parser.add_argument("--stage", type=comma(STAGES), required=True, help=f"comma-separated, of {', '.join(STAGES)}")
+    parser.add_argument("--data_dir", type=Path, required=True, help="folder with the REAL-Colon-VQA JSONL files")
+    parser.add_argument("--speech_dir", type=Path, required=True, help="folder with the spoken questions")
+    parser.add_argument("--work_dir", type=Path, default=Path("learnability"), help="media and models (learnability)")
+    parser.add_argument("--out_dir", type=Path, help="figures, answers and logs (WORK_DIR/results)")
+    parser.add_argument("--types", type=comma(list(media.REQUIREMENTS)), default=list(media.REQUIREMENTS),
+                        help="comma-separated question types (all)")  # fmt: skip
+    parser.add_argument("--scale", type=float, default=1.0, help="more or fewer training clips (1.0)")
+    parser.add_argument("--max_rows", type=int, help="of each test file. None: all")
+    parser.add_argument("--size", type=media.frame_size, default=SIZE, help="of a frame in pixels (112x96)")
+    parser.add_argument("--variants", type=comma(list(VARIANTS)), default=["images"],
+                        help=f"comma-separated, of {', '.join(VARIANTS)} (images)")  # fmt: skip
+    parser.add_argument("--max_steps", type=int, default=3000, help="optimizer steps (3000)")
+    parser.add_argument("--batch", type=int, help="samples a step. None: the variant's")
+    parser.add_argument("--learning_rate", type=float, help="None: the variant's")
+    parser.add_argument("--schedule", default="cosine", help="of the learning rate, as transformers call it (cosine)")
+    parser.add_argument("--save_steps", type=int, default=500, help="steps between checkpoints (500)")
+    parser.add_argument("--train_seconds", type=float, default=math.inf, help="after which training is stopped (never)")
+    parser.add_argument("--workers", type=int, help="loader processes of each variant. None: the cores, shared")
+    parser.add_argument("--bf16", type=lambda text: text == "True", default=False, help="True on a GPU (False)")
+    parser.add_argument("--jobs", type=int, default=6, help="evaluations at a time (6)")
+    parser.add_argument("--eval_batch", type=int, default=64, help="answers at a time (64)")
+    parser.add_argument("--curve", action="store_true", help="evaluate the checkpoints on the way too")
+    parser.add_argument("--report", type=Path, default=REPORT, help="where the report goes (docs/LEARNABILITY.md)")
+    parser.add_argument("--machine", default="", help="a sentence for the report on the machine that measured")
+    parser.add_argument("--command", default="", help="for the report: the flags of the command that measured")
+    parser.add_argument("--seed", type=int, default=0, help="of the world, and with 1 added of the weights (0)")
+    args = parser.parse_args(argv)
+    args.out_dir = args.out_dir or args.work_dir / "results"
+    for name in ("data_dir", "speech_dir", "work_dir", "out_dir"):
+        setattr(args, name, getattr(args, name).resolve())
+    return args
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the stages asked for, in their order."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if argv[:3] == ["--stage", "naive_pad", "--"]:  # what `train` starts for that variant
+        return train_naively(argv[3:])
+    args = parse_args(argv)
+    os.environ.setdefault("TQDM_DISABLE", "1")
+    args.out_dir.mkdir(parents=True, exist_ok=True)
+    stages = {"speech": speech, "render": render, "train": train, "evaluate": evaluate, "report": report}
+    for name in STAGES:
+        if name in args.stage:
+            started = time.monotonic()
+            stages[name](args)
+            print(f"{name}: {time.monotonic() - started:.1f} s", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -350,3 +350,49 @@ def test_a_video_batch_runs_and_sees_the_order_of_its_frames(tokenizer, base, ro
     pixels = batch["pixel_values"].view(2, 4, 16, -1).flip(1).flatten(0, 2)
     with torch.no_grad():
         assert base(**batch).loss != base(**{**batch, "pixel_values": pixels}).loss
+
+
+# ------------------------------------------------------------------------------------- shortcuts that change nothing
+
+
+@pytest.mark.parametrize("frame_mode", ["images", "video"])
+def test_positions_are_those_of_qwen2_vl(tokenizer, base, rows, frame_mode):
+    """The loader's positions against `get_rope_index`, sample by sample."""
+    processor = vqa.VQAProcessor(tokenizer, base.config, 84, "audio", "speech", frame_mode)
+    dataset = vqa.SurgicalVQADataset(rows, processor, max_train_frames=3)
+    for index in (0, 3):
+        sample = dataset[index]
+        grids = {name: sample[name] for name in ("image_grid_thw", "video_grid_thw") if name in sample}
+        expected, _ = base.model.get_rope_index(
+            sample["input_ids"][None], mm_token_type_ids=sample["mm_token_type_ids"][None], **grids
+        )
+        assert sample["position_ids"].dtype == torch.int64
+        assert torch.equal(sample["position_ids"].T, expected[:, 0])
+
+
+def test_positions_of_frames_that_differ_in_size(base):
+    """Two frames of 2 x 3 and 1 x 4 tokens between 3, 1 and 2 words."""
+    types = torch.tensor([0] * 3 + [1] * 6 + [0] + [1] * 4 + [0] * 2)
+    grid = torch.tensor([[1, 4, 6], [1, 2, 8]])
+    expected, _ = base.model.get_rope_index(types[None], mm_token_type_ids=types[None], image_grid_thw=grid)
+    assert torch.equal(vqa.mrope_positions(types, grid, 2).T, expected[:, 0])
+
+
+def test_a_batch_places_its_samples_as_the_model_would(base, batch):
+    """Collated positions give the loss that the model's own positions give."""
+    with torch.no_grad():
+        own = base(**{name: value for name, value in batch.items() if name != "position_ids"}).loss
+        assert torch.equal(base(**batch).loss, own)
+    assert batch["position_ids"].shape == (3, *batch["input_ids"].shape)
+
+
+@pytest.mark.parametrize("grid", [[[1, 4, 6]] * 3, [[1, 4, 6], [1, 4, 4], [1, 8, 2]], [[3, 4, 6]]])
+def test_attention_within_frames_is_that_of_transformers(base, grid):
+    """Frames of one size, of several sizes, and a video, bit for bit as the stock tower sees them."""
+    grid = torch.tensor(grid)
+    pixels = torch.randn(int(grid.prod(-1).sum()), 3 * 2 * 14 * 14, generator=torch.Generator().manual_seed(0))
+    stock = Qwen2VLForConditionalGeneration(base.config).model.visual
+    stock.load_state_dict(base.model.visual.state_dict())
+    with torch.no_grad():
+        expected = stock(pixels, grid_thw=grid).pooler_output
+        assert torch.equal(base.see(pixels, grid), expected)

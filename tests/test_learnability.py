@@ -1,0 +1,126 @@
+"""Does the drawn world of benchmarks/learnability.py show the answers, and nothing else that would give them away?"""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
+import learnability as world
+import make_media as media
+
+N = world.N_FRAMES
+STEP = world.TRAVEL / (N - 1)  # of the circle, a frame
+DRIFTS = tuple(media.DRIFT_XY)
+
+
+def paths(drift: str, count: int = 2000) -> np.ndarray:
+    """Lesion paths on the whole screen as places on their two circles, 0 to 1; [count, frames, 2]."""
+    rng = np.random.default_rng(DRIFTS.index(drift))
+    low, high = world.ROAM
+    drawn = [world.lesion_path(drift, (world.ROAM, world.ROAM), N, rng) for _ in range(count)]
+    return (np.array(drawn) - low) / (high - low)
+
+
+@pytest.mark.parametrize("drift", DRIFTS)
+def test_a_lesion_steps_along_its_drift_and_has_no_trend_across(drift):
+    """One step of the circle a frame, the right way; the other axis visits such places in an order without trend."""
+    for axis, direction in enumerate(media.DRIFT_XY[drift]):
+        steps = np.diff(paths(drift, 100)[:, :, axis], axis=1)
+        around = (steps + 0.5) % 1 - 0.5  # the short way round
+        if direction:
+            np.testing.assert_allclose(around, direction * STEP, atol=1e-9)
+        else:
+            places = np.cumsum(np.concatenate([np.zeros((100, 1)), around], axis=1), axis=1)
+            trends = [abs(np.corrcoef(np.arange(N), row)[0, 1]) for row in places]
+            assert max(trends) < world.MAX_TREND
+
+
+def test_no_single_frame_tells_a_drift():
+    """In each frame the place is uniform on its circle, whatever the drift: ten bins hold a tenth each."""
+    for drift in DRIFTS:
+        places = paths(drift)
+        for frame in range(N):
+            for axis in range(2):
+                shares = np.histogram(places[:, frame, axis], bins=10, range=(0, 1))[0] / len(places)
+                np.testing.assert_allclose(shares, 0.1, atol=0.03)  # 4.5 standard deviations of 0.0067
+
+
+def test_the_set_of_places_is_the_same_for_every_drift():
+    """Frames out of order tell nothing: sorted round the circle, the places are equal steps from a uniform start."""
+    for drift in DRIFTS:
+        for path in paths(drift, 50):
+            for axis in range(2):
+                gaps = np.diff(np.sort(path[:, axis]), append=np.sort(path[:, axis])[0] + 1)
+                np.testing.assert_allclose(np.sort(gaps)[:-1], STEP, atol=1e-9)
+
+
+@pytest.mark.parametrize("quadrant", media.CHOICES["quadrant"])
+def test_a_lesion_whose_quadrant_is_asked_for_stays_in_it(quadrant):
+    """Its middle never crosses the middle of the frame, wherever it drifts."""
+    down, right = quadrant.split("-")
+    scene = media.Scene(lesion=True, quadrant=quadrant)
+    for drift in DRIFTS:
+        path = world.lesion_path(drift, world.lesion_spans(scene, roams=False), N, np.random.default_rng(0))
+        assert ((path[:, 0] > 0.5) == (right == "right")).all()
+        assert ((path[:, 1] > 0.5) == (down == "lower")).all()
+
+
+def row(question_type: str, short_answer: str, name: str = "clip") -> dict:
+    """A row as `clip_of` wants it."""
+    return {"question_type": question_type, "short_answer": short_answer, "frames": [f"{name}_{i}" for i in range(N)]}
+
+
+def test_folds_flow_the_other_way_when_the_scope_withdraws():
+    """The same bowel, advancing from its middle: the one direction run backwards is the other."""
+    bowels = [
+        world.Bowel(media.Scene(scope_motion=motion), 60, 60, np.random.default_rng(3))
+        for motion in ("advancing", "withdrawing", "none")
+    ]
+    advancing, withdrawing, still = bowels
+    np.testing.assert_array_equal(advancing.draw(0.25), withdrawing.draw(-0.25))
+    assert np.abs(advancing.draw(0.0) - advancing.draw(0.5)).mean() > 5
+    np.testing.assert_array_equal(still.draw(0.0), still.draw(1.0))
+
+
+def test_an_answer_changes_its_own_pixels_only():
+    """The clips of two drifts with the same names differ where the lesion is or was, and nowhere else."""
+    for seed in range(6):
+        left, right = (world.clip_of(row("lesion_motion_direction", d, f"c{seed}"), 0) for d in ("left", "right"))
+        rng = np.random.default_rng(media.clip_seed(0, row("", "", f"c{seed}")["frames"]))
+        scene = media.scene_for("lesion_motion_direction", "left", rng)
+        reach = media.LESION_RADIUS[scene.lesion_size] * (min(world.SIZE) + 2 * world.PAD) + 2
+        for one, other in zip(left, right, strict=True):
+            changed = (one != other).any(axis=-1).sum()
+            assert changed <= 2 * np.pi * reach**2  # two discs
+        assert (left[-1] != right[-1]).any()
+
+
+def test_training_and_test_share_no_clip_and_no_voice():
+    """Names, which seed the drawings, and voices are apart, whatever the rows."""
+    rows = [{**row("nbi_status", "yes"), "id": f"q{i}", "video_id": "v", "question": "NBI?", "answer": "Yes."}
+            for i in range(40)]  # fmt: skip
+    repeats = {("nbi_status", "yes"): 3}
+    train, test = (world.derive(rows, split, repeats, 0) for split in ("train", "test"))
+    assert len(train) == len(test) == 120
+    assert len({r["video_id"] for r in (*train, *test)}) == 240
+    voice_of = lambda r: r["id"].split("_")[1]  # noqa: E731
+    assert {voice_of(r) for r in train} <= set(world.VOICES)
+    assert {voice_of(r) for r in test} <= set(world.HELD_OUT_VOICES)
+    assert not set(world.VOICES) & set(world.HELD_OUT_VOICES)
+
+
+def test_answers_of_a_type_get_equal_shares_of_its_clips():
+    """Three rows of one answer and one of another: the one is drawn three times as often."""
+    rows = [row("nbi_status", answer) for answer in ("yes", "yes", "yes", "no")]
+    assert world.repeats_for(rows, scale=0.03) == {("nbi_status", "yes"): 4, ("nbi_status", "no"): 12}
+
+
+def test_the_same_names_draw_the_same_clip():
+    """A clip depends on the seed and its frame names alone, and differs with either."""
+    clip = world.clip_of(row("tool_identification", "snare"), 0)
+    np.testing.assert_array_equal(clip, world.clip_of(row("tool_identification", "snare"), 0))
+    assert clip.shape == (N, world.SIZE[1], world.SIZE[0], 3) and clip.dtype == np.uint8
+    assert (clip != world.clip_of(row("tool_identification", "snare"), 1)).any()
+    assert (clip != world.clip_of(row("tool_identification", "snare", "other"), 0)).any()
