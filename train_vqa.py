@@ -27,6 +27,7 @@ import hashlib
 import importlib.metadata
 import json
 import math
+import multiprocessing
 import os
 import pickle
 import random
@@ -83,7 +84,7 @@ from transformers import (
     set_seed,
 )
 from transformers.modeling_outputs import CausalLMOutputWithPast
-from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil, smart_resize
 from transformers.models.qwen2_vl.modeling_qwen2_vl import VisionAttention, apply_rotary_pos_emb_vision
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
 from transformers.utils import is_flash_attn_2_available
@@ -1019,6 +1020,13 @@ class VQAProcessor:
             temporal_patch_size=config.vision_config.temporal_patch_size,
             merge_size=self.merge_size,
         )
+        # A pixel has 256 values: what the library's scaling makes of each, float32 [3, 256], looked up from here on.
+        every = np.tile(np.arange(256, dtype=np.uint8), (3, 1))[..., None]
+        library = self.image_processor
+        scaled = library.normalize(
+            library.rescale(every, library.rescale_factor), library.image_mean, library.image_std
+        )
+        self.pixel_values = scaled[..., 0].astype(np.float32)
         mel_frames = self.encoder_tokens * MEL_FRAMES_PER_TOKEN
         self.max_samples = mel_frames * HOP_LENGTH
         self.feature_extractor = WhisperFeatureExtractor(
@@ -1128,13 +1136,32 @@ class VQAProcessor:
 
     def encode_frames(self, row: VQARow, frames: Sequence[Image.Image]) -> tuple[torch.Tensor, torch.Tensor]:
         """`pixel_values` and grid, as `encode` returns them."""
-        images = self.image_processor(images=list(frames), return_tensors="pt")
-        pixels, grid = images["pixel_values"], images["image_grid_thw"]
+        cut = [self.cut_patches(frame) for frame in frames]
+        pixels, grid = torch.from_numpy(np.concatenate([p for p, _ in cut])), torch.tensor([g for _, g in cut])
         if self.frame_mode == "video":
             if (grid != grid[0]).any():
                 raise VQAError(f"{row.where}: the frames differ in size; --frame_mode video cannot pair them")
             pixels, grid = pair_frames(pixels, grid)
         return pixels, grid
+
+    def cut_patches(self, frame: Image.Image) -> tuple[np.ndarray, tuple[int, int, int]]:
+        """A frame as patches, float32 [patches, 3 * temporal patch * patch * patch], and its grid.
+
+        Bit for bit what `Qwen2VLImageProcessorPil` gives, in a fraction of the time.
+        """
+        library, merge = self.image_processor, self.merge_size
+        patch, times, limits = library.patch_size, library.temporal_patch_size, library.size
+        height, width = smart_resize(
+            *(frame.height, frame.width, patch * merge), limits["shortest_edge"], limits["longest_edge"]
+        )
+        if frame.size != (width, height):
+            frame = frame.resize((width, height), Image.Resampling.BICUBIC)
+        rows, columns = height // patch, width // patch
+        shape = rows // merge, merge, patch, columns // merge, merge, patch, 3
+        blocks = np.asarray(frame).reshape(shape).transpose(6, 0, 3, 1, 4, 2, 5)  # [3, ...rows, columns..., y, x]
+        values = np.stack([levels[channel] for levels, channel in zip(self.pixel_values, blocks, strict=True)], axis=4)
+        values = values[:, :, :, :, :, None].repeat(times, axis=5)
+        return values.reshape(rows * columns, -1), (1, rows, columns)
 
     def encode_speech(self, row: VQARow, speech: np.ndarray) -> torch.Tensor:
         """`input_features`, as `encode` returns them; float32 [n] at 16 kHz comes in."""
@@ -3687,7 +3714,19 @@ def run(entry) -> None:
     except Interrupted as stop:
         print(stop, file=sys.stderr)
         status = 128 + stop.signum
+    finally:
+        end_workers()
     sys.exit(status)
+
+
+def end_workers() -> None:
+    """Kill loader workers that outlived their loader (--dataloader_persistent_workers): they hold nothing.
+
+    As it exits, Python would send them a SIGTERM, which they ignore, and wait for them without end.
+    """
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler takes a killed worker for a failure
+    for worker in multiprocessing.active_children():
+        worker.kill()
 
 
 if __name__ == "__main__":

@@ -155,7 +155,7 @@ def draw_clip(scene: media.Scene, roams: bool, n: int, size: tuple[int, int], rn
     bowel, path = Bowel(scene, w, h, folds), lesion_path(scene.drift, lesion_spans(scene, roams), n, drift)
     cast, gain, gamma = camera.uniform(0.9, 1.1, 3), camera.uniform(0.75, 1.2), camera.uniform(0.85, 1.2)
     noise, shakes = camera.uniform(2, 7), camera.integers(-2, 3, (n, 2))
-    mask, frames = vignette(size), np.empty((n, size[1], size[0], 3), np.uint8)
+    mask, frames = vignette(size) * shading(size), np.empty((n, size[1], size[0], 3), np.uint8)
     for i in range(n):
         t = i / max(n - 1, 1)
         layer = [np.random.default_rng(seed) for seed in detail]
@@ -197,6 +197,16 @@ def vignette(size: tuple[int, int]) -> np.ndarray:
     """The endoscope's black corners: float32 [h, w, 1], 1 inside; they stay while the camera shakes."""
     y, x = np.mgrid[-1 : 1 : size[1] * 1j, -1 : 1 : size[0] * 1j].astype(np.float32)
     return (x**4 + y**4 < 1.3)[..., None].astype(np.float32)
+
+
+def shading(size: tuple[int, int]) -> np.ndarray:
+    """The lens' and sensor's colour shading, the same in every clip: float32 [h, w, 3], 1 in the middle.
+
+    Qwen2-VL's tower knows where patches stand to each other, not where they stand: a model that was trained learns it
+    from edges; one that starts from nothing is given this, as cameras have it.
+    """
+    y, x = np.mgrid[-1 : 1 : size[1] * 1j, -1 : 1 : size[0] * 1j].astype(np.float32)
+    return np.stack([1 + 0.2 * x, 1 + 0.2 * y, 1 - 0.2 * x], axis=-1)
 
 
 def _as_image(rgb: np.ndarray) -> Image.Image:
