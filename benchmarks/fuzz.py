@@ -1,0 +1,373 @@
+"""Feed damaged and invented content to everything that reads a file, for a given CPU time a reader.
+
+    python benchmarks/fuzz.py --seconds 600 --reader all --jobs 4 --json fuzz.json
+
+Each reader runs in a process of its own that counts its own CPU seconds. It may refuse what it is given (VQAError or
+InputError, whose text names the file); any other exception, a death by a signal, or 60 seconds on one input is a crash.
+The shortest input that crashes a reader is printed; then that reader ends. Exit status: 0 no crash, 1 otherwise.
+"""
+
+import argparse
+import base64
+import contextlib
+import copy
+import functools
+import json
+import multiprocessing
+import os
+import resource
+import signal
+import sys
+import tempfile
+import time
+import traceback
+import warnings
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import torch  # noqa: E402
+from hypothesis import HealthCheck, Phase, given, seed, settings  # noqa: E402
+from hypothesis import strategies as st  # noqa: E402
+from safetensors.torch import save_file  # noqa: E402
+
+import evaluate_checkpoint as ev  # noqa: E402
+import train_vqa as vqa  # noqa: E402
+
+FIXTURES = ROOT / "tests/fixtures"
+TINY = FIXTURES / "tiny_model"
+ROWS = (FIXTURES / "smoke.jsonl").read_bytes()
+ROW = ROWS.splitlines()[0]
+KINDS = (".jpg", ".png", ".wav", ".mp3", ".flac", ".ogg")
+MEDIA = {path.suffix: path for path in sorted(FIXTURES.rglob("*")) if path.suffix in KINDS}
+LONGEST = 60  # seconds for one input
+
+EDITS = st.lists(st.tuples(st.floats(0, 1), st.binary(max_size=6), st.integers(0, 6)), max_size=6)
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8) | st.just([]) | st.just({}),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4), inner, max_size=3),
+    max_leaves=6,
+)
+CHANGES = st.lists(st.tuples(st.integers(0, 10_000), JSON, st.booleans()), min_size=1, max_size=4)
+
+
+def edited(content: bytes, edits: list) -> bytes:
+    """`content` with some bytes replaced, put in or taken out; half of the edits near the start, where headers are."""
+    for where, put, cut in edits:
+        at = int(where * 2 * len(content)) if where < 0.5 else int((where - 0.5) * 400)
+        content = content[:at] + put + content[at + cut :]
+    return content
+
+
+def changed(stored: dict, changes: list) -> bytes:
+    """`stored` as JSON, with some of its values, at any depth, replaced by others or left out."""
+    stored = copy.deepcopy(stored)
+    for which, value, leave_out in changes:
+        places, todo = [], [stored]
+        while todo:
+            part = todo.pop()
+            for key in part if isinstance(part, dict) else range(len(part)):
+                places.append((part, key))
+                if isinstance(part[key], dict | list):
+                    todo.append(part[key])
+        if not places:
+            break
+        part, key = places[which % len(places)]
+        if leave_out:
+            del part[key]
+        else:
+            part[key] = value
+    return json.dumps(stored).encode()
+
+
+def contents(stored: dict):
+    """Contents of a JSON file: `stored` changed as JSON, or as bytes."""
+    whole = json.dumps(stored).encode()
+    return st.one_of(CHANGES.map(lambda c: changed(stored, c)), EDITS.map(lambda e: edited(whole, e)), st.binary())
+
+
+# ------------------------------------------------------------------------------------------------------------- readers
+# Each takes an empty folder and returns (a strategy, a function of a drawn input). The function raises where the reader
+# does other than read or refuse.
+
+
+def refusing(read, path: Path, content: bytes) -> None:
+    """Write `content` to `path` and `read(path)`; a refusal must name the file."""
+    path.write_bytes(content)
+    try:
+        read(path)
+    except (vqa.VQAError, ev.InputError) as error:
+        assert str(path) in str(error) or str(path.parent) in str(error), f"names no file: {error}"
+
+
+def read_row(folder: Path):
+    def check(line: bytes) -> None:
+        try:
+            row = vqa.parse_row(line, "f", 1)
+        except vqa.VQAError as error:
+            assert str(error) and "\n" not in str(error)
+        else:
+            for name in (row.id, row.video_id, row.question_type, *row.frames):
+                assert not set(name) & set("/\\\0") and name not in (".", ".."), name
+
+    return st.one_of(st.binary(), EDITS.map(lambda e: edited(ROW, e)), contents(json.loads(ROW))), check
+
+
+def read_row_file(folder: Path):
+    path = folder / "rows.jsonl"
+    return EDITS.map(lambda e: edited(ROWS, e)), functools.partial(refusing, vqa.read_rows, path)
+
+
+def read_answers(folder: Path):
+    answers = b"".join(
+        json.dumps({**{name: row[name] for name in ev.KEY_FIELDS}, "prediction": "a polyp", "finish_reason": "eos"})
+        .encode() + b"\n" for row in map(json.loads, ROWS.splitlines())
+    )  # fmt: skip
+    annotations = ev.read_annotations(FIXTURES / "smoke.jsonl")
+
+    def read(path: Path) -> None:
+        with contextlib.suppress(ev.InputError):
+            ev.read_annotations(path)
+        with contextlib.suppress(ev.InputError):
+            ev.read_answer_rows(path)
+        ev.match_predictions(annotations, path)
+
+    mixed = st.one_of(EDITS.map(lambda e: edited(answers, e)), EDITS.map(lambda e: edited(ROWS, e)))
+    return mixed, functools.partial(refusing, read, folder / "answers.jsonl")
+
+
+def read_media(kind: str):
+    def reader(folder: Path):
+        whole, decode = MEDIA[kind].read_bytes(), vqa.decode_audio if kind in vqa.AUDIO_EXTENSIONS else vqa.decode_frame
+        return EDITS.map(lambda e: edited(whole, e)), functools.partial(refusing, decode, folder / f"media{kind}")
+
+    return reader
+
+
+@functools.cache
+def real_settings() -> str:
+    """Settings as train_vqa.py writes them, as JSON."""
+    flags = [
+        "--train_data_path",
+        "t",
+        "--frames_dir",
+        "f",
+        "--audio_dir",
+        "a",
+        "--output_dir",
+        "o",
+        "--use_cpu",
+        "True",
+    ]
+    arguments = vqa.parse_arguments([*flags, "--model_name_or_path", str(TINY), "--init", "random"])
+    with contextlib.redirect_stdout(None):
+        processor = vqa.VQAProcessor(vqa.load_tokenizer(TINY), vqa.load_config(TINY), 56)
+    return json.dumps(vqa.resolved_settings(*arguments, processor, "0" * 64))
+
+
+def read_settings(folder: Path):
+    whole = json.loads(real_settings())
+
+    def read(path: Path) -> None:
+        vqa.base_options(vqa.load_settings(path.parent))
+        with contextlib.suppress(vqa.VQAError):  # names the folder, and each difference
+            vqa.refuse_other_settings(path.parent, whole)
+
+    return contents(whole), functools.partial(refusing, read, folder / vqa.SETTINGS_FILE)
+
+
+def read_manifest(folder: Path):
+    (folder / "a").write_bytes(b"abc")
+    vqa.write_manifest(folder)
+    whole, path = json.loads((folder / vqa.MANIFEST_FILE).read_bytes()), folder / vqa.MANIFEST_FILE
+
+    def read(path: Path) -> None:
+        assert isinstance(vqa.find_damage(path.parent, ["a"]), str | None)
+
+    return contents(whole), functools.partial(refusing, read, path)
+
+
+def read_progress(folder: Path):
+    files = {
+        vqa.PROGRESS_FILE: {"step": 2, "tr_loss": 0.0, "total_loss": 0.0, "last_logged": 2, "seconds": 1.0,
+                            "evaluate": False},
+        "trainer_state.json": {"global_step": 2, "epoch": 1.0, "log_history": []},
+    }  # fmt: skip
+
+    def check(drawn: tuple[str, bytes]) -> None:
+        for name, content in files.items():
+            (folder / name).write_text(json.dumps(content))
+        refusing(lambda path: vqa.read_progress(path.parent), folder / drawn[0], drawn[1])
+
+    return st.one_of(*(st.tuples(st.just(name), contents(content)) for name, content in files.items())), check
+
+
+def read_model_config(folder: Path):
+    whole = json.loads((TINY / "config.json").read_text())
+    return contents(whole), functools.partial(refusing, lambda p: vqa.load_config(p.parent), folder / "config.json")
+
+
+def read_adapter_config(folder: Path):
+    whole = {"peft_type": "LORA", "r": 4, "lora_alpha": 16, "target_modules": ["q_proj"], "lora_dropout": 0.05}
+    whole |= {"bias": "none", "task_type": "CAUSAL_LM", "modules_to_save": ["audio_projector"]}
+    return contents(whole), functools.partial(refusing, vqa.read_adapter_config, folder / "adapter_config.json")
+
+
+def read_safetensors(folder: Path):
+    path = folder / "adapter_model.safetensors"
+    names = [f"base_model.model.layers.0.q_proj.lora_{side}.weight" for side in "AB"]
+    save_file({names[0]: torch.ones(4, 8), names[1]: torch.ones(8, 4)}, path)
+    whole = path.read_bytes()
+    (folder / "model.safetensors").symlink_to(path.name)
+
+    def read(path: Path) -> None:
+        with contextlib.suppress(vqa.VQAError):
+            vqa.read_adapter(path.parent, 4)
+        for tensor in vqa.list_tensors(path.parent).values():
+            vqa.read_tensor(tensor, torch.device("cpu"))
+
+    return EDITS.map(lambda e: edited(whole, e)), functools.partial(refusing, read, path)
+
+
+def read_training_state(folder: Path):
+    """The optimizer, scheduler and random states (torch pickles), and the adapter, as the Trainer takes them up."""
+    flags = ["--train_data_path", "t", "--frames_dir", "f", "--audio_dir", "a", "--output_dir", str(folder)]
+    arguments = vqa.parse_arguments([*flags, "--use_cpu", "True"])[2]
+    with contextlib.redirect_stdout(None):
+        tokenizer = vqa.load_tokenizer(TINY)
+    trainer = vqa.VQATrainer(model=torch.nn.Linear(4, 4), args=arguments, tokenizer=tokenizer, settings={})
+    trainer.create_optimizer_and_scheduler(10)
+    trainer.model(torch.ones(4)).sum().backward()
+    trainer.optimizer.step()
+    trainer._save_optimizer_and_scheduler(str(folder))
+    trainer._save_rng_state(str(folder))
+    names = ("optimizer.pt", "scheduler.pt", "rng_state.pth")
+    whole = {name: (folder / name).read_bytes() for name in names}
+
+    def read(path: Path) -> None:
+        trainer._load_optimizer_and_scheduler(str(path.parent))
+        trainer._load_rng_state(str(path.parent))
+
+    def check(drawn: tuple[str, list]) -> None:
+        for name in names:
+            (folder / name).write_bytes(whole[name])
+        refusing(read, folder / drawn[0], edited(whole[drawn[0]], drawn[1]))
+
+    return st.tuples(st.sampled_from(names), EDITS), check
+
+
+READERS = {
+    "row": read_row,
+    "row_file": read_row_file,
+    "answers": read_answers,
+    **{kind[1:]: read_media(kind) for kind in KINDS},
+    "settings": read_settings,
+    "manifest": read_manifest,
+    "progress": read_progress,
+    "model_config": read_model_config,
+    "adapter_config": read_adapter_config,
+    "safetensors": read_safetensors,
+    "training_state": read_training_state,
+}
+
+
+# ------------------------------------------------------------------------------------------------------------- running
+
+
+def run_reader(name: str, seconds: float, first_seed: int, folder: str, pipe) -> None:
+    """In a process of its own: draw inputs until `seconds` of CPU time are used; sends the findings through `pipe`."""
+
+    def too_long(*_) -> None:
+        raise TimeoutError(f"more than {LONGEST} s on one input")
+
+    warnings.filterwarnings("ignore")
+    torch.set_num_threads(1)
+    signal.signal(signal.SIGALRM, too_long)
+    strategy, check = READERS[name](Path(folder))
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # the MP3 decoder comments on each damage; ours goes through `pipe`
+    start, found = time.process_time(), {"examples": 0, "crash": None}
+    last = [None]
+    base = {"max_examples": 500, "deadline": None, "database": None, "phases": (Phase.generate, Phase.shrink)}
+
+    def spent() -> float:
+        return time.process_time() - start
+
+    def attempt(drawn) -> None:
+        if spent() >= seconds and found["crash"] is None and last[0] is None:
+            return
+        found["examples"] += 1
+        signal.alarm(LONGEST)
+        try:
+            check(drawn)
+        except BaseException:
+            last[0] = (repr(drawn), traceback.format_exc())
+            raise
+        finally:
+            signal.alarm(0)
+
+    for number in range(first_seed, sys.maxsize):
+        if spent() >= seconds:
+            break
+        try:
+            seed(number)(settings(**base, suppress_health_check=list(HealthCheck))(given(strategy)(attempt)))()
+        except BaseException:
+            drawn, trace = last[0] or ("", traceback.format_exc())
+            found["crash"] = {"input": drawn, "seed": number, "traceback": trace}
+            break
+    found |= {"cpu_seconds": spent(), "peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}
+    pipe.send(found)
+
+
+def watch(name: str, seconds: float, first_seed: int) -> dict:
+    """Run one reader in its process; what it sent, or how it died and the files that it was reading."""
+    with tempfile.TemporaryDirectory() as folder:
+        ours, theirs = multiprocessing.Pipe(duplex=False)
+        process = multiprocessing.get_context("spawn").Process(
+            target=run_reader, args=(name, seconds, first_seed, folder, theirs)
+        )
+        process.start()
+        theirs.close()
+        try:
+            found = ours.recv()
+        except EOFError:
+            process.join()
+            files = {path.name: base64.b64encode(path.read_bytes()).decode() for path in sorted(Path(folder).iterdir())}
+            death = f"the process died, status {process.exitcode}"
+            found = {"examples": None, "cpu_seconds": None, "crash": {"input": files, "traceback": death}}
+        process.join()
+    return {"reader": name, **found}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seconds", type=float, default=600, help="CPU seconds for each reader")
+    parser.add_argument("--reader", nargs="+", default=["all"], choices=["all", *READERS], help="one or more")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="readers at a time")
+    parser.add_argument(
+        "--seed", type=int, default=int(time.time()), help="of the first 500 inputs; the next have the next"
+    )
+    parser.add_argument("--json", type=Path, help="write the results there; without it they are only printed")
+    args = parser.parse_args()
+    names = list(READERS) if "all" in args.reader else args.reader
+    results = []
+    with ThreadPoolExecutor(args.jobs) as pool:
+        for found in pool.map(lambda name: watch(name, args.seconds, args.seed), names):
+            results.append(found)
+            name, crash = found["reader"], found["crash"]
+            if crash:
+                print(f"{name}: CRASH with {crash['input']}\n{crash['traceback']}", flush=True)
+            else:
+                spent = f"{found['examples']:,} inputs in {found['cpu_seconds']:.0f} CPU s"
+                print(f"{name}: {spent}, no crash, peak memory {found['peak_mib']:.0f} MiB", flush=True)
+            if args.json:  # after each, so that a run that is cut off has left the ones that ended
+                about = {"seed": args.seed, "seconds": args.seconds, "python": sys.version.split()[0]}
+                args.json.write_text(json.dumps({**about, "results": results}, indent=2) + "\n")
+    crashes = sum(bool(found["crash"]) for found in results)
+    print(f"{len(results)} readers, {crashes} with a crash")
+    return 1 if crashes else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
