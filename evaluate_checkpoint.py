@@ -18,7 +18,8 @@ Without a model, with the standard library alone:
     python evaluate_checkpoint.py --compare results/a.jsonl results/b.jsonl
 
 `X.jsonl` gets one row a sample, `X.summary.json` the figures. docs/EVAL_STRATEGY.md explains every figure.
-Exit status: 0 all rows answered, 1 some rows failed (they count as wrong), 2 nothing was measured.
+Exit status: 0 all rows answered, 1 some rows failed (they count as wrong), 2 nothing was measured, 143, 130 or 129
+stopped by SIGTERM, SIGINT or SIGHUP (the same command goes on).
 """
 
 import argparse
@@ -37,6 +38,7 @@ import os
 import platform
 import random
 import re
+import shutil
 import statistics
 import subprocess
 import sys
@@ -1201,19 +1203,30 @@ def arm_path(rows_path: str | Path, arm: str, main: str) -> Path:
 
 
 def write_json(path: str | Path, content: Row) -> None:
-    """Write a JSON file so that a reader, or a crash, finds the old one or the new one whole."""
-    path = Path(path)
+    """Write a JSON file so that a reader, or a crash, finds the old one or the new one whole.
+
+    Raises InputError where the disk does not take it.
+    """
+    path, text = Path(path), json.dumps(content, indent=2, allow_nan=False) + "\n"
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         with open(draft, "w", encoding="utf-8") as file:
-            json.dump(content, file, indent=2, allow_nan=False)
-            file.write("\n")
+            file.write(text)
             file.flush()
             os.fsync(file.fileno())
         os.replace(draft, path)
+    except OSError as error:
+        advice = "make room and run the same command again; no row is lost"
+        raise InputError(disk_trouble(path, len(text.encode()), error, advice)) from error
     finally:
         draft.unlink(missing_ok=True)
+
+
+def disk_trouble(path: Path, needed: int, error: OSError, advice: str) -> str:
+    """One line for a write of `needed` bytes to `path` that failed."""
+    free = shutil.disk_usage(path.parent).free
+    return f"{path}: {needed:,} bytes could not be written ({error.strerror}), {free:,} are free there; {advice}"
 
 
 def repair_torn_line(path: str | Path) -> int:
@@ -1287,9 +1300,20 @@ class RowFile:
             )
 
     def append(self, row: Row) -> None:
-        """Add one row at the end of the file; it survives this process being killed."""
-        self._file.write(json.dumps(row, allow_nan=False).encode() + b"\n")
-        self._file.flush()
+        """Add one row at the end of the file, whole or not at all; it survives this process being killed.
+
+        Raises InputError where the disk does not take it, naming what was needed and what is free.
+        """
+        line = json.dumps(row, allow_nan=False).encode() + b"\n"
+        size, handle = self.path.stat().st_size, self._file.fileno()
+        try:
+            written = os.write(handle, line)
+            while written < len(line):  # a disk that has just become full says so when asked for the rest
+                written += os.write(handle, line[written:])
+        except OSError as error:
+            self._file.truncate(size)
+            advice = f"the {len(self.done)} rows before it are kept; make room, then the same command goes on"
+            raise InputError(disk_trouble(self.path, len(line), error, advice)) from error
         self.done[row_key(row)] = row
 
     def close(self) -> None:
@@ -1975,9 +1999,11 @@ def check_same_media(inputs: ArmInputs, annotations: Sequence[Row], file: RowFil
 
 
 def answer_arm(
-    model: Any, inputs: ArmInputs, annotations: Sequence[Row], file: RowFile, args: argparse.Namespace
+    model: Any, inputs: ArmInputs, annotations: Sequence[Row], file: RowFile, args: argparse.Namespace, stop: Any
 ) -> int:
     """Answer the rows that `file` lacks, batch by batch, and append them; returns how many.
+
+    Ends after the batch during which a signal came to `stop` (train_vqa's StopSignal).
 
     Batches are fixed slices of the data, the longest prompts first, answered whole even where a killed run left only
     part of one to do: so a resumed run computes exactly what an uninterrupted one does.
@@ -2025,6 +2051,8 @@ def answer_arm(
                 answered += 1
                 bar.update()
             inputs.batch_size = answer.batch_size
+            if stop.signum:
+                break
     return answered
 
 
@@ -2051,14 +2079,22 @@ def ahead(function: Callable[[Any], Any], items: Iterable[Any], depth: int) -> I
 def generate(args: argparse.Namespace) -> int:
     """Answer every row of --eval_data_path in every arm, summarise, print. Returns the exit status.
 
+    A signal ends it after the batch under way, with one line that says how many rows there are, and 128 + its number.
+
     Raises InputError for whatever the user can mend.
     """
     import torch
 
     import train_vqa as vqa
 
+    again = "the same command without --overwrite" if args.overwrite else "the same command"
+    stop = vqa.StopSignal("finishing the batch", "no row was answered; run the same command again")
     try:
-        return _generate(args)
+        with stop:
+            return _generate(args, stop, again)
+    except vqa.Interrupted as stopped:
+        print(f"\n{stopped}", file=sys.stderr)
+        return 128 + stopped.signum
     except vqa.VQAError as error:
         raise InputError(str(error)) from error
     except torch.OutOfMemoryError as error:
@@ -2068,7 +2104,7 @@ def generate(args: argparse.Namespace) -> int:
         ) from error
 
 
-def _generate(args: argparse.Namespace) -> int:
+def _generate(args: argparse.Namespace, stop: Any, again: str) -> int:
     import torch
 
     import train_vqa as vqa
@@ -2141,8 +2177,13 @@ def _generate(args: argparse.Namespace) -> int:
         target.unlink(missing_ok=True)  # the figures of fewer rows, or of other ones
         if args.cache_features:  # after the gates, whose changed frames and speech are encoded as they come
             vqa.fill_feature_cache(model, list(arms.values()), args.cache_features, args.allow_errors)
+        stop.saves = True
         for arm, inputs in arms.items():
-            answered += answer_arm(model, inputs, annotations, rows_of[arm], args)
+            answered += answer_arm(model, inputs, annotations, rows_of[arm], args, stop)
+            if stop.signum:
+                there = sum(row_key(row) in file.done for file in rows_of.values() for row in annotations)
+                whole = len(annotations) * len(arms)
+                raise vqa.Interrupted(stop.signum, f"{there} of {whole} rows are answered; {again} goes on")
     scored = {arm: score_rows(annotations, file.done) for arm, file in rows_of.items()}
     seconds = time.monotonic() - start
     peak = torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else None
@@ -2164,6 +2205,8 @@ def _generate(args: argparse.Namespace) -> int:
     memory = "" if peak is None else f", peak GPU memory {peak:.1f} GiB"
     print(f"\nAnswered {answered} rows in {seconds:.1f} s ({answered / seconds:.2f} samples/s{memory})")
     print(*(f"Rows: {path}" for path in files.values()), f"Summary: {target}", sep="\n")
+    if stop.signum:
+        raise vqa.Interrupted(stop.signum, f"all rows are answered, and {target} is whole")
     return 1 if any(row.prediction is None for part in scored.values() for row in part) else 0
 
 

@@ -1693,7 +1693,7 @@ def read_config(path: Path) -> dict:
     """A JSON file of a model folder; VQAError where it cannot be read, or asks for code to be fetched and run."""
     try:
         stored = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise VQAError(f"{path}: no readable config ({error}); name a folder with a model") from error
     if not isinstance(stored, dict):
         raise VQAError(f"{path}: holds no JSON object; name a folder with a model")
@@ -1711,12 +1711,17 @@ def load_config(model_name_or_path: str | Path) -> Qwen2VLConfig:
     stored = read_config(path)
     if stored.get("model_type") != "qwen2_vl":
         raise VQAError(f"{path}: model_type is {stored.get('model_type')!r}, this script trains 'qwen2_vl'")
-    method = (stored.get("quantization_config") or {}).get("quant_method", "bitsandbytes")
+    quantization = stored.get("quantization_config") or {}
+    method = quantization.get("quant_method", "bitsandbytes") if isinstance(quantization, dict) else quantization
     if method != "bitsandbytes":
         raise VQAError(
             f"{path}: quantization_config says {method!r}; this script reads 16-bit and bitsandbytes weights"
         )
-    config = Qwen2VLConfig.from_pretrained(path.parent)
+    try:
+        config = Qwen2VLConfig.from_pretrained(path.parent)
+    except Exception as error:  # whatever a value of the wrong kind runs into in there
+        reason = " ".join(str(error).split())
+        raise VQAError(f"{path}: a field has a value that Qwen2-VL does not take ({reason}); copy it again") from error
     # The keys say which weights are in 4 bits; transformers would act on the field once more when saving.
     config.__dict__.pop("quantization_config", None)
     return config
@@ -2842,7 +2847,10 @@ def load_settings(checkpoint: str | Path) -> dict:
     try:
         settings = json.loads(path.read_text(encoding="utf-8"))
         settings["model"]["model_name_or_path"], settings["input"]["input_mode"]
-    except (OSError, json.JSONDecodeError, KeyError, TypeError) as error:
+        settings["model"]["init"], settings["model"]["init_seed"]
+        if not all(isinstance(settings.get(part, {}), dict) for part in ("model", "input", "lora", "training", "data")):
+            raise TypeError("a section is no object")
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise VQAError(f"{path}: no readable settings; name a folder that train_vqa.py wrote") from error
     return settings
 
@@ -2862,7 +2870,7 @@ def base_options(settings: dict) -> dict:
 class Interrupted(BaseException):
     """The run was asked to stop by the signal `signum`; its text says what is saved."""
 
-    def __init__(self, signum: int, text: str = "nothing had been trained yet"):
+    def __init__(self, signum: int, text: str = ""):
         super().__init__(f"Stopped by {signal.Signals(signum).name}: {text}")
         self.signum = signum
 
@@ -2872,9 +2880,14 @@ class StopSignal:
 
     Before training one of them ends the process at once. While `saves` is True it only sets `signum`, for the Trainer
     to finish its step and save; a third one kills.
+
+    Args:
+        finishing: said on the first signal while `saves`: what is done before the end.
+        nothing: said at the end by one that came before that.
     """
 
-    def __init__(self):
+    def __init__(self, finishing: str = "finishing the step and saving", nothing: str = "nothing had been trained yet"):
+        self.finishing, self.nothing = finishing, nothing
         self.signum, self.count, self.saves, self.before = None, 0, False, {}
 
     def __enter__(self) -> "StopSignal":
@@ -2891,11 +2904,11 @@ class StopSignal:
         self.count += 1
         self.signum = self.signum or signum
         if not self.saves:
-            raise Interrupted(signum)
+            raise Interrupted(signum, self.nothing)
         if self.count > 2:
             signal.signal(signum, signal.SIG_DFL)
             signal.raise_signal(signum)
-        what = "finishing the step and saving" if self.count == 1 else "still saving; a third signal kills the run"
+        what = self.finishing if self.count == 1 else f"still {self.finishing}; a third signal kills the run"
         os.write(2, f"\n{signal.Signals(signum).name}: {what}\n".encode())  # print is not safe in a handler
 
 

@@ -85,6 +85,30 @@ switched_on() {
     return 1
 }
 
+# Runs a command, and exits unless it succeeds. SIGTERM, SIGINT and SIGHUP are passed on to it, once each whether they
+# came to this script alone or to its whole group, and end the script when the command has ended.
+supervise() {
+    local child="" signal="" seen name status=0 latest
+    for name in TERM INT HUP; do
+        # shellcheck disable=SC2064  # the name is that of now
+        trap "signal=$name; [ -z \"\$child\" ] || kill -s $name \"\$child\" 2>/dev/null || true" "$name"
+    done
+    set -m  # a group of its own: else a command in the background ignores SIGINT
+    "$@" &
+    child=$!
+    set +m
+    if [ -n "$signal" ]; then kill -s "$signal" "$child" 2>/dev/null || true; fi
+    while :; do
+        seen=$signal latest=0
+        wait "$child" || latest=$?  # ends early when a signal comes
+        if [ "$latest" != 127 ]; then status=$latest; fi  # 127: its status has been told already
+        if [ "$signal" = "$seen" ] && ! kill -0 "$child" 2>/dev/null; then break; fi
+    done
+    trap - TERM INT HUP
+    if [ -n "$signal" ] && [ "$status" = 0 ]; then status=$((128 + $(kill -l "$signal"))); fi
+    if [ "$status" != 0 ]; then exit "$status"; fi
+}
+
 case ${1-} in
     --python)
         find_python "$here/requirements.txt" "${@:2}"
@@ -144,7 +168,7 @@ flags=(
     "${settings[@]}" ${given[@]+"${given[@]}"}
 )
 python=$(find_python "$here/requirements.txt")
-"$python" "$here/train_vqa.py" "${flags[@]}"
+supervise "$python" "$here/train_vqa.py" "${flags[@]}"
 
 for flag in "$@"; do case $flag in -h | --help) exit ;; esac; done
 if switched_on --dry_run "${flags[@]}" || switched_on --check_data "${flags[@]}"; then exit; fi
@@ -158,7 +182,7 @@ if switched_on --skip_bad_samples "${flags[@]}"; then
 else
     evaluation+=(--train_data_path "$(flag_value --train_data_path "" "${flags[@]}")")
 fi
-"$python" "$here/evaluate_checkpoint.py" \
+supervise "$python" "$here/evaluate_checkpoint.py" \
     --checkpoint_path "$(flag_value --output_dir "" "${flags[@]}")" \
     --eval_data_path "$(flag_value --eval_data_path "" "${flags[@]}")" \
     --frames_dir "$(flag_value --frames_dir "" "${flags[@]}")" \

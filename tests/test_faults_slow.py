@@ -1,8 +1,6 @@
 """Kills at every file boundary of a save, a file size limit, real signals to real process groups, locks, fuzzing."""
 
-import contextlib
 import fcntl
-import json
 import os
 import resource
 import shutil
@@ -13,21 +11,11 @@ import time
 
 import pytest
 from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 
 import train_vqa as vqa
-from tests.conftest import FIXTURES
+from benchmarks import fuzz
 from tests.test_faults import RESUME, RUN
 from tests.test_main import ROOT
-
-# Set FUZZ_EXAMPLES for a long run; the short one of the suite is the same each time.
-FUZZ = settings(
-    max_examples=int(os.environ.get("FUZZ_EXAMPLES", 150)),
-    derandomize="FUZZ_EXAMPLES" not in os.environ,
-    deadline=None,
-    database=None,
-    suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
-)
 
 
 @pytest.fixture(scope="module", params=vqa.DECODER_TRAINING)
@@ -184,6 +172,49 @@ def test_the_shell_script_does_not_evaluate_after_a_signal(tmp_path):
     assert not (tmp_path / "evaluated").exists()
 
 
+@pytest.mark.parametrize("step", ["train_vqa.py", "evaluate_checkpoint.py"])
+@pytest.mark.parametrize("whole_group", [False, True])
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, 129)])
+def test_the_shell_script_passes_a_signal_on_once(tmp_path, number, status, whole_group, step):
+    """`python` is a program that notes each signal, takes its time to end, and then says that all went well."""
+    stub = tmp_path / "python"
+    stub.write_text(
+        f"#!{sys.executable}\n"
+        "import os, signal, sys, time\n"
+        "from pathlib import Path\n"
+        "folder, script = Path(os.environ['STUB']), os.path.basename(sys.argv[1])\n"
+        f"if script == '-': os.execv({sys.executable!r}, [{sys.executable!r}, *sys.argv[1:]])\n"
+        "with (folder / 'ran').open('a') as ran: ran.write(script + ' ')\n"
+        f"if script != {step!r}: sys.exit()\n"
+        "seen = []\n"
+        "for n in (1, 2, 15):\n"
+        "    if signal.getsignal(n) != signal.SIG_IGN: signal.signal(n, lambda n, _: seen.append(n))\n"
+        "(folder / 'ready').touch()\n"
+        "while not seen: time.sleep(0.01)\n"
+        "time.sleep(0.5)\n"
+        "(folder / 'seen').write_text(str(seen))\n"
+    )
+    stub.chmod(0o755)
+    shutil.copy(ROOT / "train_with_eval_FINAL.sh", tmp_path)
+
+    def default_signals():
+        os.setsid()
+        for each in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            signal.signal(each, signal.SIG_DFL)
+
+    environment = {**os.environ, "PYTHON": str(stub), "STUB": str(tmp_path)}
+    with (tmp_path / "log").open("w") as log:
+        process = subprocess.Popen(["bash", "train_with_eval_FINAL.sh"], cwd=tmp_path, env=environment, stdout=log,
+                                   stderr=log, preexec_fn=default_signals)  # fmt: skip
+    while not (tmp_path / "ready").exists():
+        assert process.poll() is None, (tmp_path / "log").read_text()
+        time.sleep(0.01)
+    os.killpg(process.pid, number) if whole_group else process.send_signal(number)
+    assert process.wait(60) == status, (tmp_path / "log").read_text()
+    assert (tmp_path / "seen").read_text() == str([int(number)])  # and bash ended after it
+    assert (tmp_path / "ran").read_text().split()[-1] == step
+
+
 def test_a_second_run_into_the_same_folder_is_refused(tmp_path):
     pid = os.fork()
     if not pid:
@@ -206,70 +237,12 @@ def test_a_second_run_into_the_same_folder_is_refused(tmp_path):
 
 # ------------------------------------------------------------------------------------------------------------- fuzzing
 
-ROW = (FIXTURES / "smoke.jsonl").read_bytes().splitlines()[0]
-MEDIA = {path.suffix: path for path in sorted(FIXTURES.rglob("*")) if path.suffix in (".jpg", ".png", ".wav", ".mp3",
-                                                                                     ".flac", ".ogg")}  # fmt: skip
-EDITS = st.lists(st.tuples(st.floats(0, 1), st.binary(min_size=0, max_size=6), st.integers(0, 6)), max_size=6)
-
-
-def edited(content: bytes, edits) -> bytes:
-    """`content` with some bytes replaced, put in or taken out; half of the edits near the start, where headers are."""
-    for where, put, cut in edits:
-        at = int(where * 2 * len(content)) if where < 0.5 else int((where - 0.5) * 400)
-        content = content[:at] + put + content[at + cut :]
-    return content
-
-
-@FUZZ
-@given(st.one_of(st.binary(), EDITS.map(lambda edits: edited(ROW, edits))))
-def test_fuzz_rows(line):
-    try:
-        row = vqa.parse_row(line, "f", 1)
-    except vqa.VQAError as error:
-        assert str(error) and "\n" not in str(error)
-    else:
-        for name in (row.id, row.video_id, row.question_type, *row.frames):
-            assert not set(name) & set("/\\\0") and name not in (".", "..")
-
-
-@FUZZ
-@given(
-    st.dictionaries(st.sampled_from([*json.loads(ROW), "x"]), st.recursive(st.none() | st.text() | st.floats(),
-                                                                          lambda inner: st.lists(inner)))
-)  # fmt: skip
-def test_fuzz_fields(changes):
-    with contextlib.suppress(vqa.VQAError):
-        vqa.parse_row(json.dumps({**json.loads(ROW), **changes}), "f", 1)
-
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("kind", MEDIA)
-@FUZZ
-@given(edits=EDITS)
-def test_fuzz_media(tmp_path, kind, edits):
-    path = tmp_path / f"media{kind}"
-    path.write_bytes(edited(MEDIA[kind].read_bytes(), edits))
-    try:
-        vqa.decode_audio(path) if kind in vqa.AUDIO_EXTENSIONS else vqa.decode_frame(path)
-    except vqa.VQAError as error:
-        assert str(path) in str(error)
-
-
-@FUZZ
-@given(edits=EDITS)
-def test_fuzz_checkpoint_files(tmp_path, edits):
-    folder = tmp_path / "checkpoint-2"
-    folder.mkdir(exist_ok=True)
-    for path in folder.iterdir():
-        path.unlink()
-    state = {"global_step": 2, "epoch": 1.0, "log_history": []}
-    progress = {"step": 2, "tr_loss": 0.0, "total_loss": 0.0, "last_logged": 2, "seconds": 1.0, "evaluate": False}
-    for name, content in (("trainer_state.json", state), (vqa.PROGRESS_FILE, progress)):
-        (folder / name).write_bytes(edited(json.dumps(content).encode(), edits))
-    with contextlib.suppress(vqa.VQAError):
-        vqa.read_progress(folder)
-    vqa.write_manifest(folder)
-    assert vqa.find_damage(folder) is None
-    manifest = folder / vqa.MANIFEST_FILE
-    manifest.write_bytes(edited(manifest.read_bytes(), edits))
-    assert isinstance(vqa.find_damage(folder), str | None)
+@pytest.mark.parametrize("reader", fuzz.READERS)
+def test_fuzz(tmp_path, reader):
+    """The inputs are the same each time; benchmarks/fuzz.py draws others, for as long as it is told."""
+    drawn, check = fuzz.READERS[reader](tmp_path)
+    settings(max_examples=40, derandomize=True, deadline=None, database=None, suppress_health_check=list(HealthCheck))(
+        given(drawn)(check)
+    )()
