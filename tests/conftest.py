@@ -1,7 +1,9 @@
 """What the tests share: importing torch and building the tiny model take seconds, so both happen once a session."""
 
+import contextlib
 import json
 import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -12,6 +14,21 @@ import train_vqa as vqa
 FIXTURES = Path(__file__).resolve().parent / "fixtures"
 TINY, FULL_SIZE = FIXTURES / "tiny_model", FIXTURES / "full_size_model"
 torch.set_num_threads(1)  # with more, every operation waits for cores that other work holds
+
+
+@contextlib.contextmanager
+def small_disk(folder: Path, kib: int):
+    """A tmpfs of `kib` KiB at `folder`; skips where that takes rights that these tests lack."""
+    folder.mkdir()
+    mounted = shutil.which("mount") and subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", f"size={kib}k", "tmpfs", str(folder)], capture_output=True
+    )
+    if not mounted or mounted.returncode:
+        pytest.skip("mounting a tmpfs takes root")
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", str(folder)], check=True)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -1,6 +1,5 @@
 """An evaluation that is stopped or runs out of disk: real signals, limits and disks. No row is lost or twice."""
 
-import contextlib
 import json
 import resource
 import shutil
@@ -13,7 +12,7 @@ from pathlib import Path
 import pytest
 
 import evaluate_checkpoint as ev
-from tests.conftest import FIXTURES
+from tests.conftest import FIXTURES, small_disk
 from tests.test_generation import QUICK, ROOT, trained, without_times  # noqa: F401  `trained` is a fixture
 
 pytestmark = pytest.mark.slow
@@ -122,21 +121,6 @@ def test_a_file_size_limit_is_one_line_and_no_row_is_lost_or_twice(command, whol
     assert f" are free there; the {len(kept)} rows before it are kept; make room, then the same" in done.stderr
     assert "Traceback" not in done.stderr and not path.with_suffix(".summary.json").exists()
     assert_ends_like(whole, path, command)
-
-
-@contextlib.contextmanager
-def small_disk(folder: Path, kib: int):
-    """A tmpfs of `kib` KiB at `folder`; skips where that takes rights that these tests lack."""
-    folder.mkdir()
-    mounted = shutil.which("mount") and subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", f"size={kib}k", "tmpfs", str(folder)], capture_output=True
-    )
-    if not mounted or mounted.returncode:
-        pytest.skip("mounting a tmpfs takes root")
-    try:
-        yield
-    finally:
-        subprocess.run(["umount", str(folder)], check=True)
 
 
 def test_a_full_disk_is_one_line_and_no_row_is_lost_or_twice(command, whole, tmp_path):

@@ -14,6 +14,7 @@ from hypothesis import HealthCheck, given, settings
 
 import train_vqa as vqa
 from benchmarks import fuzz
+from tests.conftest import small_disk
 from tests.test_faults import RESUME, RUN
 from tests.test_main import ROOT
 
@@ -133,6 +134,23 @@ def test_a_file_size_limit_leaves_the_last_checkpoint(trainer, tmp_path, limit):
     assert "are free there; checkpoint-2 is whole" in message
     assert vqa.find_damage(folder / "checkpoint-2", vqa.RESUME_FILES) is None
     assert {path.name for path in folder.iterdir()} == {"checkpoint-2", "message"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("share", [0.05, 0.5, 0.9])
+def test_a_full_disk_leaves_the_last_checkpoint(trainer, tmp_path, share):
+    """A tmpfs with room for one checkpoint and a share of another."""
+    one = sum(path.stat().st_size for path in (trainer[1] / "checkpoint-2").iterdir())
+    disk = tmp_path / "disk"
+    with small_disk(disk, 64 + int(one * (1 + share)) // 1024):
+        folder = disk / "out"
+        shutil.copytree(trainer[1], folder)
+        assert in_a_child(trainer[0], folder, save_step_4) == 3
+        message = (folder / "message").read_text()
+        assert f"{folder}: checkpoint-4 could not be saved (" in message
+        assert "are free there; checkpoint-2 is whole" in message
+        assert vqa.find_damage(folder / "checkpoint-2", vqa.RESUME_FILES) is None
+        assert {path.name for path in folder.iterdir()} == {"checkpoint-2", "message"}
 
 
 @pytest.mark.slow
