@@ -200,7 +200,10 @@ RESUME_FILES = (
 )
 UNFINISHED = "tmp-"  # a save is written under this prefix, and named only once it is whole
 # What torch.load(weights_only=True) raises on a damaged file, or on a pickle that would call something.
-UNREADABLE = (pickle.UnpicklingError, RuntimeError, ValueError, TypeError, KeyError, EOFError, OSError, AttributeError)
+UNREADABLE = (  # what torch's unpickler and state_dict loaders run into on damaged bytes
+    *(pickle.UnpicklingError, RuntimeError, ValueError, TypeError, LookupError, EOFError, OSError, AttributeError),
+    *(ArithmeticError, AssertionError, ImportError, MemoryError, NameError, struct.error),
+)
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 MAX_PROBLEMS_SHOWN = 20
 
@@ -3386,7 +3389,8 @@ class VQATrainer(Trainer):
         try:
             yield
         except UNREADABLE as error:
-            raise VQAError(f"{what} cannot be read ({str(error).splitlines()[0]}); name another checkpoint") from error
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            raise VQAError(f"{what} cannot be read ({reason}); name another checkpoint") from error
 
     def _get_dataloader(self, *args, **kwargs):
         loader = super()._get_dataloader(*args, **kwargs)
