@@ -89,7 +89,7 @@ def test_a_signal_before_the_first_row_ends_it_at_once(command, tmp_path):
     start = [command[0], "-u", *command[1:], "--output_file", str(path)]
     with subprocess.Popen(start, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
                           preexec_fn=default_signals) as process:  # fmt: skip
-        assert process.stdout.readline().startswith("📁 Loading Eval Data")
+        assert any(line.startswith("📁 Loading Eval Data") for line in process.stdout)
         process.send_signal(signal.SIGTERM)
         errors = process.communicate()[1]
     assert process.returncode == 143
