@@ -39,6 +39,7 @@ import platform
 import random
 import re
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
@@ -2449,6 +2450,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.compare:
             return compare(*args.compare)
         return score_only(args) if args.score_only else generate(args)
+    except KeyboardInterrupt:  # while torch is imported, or without a model
+        print("\nStopped by SIGINT: run the same command again", file=sys.stderr)
+        return 128 + signal.SIGINT
     except InputError as error:
         message = str(error)
     except OSError as error:

@@ -86,13 +86,15 @@ switched_on() {
 }
 
 # Runs a command, and exits unless it succeeds. SIGTERM, SIGINT and SIGHUP are passed on to it, once each whether they
-# came to this script alone or to its whole group, and end the script when the command has ended.
+# came to this script alone or to its whole group, and end the script when the command has ended. Ctrl-Z stops both.
 supervise() {
     local child="" signal="" seen name status=0 latest
     for name in TERM INT HUP; do
         # shellcheck disable=SC2064  # the name is that of now
         trap "signal=$name; [ -z \"\$child\" ] || kill -s $name \"\$child\" 2>/dev/null || true" "$name"
     done
+    trap '[ -z "$child" ] || kill -s STOP "$child"; kill -s STOP $$' TSTP
+    trap '[ -z "$child" ] || kill -s CONT "$child"' CONT
     set -m  # a group of its own: else a command in the background ignores SIGINT
     "$@" &
     child=$!
@@ -104,7 +106,7 @@ supervise() {
         if [ "$latest" != 127 ]; then status=$latest; fi  # 127: its status has been told already
         if [ "$signal" = "$seen" ] && ! kill -0 "$child" 2>/dev/null; then break; fi
     done
-    trap - TERM INT HUP
+    trap - TERM INT HUP TSTP CONT
     if [ -n "$signal" ] && [ "$status" = 0 ]; then status=$((128 + $(kill -l "$signal"))); fi
     if [ "$status" != 0 ]; then exit "$status"; fi
 }

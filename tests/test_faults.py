@@ -3,7 +3,9 @@
 import json
 import os
 import pickle
+import re
 import shutil
+import signal
 from pathlib import Path
 
 import pytest
@@ -77,7 +79,10 @@ def signalled(monkeypatch):
 
         monkeypatch.setattr(vqa.VQATrainer, method, outer)
 
-    return arrange
+    before = {number: signal.signal(number, signal.default_int_handler) for number in vqa.STOP_SIGNALS}
+    yield arrange  # also where these tests run under nohup, whose SIGHUP the run would rightly leave alone
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 TERM, INT, HUP = vqa.STOP_SIGNALS
@@ -91,6 +96,8 @@ TERM, INT, HUP = vqa.STOP_SIGNALS
             "training_step", 5, [INT], 3, marks=pytest.mark.slow
         ),  # of an epoch the last, with all that is due
         ("prediction_step", 2, [HUP], 3),  # in the middle of the evaluation after the third step
+        # between the last gradient of the third step and its optimizer step
+        pytest.param("_get_grad_norm", 3, [HUP], 3, marks=pytest.mark.slow),
         pytest.param("_save", 1, [TERM, TERM], 2, marks=pytest.mark.slow),  # while checkpoint-2 is being written, twice
         pytest.param("training_step", 10, [TERM], 6, marks=pytest.mark.slow),  # the last step of all
     ],
@@ -230,6 +237,25 @@ def test_a_disk_too_small_for_the_run_is_refused_before_training(tmp_path, monke
     assert message.startswith(f"--output_dir {tmp_path}: 6 checkpoints of about ")
     assert "1,000,000 are free" in message
     assert "--save_total_limit" in message
+
+
+def test_the_disk_that_is_asked_for_counts_rotation_and_suffices(whole, tmp_path, monkeypatch):
+    """Six saves of which two are kept: while one is written and the oldest still there, three."""
+    usage, rotated = shutil.disk_usage(tmp_path), ("--save_steps", "1", "--save_total_limit", "2")
+    monkeypatch.setattr(vqa.shutil, "disk_usage", lambda _: usage._replace(free=1_000))
+    message = refusal(run, tmp_path, *rotated)
+    each, needed = re.search(
+        r": 3 checkpoints of about ([\d,]+) bytes and the final one take ([\d,]+), ", message
+    ).groups()
+    each, needed = (int(number.replace(",", "")) for number in (each, needed))
+    assert vqa.folder_bytes(whole / "checkpoint-6") <= each
+    assert 3 * each + sum(path.stat().st_size for path in whole.iterdir() if path.is_file()) <= needed
+    monkeypatch.setattr(vqa.shutil, "disk_usage", lambda _: usage._replace(free=needed - 1))
+    assert message.replace("1,000 are free; make room or name another folder", "") == refusal(
+        run, tmp_path, *rotated
+    ).replace(f"{needed - 1:,} are free; --save_total_limit 1 would fit", "")
+    monkeypatch.setattr(vqa.shutil, "disk_usage", lambda _: usage._replace(free=needed))
+    assert run(tmp_path, *rotated, "--max_steps", "4") == 0
 
 
 @pytest.mark.parametrize("failing", ["adapter_model.safetensors", "optimizer.pt", "tokenizer.json", "scheduler.pt"])

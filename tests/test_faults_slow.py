@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -15,7 +16,7 @@ from hypothesis import HealthCheck, given, settings
 import train_vqa as vqa
 from benchmarks import fuzz
 from tests.conftest import small_disk
-from tests.test_faults import RESUME, RUN
+from tests.test_faults import RESUME, RUN, assert_same, result
 from tests.test_main import ROOT
 
 
@@ -124,6 +125,31 @@ def test_a_kill_at_any_file_boundary_of_the_final_save_leaves_no_manifest_or_a_w
 
 
 @pytest.mark.slow
+def test_everything_is_on_the_disk_before_it_is_named(trainer, tmp_path):
+    """A power cut keeps what was synced: each file of a save, then its name, then the folder that holds the name."""
+    folder, notes = tmp_path / "out", tmp_path / "notes"
+    shutil.copytree(trainer[1], folder)
+
+    def save(trainer):
+        inner = {"fsync": os.fsync, "rename": os.rename}
+
+        def note(line):
+            with notes.open("a") as out:
+                out.write(f"{line}\n")
+
+        os.fsync = lambda handle: (note(os.readlink(f"/proc/self/fd/{handle}")), inner["fsync"](handle))
+        os.rename = lambda source, target: (note(f"{source} -> {target}"), inner["rename"](source, target))
+        save_step_4(trainer)
+
+    assert in_a_child(trainer[0], folder, save) == 0
+    seen, part = notes.read_text().splitlines(), folder / "tmp-save/checkpoint-4"
+    named = seen.index(f"{part} -> {folder / 'checkpoint-4'}")
+    assert {str(part / path.name) for path in (folder / "checkpoint-4").iterdir()} <= set(seen[:named])
+    assert str(part) in seen[:named]
+    assert seen[named + 1] == str(folder)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("limit", [100, 2_000, 20_000, 40_000, 60_000, 120_000])
 def test_a_file_size_limit_leaves_the_last_checkpoint(trainer, tmp_path, limit):
     folder = tmp_path / "out"
@@ -151,6 +177,36 @@ def test_a_full_disk_leaves_the_last_checkpoint(trainer, tmp_path, share):
         assert "are free there; checkpoint-2 is whole" in message
         assert vqa.find_damage(folder / "checkpoint-2", vqa.RESUME_FILES) is None
         assert {path.name for path in folder.iterdir()} == {"checkpoint-2", "message"}
+
+
+@pytest.mark.slow
+def test_killed_with_loader_workers_and_gone_on_is_the_same_bit_for_bit(tmp_path):
+    """SIGKILL to the main process, dropout, accumulation and an epoch's end: the same as a run nothing disturbed."""
+    flags = [*RUN, "--save_steps", "2", "--dataloader_num_workers", "2"]
+    assert vqa.main([*flags, "--output_dir", str(tmp_path / "whole")]) == 0
+    command = [sys.executable, str(ROOT / "train_vqa.py"), *flags, "--output_dir", str(tmp_path / "out")]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+        while not (tmp_path / "out/checkpoint-2").exists():
+            assert process.poll() is None
+            time.sleep(0.002)
+        process.kill()
+    assert process.returncode == -signal.SIGKILL
+    assert not (tmp_path / "out/adapter_model.safetensors").exists()
+    assert vqa.main([*flags, "--output_dir", str(tmp_path / "out"), *RESUME]) == 0
+    assert_same(result(tmp_path / "out"), result(tmp_path / "whole"))
+
+
+@pytest.mark.parametrize(("count", "status"), [(2, 0), (3, -signal.SIGTERM)])
+def test_the_third_signal_kills(count, status):
+    pid = os.fork()
+    if not pid:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+        with vqa.StopSignal() as stop:
+            stop.saves = True
+            for _ in range(count):
+                os.kill(os.getpid(), signal.SIGTERM)
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == status
 
 
 @pytest.mark.slow
@@ -190,47 +246,86 @@ def test_the_shell_script_does_not_evaluate_after_a_signal(tmp_path):
     assert not (tmp_path / "evaluated").exists()
 
 
+@pytest.fixture()
+def script(tmp_path):
+    """Starts train_with_eval_FINAL.sh and waits for its step; `python` is a program that notes each signal, takes its
+    time to end, and then says that all went well."""
+    started = []
+
+    def start(step):
+        stub = tmp_path / "python"
+        stub.write_text(
+            f"#!{sys.executable}\n"
+            "import os, signal, sys, time\n"
+            "from pathlib import Path\n"
+            "folder, script = Path(os.environ['STUB']), os.path.basename(sys.argv[1])\n"
+            f"if script == '-': os.execv({sys.executable!r}, [{sys.executable!r}, *sys.argv[1:]])\n"
+            "with (folder / 'ran').open('a') as ran: ran.write(script + ' ')\n"
+            f"if script != {step!r}: sys.exit()\n"
+            "seen = []\n"
+            "for n in (1, 2, 15):\n"
+            "    if signal.getsignal(n) != signal.SIG_IGN: signal.signal(n, lambda n, _: seen.append(n))\n"
+            "(folder / 'pid').write_text(str(os.getpid()))\n"
+            "(folder / 'pid').rename(folder / 'ready')\n"
+            "while not seen: time.sleep(0.01)\n"
+            "time.sleep(0.5)\n"
+            "(folder / 'seen').write_text(str(seen))\n"
+        )
+        stub.chmod(0o755)
+        shutil.copy(ROOT / "train_with_eval_FINAL.sh", tmp_path)
+
+        def default_signals():
+            os.setsid()
+            for each in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+                signal.signal(each, signal.SIG_DFL)
+
+        environment = {**os.environ, "PYTHON": str(stub), "STUB": str(tmp_path)}
+        with (tmp_path / "log").open("w") as log:
+            process = subprocess.Popen(["bash", "train_with_eval_FINAL.sh"], cwd=tmp_path, env=environment, stdout=log,
+                                       stderr=log, preexec_fn=default_signals)  # fmt: skip
+        started.append(process)
+        while not (tmp_path / "ready").exists():
+            assert process.poll() is None, (tmp_path / "log").read_text()
+            time.sleep(0.01)
+        return process
+
+    yield start
+    for process in started:
+        if process.poll() is None:
+            process.kill()
+            process.wait()
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("step", ["train_vqa.py", "evaluate_checkpoint.py"])
 @pytest.mark.parametrize("whole_group", [False, True])
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, 129)])
-def test_the_shell_script_passes_a_signal_on_once(tmp_path, number, status, whole_group, step):
-    """`python` is a program that notes each signal, takes its time to end, and then says that all went well."""
-    stub = tmp_path / "python"
-    stub.write_text(
-        f"#!{sys.executable}\n"
-        "import os, signal, sys, time\n"
-        "from pathlib import Path\n"
-        "folder, script = Path(os.environ['STUB']), os.path.basename(sys.argv[1])\n"
-        f"if script == '-': os.execv({sys.executable!r}, [{sys.executable!r}, *sys.argv[1:]])\n"
-        "with (folder / 'ran').open('a') as ran: ran.write(script + ' ')\n"
-        f"if script != {step!r}: sys.exit()\n"
-        "seen = []\n"
-        "for n in (1, 2, 15):\n"
-        "    if signal.getsignal(n) != signal.SIG_IGN: signal.signal(n, lambda n, _: seen.append(n))\n"
-        "(folder / 'ready').touch()\n"
-        "while not seen: time.sleep(0.01)\n"
-        "time.sleep(0.5)\n"
-        "(folder / 'seen').write_text(str(seen))\n"
-    )
-    stub.chmod(0o755)
-    shutil.copy(ROOT / "train_with_eval_FINAL.sh", tmp_path)
-
-    def default_signals():
-        os.setsid()
-        for each in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-            signal.signal(each, signal.SIG_DFL)
-
-    environment = {**os.environ, "PYTHON": str(stub), "STUB": str(tmp_path)}
-    with (tmp_path / "log").open("w") as log:
-        process = subprocess.Popen(["bash", "train_with_eval_FINAL.sh"], cwd=tmp_path, env=environment, stdout=log,
-                                   stderr=log, preexec_fn=default_signals)  # fmt: skip
-    while not (tmp_path / "ready").exists():
-        assert process.poll() is None, (tmp_path / "log").read_text()
-        time.sleep(0.01)
+def test_the_shell_script_passes_a_signal_on_once(script, tmp_path, number, status, whole_group, step):
+    process = script(step)
     os.killpg(process.pid, number) if whole_group else process.send_signal(number)
     assert process.wait(60) == status, (tmp_path / "log").read_text()
     assert (tmp_path / "seen").read_text() == str([int(number)])  # and bash ended after it
     assert (tmp_path / "ran").read_text().split()[-1] == step
+
+
+@pytest.mark.slow
+def test_ctrl_z_stops_what_the_shell_script_runs_and_fg_lets_it_go_on(script, tmp_path):
+    process = script("train_vqa.py")
+    ready = tmp_path / "ready"
+
+    def wait_for(*states):
+        """Until bash and its child are in one of these states of /proc: T stopped."""
+        for pid in (process.pid, int(ready.read_text())):
+            while Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in states:
+                time.sleep(0.01)
+
+    os.killpg(process.pid, signal.SIGTSTP)
+    wait_for("T")
+    os.killpg(process.pid, signal.SIGCONT)
+    wait_for("S", "R")
+    process.terminate()
+    assert process.wait(60) == 143, (tmp_path / "log").read_text()
+    assert (tmp_path / "seen").read_text() == str([int(signal.SIGTERM)])
 
 
 def test_a_second_run_into_the_same_folder_is_refused(tmp_path):
@@ -244,8 +339,8 @@ def test_a_second_run_into_the_same_folder_is_refused(tmp_path):
     try:
         while not (tmp_path / "held").exists():
             time.sleep(0.01)
-        with pytest.raises(vqa.VQAError, match="another run is writing there"), vqa.lock_folder(tmp_path):
-            pass
+        with pytest.raises(vqa.VQAError, match="another run is writing there"):
+            vqa.main([*RUN, "--output_dir", str(tmp_path)])
     finally:
         os.kill(pid, signal.SIGKILL)
         os.waitpid(pid, 0)
