@@ -357,5 +357,5 @@ def test_fuzz(tmp_path, reader):
     """The inputs are the same each time; benchmarks/fuzz.py draws others, for as long as it is told."""
     drawn, check = fuzz.READERS[reader](tmp_path)
     settings(max_examples=40, derandomize=True, deadline=None, database=None, suppress_health_check=list(HealthCheck))(
-        given(drawn)(check)
+        given(drawn)(lambda content: check(content))  # hypothesis wants a function with a name
     )()
