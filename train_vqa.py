@@ -2939,7 +2939,8 @@ def lock_folder(folder: str | Path):
                 f"--output_dir {folder}: another run is writing there; wait for it or name another"
             ) from error
         for rest in folder.glob(UNFINISHED + "*"):
-            shutil.rmtree(rest)
+            if re.fullmatch(UNFINISHED + r"(save|checkpoint-\d+)", rest.name):  # and nothing of the user's own
+                shutil.rmtree(rest)
         yield
 
 

@@ -118,6 +118,14 @@ def test_stopped_by_a_signal_and_gone_on_is_the_same_bit_for_bit(
     assert list(tmp_path.glob("tmp-*")) == []
 
 
+def test_only_what_a_save_left_is_cleared_up(tmp_path):
+    for name in ("tmp-save", "tmp-checkpoint-12", "tmp-notes", "tmp-save-of-mine"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "tmp-list.txt").touch()
+    with vqa.lock_folder(tmp_path):
+        assert {path.name for path in tmp_path.glob("tmp-*")} == {"tmp-notes", "tmp-save-of-mine", "tmp-list.txt"}
+
+
 def test_saves_carry_a_manifest(whole):
     for folder in (whole, *vqa.checkpoints_of(whole).values()):
         assert vqa.find_damage(folder) is None
@@ -221,13 +229,16 @@ def test_out_of_memory_is_one_line_and_the_finished_steps_are_saved(whole, tmp_p
         return inner(self, *args, **kwargs)
 
     monkeypatch.setattr(vqa.SurgicalVQAModel, "forward", forward)
-    message = refusal(run, tmp_path)
+    message = refusal(run, tmp_path, *EVALUATION)
     assert message.startswith("out of memory (Tried to allocate 2.50 GiB) at step 3 with 1 samples of ")
     assert "tokens, the longest fx-00" in message
     for flag in ("per_device_train_batch_size", "max_train_frames", "max_image_size", "checkpoint_every_n 1"):
         assert f"--{flag}" in message
     assert message.endswith(f"{tmp_path}/checkpoint-2 is whole; go on with --resume_from_checkpoint True")
     assert vqa.find_damage(tmp_path / "checkpoint-2", vqa.RESUME_FILES) is None
+    monkeypatch.undo()
+    assert run(tmp_path, *EVALUATION, *RESUME) == 0
+    assert_same(result(tmp_path), result(whole))
 
 
 def test_a_disk_too_small_for_the_run_is_refused_before_training(tmp_path, monkeypatch):
