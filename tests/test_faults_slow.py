@@ -103,6 +103,7 @@ def test_a_kill_at_any_file_boundary_of_a_checkpoint_leaves_a_whole_one(trainer,
     for folder in killed_at_each_boundary(trainer[0], trainer[1], tmp_path, save_step_4):
         arguments = vqa.parse_arguments([*RUN, "--output_dir", str(folder), *RESUME])[2]
         found.append(vqa.find_checkpoint(arguments).name)
+        assert not any(map(vqa.find_damage, vqa.checkpoints_of(folder).values()))  # one half deleted is none
         with vqa.lock_folder(folder):
             assert list(folder.glob("tmp-*")) == []  # the next start clears up
     assert found == sorted(found) and set(found) == {"checkpoint-2", "checkpoint-4"}
@@ -110,9 +111,15 @@ def test_a_kill_at_any_file_boundary_of_a_checkpoint_leaves_a_whole_one(trainer,
 
 
 @pytest.mark.slow
-def test_a_kill_at_any_file_boundary_of_the_final_save_leaves_no_manifest_or_a_whole_model(trainer, tmp_path):
-    whole = []
-    for folder in killed_at_each_boundary(trainer[0], trainer[1], tmp_path, lambda trainer: trainer.save_model()):
+@pytest.mark.parametrize("earlier", [False, True])
+def test_a_kill_at_any_file_boundary_of_the_final_save_leaves_no_manifest_or_a_whole_model(trainer, tmp_path, earlier):
+    """Also where an earlier run's final model is replaced: never are the files of one taken for the other's."""
+    start, whole = tmp_path / "start", []
+    shutil.copytree(trainer[1], start)
+    if earlier:
+        for path in (start / "checkpoint-2").iterdir():
+            shutil.copy(path, start)
+    for folder in killed_at_each_boundary(trainer[0], start, tmp_path, lambda trainer: trainer.save_model()):
         damage = vqa.find_damage(folder)
         assert damage in (None, "manifest.json is missing: the save did not end")
         assert vqa.find_damage(folder / "checkpoint-2", vqa.RESUME_FILES) is None
@@ -120,7 +127,8 @@ def test_a_kill_at_any_file_boundary_of_the_final_save_leaves_no_manifest_or_a_w
             assert {*trainer[0].small_files, "model-00001-of-00001.safetensors", vqa.SETTINGS_FILE} <= {
                 path.name for path in folder.iterdir()
             }
-        whole.append(damage is None)
+        manifest = folder / vqa.MANIFEST_FILE
+        whole.append(damage is None and "optimizer.pt" not in manifest.read_text())  # which the earlier one lists
     assert whole == sorted(whole) and whole[-1]
 
 
