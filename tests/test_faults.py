@@ -159,6 +159,19 @@ def test_a_damaged_checkpoint_is_passed_over_by_name(whole, tmp_path, capsys, na
     assert lines[2] == "no checkpoint is whole; move them away to start from the beginning"
 
 
+@pytest.mark.parametrize("name", vqa.RESUME_FILES)
+def test_a_folder_that_was_saved_without_a_state_is_passed_over(whole, tmp_path, name):
+    """Its manifest is right, and going on from it would begin with a fresh optimizer, schedule or random state."""
+    for number in (2, 4):
+        shutil.copytree(whole / f"checkpoint-{number}", tmp_path / f"checkpoint-{number}")
+    for gone in (name, vqa.MANIFEST_FILE):
+        (tmp_path / "checkpoint-4" / gone).unlink()
+    vqa.write_manifest(tmp_path / "checkpoint-4")
+    assert vqa.find_damage(tmp_path / "checkpoint-4", vqa.RESUME_FILES) == f"{name} was not saved"
+    arguments = vqa.parse_arguments([*RUN, "--output_dir", str(tmp_path), *RESUME])[2]
+    assert vqa.find_checkpoint(arguments) == tmp_path / "checkpoint-2"
+
+
 def test_starting_over_among_checkpoints_is_refused(whole):
     message = refusal(run, whole)
     assert message.startswith(f"{whole / 'checkpoint-6'} is there from an earlier run; --resume_from_checkpoint True")
