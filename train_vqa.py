@@ -765,23 +765,29 @@ def check_media(rows: Sequence[VQARow]) -> list[Problem]:
     files, first = np.unique(digest_of, return_index=True)
     waiting = np.sort(first[~np.isin(files, passed, assume_unique=True)])
     del first
-    problems, failed = [], []
-    # Threads: Pillow and libsndfile let go of the interpreter while they decode. 64 at a time, or the futures pile up.
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        bar = tqdm(total=len(waiting), desc="Checking media", unit="file", leave=False)
-        for chunk in np.split(waiting, range(64, len(waiting), 64)):
-            for index, text in zip(chunk, pool.map(fault, [places[i] for i in chunk]), strict=True):
-                bar.update()
-                if text:
-                    users = [rows[places[i] >> 16] for i in np.flatnonzero(digest_of == digest_of[index])]
-                    lines = tuple(dict.fromkeys(row.line for row in users))
-                    more = f" ({len(lines) - 1} more lines need it)" if len(lines) > 1 else ""
-                    problems.append(Problem(users[0].source, lines, text + more))
-                    failed.append(digest_of[index])
-        bar.close()
-    if len(waiting) > len(failed):
-        good = files[~np.isin(files, failed)] if failed else files
-        write_passed(np.union1d(passed, good) if len(passed) < MAX_REMEMBERED else good)
+    problems, failed, checked = [], [], 0
+    try:
+        # Threads: Pillow and libsndfile let go of the interpreter while they decode. 64 at a time, or the futures pile
+        # up.
+        with (
+            ThreadPoolExecutor(os.cpu_count()) as pool,
+            tqdm(total=len(waiting), desc="Checking media", unit="file", leave=False) as bar,
+        ):
+            for chunk in np.split(waiting, range(64, len(waiting), 64)):
+                for index, text in zip(chunk, pool.map(fault, [places[i] for i in chunk]), strict=True):
+                    bar.update()
+                    checked += 1
+                    if text:
+                        users = [rows[places[i] >> 16] for i in np.flatnonzero(digest_of == digest_of[index])]
+                        lines = tuple(dict.fromkeys(row.line for row in users))
+                        more = f" ({len(lines) - 1} more lines need it)" if len(lines) > 1 else ""
+                        problems.append(Problem(users[0].source, lines, text + more))
+                        failed.append(digest_of[index])
+    finally:  # a check that a signal cuts short is not begun again
+        seen = digest_of[waiting[:checked]]
+        good = seen[~np.isin(seen, failed)] if failed else seen
+        if len(good):
+            write_passed(np.union1d(passed if len(passed) < MAX_REMEMBERED else np.intersect1d(passed, files), good))
     return problems
 
 

@@ -264,6 +264,37 @@ def test_media_that_passed_are_not_decoded_again_until_they_change(data, decoded
         assert decoded() == [path]
 
 
+def test_a_check_that_is_cut_short_goes_on_where_it_stopped(data, decoded, monkeypatch):
+    with monkeypatch.context() as patch:
+
+        def stop(path):
+            raise KeyboardInterrupt
+
+        patch.setattr(vqa, "decode_audio", stop)  # after the frames of the first row
+        with pytest.raises(KeyboardInterrupt):
+            vqa.load_rows(*data.args)
+    first = vqa.read_rows(data.jsonl)[:1]
+    assert vqa.find_media(first, data.frames, data.audio) == [] and len(first[0].frame_paths) == 8
+    decoded()
+    rows = vqa.load_rows(*data.args)
+    again = decoded()
+    assert len(again) == 21 - 8
+    assert not set(again) & set(rows[0].frame_paths)
+
+
+def test_more_digests_than_are_remembered_make_way(data, decoded, monkeypatch):
+    """Those of the file at hand stay; those of others go."""
+    monkeypatch.setattr(vqa, "MAX_REMEMBERED", 25)
+    others = np.array([b"%016d" % i for i in range(30)], f"S{vqa.DIGEST_BYTES}")
+    vqa.load_rows(*data.args)
+    vqa.write_passed(np.union1d(vqa.read_passed(), others))
+    (data.audio / "qa_000205.ogg").touch()
+    decoded()
+    vqa.load_rows(*data.args)
+    assert decoded() == [data.audio / "qa_000205.ogg"]
+    assert len(vqa.read_passed()) == 21
+
+
 @pytest.mark.parametrize("damage", [lambda b: b[:-1], lambda b: b[:40] + bytes([b[40] ^ 1]) + b[41:], lambda b: b""])
 def test_a_damaged_memory_is_ignored_and_rewritten(data, decoded, damage):
     vqa.load_rows(*data.args)
