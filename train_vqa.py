@@ -2433,8 +2433,10 @@ def read_adapter_config(path: Path) -> dict:
             f"{path}: init_lora_weights {config['init_lora_weights']!r} changed the base as well; merge the adapter "
             "where it was trained, and take the merged model"
         )
-    known = (PROJECTOR, *TOWERS.values())
-    other = [name for name in config.get("modules_to_save") or () if str(name).rpartition(".")[2] not in known]
+    known, saved = (PROJECTOR, *TOWERS.values()), config.get("modules_to_save") or []
+    if not isinstance(saved, list):
+        raise VQAError(f"{path}: modules_to_save is {saved!r:.80}, no list; copy the adapter again")
+    other = [name for name in saved if str(name).rpartition(".")[2] not in known]
     if other:
         raise VQAError(
             f"{path}: modules_to_save names {', '.join(map(str, other))}; this script reads adapters that trained "
@@ -2857,7 +2859,8 @@ def load_settings(checkpoint: str | Path) -> dict:
         settings = json.loads(path.read_text(encoding="utf-8"))
         settings["model"]["model_name_or_path"], settings["input"]["input_mode"]
         settings["model"]["init"], settings["model"]["init_seed"]
-        if not all(isinstance(settings.get(part, {}), dict) for part in ("model", "input", "lora", "training", "data")):
+        parts = ("model", "input", "trained", "lora", "training", "data")
+        if not all(isinstance(settings.get(part, {}), dict) for part in parts):
             raise TypeError("a section is no object")
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise VQAError(f"{path}: no readable settings; name a folder that train_vqa.py wrote") from error
@@ -3310,7 +3313,7 @@ class VQATrainer(Trainer):
             self.state.save_to_json(str(part / "trainer_state.json"))
             write_manifest(part)
             last = (*(["config.json"] if self.whole else []), MANIFEST_FILE)  # no config, no model: not one of two runs
-            for name in (*last, *((*ADAPTER_FILES, NEW_ROWS_FILE) if self.whole else ())):
+            for name in (*reversed(last), *((*ADAPTER_FILES, NEW_ROWS_FILE) if self.whole else ())):
                 (root / name).unlink(missing_ok=True)
             sync(root)
             for path in sorted(part.iterdir(), key=lambda path: last.index(path.name) if path.name in last else -1):

@@ -31,6 +31,7 @@ sys.path.insert(0, str(ROOT))
 import torch  # noqa: E402
 from hypothesis import HealthCheck, Phase, given, seed, settings  # noqa: E402
 from hypothesis import strategies as st  # noqa: E402
+from peft import LoraConfig, get_peft_model  # noqa: E402
 from safetensors.torch import save_file  # noqa: E402
 
 import evaluate_checkpoint as ev  # noqa: E402
@@ -231,13 +232,21 @@ def read_safetensors(folder: Path):
     return EDITS.map(lambda e: edited(whole, e)), functools.partial(refusing, read, path)
 
 
+def read_features(folder: Path):
+    path = folder / "clip.safetensors"
+    vqa.write_features(path, torch.arange(12.0).reshape(3, 4), torch.tensor([[1, 6, 4]]))
+    whole = path.read_bytes()
+    return EDITS.map(lambda e: edited(whole, e)), functools.partial(refusing, vqa.read_features, path)
+
+
 def read_training_state(folder: Path):
     """The optimizer, scheduler and random states (torch pickles), and the adapter, as the Trainer takes them up."""
     flags = ["--train_data_path", "t", "--frames_dir", "f", "--audio_dir", "a", "--output_dir", str(folder)]
     arguments = vqa.parse_arguments([*flags, "--use_cpu", "True"])[2]
     with contextlib.redirect_stdout(None):
         tokenizer = vqa.load_tokenizer(TINY)
-    trainer = vqa.VQATrainer(model=torch.nn.Linear(4, 4), args=arguments, tokenizer=tokenizer, settings={})
+    model = get_peft_model(torch.nn.Sequential(torch.nn.Linear(4, 4)), LoraConfig(target_modules=["0"]))
+    trainer = vqa.VQATrainer(model=model, args=arguments, tokenizer=tokenizer, settings={})
     trainer.create_optimizer_and_scheduler(10)
     trainer.model(torch.ones(4)).sum().backward()
     trainer.optimizer.step()
@@ -269,6 +278,7 @@ READERS = {
     "model_config": read_model_config,
     "adapter_config": read_adapter_config,
     "safetensors": read_safetensors,
+    "features": read_features,
     "training_state": read_training_state,
 }
 
