@@ -2000,11 +2000,11 @@ def check_same_media(inputs: ArmInputs, annotations: Sequence[Row], file: RowFil
 
 
 def answer_arm(
-    model: Any, inputs: ArmInputs, annotations: Sequence[Row], file: RowFile, args: argparse.Namespace, stop: Any
+    model: Any, inputs: ArmInputs, annotations: Sequence[Row], file: RowFile, args: argparse.Namespace, stop: Any = None
 ) -> int:
     """Answer the rows that `file` lacks, batch by batch, and append them; returns how many.
 
-    Ends after the batch during which a signal came to `stop` (train_vqa's StopSignal).
+    Ends after the batch during which a signal came to `stop` (train_vqa's StopSignal; None: there is none).
 
     Batches are fixed slices of the data, the longest prompts first, answered whole even where a killed run left only
     part of one to do: so a resumed run computes exactly what an uninterrupted one does.
@@ -2052,7 +2052,7 @@ def answer_arm(
                 answered += 1
                 bar.update()
             inputs.batch_size = answer.batch_size
-            if stop.signum:
+            if stop and stop.signum:
                 break
     return answered
 

@@ -125,7 +125,7 @@ MP3_KBPS = (
     (32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320),
 )
 MEDIA_CHECKS = 1  # raise it when decode_frame or decode_audio refuse more: what passed before is decoded again
-DIGEST_BYTES = 16
+DIGEST_BYTES = 8  # of a media file that passed: two of a million share one with a chance of 1 to 37 million
 MAX_REMEMBERED = 1_000_000  # digests: 16 MB
 FEATURE_SCHEMA = 1  # raise it when what the towers are fed, or what is stored of them, changes
 STALE_SECONDS = 3600  # a file of features takes a second to write; what is older was left by a run that was killed
@@ -763,7 +763,7 @@ def check_media(rows: Sequence[VQARow]) -> list[Problem]:
     passed = read_passed()
     digest_of = np.frombuffer(digests, passed.dtype)
     files, first = np.unique(digest_of, return_index=True)
-    waiting = np.sort(first[~np.isin(files, passed, assume_unique=True)])
+    waiting = np.sort(first[~is_among(files, passed)])
     del first
     problems, failed, checked = [], [], 0
     try:
@@ -805,6 +805,13 @@ def read_passed() -> np.ndarray:
     if hashlib.sha256(digests).digest() != head or len(digests) % DIGEST_BYTES:
         digests = b""
     return np.frombuffer(digests, f"S{DIGEST_BYTES}")
+
+
+def is_among(digests: np.ndarray, known: np.ndarray) -> np.ndarray:
+    """bool [n]: which of `digests` are in `known`, which is sorted; np.isin would take a copy of both."""
+    if not len(known):
+        return np.zeros(len(digests), bool)
+    return known[np.minimum(np.searchsorted(known, digests), len(known) - 1)] == digests
 
 
 def write_passed(passed: np.ndarray) -> None:
@@ -3578,7 +3585,9 @@ def read_data(args: DataArguments) -> tuple[list[VQARow], list[VQARow], list[str
     for path, audio_dir, limit in sources:
         rows, found = check_rows(path, args.frames_dir, audio_dir if by_ear else None, limit, args.allow_symlinks)
         if args.check_data:
-            media = {file for row in rows for file in row.media}
+            media = np.unique(
+                np.fromiter((hash(file) for row in rows for file in row.media), np.int64)
+            )  # not the paths
             clips, types = len({row.frames for row in rows}), len({row.question_type for row in rows})
             bad = len({line for problem in found for line in problem.lines})
             print(f"{path}: {len(rows)} good rows ({clips} clips, {types} types, {len(media)} files), {bad} bad")

@@ -285,7 +285,7 @@ def test_a_check_that_is_cut_short_goes_on_where_it_stopped(data, decoded, monke
 def test_more_digests_than_are_remembered_make_way(data, decoded, monkeypatch):
     """Those of the file at hand stay; those of others go."""
     monkeypatch.setattr(vqa, "MAX_REMEMBERED", 25)
-    others = np.array([b"%016d" % i for i in range(30)], f"S{vqa.DIGEST_BYTES}")
+    others = np.array([f"{i:0{vqa.DIGEST_BYTES}}".encode() for i in range(30)], f"S{vqa.DIGEST_BYTES}")
     vqa.load_rows(*data.args)
     vqa.write_passed(np.union1d(vqa.read_passed(), others))
     (data.audio / "qa_000205.ogg").touch()
