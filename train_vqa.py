@@ -126,7 +126,7 @@ MP3_KBPS = (
 )
 MEDIA_CHECKS = 1  # raise it when decode_frame or decode_audio refuse more: what passed before is decoded again
 DIGEST_BYTES = 8  # of a media file that passed: two of a million share one with a chance of 1 to 37 million
-MAX_REMEMBERED = 1_000_000  # digests: 16 MB
+MAX_REMEMBERED = 1_000_000  # digests: 8 MB
 FEATURE_SCHEMA = 1  # raise it when what the towers are fed, or what is stored of them, changes
 STALE_SECONDS = 3600  # a file of features takes a second to write; what is older was left by a run that was killed
 

@@ -232,8 +232,8 @@ def test_out_of_memory_is_one_line_and_the_finished_steps_are_saved(whole, tmp_p
     inner, calls = vqa.SurgicalVQAModel.forward, []
 
     def forward(self, *args, **kwargs):
-        calls.append(1)
-        if len(calls) == 6:  # the step's first batch has drawn from the random state, and its loss is counted
+        calls.extend([1] * self.training)
+        if self.training and len(calls) == 7:  # the step's first batch has drawn random numbers, and its loss counts
             raise torch.OutOfMemoryError(
                 "CUDA out of memory. Tried to allocate 2.50 GiB. GPU 0 has a total capacity of 79.10 GiB of which 1.2 "
                 "GiB is free."
@@ -242,12 +242,12 @@ def test_out_of_memory_is_one_line_and_the_finished_steps_are_saved(whole, tmp_p
 
     monkeypatch.setattr(vqa.SurgicalVQAModel, "forward", forward)
     message = refusal(run, tmp_path, *EVALUATION)
-    assert message.startswith("out of memory (Tried to allocate 2.50 GiB) at step 3 with 1 samples of ")
+    assert message.startswith("out of memory (Tried to allocate 2.50 GiB) at step 4 with 1 samples of ")
     assert "tokens, the longest fx-00" in message
     for flag in ("per_device_train_batch_size", "max_train_frames", "max_image_size", "checkpoint_every_n 1"):
         assert f"--{flag}" in message
-    assert message.endswith(f"{tmp_path}/checkpoint-2 is whole; go on with --resume_from_checkpoint True")
-    assert vqa.find_damage(tmp_path / "checkpoint-2", vqa.RESUME_FILES) is None
+    assert message.endswith(f"{tmp_path}/checkpoint-3 is whole; go on with --resume_from_checkpoint True")
+    assert vqa.find_damage(tmp_path / "checkpoint-3", vqa.RESUME_FILES) is None
     monkeypatch.undo()
     assert run(tmp_path, *EVALUATION, *RESUME) == 0
     assert_same(result(tmp_path), result(whole))
