@@ -725,6 +725,7 @@ def report(args: argparse.Namespace) -> None:
         raise SystemExit(f"{args.out_dir}: no training has left its figures there; run --stage train first")
     world = json.loads((args.out_dir / "render.json").read_text())
     text = ["# Measured: does it learn?\n", *describe_world(world), *describe_runs(runs, args)]
+    text += describe_targets(args, runs)
     for name in runs:
         if name == "five":
             continue
@@ -772,6 +773,57 @@ def describe_runs(runs: dict[str, dict], args: argparse.Namespace) -> list[str]:
         text += [f"Five samples by heart: the loss reached {last_loss(runs['five'])}, and {figure['correct']} of "
                  f"{figure['n']} came back word for word by generation.\n"]  # fmt: skip
     return text
+
+
+def describe_targets(args: argparse.Namespace, runs: dict[str, dict]) -> list[str]:
+    """The part of the report that holds the default variant's figures against what was aimed for, met or not."""
+    lines: list[tuple[str, str, str]] = []
+
+    def aim(what: str, measured: str, met: bool) -> None:
+        lines.append((what, measured, "met" if met else "**missed**"))
+
+    def points(value: float) -> str:
+        return f"{100 * value:.1f}"
+
+    folder = args.out_dir / "answers"
+    if "five" in runs and (folder / "five-five-8.summary.json").exists():
+        figure = json.loads((folder / "five-five-8.summary.json").read_text())["metrics"]["strict"]
+        loss = float(last_loss(runs["five"]))
+        aim("five samples: loss at most 1e-4, all answered", f"{loss:.2g}, {figure['correct']} of {figure['n']}",
+            loss <= 1e-4 and figure["correct"] == figure["n"])  # fmt: skip
+    arms = arm_answers(args, "images") if "images" in runs else {}
+    if arms:
+        heard = arms["audio"]
+        share = {arm: answers.choice()["accuracy"] for arm, answers in arms.items()}
+        aim("discriminative types, unseen clips and voices: 85", points(share["audio"]), share["audio"] >= 0.85)
+        each = {kind: heard.choice([kind])["accuracy"] for kind in DIRECTIONS if kind in heard.discriminative}
+        aim("each direction of motion: 75", ", ".join(map(points, each.values())), min(each.values()) >= 0.75)
+        ceiling = heard.line("train_majority") + 0.1
+        for arm in ("silent_audio", "black_frames"):
+            if arm in arms:
+                aim(f"`{arm}`: at most the majority line + 10", points(share[arm]), share[arm] <= ceiling)
+        if "mismatched_audio" in arms:
+            aim("`mismatched_audio`: below `audio`, intervals apart", points(share["mismatched_audio"]),
+                arms["mismatched_audio"].choice()["ci95"][1] < heard.choice()["ci95"][0])  # fmt: skip
+        if "shuffled_frames" in arms:
+            still = [kind for kind in heard.discriminative if kind not in DIRECTIONS]
+            moved = [arms[arm].choice(list(DIRECTIONS))["accuracy"] for arm in ("audio", "shuffled_frames")]
+            rest = [arms[arm].choice(still)["accuracy"] for arm in ("audio", "shuffled_frames")]
+            aim("`shuffled_frames`: lowers motion, leaves the rest within 5",
+                f"motion {points(moved[0])} to {points(moved[1])}, rest {points(rest[0])} to {points(rest[1])}",
+                moved[0] - moved[1] > 0.1 and abs(rest[0] - rest[1]) <= 0.05)  # fmt: skip
+        if (folder / "images-test-6.summary.json").exists():
+            lost = share["audio"] - Answers(args, "images-test-6", "test").choice()["accuracy"]
+            aim("6 frames in place of 8 cost at most 5", points(lost), lost <= 0.05)
+        stopped = heard.summary["finish"]
+        aim("99 % stop by themselves, none loops", f"{heard.finish()}, {stopped['loops']} loop",
+            stopped["eos"] >= 0.99 * len(heard.rows) and not stopped["loops"])  # fmt: skip
+    if "naive_pad" in runs and (folder / "naive_pad-test-8.summary.json").exists():
+        naive = Answers(args, "naive_pad-test-8", "test")
+        aim("with PAD = EOS masked by its id: fails to stop", f"{naive.finish()} stop",
+            naive.summary["finish"]["eos"] < 0.5 * len(naive.rows))  # fmt: skip
+    return ["## What was aimed for\n", "In percent, or points between percentages.\n",
+            table(("aim", "measured", ""), lines)] if lines else []  # fmt: skip
 
 
 def describe_variant(args: argparse.Namespace, name: str) -> list[str]:
