@@ -55,7 +55,8 @@ class Clock(TrainerCallback):
         """Called by the Trainer after each optimizer step."""
         synchronize()
         now = time.perf_counter()
-        self.steps.append({"end": now, "rss": psutil.Process().memory_info().rss, **self.trainer.counted})
+        own = {"cpu": time.process_time(), "rss": psutil.Process().memory_info().rss}  # of this process, workers apart
+        self.steps.append({"end": now, **own, **self.trainer.counted})
         self.trainer.counted = {"tokens": 0, "samples": 0, "waited": 0.0}
         if state.global_step == self.warmup and torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()
@@ -76,8 +77,9 @@ class Clock(TrainerCallback):
         result = {"steps": len(counted), "seconds": seconds, "samples_per_second": total["samples"] / seconds}
         result |= {"tokens_per_second": total["tokens"] / seconds, "waiting_for_data": total["waited"] / seconds}
         result["tokens_per_sample"] = total["tokens"] / total["samples"]
-        ends = self.steps[self.warmup - 1], counted[-1]
-        result["ram_mib"] = [step["rss"] / 2**20 for step in ends]  # of this process, its workers apart
+        before, after = self.steps[self.warmup - 1], counted[-1]
+        result["ram_mib"] = [step["rss"] / 2**20 for step in (before, after)]
+        result["cpu_seconds_per_sample"] = (after["cpu"] - before["cpu"]) / total["samples"]
         if torch.cuda.is_available():
             result["peak_gib"] = torch.cuda.max_memory_reserved() / vqa.GIB
         return result
