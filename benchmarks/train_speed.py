@@ -40,7 +40,7 @@ DESIGNS = {
     SEED: "",
     "command": "--per_device_train_batch_size 1 --gradient_accumulation_steps 4",
     "ours": f"--per_device_train_batch_size 2 --gradient_accumulation_steps 2 {QUICK}",
-    "fast": f"--per_device_train_batch_size 8 --gradient_accumulation_steps 1 {FAST} {QUICK}",
+    "fast": f"--per_device_train_batch_size 7 --gradient_accumulation_steps 1 {FAST} {QUICK}",
 }
 
 
