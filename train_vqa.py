@@ -3499,36 +3499,48 @@ def limit_gpu_memory(gib: float | None) -> None:
 
 
 def estimate_memory(
-    model: SurgicalVQAModel, tokens: int, model_args: ModelArguments, kept_features: bool, every_n: int
+    model: SurgicalVQAModel,
+    tokens: int,
+    model_args: ModelArguments,
+    dtype: torch.dtype,
+    kept_features: bool,
+    every_n: int,
 ) -> dict[str, int]:
     """Bytes of GPU memory at the peak of training on batches of `tokens`, by what takes them; an estimate.
 
-    Counted are the tensors that a decoder layer keeps for its backward pass, in units of a value in the model's dtype:
-    both norms' float32 inputs (4 h), queries and attention output (2 h), keys and values (2 k), gate, up, their
-    activation and product (4 f); with dropout a copy and a byte of mask of each LoRA input (6 h + f) in place of two
-    shared inputs (2 h) and the product; LoRA's narrow outputs (7 r). A compiled layer keeps its two inputs, queries,
-    output, keys, values, gate and up (see ACTIVATION_MEMORY_BUDGET), a recomputed one its input alone.
+    Counted are the tensors that a decoder layer keeps for its backward pass. In float32: both norms' inputs (2 h), and
+    what comes of them where the norms are trained (2 h). In `dtype`: queries and attention output (2 h), keys and
+    values (2 k), gate, up and their activation (3 f), LoRA's narrow outputs (7 r), and the inputs of the linear layers:
+    with dropout a copy each and a byte of mask (6 h + f); else the two that they share and the product (2 h + f), or,
+    where autocast casts float32 weights' inputs, one for each but the output's (5 h + f). A compiled layer keeps its
+    two inputs, queries, output, keys, values, gate and up (see ACTIVATION_MEMORY_BUDGET), a recomputed one its input.
+    Between layers values have the decoder's own dtype: float32 where its weights are trained.
+
+    Not counted: activations of trained towers, and of frozen ones while they run; the logits at answer positions.
 
     Args:
         model: with its adapter, also on the meta device.
         tokens: of a batch, padding included.
         model_args: what is trained, rank, dropout, and whether layers are compiled.
+        dtype: what products are computed in: autocast's, or that of all weights.
         kept_features: the frozen encoders are not on the GPU.
         every_n: as in `SurgicalVQAModel.set_checkpointing`.
     """
-    text, size = model.config.text_config, model.dtype.itemsize
-    adapted = model_args.train_decoder == "lora"
+    text, size, adapted = model.config.text_config, dtype.itemsize, model_args.train_decoder == "lora"
+    stored = model.model.language_model.norm.weight.dtype.itemsize
     h, f, r = text.hidden_size, text.intermediate_size, model_args.lora_r * adapted
     k = text.num_key_value_heads * h // text.num_attention_heads
     if model_args.compile_layers:
-        layer = size * (4 * h + 2 * k + 2 * f + 7 * r)
-    elif adapted and model_args.lora_dropout:
-        layer = size * (6 * h + 2 * k + 3 * f + 7 * r) + (size + 1) * (6 * h + f)
+        layer = 2 * stored * h + size * (2 * h + 2 * k + 2 * f + 7 * r)
     else:
-        layer = size * (8 * h + 2 * k + 4 * f + 7 * r)
+        layer = 4 * (2 if adapted else 4) * h + size * (2 * h + 2 * k + 3 * f + 7 * r)
+        if adapted and model_args.lora_dropout:
+            layer += (size + 1) * (6 * h + f)
+        else:
+            layer += size * ((2 if stored == size else 5) * h + f)
     count = text.num_hidden_layers
     recomputed = math.ceil(count / every_n) if every_n else 0
-    kept = (count - recomputed) * layer + recomputed * size * h + bool(recomputed) * layer
+    kept = (count - recomputed) * layer + recomputed * stored * h + bool(recomputed) * layer
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     resting = [*model.model.visual.parameters(), *model.audio_encoder.parameters()] if kept_features else []
     bytes_of = partial(map, lambda p: p.numel() * p.element_size())
@@ -3690,7 +3702,7 @@ def train(
     )
     longest = max(train_dataset.token_counts()) if data_args.dry_run or model_args.checkpoint_every_n == "auto" else 0
     tokens, kept = training_args.train_batch_size * longest, bool(data_args.cache_features)
-    estimate = partial(estimate_memory, model, tokens, model_args, kept)
+    estimate = partial(estimate_memory, model, tokens, model_args, dtype, kept)
     every_n = choose_checkpointing(model_args, estimate)
     model.set_checkpointing(every_n, model_args.compile_layers)
     if data_args.dry_run:

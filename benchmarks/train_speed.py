@@ -9,12 +9,13 @@ recomputed, logits of every position, a mask of ones, LoRA inputs cast to float3
 `main` with the flags that DESIGNS names (or `--design NAME=FLAGS`). All of them get the same loader workers. A step is
 timed from the end of the one before it, data, optimizer and Trainer included; the first ones do not count.
 
-TFLOP/s follow the rule 4 N T, or 6 N T where every layer is recomputed: N parameters of the decoder's layers, T tokens.
-What attention, the encoders and LoRA cost is not in it.
+TFLOP/s follow the rule (4 + 2 s) N T: N parameters of the decoder's layers, T tokens, s the share of layers that are
+recomputed (6 N T where all are). What attention, the encoders and LoRA cost is not in it.
 """
 
 import argparse
 import json
+import math
 import os
 import shlex
 import subprocess
@@ -23,6 +24,7 @@ import tempfile
 import time
 from pathlib import Path
 
+import psutil
 import torch
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
@@ -38,7 +40,7 @@ DESIGNS = {
     SEED: "",
     "command": "--per_device_train_batch_size 1 --gradient_accumulation_steps 4",
     "ours": f"--per_device_train_batch_size 2 --gradient_accumulation_steps 2 {QUICK}",
-    "fast": f"--per_device_train_batch_size 8 --gradient_accumulation_steps 1 {FAST} {QUICK}",
+    "fast": f"--per_device_train_batch_size 7 --gradient_accumulation_steps 1 {FAST} {QUICK}",
 }
 
 
@@ -53,7 +55,8 @@ class Clock(TrainerCallback):
         """Called by the Trainer after each optimizer step."""
         synchronize()
         now = time.perf_counter()
-        self.steps.append({"end": now, **self.trainer.counted})
+        own = {"cpu": time.process_time(), "rss": psutil.Process().memory_info().rss}  # of this process, workers apart
+        self.steps.append({"end": now, **own, **self.trainer.counted})
         self.trainer.counted = {"tokens": 0, "samples": 0, "waited": 0.0}
         if state.global_step == self.warmup and torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()
@@ -74,6 +77,9 @@ class Clock(TrainerCallback):
         result = {"steps": len(counted), "seconds": seconds, "samples_per_second": total["samples"] / seconds}
         result |= {"tokens_per_second": total["tokens"] / seconds, "waiting_for_data": total["waited"] / seconds}
         result["tokens_per_sample"] = total["tokens"] / total["samples"]
+        before, after = self.steps[self.warmup - 1], counted[-1]
+        result["ram_mib"] = [step["rss"] / 2**20 for step in (before, after)]
+        result["cpu_seconds_per_sample"] = (after["cpu"] - before["cpu"]) / total["samples"]
         if torch.cuda.is_available():
             result["peak_gib"] = torch.cuda.max_memory_reserved() / vqa.GIB
         return result
@@ -128,8 +134,8 @@ def counting(base: type, clock: Clock) -> type:
     return Counting
 
 
-def run_seed(args: argparse.Namespace, flags: list[str], clock: Clock) -> int:
-    """Train as the seed's design does; returns N."""
+def run_seed(args: argparse.Namespace, flags: list[str], clock: Clock) -> tuple[int, int]:
+    """Train as the seed's design does; returns N, and 1: every layer is recomputed."""
     parsed, data, training = vqa.parse_arguments(flags)
     vqa.limit_gpu_memory(parsed.gpu_memory_limit_gib)
     cuda = torch.cuda.is_available()
@@ -169,15 +175,22 @@ def run_seed(args: argparse.Namespace, flags: list[str], clock: Clock) -> int:
         data_collator=vqa.VQACollator(tokenizer.pad_token_id, "left"),  # the side that brings a mask
     )
     trainer.train()
-    return decoder_parameters(model)
+    return decoder_parameters(model), 1
 
 
-def run_ours(clock: Clock, flags: list[str]) -> int:
-    """Train by `train_vqa.main`; returns N."""
+def run_ours(clock: Clock, flags: list[str]) -> tuple[int, int]:
+    """Train by `train_vqa.main`; returns N, and which layers it recomputes: every n-th, 0 none."""
     vqa.VQATrainer = counting(vqa.VQATrainer, clock)
+    choose, chosen = vqa.choose_checkpointing, []
+    vqa.choose_checkpointing = lambda *args: chosen.append(choose(*args)) or chosen[-1]
     if vqa.main(flags):
         raise SystemExit("training failed")
-    return decoder_parameters(clock.trainer.model.get_base_model())
+    return decoder_parameters(clock.trainer.model.get_base_model()), chosen[-1]
+
+
+def flops_factor(layers: int, every_n: int) -> float:
+    """Operations a parameter and token: 2 forward, 2 backward, 2 more in every `every_n`-th layer (0: in none)."""
+    return 4 + 2 * (math.ceil(layers / every_n) / layers if every_n else 0)
 
 
 def measure(args: argparse.Namespace, name: str, design: str) -> None:
@@ -186,11 +199,11 @@ def measure(args: argparse.Namespace, name: str, design: str) -> None:
     clock = Clock(args.warmup, args.output.with_suffix(".profile.txt") if args.profile else None)
     flags = shlex.split(args.flags) + shlex.split(design)
     try:
-        parameters = run_seed(args, flags, clock) if name == SEED else run_ours(clock, flags)
+        parameters, every_n = run_seed(args, flags, clock) if name == SEED else run_ours(clock, flags)
         result = clock.figures()
-        factor = 6 if name == SEED or "checkpoint_every_n 0" not in design else 4
+        factor = flops_factor(clock.trainer.model.config.text_config.num_hidden_layers, every_n)
         result["tflops"] = factor * parameters * result["tokens_per_second"] / 1e12
-        result["rule"] = f"{factor} N T"
+        result |= {"rule": f"{factor:.3g} N T", "every_n": every_n}
     except (torch.OutOfMemoryError, vqa.VQAError) as error:
         result = {"failed": str(error).splitlines()[0][:300]}
     args.output.write_text(json.dumps({"design": name, "flags": design, **result}))

@@ -1,0 +1,210 @@
+"""What makes training faster must not change it: compiled layers, the choice of recomputation, the estimate of memory,
+and the benchmark that measures them."""
+
+import json
+import re
+from functools import partial
+
+import pytest
+import torch
+
+import train_vqa as vqa
+from benchmarks import train_speed
+from tests.conftest import FIXTURES
+from tests.test_main import FIXTURE_DATA, RANDOM_TINY, SMALL
+
+
+@pytest.fixture()
+def batches(tokenizer, base, rows):
+    """Two batches of two samples, of different length."""
+    processor = vqa.VQAProcessor(tokenizer, base.config, max_image_size=56, audio_tokens="speech")
+    long, short = (vqa.SurgicalVQADataset(rows, processor, max_train_frames=frames) for frames in (2, 1))
+    return [vqa.VQACollator(497)([dataset[0], dataset[3]]) for dataset in (long, short)]
+
+
+def losses_and_gradients(model, batches):
+    """The loss of each batch, and the gradients of their sum by name."""
+    model.train()
+    losses = [model(**{k: v for k, v in batch.items() if k != "rows"}).loss for batch in batches]
+    sum(losses).backward()
+    return torch.stack(losses).detach(), {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+
+
+# ------------------------------------------------------------------------------------------------------ compiled layers
+
+
+@pytest.mark.parametrize("every_n", [0, *(pytest.param(n, marks=pytest.mark.slow) for n in (1, 2))])
+def test_compiled_layers_give_the_plain_loss_and_gradients_from_one_graph(fresh, batches, monkeypatch, every_n):
+    assert batches[0]["input_ids"].shape != batches[1]["input_ids"].shape
+    plain, compiled = fresh(), fresh()
+    plain.set_checkpointing(0)
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    compiled.set_checkpointing(every_n, compiled=True)
+    models = []
+    for model in (plain, compiled):
+        torch.manual_seed(0)  # for the same adapter
+        models.append(vqa.add_lora(model, 4, 16, 0.0))
+    (loss, gradients), (other_loss, other) = (losses_and_gradients(model, batches) for model in models)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+    assert torch.allclose(loss, other_loss, atol=1e-5, rtol=1e-5)
+    # 2 layers x 7 adapted matrices x A and B, and the projector's weight
+    assert gradients.keys() == other.keys() and len(gradients) == 2 * 7 * 2 + 1
+    assert any(gradient.abs().max() > 1e-3 for gradient in gradients.values())
+    for name, gradient in gradients.items():
+        assert torch.allclose(gradient, other[name], atol=1e-5, rtol=1e-5), name
+
+
+# ------------------------------------------------------------------------------------------------------ recomputation
+
+
+def layers_times_100_mib(every_n):
+    """A faked estimate of 1 GiB and 100 MiB for each of 28 layers that is not recomputed."""
+    recomputed = -(-28 // every_n) if every_n else 0
+    return {"weights": 2**30, "activations": (28 - recomputed) * 100 * 2**20}
+
+
+@pytest.mark.parametrize(
+    ("limit", "every_n"),
+    [
+        (4.1, 0),  # 93 % are 3.81 GiB; all 28 layers take 1 + 2.73
+        (4.0, 32),  # 3.72: one layer less, 3.64; from every 28th on it is one, and the largest is looked at first
+        (3.0, 3),  # 2.79: at most 18 layers, 2.76; every 3rd leaves 18, every 4th 21
+        (0.5, 1),  # nothing fits: as little memory as can be
+    ],
+)
+def test_auto_recomputes_as_few_layers_as_fit(limit, every_n, capsys):
+    args = vqa.ModelArguments(checkpoint_every_n="auto", gpu_memory_limit_gib=limit)
+    chosen = vqa.choose_checkpointing(args, layers_times_100_mib)
+    assert capsys.readouterr().out == f"Activation checkpointing: --checkpoint_every_n auto takes {chosen}\n"
+    assert chosen == every_n
+
+
+def test_a_number_is_taken_as_it_is_and_auto_needs_something_to_fit_into(monkeypatch):
+    assert vqa.choose_checkpointing(vqa.ModelArguments(checkpoint_every_n="3"), None) == 3
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(vqa.VQAError) as error:
+        vqa.choose_checkpointing(vqa.ModelArguments(checkpoint_every_n="auto"), layers_times_100_mib)
+    assert str(error.value) == "--checkpoint_every_n auto needs a CUDA GPU, or --gpu_memory_limit_gib to fit into"
+
+
+@pytest.mark.parametrize("value", ["x", "-1", "1.5", "automatic"])
+def test_other_values_are_refused(value):
+    with pytest.raises(vqa.VQAError) as error:
+        vqa.main([*FIXTURE_DATA, "--dry_run", "--checkpoint_every_n", value])
+    assert str(error.value) == "--checkpoint_every_n must be 0 (none), 1 (every layer), N (every N-th layer) or auto"
+
+
+# ------------------------------------------------------------------------------------------------------ the estimate
+
+
+def build(fresh, train_decoder, dtype, dropout=0.0):
+    """A tiny model as `train` builds it, and its arguments."""
+    args = vqa.ModelArguments(train_decoder=train_decoder, lora_r=4, lora_dropout=dropout)
+    whole = train_decoder == "full"
+    model = fresh(dtype=torch.float32 if whole else dtype)
+    vqa.train_whole(model, dtype) if whole else vqa.skip_input_casts(vqa.add_lora(model, 4, 16, dropout))
+    return model, args
+
+
+def test_estimate_of_a_case_done_by_hand(fresh):
+    """Tiny: 2 layers, h = 64, f = 128, 2 of 4 heads for keys: k = 32; r = 4; bf16.
+
+    A layer with dropout keeps per token 4 (2 h) = 512 bytes in float32, 2 (2 h + 2 k + 3 f + 7 r) = 1208 in bf16, and
+    (2 + 1) (6 h + f) = 1536 of copies and masks: 3256. Without: 512 + 1208 + 2 (2 h + f) = 2232. Compiled:
+    2 x 2 h + 2 (2 h + 2 k + 2 f + 7 r) = 1208. The backward pass of an MLP works with 6 f x 2 = 1536.
+    """
+    model, args = build(fresh, "lora", torch.bfloat16, dropout=0.05)
+    estimate = partial(vqa.estimate_memory, model, 10, args, torch.bfloat16)
+    weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    towers = sum(p.numel() * 2 for m in (model.model.visual, model.audio_encoder) for p in m.parameters())
+    # A: 4 x in, B: out x 4, of q, k, v, o (64 and 32 wide), gate, up and down, in 2 layers; and the projector
+    adapters = 2 * 4 * ((64 + 64) + 2 * (64 + 32) + (64 + 64) + 3 * (64 + 128))
+    trained = adapters + sum(p.numel() for p in model.audio_projector.parameters() if p.requires_grad)
+    assert estimate(False, 0) == {
+        "weights": weights,
+        "gradients and optimizer": 12 * trained + 2 * trained,
+        "activations": 10 * (2 * 3256 + 1536),
+    }
+    assert estimate(True, 0)["weights"] == weights - towers
+    # every layer: its input, and the one that is recomputed; every 2nd: one of each, and the one that is recomputed
+    assert estimate(False, 1)["activations"] == 10 * (2 * 128 + 3256 + 1536)
+    assert estimate(False, 2)["activations"] == 10 * (3256 + 128 + 3256 + 1536)
+    args.compile_layers = True
+    assert estimate(False, 0)["activations"] == 10 * (2 * 1208 + 1536)
+    args.compile_layers, args.lora_dropout = False, 0.0
+    assert estimate(False, 0)["activations"] == 10 * (2 * 2232 + 1536)
+
+
+@pytest.mark.parametrize("train_decoder", vqa.DECODER_TRAINING)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_estimate_counts_what_autograd_keeps_of_a_layer(fresh, train_decoder, dtype):
+    """But for rotary tables, statistics of rows, and autocast's copies of weights."""
+    model, args = build(fresh, train_decoder, dtype)
+    model.set_checkpointing(0)
+    model.train()
+    decoder, tokens = model.model.language_model, 1000
+    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    kept = {}
+
+    def keep(tensor):
+        if tensor.shape[-1] >= 16 and tokens in tensor.shape and tensor.untyped_storage().data_ptr() not in weights:
+            kept[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    inputs = torch.randn(1, tokens, 64, dtype=decoder.norm.weight.dtype, requires_grad=True)
+    with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+        rotary = decoder.rotary_emb(inputs, torch.arange(tokens).expand(3, 1, tokens))
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            decoder.layers[1](inputs, position_embeddings=rotary)
+    tables = {table.untyped_storage().data_ptr() for table in rotary}
+    measured = sum(t.untyped_storage().nbytes() for where, t in kept.items() if where not in tables) / tokens
+    estimate = vqa.estimate_memory(model, 1, args, dtype, False, 0)["activations"]
+    assert 0.9 < (estimate - 6 * 128 * dtype.itemsize) / 2 / measured <= 1.05
+
+
+def test_dry_run_prints_the_estimate(capsys):
+    flags = "--dry_run", "--checkpoint_every_n", "0", "--per_device_train_batch_size", "64"
+    assert vqa.main([*FIXTURE_DATA, *RANDOM_TINY, *SMALL, *flags]) == 0
+    out = capsys.readouterr().out
+    longest = int(re.search(r"^train: 5 samples, tokens per sample: .* max (\d+)$", out, re.M)[1])
+    # in float32 with dropout, per token: 2 layers of 512 + 4 (2 h + 2 k + 3 f + 7 r) + 5 (6 h + f), and 6 f x 4
+    gib = 64 * longest * (2 * (512 + 4 * 604 + 5 * 512) + 3072) / 2**30
+    assert gib > 1
+    parts = f"weights 0.0, gradients and optimizer 0.0, activations {gib:.1f}"
+    assert f"memory: about {gib:.1f} GiB of the GPU at the peak of training ({parts})\n" in out
+
+
+# ------------------------------------------------------------------------------------------------------ the benchmark
+
+
+@pytest.mark.parametrize(
+    ("every_n", "factor"), [(0, 4), (1, 6), (3, 4 + 2 * 10 / 28), (5, 4 + 2 * 6 / 28), (28, 4 + 2 / 28)]
+)
+def test_the_rule_counts_the_layers_that_are_recomputed(every_n, factor):
+    assert train_speed.flops_factor(28, every_n) == pytest.approx(factor)
+
+
+@pytest.mark.slow
+def test_the_benchmark_trains_both_designs_on_a_cpu(tiny, tmp_path):
+    output = tmp_path / "speed.json"
+    train_speed.main(
+        [
+            *("--model_name_or_path", str(tiny), "--data_path", str(FIXTURES / "smoke.jsonl")),
+            *("--frames_dir", str(FIXTURES / "frames"), "--audio_dir", str(FIXTURES / "audio")),
+            *("--designs", "seed", "--design", "every2=--gradient_accumulation_steps 2 --checkpoint_every_n 2"),
+            *("--rows", "8", "--steps", "3", "--warmup", "1", "--output", str(output)),
+            *("--flags", "--max_image_size 56 --dataloader_num_workers 0 --per_device_train_batch_size 2"),
+        ]
+    )
+    report = json.loads(output.read_text())
+    seed, ours = report["results"]
+    assert report["ceiling_tflops"] > 0 and report["machine"]["versions"]["torch"] == torch.__version__
+    assert [seed["design"], ours["design"]] == ["seed", "every2"]
+    assert [seed["rule"], ours["rule"]] == ["6 N T", "5 N T"]  # one of two layers is recomputed
+    assert [seed["every_n"], ours["every_n"]] == [1, 2]
+    for result in (seed, ours):
+        assert result["steps"] == 2  # of 3, the first is not counted
+        assert result["tokens_per_second"] == pytest.approx(result["samples_per_second"] * result["tokens_per_sample"])
+        assert 0 <= result["waiting_for_data"] < 1 and len(result["ram_mib"]) == 2
