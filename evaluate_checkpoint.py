@@ -46,9 +46,8 @@ import sys
 import textwrap
 import time
 import unicodedata
-from collections import Counter, defaultdict, deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -2024,7 +2023,7 @@ def answer_arm(
     slices = [part for part in slices if any(keys[index] not in file.done for index in part)]
     tokenizer = copy.deepcopy(inputs.processor.tokenizer)  # the other one is busy in the threads below
     answer = Answering(model, tokenizer.pad_token_id, vqa.turn_end_ids(tokenizer), args.max_new_tokens, size, auto)
-    decoded = ahead(inputs.sample, itertools.chain(*slices), 2 * size)
+    decoded = vqa.ahead(inputs.sample, itertools.chain(*slices), 2 * size)
     answered, already = 0, sum(key in file.done for key in keys)
     with contextlib.closing(decoded), tqdm(total=len(keys), initial=already, desc=inputs.arm, unit="row") as bar:
         for part in slices:
@@ -2055,21 +2054,6 @@ def answer_arm(
             if stop and stop.signum:
                 break
     return answered
-
-
-def ahead(function: Callable[[Any], Any], items: Iterable[Any], depth: int) -> Iterator[Any]:
-    """`map(function, items)`, with up to `depth` results under way in threads while the caller uses the last one."""
-    pending: deque = deque()
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        try:
-            for item in items:
-                pending.append(pool.submit(function, item))
-                if len(pending) > depth:
-                    yield pending.popleft().result()
-            while pending:
-                yield pending.popleft().result()
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -218,8 +218,16 @@ def test_the_third_signal_kills(count, status):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, 129)])
-def test_a_signal_to_the_whole_group_with_loader_workers(tmp_path, number, status):
+@pytest.mark.parametrize(
+    ("number", "status", "persistent"),
+    [
+        (signal.SIGTERM, 143, "False"),
+        (signal.SIGTERM, 143, "True"),  # Python waits without end for workers that live as it exits
+        (signal.SIGINT, 130, "False"),
+        (signal.SIGHUP, 129, "False"),
+    ],
+)
+def test_a_signal_to_the_whole_group_with_loader_workers(tmp_path, number, status, persistent):
     def default_signals():
         os.setsid()
         signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -227,6 +235,7 @@ def test_a_signal_to_the_whole_group_with_loader_workers(tmp_path, number, statu
 
     command = [sys.executable, str(ROOT / "train_vqa.py"), *RUN, "--output_dir", str(tmp_path / "out")]
     command += ["--max_steps", "500", "--logging_steps", "1", "--dataloader_num_workers", "2"]
+    command += ["--dataloader_persistent_workers", persistent]
     with (tmp_path / "log").open("w") as log:
         process = subprocess.Popen(command, stdout=log, stderr=log, preexec_fn=default_signals, cwd=tmp_path)
     deadline = time.time() + 200

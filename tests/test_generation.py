@@ -252,7 +252,7 @@ def test_generation_at_the_real_ids_and_152064_rows(tmp_path, rows, forced, caps
 
 def test_decoding_ahead_keeps_the_order_and_its_distance():
     begun = []
-    results = ev.ahead(lambda item: begun.append(item) or item, range(100), 3)
+    results = vqa.ahead(lambda item: begun.append(item) or item, range(100), 3)
     assert next(results) == 0
     assert max(begun) <= 3
     assert list(results) == list(range(1, 100))
@@ -270,7 +270,7 @@ def test_words_are_tokenised_one_call_at_a_time(inputs, monkeypatch):
         return ids
 
     monkeypatch.setattr(inputs.processor.tokenizer, "encode", watched)
-    assert all(isinstance(sample, dict) for sample in ev.ahead(inputs.sample, [0, 1, 2, 3, 4] * 2, 10))
+    assert all(isinstance(sample, dict) for sample in vqa.ahead(inputs.sample, [0, 1, 2, 3, 4] * 2, 10))
 
 
 # ---------------------------------------------------------------------------------------------------- rows and summary

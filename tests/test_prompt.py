@@ -1,10 +1,12 @@
 """Ids, labels, token types, positions and batches, written out."""
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 
 import train_vqa as vqa
+from tests.conftest import TINY
 
 PAD, START, END, AUDIO, IMAGE, VIDEO, VISION_START, VISION_END = 497, 481, 482, 494, 492, 493, 489, 490
 USER = [START, 429, 198]  # <|im_start|> user \n
@@ -188,3 +190,17 @@ def test_frames_of_two_sizes_cannot_be_paired(tokenizer, base, rows):
     frames = [Image.new("RGB", (56, 56)), Image.new("RGB", (112, 56))]
     with pytest.raises(vqa.VQAError, match=r"smoke.jsonl:1: the frames differ in size; --frame_mode video cannot pair"):
         processor.encode(rows[0], frames, vqa.load_speech(rows[0].audio_path), True)
+
+
+@pytest.mark.parametrize("size", [(384, 334), (112, 96), (30, 400), (56, 57), (1, 1)])
+@pytest.mark.parametrize("patch", [8, 14])
+def test_patches_are_those_of_the_library_bit_for_bit(tokenizer, size, patch):
+    config = vqa.load_config(TINY)
+    config.vision_config.patch_size = patch
+    processor = vqa.VQAProcessor(tokenizer, config)
+    noise = np.random.default_rng(0).integers(0, 256, (3, size[1], size[0], 3), dtype=np.uint8)
+    frames = [Image.fromarray(pixels) for pixels in noise]
+    library = processor.image_processor(images=frames, return_tensors="pt")
+    pixels, grid = processor.encode_frames(None, frames)
+    assert pixels.dtype == torch.float32 and torch.equal(pixels, library["pixel_values"])
+    assert torch.equal(grid, library["image_grid_thw"])
