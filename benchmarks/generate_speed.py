@@ -95,7 +95,7 @@ def answer_plainly(model, inputs: ev.ArmInputs, max_new_tokens: int) -> int:
     decoding = GenerationConfig(do_sample=False, max_new_tokens=max_new_tokens, eos_token_id=None, pad_token_id=pad)
     model.generation_config.eos_token_id = None
     collate, tokens = vqa.VQACollator(pad, "left"), 0
-    for sample in ev.ahead(inputs.sample, range(len(inputs.rows)), 8):
+    for sample in vqa.ahead(inputs.sample, range(len(inputs.rows)), 8):
         if isinstance(sample, str):
             raise SystemExit(f"generate_speed.py: error: {sample}")
         batch = ev.on_device(collate([sample]), model.device)
