@@ -73,7 +73,7 @@ class Clocked:
     """`ahead` of evaluate_checkpoint.py, with a sum of the seconds that its user waits for a result."""
 
     def __init__(self):
-        self.waited, self._ahead = 0.0, ev.ahead
+        self.waited, self._ahead = 0.0, vqa.ahead
 
     def __call__(self, *args):
         results = self._ahead(*args)
@@ -151,7 +151,7 @@ def measure(
     filling = time.perf_counter() - start
     if cache == "warm":
         start += filling
-    with patch.object(ev, "ahead", clock):
+    with patch.object(vqa, "ahead", clock):
         tokens = answer()
     wait_for_gpu()
     seconds = time.perf_counter() - start
