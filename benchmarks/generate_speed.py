@@ -70,7 +70,7 @@ def repeated(annotations: list[dict], rows: list, count: int) -> tuple[list[dict
 
 
 class Clocked:
-    """`ahead` of evaluate_checkpoint.py, with a sum of the seconds that its user waits for a result."""
+    """`ahead` of train_vqa.py, with a sum of the seconds that its user waits for a result."""
 
     def __init__(self):
         self.waited, self._ahead = 0.0, vqa.ahead
