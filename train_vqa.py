@@ -456,16 +456,8 @@ def parse_arguments(argv: Sequence[str]) -> tuple[ModelArguments, DataArguments,
     for flag in ("max_train_frames", "max_train_samples", "max_eval_samples"):
         if getattr(data_args, flag) is not None and getattr(data_args, flag) < 1:
             raise VQAError(f"--{flag} must be at least 1; leave it out for all")
-    refuse_trained_towers(model_args, data_args)
     data_args.max_eval_frames = frame_limit(data_args.max_eval_frames)
     return model_args, data_args, training_args
-
-
-def refuse_trained_towers(model_args: ModelArguments, data_args: DataArguments) -> None:
-    """VQAError where features are to be kept of an encoder that is trained, so that they would change."""
-    for flag in ("train_vision_tower", "train_audio_encoder"):
-        if data_args.cache_features and getattr(model_args, flag, False):
-            raise VQAError(f"--cache_features keeps what frozen encoders put out, and --{flag} trains one; drop either")
 
 
 def refuse_contradictions(

@@ -372,8 +372,9 @@ def test_a_trained_tower_is_refused():
     flags = ["--train_data_path", "t", "--frames_dir", "f", "--audio_dir", "a", "--output_dir", "o"]
     flags += ["--cache_features", "c"]
     vqa.parse_arguments(flags)
-    with pytest.raises(vqa.VQAError, match="keeps what frozen encoders put out, and --train_vision_tower trains one"):
-        vqa.parse_arguments([*flags, "--train_vision_tower", "True"])
+    for flag in ("--train_vision_tower", "--train_audio_encoder"):
+        with pytest.raises(vqa.VQAError, match=f"--cache_features keeps what frozen .*, and {flag} trains one"):
+            vqa.parse_arguments([*flags, flag, "True"])
 
 
 def test_resting_towers_are_not_needed_for_features(fresh, dataset, tmp_path):
