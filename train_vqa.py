@@ -452,6 +452,13 @@ def parse_arguments(argv: Sequence[str]) -> tuple[ModelArguments, DataArguments,
         raise VQAError("--eval_strategy needs --eval_data_path: name the questions to evaluate on")
     if not re.fullmatch(r"\d+|auto", model_args.checkpoint_every_n):
         raise VQAError("--checkpoint_every_n must be 0 (none), 1 (every layer), N (every N-th layer) or auto")
+    limit = model_args.gpu_memory_limit_gib
+    if limit is not None and limit <= 0:
+        raise VQAError(f"--gpu_memory_limit_gib {limit}: name a size above 0, or leave it out")
+    if model_args.checkpoint_every_n == "auto":
+        memory_to_fit(model_args)
+    if model_args.compile_layers and not data_args.dry_run:
+        check_compiler(training_args.device.type)
     refuse_contradictions(model_args, data_args, training_args, given)
     for flag in ("max_train_frames", "max_train_samples", "max_eval_samples"):
         if getattr(data_args, flag) is not None and getattr(data_args, flag) < 1:
@@ -3543,6 +3550,26 @@ def estimate_memory(
     }
 
 
+def memory_to_fit(model_args: ModelArguments) -> float:
+    """GiB that `--checkpoint_every_n auto` may fill; VQAError with neither a GPU nor --gpu_memory_limit_gib."""
+    if model_args.gpu_memory_limit_gib is not None:
+        return model_args.gpu_memory_limit_gib
+    if not torch.cuda.is_available():
+        raise VQAError("--checkpoint_every_n auto needs a CUDA GPU, or --gpu_memory_limit_gib to fit into")
+    return torch.cuda.get_device_properties(0).total_memory / GIB - CUDA_CONTEXT_GIB
+
+
+def check_compiler(device_type: str) -> None:
+    """VQAError where torch.compile would find no compiler: of C on a GPU, for Triton's launchers, else of C++."""
+    variable, names = ("CC", ("gcc", "clang")) if device_type == "cuda" else ("CXX", ("g++",))
+    names = (os.environ[variable],) if os.environ.get(variable) else names
+    if not any(shutil.which(name) for name in names):
+        raise VQAError(
+            f"--compile_layers: no compiler found ({' or '.join(names)}); install one, name it in {variable}, or leave "
+            "the flag out"
+        )
+
+
 def choose_checkpointing(model_args: ModelArguments, estimate: typing.Callable[[int], dict[str, int]]) -> int:
     """`--checkpoint_every_n` as a number: for `auto` the fewest recomputed layers whose estimate fits.
 
@@ -3551,11 +3578,7 @@ def choose_checkpointing(model_args: ModelArguments, estimate: typing.Callable[[
     """
     if model_args.checkpoint_every_n != "auto":
         return int(model_args.checkpoint_every_n)
-    limit = model_args.gpu_memory_limit_gib
-    if limit is None:
-        if not torch.cuda.is_available():
-            raise VQAError("--checkpoint_every_n auto needs a CUDA GPU, or --gpu_memory_limit_gib to fit into")
-        limit = torch.cuda.get_device_properties(0).total_memory / GIB - CUDA_CONTEXT_GIB
+    limit = memory_to_fit(model_args)
     fitting = (n for n in (0, *range(32, 1, -1)) if sum(estimate(n).values()) < FITTING_SHARE * limit * GIB)
     every_n = next(fitting, 1)
     print(f"Activation checkpointing: --checkpoint_every_n auto takes {every_n}")

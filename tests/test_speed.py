@@ -96,6 +96,24 @@ def test_other_values_are_refused(value):
     assert str(error.value) == "--checkpoint_every_n must be 0 (none), 1 (every layer), N (every N-th layer) or auto"
 
 
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--checkpoint_every_n", "auto"], "--checkpoint_every_n auto needs a CUDA GPU, or --gpu_memory_limit_gib to"),
+        (["--compile_layers", "True"], "--compile_layers: no compiler found (g++); install one, name it in CXX, or"),
+        (["--dry_run", "--gpu_memory_limit_gib", "-5"], "--gpu_memory_limit_gib -5.0: name a size above 0, or leave"),
+    ],
+)
+def test_what_cannot_work_here_is_refused_before_weights_load(flags, message, monkeypatch, tmp_path):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(vqa, "load_model", None)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CXX", raising=False)
+    with pytest.raises(vqa.VQAError) as error:
+        vqa.main([*FIXTURE_DATA, *RANDOM_TINY, *SMALL, "--output_dir", str(tmp_path / "out"), *flags])
+    assert str(error.value).startswith(message)
+
+
 # ------------------------------------------------------------------------------------------------------ the estimate
 
 
