@@ -1504,7 +1504,9 @@ def read_subject(args: argparse.Namespace, device_type: str) -> Subject:
     in_4bit = model.get("load_in_4bit", False)
     if in_4bit and not args.no_merge:
         print(f"   {folder}: the base is kept in 4 bits, which cannot take the adapter in; it stays apart")
-    base_dtype = model.get("dtype", "float32" if device_type == "cpu" else "bfloat16")
+    whole = not adapter and settings.get("trained", {}).get("decoder") == "full"  # trained so, and not merged
+    computed = settings["model"] if whole else model
+    base_dtype = computed.get("dtype", "float32" if device_type == "cpu" else "bfloat16")
     dtype = base_dtype if args.dtype == "auto" else args.dtype
     defaults = vqa.DataArguments()
     frames = inputs.get("max_eval_frames", defaults.max_eval_frames)
@@ -1517,7 +1519,7 @@ def read_subject(args: argparse.Namespace, device_type: str) -> Subject:
         init_device=model.get("init_device"),
         base_dtype=base_dtype if adapter else dtype,
         dtype=dtype,
-        attn_implementation=args.attn_implementation or model.get("attn_implementation", "sdpa"),
+        attn_implementation=args.attn_implementation or computed.get("attn_implementation", "sdpa"),
         input_mode=args.input_mode or inputs.get("input_mode", defaults.input_mode),
         max_eval_frames=(frames if args.max_eval_frames is None else args.max_eval_frames) or None,
         max_image_size=args.max_image_size or inputs.get("max_image_size", defaults.max_image_size),

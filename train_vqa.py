@@ -2842,6 +2842,7 @@ def resolved_settings(
             "decoder": model_args.train_decoder,
             "vision_tower": model_args.train_vision_tower,
             "audio_encoder": model_args.train_audio_encoder,
+            "compile_layers": model_args.compile_layers,  # dropout is then drawn from other random numbers
         },
         "lora": {"r": model_args.lora_r, "alpha": model_args.lora_alpha, "dropout": model_args.lora_dropout}
         if model_args.train_decoder == "lora"
@@ -3057,7 +3058,8 @@ def refuse_other_settings(checkpoint: Path, settings: dict) -> None:
     The optimizer's state brings its learning rate along, so that another --learning_rate would be passed over.
     """
     stored = load_settings(checkpoint)
-    stored.setdefault("trained", dict.fromkeys(TOWERS, False) | {"decoder": "lora"})  # there was nothing else once
+    once = {"decoder": "lora", **dict.fromkeys((*TOWERS, "compile_layers"), False)}  # there was nothing else
+    stored["trained"] = once | stored.get("trained", {})
     fixed = {
         **{part: settings[part].keys() - {"max_eval_frames"} for part in ("model", "input", "trained", "lora")},
         "training": {"learning_rate", "lr_scheduler_type", "optim", "weight_decay", "seed"}

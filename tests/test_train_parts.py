@@ -346,7 +346,8 @@ def test_a_save_is_a_whole_model_and_the_one_in_memory(run, batch, place):
     found = dict(loaded.named_parameters())
     assert all(torch.equal(found[name], p) for name, p in model.named_parameters())
     assert torch.equal(logits(loaded, batch[0]), logits(model, batch[0]))
-    assert vqa.load_settings(folder)["trained"] == {"decoder": "full", "vision_tower": True, "audio_encoder": True}
+    parts = {"decoder": "full", "vision_tower": True, "audio_encoder": True, "compile_layers": False}
+    assert vqa.load_settings(folder)["trained"] == parts
     assert vqa.load_settings(folder)["lora"] == {}
 
 
@@ -373,6 +374,19 @@ def test_evaluation_answers_as_the_model_in_memory(run, tokenizer, rows, tmp_pat
     wanted = ev.answer_batch(model, [dataset[i] for i in range(5)], 497, vqa.turn_end_ids(tokenizer), 6)
     assert answers == [tokenizer.decode(ids, skip_special_tokens=True).strip() for ids, _ in wanted]
     assert any(answers)
+
+
+@pytest.mark.parametrize(("dtype", "device"), [("float32", "cuda"), ("bfloat16", "cpu")])
+def test_a_whole_model_answers_in_the_dtype_and_with_the_attention_of_its_training(run, tmp_path, dtype, device):
+    for path in run[0].iterdir():
+        if path.is_file() and path.name != vqa.MANIFEST_FILE:
+            shutil.copy(path, tmp_path)
+    settings = vqa.load_settings(run[0])
+    settings["model"] |= {"dtype": dtype, "attn_implementation": "eager"}
+    (tmp_path / vqa.SETTINGS_FILE).write_text(json.dumps(settings))
+    argv = ["--checkpoint_path", str(tmp_path), "--eval_data_path", "e", *FIXTURE_DATA[2:], "--output_file", "x.jsonl"]
+    subject = ev.read_subject(ev.build_parser().parse_args(argv), device)
+    assert (subject.dtype, subject.base_dtype, subject.attn_implementation) == (dtype, dtype, "eager")
 
 
 def test_rows_of_another_checkpoint_of_the_run_are_not_mixed_in(run, tmp_path, capsys):
@@ -423,13 +437,14 @@ def test_going_on_with_other_parts_trained_is_refused(run, tiny, tmp_path, flags
 
 def test_a_checkpoint_from_before_these_flags_was_trained_by_lora_alone(run, tmp_path):
     settings = vqa.load_settings(run[0])
-    now = {**settings, "trained": {"decoder": "lora", "vision_tower": False, "audio_encoder": False}}
+    now = {**settings, "trained": {**settings["trained"], **dict.fromkeys(vqa.TOWERS, False), "decoder": "lora"}}
     del settings["trained"]
     (tmp_path / vqa.SETTINGS_FILE).write_text(json.dumps(settings))
     vqa.refuse_other_settings(tmp_path, now)
-    now["trained"]["vision_tower"] = True
-    message = f"{tmp_path}: was trained with vision_tower False, this run has True; go on with"
-    assert refusal(vqa.refuse_other_settings, tmp_path, now).startswith(message)
+    for name in ("vision_tower", "compile_layers"):
+        other = {**now, "trained": {**now["trained"], name: True}}
+        message = f"{tmp_path}: was trained with {name} False, this run has True; go on with"
+        assert refusal(vqa.refuse_other_settings, tmp_path, other).startswith(message)
 
 
 def test_a_whole_model_is_a_base_to_start_from(run, tmp_path, capsys):
