@@ -2627,6 +2627,7 @@ def feature_recipes(model: SurgicalVQAModel, processor: VQAProcessor, by_ear: bo
         "schema": FEATURE_SCHEMA,
         "dtype": str(model.dtype),
         "attention": model.config._attn_implementation,
+        "float32_products": [torch.backends.cuda.matmul.fp32_precision, torch.backends.cudnn.conv.fp32_precision],
         "device": torch.cuda.get_device_name(model.device) if kind == "cuda" else kind,
         "torch": torch.__version__,
         "transformers": importlib.metadata.version("transformers"),

@@ -157,6 +157,12 @@ def test_what_the_features_depend_on_is_in_their_names(base, fresh, tokenizer, r
     with torch.no_grad():
         other.audio_encoder.layers[0].fc1.weight[3, 5] += 1
     assert grows(other) == speech
+    before_tf32 = torch.backends.cuda.matmul.fp32_precision
+    try:
+        torch.backends.cuda.matmul.fp32_precision = "tf32"  # as --tf32 does
+        assert grows() == clips + speech
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = before_tf32
     assert grows() == 0
 
 
