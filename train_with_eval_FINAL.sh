@@ -177,6 +177,7 @@ if switched_on --dry_run "${flags[@]}" || switched_on --check_data "${flags[@]}"
 
 results=${RESULTS:-results/eval_out.jsonl}
 limit=$(flag_value --gpu_memory_limit_gib "" "${flags[@]}")
+features=$(flag_value --cache_features "" "${flags[@]}")
 evaluation=(--overwrite)  # what was trained just now answers; rows of an earlier training would be refused
 if switched_on --allow_symlinks "${flags[@]}"; then evaluation+=(--allow_symlinks); fi
 if switched_on --skip_bad_samples "${flags[@]}"; then
@@ -189,7 +190,7 @@ supervise "$python" "$here/evaluate_checkpoint.py" \
     --eval_data_path "$(flag_value --eval_data_path "" "${flags[@]}")" \
     --frames_dir "$(flag_value --frames_dir "" "${flags[@]}")" \
     --audio_dir "$(flag_value --eval_audio_dir "" "${flags[@]}")" \
-    --output_file "$results" ${limit:+--gpu_memory_limit_gib "$limit"} "${evaluation[@]}"
+    --output_file "$results" ${limit:+--gpu_memory_limit_gib "$limit"} ${features:+--cache_features "$features"} "${evaluation[@]}"
 
 if [ "$smoke" = 1 ]; then
     "$python" - "${results%.jsonl}.summary.json" <<'PY'
