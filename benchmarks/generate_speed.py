@@ -34,29 +34,10 @@ from transformers import GenerationConfig
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import evaluate_checkpoint as ev
 import train_vqa as vqa
+from benchmarks.speed_common import matmul_ceiling, synchronize
 
 DESIGNS = {"seed": ("full", "images"), "ours": ("full", "images"), "fast": ("speech", "video")}
 WARM_UP = 2  # rows answered before the clock starts: kernels are loaded and chosen at their first use
-
-
-def matmul_ceiling(size: int, repeats: int) -> float:
-    """TFLOP/s of `size` x `size` products in bf16 on the GPU, float32 on the CPU, after as many to warm up."""
-    cuda = torch.cuda.is_available()
-    device, dtype = ("cuda", torch.bfloat16) if cuda else ("cpu", torch.float32)
-    a, b = torch.randn(2, size, size, device=device).to(dtype)
-    for _ in range(2):  # the second round counts
-        wait_for_gpu()
-        start = time.perf_counter()
-        for _ in range(repeats):
-            a @ b
-        wait_for_gpu()
-    return 2 * size**3 * repeats / (time.perf_counter() - start) / 1e12
-
-
-def wait_for_gpu() -> None:
-    """Until all that was launched is done."""
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
 
 
 def repeated(annotations: list[dict], rows: list, count: int) -> tuple[list[dict], list]:
@@ -144,7 +125,7 @@ def measure(
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
-    wait_for_gpu()
+    synchronize()
     clock, start = Clocked(), time.perf_counter()
     if cache:
         vqa.fill_feature_cache(model, [inputs], folder)
@@ -153,7 +134,7 @@ def measure(
         start += filling
     with patch.object(vqa, "ahead", clock):
         tokens = answer()
-    wait_for_gpu()
+    synchronize()
     seconds = time.perf_counter() - start
     if tokens != len(rows) * args.max_new_tokens:
         raise SystemExit(f"generate_speed.py: error: {design} made {tokens} tokens for {len(rows)} rows")
@@ -197,7 +178,7 @@ def profiled(answer) -> str:
 
     def timed(*args):  # reading ends when the GPU has done it, so that the rest is decoding
         output = read_prompts(*args)
-        wait_for_gpu()
+        synchronize()
         return output
 
     read_prompts = ev.read_prompts
@@ -207,7 +188,7 @@ def profiled(answer) -> str:
         torch.profiler.profile(activities=activities) as profile,
     ):
         answer()
-        wait_for_gpu()
+        synchronize()
     averages = profile.key_averages()
     parts = "\n".join(f"{e.key}: {e.cpu_time_total / 1000:.0f} ms in {e.count}" for e in averages if "##" in e.key)
     order = "self_device_time_total" if torch.cuda.is_available() else "self_cpu_time_total"
@@ -256,7 +237,7 @@ def main(argv: list[str] | None = None) -> None:
     device, dtype = ("cuda", torch.bfloat16) if cuda else ("cpu", torch.float32)
     annotations = ev.read_annotations(args.data_path)
     rows = vqa.load_rows(args.data_path, args.frames_dir, args.audio_dir)
-    ceiling = matmul_ceiling(8192, 50) if cuda else matmul_ceiling(256, 5)
+    ceiling = matmul_ceiling()
     tokenizer = vqa.load_tokenizer(args.model_name_or_path)
     base = vqa.load_model(args.model_name_or_path, tokenizer, init="random", seed=1, dtype=dtype, device=device)
     adapted = vqa.add_lora(base).eval()
