@@ -157,17 +157,22 @@ def test_everything_is_on_the_disk_before_it_is_named(trainer, tmp_path):
     assert seen[named + 1] == str(folder)
 
 
+def assert_the_last_checkpoint_is_left(folder):
+    """After checkpoint-4 could not be saved: the message says so, and checkpoint-2 alone is there, whole."""
+    message = (folder / "message").read_text()
+    assert f"{folder}: checkpoint-4 could not be saved (" in message
+    assert "are free there; checkpoint-2 is whole" in message
+    assert vqa.find_damage(folder / "checkpoint-2", vqa.RESUME_FILES) is None
+    assert {path.name for path in folder.iterdir()} == {"checkpoint-2", "message"}
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("limit", [100, 2_000, 20_000, 40_000, 60_000, 120_000])
 def test_a_file_size_limit_leaves_the_last_checkpoint(trainer, tmp_path, limit):
     folder = tmp_path / "out"
     shutil.copytree(trainer[1], folder)
     assert in_a_child(trainer[0], folder, save_step_4, limit=limit) == 3
-    message = (folder / "message").read_text()
-    assert f"{folder}: checkpoint-4 could not be saved (" in message
-    assert "are free there; checkpoint-2 is whole" in message
-    assert vqa.find_damage(folder / "checkpoint-2", vqa.RESUME_FILES) is None
-    assert {path.name for path in folder.iterdir()} == {"checkpoint-2", "message"}
+    assert_the_last_checkpoint_is_left(folder)
 
 
 @pytest.mark.slow
@@ -180,11 +185,7 @@ def test_a_full_disk_leaves_the_last_checkpoint(trainer, tmp_path, share):
         folder = disk / "out"
         shutil.copytree(trainer[1], folder)
         assert in_a_child(trainer[0], folder, save_step_4) == 3
-        message = (folder / "message").read_text()
-        assert f"{folder}: checkpoint-4 could not be saved (" in message
-        assert "are free there; checkpoint-2 is whole" in message
-        assert vqa.find_damage(folder / "checkpoint-2", vqa.RESUME_FILES) is None
-        assert {path.name for path in folder.iterdir()} == {"checkpoint-2", "message"}
+        assert_the_last_checkpoint_is_left(folder)
 
 
 @pytest.mark.slow
