@@ -52,31 +52,29 @@ TRAVEL = 0.33
 # A lesion's circle along one axis is the span that it keeps to; where its quadrant is asked for, it keeps to that.
 ROAM = (0.15, 0.85)
 QUADRANT_SPAN = {"left": (0.1, 0.4), "upper": (0.1, 0.4), "right": (0.6, 0.9), "lower": (0.6, 0.9)}
-MAX_TREND = 0.4  # |correlation with time| of a lesion's places along an axis in which it does not drift
 FOLD_PERIOD = 2.4  # in log radius: one dark and one pale fold each; a clip zooms by exp(0.33 * 2.4) = 2.2
 PAD = 4  # pixels around the frame, for the camera's shake
 
 
-def trembling(n: int, rng: np.random.Generator) -> np.ndarray:
-    """An order of 0 .. n - 1, int [n], without a trend: |correlation with time| below MAX_TREND."""
-    time_ = np.arange(n)
-    while True:
-        order = rng.permutation(n)
-        if n < 4 or abs(np.corrcoef(time_, order)[0, 1]) < MAX_TREND:
-            return order
+def swaying(n: int, rng: np.random.Generator) -> np.ndarray:
+    """An order of 0 .. n - 1, int [n], there and back in double steps, as a lesion sways with the breath: it ends
+    beside where it began. Four of them are equally likely, from either end and either way round."""
+    order = np.array([*range(0, n, 2), *range(n - 1 - n % 2, 0, -2)])
+    order = order if rng.random() < 0.5 else n - 1 - order
+    return order if rng.random() < 0.5 else order[::-1]
 
 
 def lesion_path(drift: str, spans: Sequence[tuple[float, float]], n: int, rng: np.random.Generator) -> np.ndarray:
     """Places (x, y) of a lesion in n frames, float [n, 2].
 
     Along each axis the places are n equal steps on that axis' circle, TRAVEL of it in all, from a random start: in the
-    order of time along the axis of the drift, in an order without trend along the other (both, if stable). So the set
-    of places is distributed alike for every drift, and so is the place in any one frame: only their order tells.
+    order of time along the axis of the drift, swaying there and back along the other (both, if stable). So the set of
+    places is distributed alike for every drift, and so is the place in any one frame: only their order tells.
     """
     path = np.empty((n, 2))
     for axis, (low, high) in enumerate(spans):
         direction = media.DRIFT_XY[drift][axis]
-        order = np.arange(n) * direction if direction else trembling(n, rng)
+        order = np.arange(n) * direction if direction else swaying(n, rng)
         place = rng.random() + TRAVEL / max(n - 1, 1) * order
         path[:, axis] = low + (high - low) * (place % 1.0)
     return path
@@ -154,7 +152,7 @@ def draw_clip(scene: media.Scene, roams: bool, n: int, size: tuple[int, int], rn
     folds, drift, camera, drops = rng.spawn(4)
     bowel, path = Bowel(scene, w, h, folds), lesion_path(scene.drift, lesion_spans(scene, roams), n, drift)
     cast, gain, gamma = camera.uniform(0.9, 1.1, 3), camera.uniform(0.75, 1.2), camera.uniform(0.85, 1.2)
-    noise, shakes = camera.uniform(2, 7), camera.integers(-2, 3, (n, 2))
+    noise, shakes = camera.uniform(2, 7), camera.integers(-1, 2, (n, 2))
     mask, frames = vignette(size) * shading(size), np.empty((n, size[1], size[0], 3), np.uint8)
     for i in range(n):
         t = i / max(n - 1, 1)
@@ -213,12 +211,38 @@ def _as_image(rgb: np.ndarray) -> Image.Image:
     return Image.fromarray(rgb.clip(0, 255).astype(np.uint8))
 
 
-def clip_of(row: dict, seed: int, size: tuple[int, int] = SIZE) -> np.ndarray:
-    """The clip of a derived row, uint8 [frames, h, w, 3]: its answer is true in it; `seed` and its frame names decide
-    all else."""
+def scene_of(row: dict, seed: int) -> tuple[media.Scene, bool, np.random.Generator]:
+    """What the clip that is drawn for a derived row shows, whether its lesion roams the frame (it keeps to its quadrant
+    where that is asked for), and the generator that decides the rest; all from `seed` and the frames' names."""
     rng = np.random.default_rng(media.clip_seed(seed, row["frames"]))
     scene = media.scene_for(row["question_type"], row["short_answer"], rng)
-    return draw_clip(scene, row["question_type"] != "lesion_screen_position", len(row["frames"]), size, rng)
+    return scene, row["question_type"] != "lesion_screen_position", rng
+
+
+def clip_of(row: dict, seed: int, size: tuple[int, int] = SIZE) -> np.ndarray:
+    """The clip of a derived row, uint8 [frames, h, w, 3]: its answer is true in it, all else is up to `scene_of`."""
+    scene, roams, rng = scene_of(row, seed)
+    return draw_clip(scene, roams, len(row["frames"]), size, rng)
+
+
+REVERSED = {
+    **{"left": "right", "right": "left", "up": "down", "down": "up", "stable": "stable"},
+    **{"advancing": "withdrawing", "withdrawing": "advancing", "none": "none"},
+}
+
+
+def reversed_scene(scene: media.Scene) -> media.Scene:
+    """What a clip shows with its frames in reversed order."""
+    return replace(scene, drift=REVERSED[scene.drift], scope_motion=REVERSED[scene.scope_motion])
+
+
+def is_true(question_type: str, short_answer: str, scene: media.Scene, roams: bool) -> bool:
+    """Whether a scene shows an answer. A lesion is asked for its place where it keeps to it, for its way where it
+    roams."""
+    if question_type == ("lesion_screen_position" if roams else "lesion_motion_direction"):
+        return False
+    needs = media.requirements(question_type, short_answer)
+    return needs is not None and all(getattr(scene, name) in values for name, values in needs.items())
 
 
 # ---------------------------------------------------------------- speech
@@ -279,28 +303,65 @@ CLIPS_OF_TYPE = {
 }
 
 
+# Asked of training clips beside the question that they were drawn for: what takes most practice. In any scene in which
+# such a question has an answer, its answers are about equally likely.
+SHARED = (
+    *("lesion_motion_direction", "scope_forward_motion", "scope_backward_motion", "scope_motion_type", "scope_motion"),
+    *("lesion_screen_position", "lesion_site", "lesion_histology_extended", "tool_identification"),
+)
+
+
 def derive(rows: Sequence[dict], split: str, repeats: dict[tuple[str, str], int], seed: int) -> list[dict]:
-    """Rows with frame names and speech of their own, each rendered `repeats[question_type, short_answer]`
-    times, shuffled.
+    """Rows with a clip and speech of their own, each drawn `repeats[question_type, short_answer]` times, shuffled.
 
     `id` names the speech, as `{id}.ogg`: a voice of the training for split "train", else a held-out one. `video_id` is
-    the clip's own.
+    the clip's own. Training clips get up to two more rows (`shared_rows`), with `shares` set.
     """
     rng = np.random.default_rng(int.from_bytes(hashlib.sha256(f"{seed}/{split}".encode()).digest()[:8], "little"))
     voices, speeds = (VOICES, SPEEDS) if split == "train" else (HELD_OUT_VOICES, HELD_OUT_SPEEDS)
+    pool = defaultdict(list)
+    for row in rows:
+        pool[row["question_type"], row["short_answer"]].append(row)
     derived = []
     for number, row in enumerate(rows):
         for turn in range(repeats[row["question_type"], row["short_answer"]]):
-            voice, speed = voices[rng.integers(len(voices))], int(speeds[rng.integers(len(speeds))])
             clip = f"{split}-{number:05d}-{turn:03d}"
-            derived.append({
-                "id": speech_name(row["question"], voice, speed), "video_id": clip,
-                "frames": [f"{clip}_{i}" for i in range(len(row["frames"]))],
+            own = {
+                "video_id": clip, "frames": [f"{clip}_{i}" for i in range(len(row["frames"]))],
                 "drawn_from": f"{row['video_id']}/{row['id']}",
                 **{key: row[key] for key in ("question", "question_type", "answer", "short_answer")},
-            })  # fmt: skip
+            }  # fmt: skip
+            of_clip = [own, *(shared_rows(own, pool, seed, rng) if split == "train" else ())]
+            # Each its voice and speed: rows of one clip are told apart by their ids.
+            for one, which in zip(of_clip, rng.permutation(len(voices) * len(speeds)), strict=False):
+                voice, speed = voices[which // len(speeds)], speeds[which % len(speeds)]
+                derived.append({"id": speech_name(one["question"], voice, speed), **one})
     order = rng.permutation(len(derived))
     return [derived[i] for i in order]
+
+
+def shared_rows(own: dict, pool: dict[tuple[str, str], list[dict]], seed: int, rng: np.random.Generator) -> list[dict]:
+    """More questions about the clip of a derived row: one of another type, and one about its frames in reversed order,
+    of the same type if that is one of SHARED. So what moves one way in a clip moves the other way in another row, and
+    nothing but the order of the frames tells.
+
+    `pool`: the annotated rows of each (question type, short answer), which the questions and answers come from.
+    """
+    scene, roams, _ = scene_of(own, seed)
+    kind, shared = own["question_type"], []
+    for seen, frames in ((scene, own["frames"]), (reversed_scene(scene), own["frames"][::-1])):
+        true = [key for key in pool if key[0] in SHARED and is_true(*key, seen, roams)]
+        again = [key for key in true if key[0] == kind]
+        if frames is own["frames"] or not again:
+            again = [key for key in true if key[0] != kind]
+        if again:
+            row = pool[again[rng.integers(len(again))]]
+            row = row[rng.integers(len(row))]
+            shared.append({
+                **own, "frames": frames, "shares": True, "drawn_from": f"{row['video_id']}/{row['id']}",
+                **{key: row[key] for key in ("question", "question_type", "answer", "short_answer")},
+            })  # fmt: skip
+    return shared
 
 
 def read_jsonl(path: Path) -> list[dict]:
@@ -365,7 +426,7 @@ def render(args: argparse.Namespace) -> None:
         write_jsonl(work / "data" / f"{split}.jsonl", rows)
         if split != "train":  # the report judges the answers anew, type by type
             write_jsonl(args.out_dir / "data" / f"{split}.jsonl", rows)
-    every = [row for split in SPLITS for row in files[split]]
+    every = [row for split in SPLITS for row in files[split] if not row.get("shares")]
     started = time.monotonic()
     parts = [every[i : i + 64] for i in range(0, len(every), 64)]
     jobs = [(part, frames_dir, args.speech_dir, args.seed, args.size, work / "cache") for part in parts]
@@ -375,6 +436,7 @@ def render(args: argparse.Namespace) -> None:
     note(args, "render", {
         "seconds": time.monotonic() - started, "clips": len(every), "frames": sum(len(r["frames"]) for r in every),
         "rows": {split: len(rows) for split, rows in files.items()}, "cores": os.cpu_count(), "size": args.size,
+        "train_clips": sum(not row.get("shares") for row in files["train"]),
         "train_rows_of_type": dict(Counter(row["question_type"] for row in files["train"])),
         "voices": VOICES, "held_out_voices": HELD_OUT_VOICES, "seed": args.seed,
     })  # fmt: skip
@@ -625,11 +687,11 @@ answers. All train with `--audio_tokens speech --frame_mode images` unless the t
 """
 NOT_SHOWN = """\
 It is not endoscopy. Mucosa, folds, lesions and tools are drawings, each with one look; a lesion is never partly hidden,
-folds and texture flow along circles, and a "stable" lesion trembles by as much as a drifting one travels, so that only
-the order of the frames tells them apart. The voices are all espeak-ng's, the room is silent, and the answers are the
-20 types' 1 to 5 sentences. A model that does well here has shown that speech, frames, their order, labels and
-generation fit together so that the task can be learned from them; what Qwen2-VL and Whisper with their own weights
-reach on real video, this says nothing about."""
+folds and texture flow along circles, and a "stable" lesion sways there and back over as much as a drifting one travels,
+so that only the order of the frames tells them apart. The voices are all espeak-ng's, the room is silent, and the
+answers are the 20 types' 1 to 5 sentences. A model that does well here has shown that speech, frames, their order,
+labels and generation fit together so that the task can be learned from them; what Qwen2-VL and Whisper with their own
+weights reach on real video, this says nothing about."""
 
 
 def percent(figure: dict) -> str:

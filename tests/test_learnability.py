@@ -24,17 +24,23 @@ def paths(drift: str, count: int = 2000) -> np.ndarray:
 
 
 @pytest.mark.parametrize("drift", DRIFTS)
-def test_a_lesion_steps_along_its_drift_and_has_no_trend_across(drift):
-    """One step of the circle a frame, the right way; the other axis visits such places in an order without trend."""
+def test_a_lesion_steps_along_its_drift_and_sways_across(drift):
+    """One step of the circle a frame, the right way; along the other axis there and back, ending where it began."""
     for axis, direction in enumerate(media.DRIFT_XY[drift]):
         steps = np.diff(paths(drift, 100)[:, :, axis], axis=1)
-        around = (steps + 0.5) % 1 - 0.5  # the short way round
+        around = ((steps + 0.5) % 1 - 0.5) / STEP  # the short way round, in steps
         if direction:
-            np.testing.assert_allclose(around, direction * STEP, atol=1e-9)
+            np.testing.assert_allclose(around, direction, atol=1e-6)
         else:
-            places = np.cumsum(np.concatenate([np.zeros((100, 1)), around], axis=1), axis=1)
-            trends = [abs(np.corrcoef(np.arange(N), row)[0, 1]) for row in places]
-            assert max(trends) < world.MAX_TREND
+            ways = {tuple(np.round(row).astype(int)) for row in around}
+            assert ways == {(2, 2, 2, 1, -2, -2, -2), (-2, -2, -2, -1, 2, 2, 2),
+                            (2, 2, 2, -1, -2, -2, -2), (-2, -2, -2, 1, 2, 2, 2)}  # fmt: skip
+
+
+@pytest.mark.parametrize("n", (2, 3, 5, 6, 8, 16))
+def test_a_sway_visits_every_place_once(n):
+    """So that the places of a drift and of a sway are the same set."""
+    assert sorted(world.swaying(n, np.random.default_rng(n))) == list(range(n))
 
 
 def test_no_single_frame_tells_a_drift():
@@ -103,12 +109,37 @@ def test_training_and_test_share_no_clip_and_no_voice():
             for i in range(40)]  # fmt: skip
     repeats = {("nbi_status", "yes"): 3}
     train, test = (world.derive(rows, split, repeats, 0) for split in ("train", "test"))
-    assert len(train) == len(test) == 120
+    assert len(train) == len(test) == 120  # none of these questions is one of SHARED
     assert len({r["video_id"] for r in (*train, *test)}) == 240
     voice_of = lambda r: r["id"].split("_")[1]  # noqa: E731
     assert {voice_of(r) for r in train} <= set(world.VOICES)
     assert {voice_of(r) for r in test} <= set(world.HELD_OUT_VOICES)
     assert not set(world.VOICES) & set(world.HELD_OUT_VOICES)
+
+
+def test_training_clips_are_asked_more_and_once_in_reversed_order():
+    """The rows that share a clip are true in its scene; reversed frames turn the motion, and ids tell rows apart."""
+    kinds = ("lesion_motion_direction", "scope_motion_type", "nbi_status")
+    rows = [{**row(kind, answer), "id": f"{kind}-{answer}", "video_id": "v", "question": f"{kind}?", "answer": answer}
+            for kind in kinds for answer in media.REQUIREMENTS[kind]]  # fmt: skip
+    derived = world.derive(rows, "train", dict.fromkeys(((r["question_type"], r["short_answer"]) for r in rows), 5), 0)
+    assert len({(r["video_id"], r["id"], r["question_type"]) for r in derived}) == len(derived)
+    own = {r["video_id"]: r for r in derived if not r.get("shares")}
+    turned = 0
+    assert len(own) == 5 * len(rows) and len(derived) > 2 * len(own)
+    for shared in (r for r in derived if r.get("shares")):
+        first = own[shared["video_id"]]
+        scene, roams, _ = world.scene_of(first, 0)
+        if shared["frames"] == first["frames"][::-1]:
+            scene = world.reversed_scene(scene)
+            if first["question_type"] in ("lesion_motion_direction", "scope_motion_type"):
+                assert shared["question_type"] == first["question_type"]
+                assert shared["short_answer"] == world.REVERSED[first["short_answer"]]
+                turned += 1
+        else:
+            assert shared["frames"] == first["frames"] and shared["question_type"] != first["question_type"]
+        assert world.is_true(shared["question_type"], shared["short_answer"], scene, roams)
+    assert turned == 5 * (5 + 2)
 
 
 def test_answers_of_a_type_get_equal_shares_of_its_clips():
