@@ -6,9 +6,11 @@
 
 seed: batches of one, the adapter apart from the weights, transformers' `generate`. ours: `answer_arm` of
 evaluate_checkpoint.py with its defaults, the adapter folded in, on the same tokens. fast: the same with
-`audio_tokens speech` and `frame_mode video`. All three on one model in one process, with random weights, so that no
+`audio_tokens speech` and `frame_mode video`. Between seed and ours, each with one thing changed: apart (batches, the
+adapter apart), merged (batches of one, the adapter folded in), grouped and graphs (ours with `grouped_attention`, and
+with `GraphDecoder` too, of `decoding_changes.py`). All on one model in one process, with random weights, so that no
 answer ends by itself: the ids that end a turn are taken away, and every answer has `--max_new_tokens` tokens. Rows are
-repeated under other keys where the data have fewer than `--rows`. Media are decoded ahead in threads in all three.
+repeated under other keys where the data have fewer than `--rows`. Media are decoded ahead in threads in all of them.
 
 With `--cache_features` ours and fast are measured three times: encoding as rows come; `cold`, the folder empty and the
 time to fill it counted; and `warm`, everything kept and only the time to answer counted (`filling` says how long it
@@ -34,9 +36,20 @@ from transformers import GenerationConfig
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import evaluate_checkpoint as ev
 import train_vqa as vqa
+from benchmarks.decoding_changes import GraphDecoder, grouped_attention
 from benchmarks.speed_common import matmul_ceiling, synchronize
 
-DESIGNS = {"seed": ("full", "images"), "ours": ("full", "images"), "fast": ("speech", "video")}
+SAME, FEWER = ("full", "images"), ("speech", "video")
+# Tokens, whether batches are ours, and whether the adapter is folded in: once it is, it cannot be taken out again.
+DESIGNS = {
+    "seed": (SAME, False, False),
+    "apart": (SAME, True, False),
+    "merged": (SAME, False, True),
+    "ours": (SAME, True, True),
+    "fast": (FEWER, True, True),
+    "grouped": (SAME, True, True),
+    "graphs": (SAME, True, True),
+}
 WARM_UP = 2  # rows answered before the clock starts: kernels are loaded and chosen at their first use
 
 
@@ -68,6 +81,21 @@ class Clocked:
                 finally:
                     self.waited += time.perf_counter() - start
                 yield result
+
+
+class Timed:
+    """A function with the sum of the seconds that its calls take, the GPU's work included."""
+
+    def __init__(self, function):
+        self.seconds, self._function = 0.0, function
+
+    def __call__(self, *args):
+        synchronize()
+        start = time.perf_counter()
+        result = self._function(*args)
+        synchronize()
+        self.seconds += time.perf_counter() - start
+        return result
 
 
 def answer_plainly(model, inputs: ev.ArmInputs, max_new_tokens: int) -> int:
@@ -107,18 +135,22 @@ def measure(
 ) -> dict:
     """Answer all rows of `data` in one design; figures of the run. `cache`: `cold` or `warm`, kept in `folder`."""
     annotations, rows = data
-    processor = vqa.VQAProcessor(tokenizer, model.config, args.max_image_size, "audio", *DESIGNS[design])
+    tokens, batched, _ = DESIGNS[design]
+    processor = vqa.VQAProcessor(tokenizer, model.config, args.max_image_size, "audio", *tokens)
     dataset = vqa.SurgicalVQADataset(rows, processor, max_eval_frames=args.frames, is_eval=True, with_answer=False)
     inputs = ev.ArmInputs("audio", dataset, rows, 0)
 
     def answer() -> int:
-        if design == "seed":
+        if not batched:
             return answer_plainly(model, inputs, args.max_new_tokens)
-        return answer_ours(model, inputs, annotations, args)
+        with grouped_attention() if design == "grouped" else contextlib.nullcontext():
+            return answer_ours(model, inputs, annotations, args)
 
+    answer_batch = GraphDecoder() if design == "graphs" else ev.answer_batch
     inputs.rows = dataset.rows = rows[:WARM_UP]
     annotations = data[0][:WARM_UP]
-    answer()
+    with patch.object(ev, "answer_batch", answer_batch):
+        answer()
     inputs.rows = dataset.rows = rows
     annotations = data[0]
     gc.collect()
@@ -132,7 +164,12 @@ def measure(
     filling = time.perf_counter() - start
     if cache == "warm":
         start += filling
-    with patch.object(vqa, "ahead", clock):
+    reading, batches = Timed(ev.read_prompts), Timed(answer_batch)
+    with (
+        patch.object(vqa, "ahead", clock),
+        patch.object(ev, "read_prompts", reading),
+        patch.object(ev, "answer_batch", batches),
+    ):
         tokens = answer()
     synchronize()
     seconds = time.perf_counter() - start
@@ -147,6 +184,8 @@ def measure(
         "new_tokens": tokens,
         "seconds": seconds,
         "seconds_filling": filling,
+        "seconds_reading": reading.seconds,  # the prompts, waiting for data included; of batched designs alone
+        "seconds_decoding": batches.seconds - reading.seconds,
         "samples_per_second": len(rows) / seconds,
         "tokens_per_second": (prompt + tokens) / seconds,
         "waiting_for_data": clock.waited / seconds,
@@ -159,7 +198,8 @@ def measure(
         inputs.rows = dataset.rows = rows[: args.profile]
         annotations = data[0][: args.profile]
         print(f"\n{design}: where {args.profile} rows spend their time")
-        print(profiled(answer))
+        with patch.object(ev, "answer_batch", answer_batch):
+            print(profiled(answer))
     return result
 
 
@@ -204,13 +244,13 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--data_path", required=True, help="JSONL of questions")
     parser.add_argument("--frames_dir", required=True, help="as in train_vqa.py")
     parser.add_argument("--audio_dir", required=True, help="as in train_vqa.py")
-    parser.add_argument("--designs", default="seed,ours,fast", help="which of seed, ours, fast, comma-separated")
+    parser.add_argument("--designs", default="seed,ours,fast", help=f"which of {', '.join(DESIGNS)}")
     parser.add_argument("--rows", type=int, default=200, help="questions to answer; the data are repeated to make them")
-    parser.add_argument("--seed_rows", type=int, default=24, help="questions that the design seed answers")
+    parser.add_argument("--seed_rows", type=int, default=24, help="questions that seed and merged answer")
     parser.add_argument("--frames", type=int, default=8, help="frames per clip")
     parser.add_argument("--max_image_size", type=int, default=384, help="longer side of a frame in pixels")
     parser.add_argument("--max_new_tokens", type=int, default=12, help="tokens of every answer")
-    parser.add_argument("--batch_size", type=ev._batch_size, default="auto", help="of ours and fast")
+    parser.add_argument("--batch_size", type=ev._batch_size, default="auto", help="of the designs with batches")
     parser.add_argument("--gpu_memory_limit_gib", type=float, default=0.0, help="hard cap on this process. 0: none")
     parser.add_argument(
         "--cache_features",
@@ -247,14 +287,14 @@ def main(argv: list[str] | None = None) -> None:
                 weight.normal_(std=0.01)
     model, results = adapted.get_base_model(), []
     with patch.object(vqa, "turn_end_ids", lambda tokenizer: []):
-        # The seed's design first: once the adapter is folded in, it cannot be taken out again.
-        for design in sorted(args.designs, key=list(DESIGNS).index):
-            if design != "seed" and adapted is not None:
+        for design in sorted(args.designs, key=lambda name: DESIGNS[name][2]):
+            _, batched, folded = DESIGNS[design]
+            if folded and adapted is not None:
                 model, adapted = vqa.fold_adapter(adapted), None
-            count = args.seed_rows if design == "seed" else args.rows
-            data = repeated(annotations, rows, count)
+            data = repeated(annotations, rows, args.rows if batched else args.seed_rows)
             results.append(measure(design, model, tokenizer, data, args))
-            if args.cache_features and design != "seed":
+            print(json.dumps(results[-1]), flush=True)
+            if args.cache_features and design in ("ours", "fast"):
                 args.cache_features.mkdir(parents=True, exist_ok=True)
                 with tempfile.TemporaryDirectory(dir=args.cache_features) as folder:
                     for state in ("cold", "warm"):
@@ -280,6 +320,8 @@ def main(argv: list[str] | None = None) -> None:
         "of ceiling",
         "waiting",
         "filling s",
+        "reading s",
+        "decoding s",
         "GiB",
         "reserved",
     )
@@ -288,7 +330,7 @@ def main(argv: list[str] | None = None) -> None:
         cells = [r["design"], r["rows"], f"{r['prompt_tokens']:.0f}", f"{r['samples_per_second']:.3g}"]
         cells += ["-" if reference is None else f"{r['samples_per_second'] / reference:.2f}"]
         cells += [f"{r['tokens_per_second']:.0f}", f"{r['tflops'] / ceiling:.0%}", f"{r['waiting_for_data']:.0%}"]
-        cells += [f"{r['seconds_filling']:.1f}"]
+        cells += [f"{r[f'seconds_{part}']:.1f}" for part in ("filling", "reading", "decoding")]
         cells += [f"{r[name]:.1f}" if cuda else "-" for name in ("peak_allocated_gib", "peak_reserved_gib")]
         print("".join(f"{cell:>11}" for cell in cells))
     if args.output:

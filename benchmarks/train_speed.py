@@ -11,18 +11,28 @@ timed from the end of the one before it, data, optimizer and Trainer included; t
 
 TFLOP/s follow the rule (4 + 2 s) N T: N parameters of the decoder's layers, T tokens, s the share of layers that are
 recomputed (6 N T where all are). What attention, the encoders and LoRA cost is not in it.
+
+A design's flags may begin with names of `training_changes.py`, as in `--design "liger=@liger --lora_dropout 0"`.
+`--one_process` saves the start of a process a design: for runs of a few steps each.
 """
 
 import argparse
+import contextlib
+import gc
+import itertools
 import json
 import math
 import os
 import shlex
+import statistics
 import subprocess
 import sys
 import tempfile
 import time
+import traceback
+from collections import defaultdict
 from pathlib import Path
+from unittest.mock import patch
 
 import psutil
 import torch
@@ -32,8 +42,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import train_vqa as vqa
 from benchmarks.eval_memory import GatheringModel
 from benchmarks.speed_common import decoder_parameters, machine, matmul_ceiling, repeat_rows, synchronize
+from benchmarks.training_changes import CHANGES
 
 SEED = "seed"
+GPU_WORK = ("kernel", "gpu_memcpy", "gpu_memset")
 FAST = "--audio_tokens speech --frame_mode video"
 QUICK = "--compile_layers True --checkpoint_every_n 0"
 DESIGNS = {
@@ -66,7 +78,11 @@ class Clock(TrainerCallback):
             self.profiler.start()
         elif self.profiler and state.global_step == state.max_steps - 1:  # one step lies between the two
             self.profiler.stop()
-            self.profile.write_text(kernel_table(self.profiler))
+            trace = self.profile.with_suffix(".trace.json")
+            self.profiler.export_chrome_trace(str(trace))
+            events = json.loads(trace.read_text())["traceEvents"]
+            trace.unlink()
+            self.profile.write_text(kernel_table(self.profiler) + "\n" + gap_table(events))
 
     def figures(self) -> dict:
         """Medians and sums of the steps that count; a profiled step is not one of them."""
@@ -77,6 +93,8 @@ class Clock(TrainerCallback):
         result = {"steps": len(counted), "seconds": seconds, "samples_per_second": total["samples"] / seconds}
         result |= {"tokens_per_second": total["tokens"] / seconds, "waiting_for_data": total["waited"] / seconds}
         result["tokens_per_sample"] = total["tokens"] / total["samples"]
+        ends = [step["end"] for step in self.steps[self.warmup - 1 : last]]
+        result["step_seconds"] = [end - start for start, end in itertools.pairwise(ends)]
         before, after = self.steps[self.warmup - 1], counted[-1]
         result["ram_mib"] = [step["rss"] / 2**20 for step in (before, after)]
         result["cpu_seconds_per_sample"] = (after["cpu"] - before["cpu"]) / total["samples"]
@@ -103,6 +121,62 @@ def kernel_table(profiler: torch.profiler.profile) -> str:
         sums[kind] = sums.get(kind, 0.0) + milliseconds
     lines = [f"{kind:20} {ms:9.2f} ms" for kind, ms in sorted(sums.items(), key=lambda item: -item[1])]
     return "\n".join([*lines, "", *(f"{ms:9.2f} ms {count:6} x {key[:110]}" for key, ms, count in rows[:25])]) + "\n"
+
+
+def gap_table(events: list[dict], long_us: float = 50) -> str:
+    """When the GPU had nothing to do in a trace of torch's profiler (Chrome's format), and what ended each wait.
+
+    A gap lies between the end of all kernels so far and the start of the next. A long one is put down to the outermost
+    operator or annotation, and the innermost, in which the CPU launched that next kernel; with "queued" where the
+    launch had come before the gap began. Below, the CPU's own waits for the GPU, by the operator that contains them.
+    """
+    spans = [event for event in events if event.get("ph") == "X" and "dur" in event]
+    kernels = sorted((e for e in spans if e.get("cat") in GPU_WORK), key=lambda e: e["ts"])
+    if not kernels:
+        return "gaps: no kernels in the trace\n"
+    calls = [event for event in spans if event.get("cat") in ("cuda_runtime", "cuda_driver")]
+    launches = {e["args"]["correlation"]: e for e in calls if "correlation" in e.get("args", {})}
+    threads = defaultdict(list)
+    for event in spans:
+        if event.get("cat") in ("cpu_op", "user_annotation"):
+            threads[event["tid"]].append(event)
+
+    def inside(call: dict | None) -> str:
+        """`outermost > innermost` of what was running on the thread of `call` as it was made."""
+        if call is None:
+            return "unknown"
+        around = [e for e in threads[call["tid"]] if e["ts"] <= call["ts"] <= e["ts"] + e["dur"]]
+        around = [e["name"] for e in sorted(around, key=lambda e: -e["dur"]) if not e["name"].startswith("Profiler")]
+        return " > ".join(name[:60] for name in dict.fromkeys((around or ["no operator"])[:: max(1, len(around) - 1)]))
+
+    def summed(rows: list[tuple[str, float]]) -> list[str]:
+        sums = defaultdict(list)
+        for name, us in rows:
+            sums[name].append(us)
+        longest = sorted(sums.items(), key=lambda item: -sum(item[1]))[:20]
+        return [f"{sum(us) / 1e3:9.2f} ms {len(us):6} x {name}" for name, us in longest]
+
+    gaps, end = [], kernels[0]["ts"]
+    for kernel in kernels:
+        if kernel["ts"] > end:
+            gaps.append((kernel["ts"] - end, end, kernel))
+        end = max(end, kernel["ts"] + kernel["dur"])
+    lines = [f"GPU: {(end - kernels[0]['ts']) / 1e3:.2f} ms from its first kernel to its last, {len(kernels)} kernels"]
+    for low, high in ((0, 10), (10, long_us), (long_us, math.inf)):
+        of_size = [gap for gap, *_ in gaps if low < gap <= high]
+        lines.append(f"{sum(of_size) / 1e3:9.2f} ms {len(of_size):6} gaps of {low:g} to {high:g} us")
+    lines.append(f"gaps above {long_us:g} us, by what launched the kernel that ended them:")
+    long_gaps = []
+    for gap, start, kernel in gaps:
+        if gap > long_us:
+            call = launches.get(kernel.get("args", {}).get("correlation"))
+            queued = "queued: " if call and call["ts"] + call["dur"] < start else ""
+            long_gaps.append((queued + inside(call), gap))
+    lines += summed(long_gaps)
+    lines.append("waits of the CPU for the GPU:")
+    waits = [e for e in calls if "Synchronize" in e["name"] or (e["name"] == "cudaMemcpyAsync" and e["dur"] > long_us)]
+    lines += summed([(f"{wait['name']} in {inside(wait)}", wait["dur"]) for wait in waits])
+    return "\n".join(lines) + "\n"
 
 
 def counting(base: type, clock: Clock) -> type:
@@ -180,11 +254,13 @@ def run_seed(args: argparse.Namespace, flags: list[str], clock: Clock) -> tuple[
 
 def run_ours(clock: Clock, flags: list[str]) -> tuple[int, int]:
     """Train by `train_vqa.main`; returns N, and which layers it recomputes: every n-th, 0 none."""
-    vqa.VQATrainer = counting(vqa.VQATrainer, clock)
     choose, chosen = vqa.choose_checkpointing, []
-    vqa.choose_checkpointing = lambda *args: chosen.append(choose(*args)) or chosen[-1]
-    if vqa.main(flags):
-        raise SystemExit("training failed")
+    with (
+        patch.object(vqa, "VQATrainer", counting(vqa.VQATrainer, clock)),
+        patch.object(vqa, "choose_checkpointing", lambda *args: chosen.append(choose(*args)) or chosen[-1]),
+    ):
+        if vqa.main(flags):
+            raise SystemExit("training failed")
     return decoder_parameters(clock.trainer.model.get_base_model()), chosen[-1]
 
 
@@ -194,18 +270,25 @@ def flops_factor(layers: int, every_n: int) -> float:
 
 
 def measure(args: argparse.Namespace, name: str, design: str) -> None:
-    """Child process: train as `design` says and write the figures to `args.output`."""
+    """Train as `design` says and write the figures, or why there are none, to `args.output`."""
     vqa.set_seed(0)
     clock = Clock(args.warmup, args.output.with_suffix(".profile.txt") if args.profile else None)
-    flags = shlex.split(args.flags) + shlex.split(design)
+    words = shlex.split(design)
+    flags = shlex.split(args.flags) + [word for word in words if not word.startswith("@")]
     try:
-        parameters, every_n = run_seed(args, flags, clock) if name == SEED else run_ours(clock, flags)
+        with contextlib.ExitStack() as stack:
+            for word in words:
+                if word.startswith("@"):
+                    stack.enter_context(CHANGES[word[1:]]())
+            parameters, every_n = run_seed(args, flags, clock) if name == SEED else run_ours(clock, flags)
         result = clock.figures()
         factor = flops_factor(clock.trainer.model.config.text_config.num_hidden_layers, every_n)
         result["tflops"] = factor * parameters * result["tokens_per_second"] / 1e12
         result |= {"rule": f"{factor:.3g} N T", "every_n": every_n}
-    except (torch.OutOfMemoryError, vqa.VQAError) as error:
-        result = {"failed": str(error).splitlines()[0][:300]}
+    except (Exception, SystemExit) as error:  # one design that fails must not end the others
+        if not isinstance(error, (torch.OutOfMemoryError, vqa.VQAError)):
+            traceback.print_exc()
+        result = {"failed": f"{type(error).__name__}: {error}".splitlines()[0][:300]}
     args.output.write_text(json.dumps({"design": name, "flags": design, **result}))
 
 
@@ -213,17 +296,19 @@ def table(results: list[dict], ceiling: float) -> str:
     """The figures of all designs as lines of text."""
     reference = next((r.get("samples_per_second") for r in results if r["design"] == SEED), None)
     head = ("design", "tokens", "samples/s", "ratio", "tokens/s", "TFLOP/s", "ceiling %", "peak GiB", "waiting %")
-    lines = ["{:22}{:>8}{:>11}{:>7}{:>10}{:>9}{:>11}{:>10}{:>11}".format(*head)]
+    head += ("step s", "+- %")  # the mean, and the standard deviation of single steps
+    lines = ["{:22}{:>8}{:>11}{:>7}{:>10}{:>9}{:>11}{:>10}{:>11}{:>9}{:>7}".format(*head)]
     for r in results:
         if "failed" in r:
             lines.append(f"{r['design']:22}{r['failed']}")
             continue
         ratio = f"{r['samples_per_second'] / reference:.2f}" if reference else "-"
         peak = f"{r['peak_gib']:.1f}" if "peak_gib" in r else "-"
+        step, spread = statistics.mean(r["step_seconds"]), statistics.pstdev(r["step_seconds"])
         lines.append(
             f"{r['design']:22}{r['tokens_per_sample']:8.0f}{r['samples_per_second']:11.2f}{ratio:>7}"
             f"{r['tokens_per_second']:10.0f}{r['tflops']:9.0f}{100 * r['tflops'] / ceiling:11.0f}{peak:>10}"
-            f"{100 * r['waiting_for_data']:11.1f}"
+            f"{100 * r['waiting_for_data']:11.1f}{step:9.3f}{100 * spread / step:7.1f}"
         )
     return "\n".join(lines)
 
@@ -244,9 +329,15 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--flags", default="", help="further flags of train_vqa.py for all designs")
     parser.add_argument("--gpu_memory_limit_gib", type=float, help="cap each process (none)")
     parser.add_argument("--profile", action="store_true", help="also write where one step's milliseconds go")
+    parser.add_argument("--one_process", action="store_true", help="all designs in this process, one after the other")
     parser.add_argument("--output", type=Path, default=Path("train_speed.json"), help="figures as JSON")
     parser.add_argument("--child", help=argparse.SUPPRESS)
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    words = [word for design in args.design for word in shlex.split(design.split("=", 1)[-1])]
+    unknown = sorted({word for word in words if word.startswith("@")} - {f"@{name}" for name in CHANGES})
+    if unknown:
+        parser.error(f"--design: {', '.join(unknown)}: not among {', '.join(f'@{name}' for name in CHANGES)}")
+    return args
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -256,6 +347,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.child:
         measure(args, *args.child.split("=", 1))
         return
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
     args.output.parent.mkdir(parents=True, exist_ok=True)
     designs = {name: DESIGNS[name] for name in args.designs.split(",") if name}
     designs |= dict(design.split("=", 1) for design in args.design)
@@ -277,10 +369,17 @@ def main(argv: list[str] | None = None) -> None:
         for name, design in designs.items():
             part = args.output.with_suffix(f".{name}.json")
             part.unlink(missing_ok=True)
-            child = [sys.executable, __file__, *argv, "--child", f"{name}={design}", "--output", str(part)]
-            child += ["--flags=" + shlex.join(flags)]
-            start = time.perf_counter()
-            status = subprocess.run(child, env={**os.environ, "TOKENIZERS_PARALLELISM": "false"}).returncode
+            start, status = time.perf_counter(), 0
+            if args.one_process:
+                measure(argparse.Namespace(**{**vars(args), "output": part, "flags": shlex.join(flags)}), name, design)
+                torch.compiler.reset()
+                gc.collect()  # a Trainer and its model hold each other
+                if torch.cuda.is_available():
+                    torch.cuda.empty_cache()
+            else:
+                child = [sys.executable, __file__, *argv, "--child", f"{name}={design}", "--output", str(part)]
+                child += ["--flags=" + shlex.join(flags)]
+                status = subprocess.run(child).returncode
             crashed = {"design": name, "flags": design, "failed": f"exit status {status}"}
             results.append(json.loads(part.read_text()) if part.is_file() else crashed)
             results[-1]["process_seconds"] = time.perf_counter() - start
