@@ -285,14 +285,19 @@ def main(argv: list[str] | None = None) -> None:
         for name, weight in adapted.named_parameters():
             if "lora_B" in name:  # zero, so far: nothing to fold in
                 weight.normal_(std=0.01)
-    model, results = adapted.get_base_model(), []
+    model, results, failed = adapted.get_base_model(), [], {}
     with patch.object(vqa, "turn_end_ids", lambda tokenizer: []):
         for design in sorted(args.designs, key=lambda name: DESIGNS[name][2]):
             _, batched, folded = DESIGNS[design]
             if folded and adapted is not None:
                 model, adapted = vqa.fold_adapter(adapted), None
             data = repeated(annotations, rows, args.rows if batched else args.seed_rows)
-            results.append(measure(design, model, tokenizer, data, args))
+            try:
+                results.append(measure(design, model, tokenizer, data, args))
+            except RuntimeError as error:  # memory, or a graph: the other designs go on
+                failed[design] = f"{type(error).__name__}: {error}".splitlines()[0]
+                print(f"{design}: {failed[design]}")
+                continue
             print(json.dumps(results[-1]), flush=True)
             if args.cache_features and design in ("ours", "fast"):
                 args.cache_features.mkdir(parents=True, exist_ok=True)
@@ -307,6 +312,7 @@ def main(argv: list[str] | None = None) -> None:
         "batch_size": args.batch_size,
         "distinct_rows": len(rows),
         "designs": results,
+        "failed": failed,
     }
     reference = next((r["samples_per_second"] for r in results if r["design"] == "seed"), None)
     print(f"\n{report['device']}: products of matrices reach {ceiling:.3g} TFLOP/s; {len(rows)} distinct rows")

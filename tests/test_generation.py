@@ -840,25 +840,49 @@ def test_ten_kills_at_random_moments_change_nothing(tmp_path, trained, data):
 
 
 def test_the_benchmark_of_speed_runs_every_design(tiny, tmp_path, capsys, monkeypatch):
-    """On the tiny model: all rows are answered with as many tokens as asked for, and counted."""
+    """On the tiny model: all rows are answered with as many tokens as asked for, and counted; batches alike."""
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     import generate_speed
 
     flags = ["--model_name_or_path", tiny, "--data_path", DATA[1], "--frames_dir", DATA[3], "--audio_dir", DATA[5]]
     flags += ["--rows", 7, "--seed_rows", 2, "--max_image_size", 56, "--frames", 2, "--max_new_tokens", 3]
-    generate_speed.main([*map(str, flags), "--output", str(tmp_path / "speed.json"), "--profile", "1"])
+    answers, append = {}, ev.RowFile.append
+
+    def kept(self, row):
+        answers.setdefault(design[-1], []).append(row["predicted_answer"])
+        append(self, row)
+
+    design, answer = [], generate_speed.measure
+    monkeypatch.setattr(generate_speed.ev.RowFile, "append", kept)
+    monkeypatch.setattr(generate_speed, "measure", lambda name, *args: design.append(name) or answer(name, *args))
+    designs = ["--designs", ",".join(generate_speed.DESIGNS)]
+    generate_speed.main([*map(str, flags), *designs, "--output", str(tmp_path / "speed.json"), "--profile", "1"])
+    assert answers["ours"] == answers["grouped"] == answers["graphs"]
+    assert len(set(answers["ours"])) > 1
     report = json.loads((tmp_path / "speed.json").read_text())
     assert report["distinct_rows"] == 5
     figures = {result["design"]: result for result in report["designs"]}
     assert {name: (result["rows"], result["new_tokens"]) for name, result in figures.items()} == {
         "seed": (2, 6),
-        "ours": (7, 21),
-        "fast": (7, 21),
+        "merged": (2, 6),
+        **dict.fromkeys(("apart", "ours", "fast", "grouped", "graphs"), (7, 21)),
     }
+    for result in report["designs"]:
+        batched = result["design"] not in ("seed", "merged")
+        assert (result["seconds_reading"] > 0) == (result["seconds_decoding"] > 0) == batched
     assert figures["seed"]["prompt_tokens"] == figures["ours"]["prompt_tokens"] > figures["fast"]["prompt_tokens"]
     printed = capsys.readouterr().out
     assert "## read prompts" in printed
     assert "of ceiling" in printed
+    def full(*args):
+        raise torch.OutOfMemoryError("full\nof rows")
+
+    monkeypatch.setattr(generate_speed.ev, "read_prompts", full)
+    flags += ["--batch_size", 1]  # which is not halved
+    generate_speed.main([*map(str, flags), "--designs", "seed,ours", "--output", str(tmp_path / "speed.json")])
+    report = json.loads((tmp_path / "speed.json").read_text())
+    assert [result["design"] for result in report["designs"]] == ["seed"]
+    assert report["failed"] == {"ours": "OutOfMemoryError: full"}
     with pytest.raises(SystemExit):
         generate_speed.main([*map(str, flags), "--designs", "plain"])
-    assert "--designs: 'plain' is none of seed, ours, fast" in capsys.readouterr().err
+    assert "--designs: 'plain' is none of seed, apart, merged, ours, fast" in capsys.readouterr().err

@@ -3,6 +3,8 @@ and the benchmark that measures them."""
 
 import json
 import re
+import sys
+import types
 from functools import partial
 
 import pytest
@@ -10,6 +12,7 @@ import torch
 
 import train_vqa as vqa
 from benchmarks import train_speed
+from benchmarks.training_changes import CHANGES
 from tests.conftest import FIXTURES
 from tests.test_main import FIXTURE_DATA, RANDOM_TINY, SMALL
 
@@ -202,6 +205,133 @@ def test_dry_run_prints_the_estimate(capsys):
 )
 def test_the_rule_counts_the_layers_that_are_recomputed(every_n, factor):
     assert train_speed.flops_factor(28, every_n) == pytest.approx(factor)
+
+
+@pytest.mark.parametrize("change", ["all_logits", "ones_mask", "kv_cache", "liger", "one_length"])
+def test_a_change_to_an_exact_lever_leaves_loss_and_gradients(fresh, rows, tokenizer, change, monkeypatch):
+    def swiglu(gate, up, *scales):
+        calls.append("swiglu")
+        return torch.nn.functional.silu(gate) * up
+
+    def norm(x, weight, eps, *settings):
+        calls.append("norm")
+        return torch.nn.functional.rms_norm(x, weight.shape, weight, eps)
+
+    calls = []
+    functions = {"LigerRMSNormFunction": norm, "LigerSiLUMulFunction": swiglu}
+    ops = types.SimpleNamespace(**{name: types.SimpleNamespace(apply=f) for name, f in functions.items()})
+    monkeypatch.setitem(sys.modules, "liger_kernel", types.ModuleType("liger_kernel"))
+    monkeypatch.setitem(sys.modules, "liger_kernel.ops", ops)
+    models = fresh(), fresh()
+    for model in models:
+        torch.manual_seed(0)
+        vqa.add_lora(model, 4, 16, 0.0)
+    processor = vqa.VQAProcessor(tokenizer, models[0].config, max_image_size=56, audio_tokens="speech")
+    sample = vqa.SurgicalVQADataset(rows, processor)[0]
+    batch = vqa.VQACollator(497)([sample])
+    loss, gradients = losses_and_gradients(models[0], [batch])
+    with CHANGES[change]():
+        changed = vqa.VQACollator(497)([sample])
+        other_loss, other = losses_and_gradients(models[1], [changed])
+    assert torch.allclose(loss, other_loss, atol=1e-5) and gradients.keys() == other.keys()
+    assert all(torch.allclose(gradient, other[name], atol=1e-5) for name, gradient in gradients.items())
+    # two norms a layer and the last one; one MLP a layer
+    assert (calls.count("norm"), calls.count("swiglu")) == ((5, 2) if change == "liger" else (0, 0))
+    if change == "one_length":
+        assert batch["input_ids"].shape[1] % 64 and changed["input_ids"].shape[1] % 64 == 0
+        assert 0 < changed["input_ids"].shape[1] - batch["input_ids"].shape[1] < 64
+    assert ("attention_mask" in changed) == (change == "ones_mask")
+    assert "attention_mask" not in vqa.VQACollator(497)([sample])  # gone again
+
+
+def test_casts_attention_and_graphs_are_changed_and_changed_back(fresh, monkeypatch):
+    model = vqa.add_lora(fresh(), 4, 16, 0.0)
+    projection = model.get_base_model().model.language_model.layers[0].mlp.up_proj
+    with CHANGES["input_casts"]():
+        vqa.skip_input_casts(model)
+        assert projection.cast_input_dtype_enabled
+    vqa.skip_input_casts(model)
+    assert not projection.cast_input_dtype_enabled
+    with CHANGES["cudnn_attention"]():
+        assert not torch.backends.cuda.flash_sdp_enabled()
+    assert torch.backends.cuda.flash_sdp_enabled() and torch.backends.cuda.mem_efficient_sdp_enabled()
+    monkeypatch.setattr(torch, "compile", lambda function, **options: options)
+    with CHANGES["one_length"](), CHANGES["cuda_graphs"]():
+        assert torch.compile(None, dynamic=True, fullgraph=True) == {
+            "dynamic": False,
+            "fullgraph": True,
+            "mode": "reduce-overhead",
+        }
+        weights = [p for p in vqa.add_lora(fresh(), 4, 16, 0.0).parameters() if p.requires_grad]
+        assert weights and all(weight.grad.abs().max() == 0 for weight in weights)
+    assert torch.compile(None, dynamic=True) == {"dynamic": True}
+
+
+def test_gaps_are_put_down_to_what_launched_the_next_kernel():
+    """Kernels at 100-200, 205-300, 500-600, 650-700 (of two streams, overlapping) and 900-950 us."""
+
+    def event(cat, name, start, end, tid=1, correlation=None):
+        args = {} if correlation is None else {"correlation": correlation}
+        return {"ph": "X", "cat": cat, "name": name, "ts": start, "dur": end - start, "tid": tid, "args": args}
+
+    trace = [
+        event("kernel", "a", 100, 200, 7, 1),
+        event("kernel", "b", 205, 300, 7, 2),
+        event("kernel", "c", 500, 600, 7, 3),
+        event("gpu_memcpy", "d", 560, 700, 8, 4),
+        event("kernel", "e", 900, 950, 7, 5),
+        event("cuda_runtime", "cudaLaunchKernel", 490, 495, 1, 3),
+        event("cuda_driver", "cuLaunchKernelEx", 600, 605, 2, 5),  # before the gap began
+        event("cpu_op", "backward", 400, 800, 1),
+        event("cpu_op", "aten::mm", 480, 497, 1),
+        event("user_annotation", "Optimizer.step", 590, 960, 2),
+        event("user_annotation", "ProfilerStep#1", 0, 1000, 1),
+        event("cuda_runtime", "cudaStreamSynchronize", 700, 790, 1, 6),
+        {"ph": "i", "cat": "kernel", "name": "not a span", "ts": 0},
+    ]
+    table = train_speed.gap_table(trace)
+    lines = table.splitlines()
+    assert lines[0] == "GPU: 0.85 ms from its first kernel to its last, 5 kernels"
+    assert [" ".join(line.split()) for line in lines[1:4]] == [
+        "0.01 ms 1 gaps of 0 to 10 us",
+        "0.00 ms 0 gaps of 10 to 50 us",
+        "0.40 ms 2 gaps of 50 to inf us",
+    ]
+    assert "     0.20 ms      1 x backward > aten::mm" in lines
+    assert "     0.20 ms      1 x queued: Optimizer.step" in lines
+    assert lines[-1] == "     0.09 ms      1 x cudaStreamSynchronize in backward"
+    assert train_speed.gap_table([]) == "gaps: no kernels in the trace\n"
+
+
+def test_a_change_that_is_not_there_is_refused(capsys):
+    required = ["--model_name_or_path", "m", "--data_path", "d", "--frames_dir", "f", "--audio_dir", "a"]
+    with pytest.raises(SystemExit) as error:
+        train_speed.main([*required, "--design", "x=@tiger --lora_dropout 0"])
+    assert error.value.code == 2
+    assert "--design: @tiger: not among @all_logits, @input_casts" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_designs_share_a_process_and_one_that_fails_does_not_end_the_others(tiny, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "liger_kernel", None)  # not installed
+    monkeypatch.setattr(train_speed, "subprocess", None)
+    trainer, output = vqa.VQATrainer, tmp_path / "speed.json"
+    train_speed.main(
+        [
+            *("--model_name_or_path", str(tiny), "--data_path", str(FIXTURES / "smoke.jsonl")),
+            *("--frames_dir", str(FIXTURES / "frames"), "--audio_dir", str(FIXTURES / "audio"), "--designs="),
+            *("--design", "liger=@liger", "--design", "three=@ones_mask --max_train_samples 3", "--design", "all="),
+            *("--one_process", "--profile", "--rows", "8", "--steps", "5", "--warmup", "1", "--output", str(output)),
+            *("--flags", "--max_image_size 56 --dataloader_num_workers 0 --per_device_train_batch_size 1"),
+        ]
+    )
+    failed, three, whole = json.loads(output.read_text())["results"]
+    assert failed["failed"].startswith("ModuleNotFoundError: ") and "liger_kernel" in failed["failed"]
+    for result in (three, whole):
+        assert len(result["step_seconds"]) == result["steps"] == 2  # of 5; one warms up, two belong to the profile
+        assert sum(result["step_seconds"]) == pytest.approx(result["seconds"])
+    assert "gaps: no kernels in the trace" in output.with_suffix(".all.profile.txt").read_text()
+    assert vqa.VQATrainer is trainer
 
 
 @pytest.mark.slow
