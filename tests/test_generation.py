@@ -874,6 +874,7 @@ def test_the_benchmark_of_speed_runs_every_design(tiny, tmp_path, capsys, monkey
     printed = capsys.readouterr().out
     assert "## read prompts" in printed
     assert "of ceiling" in printed
+
     def full(*args):
         raise torch.OutOfMemoryError("full\nof rows")
 
