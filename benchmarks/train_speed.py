@@ -80,9 +80,9 @@ class Clock(TrainerCallback):
             self.profiler.stop()
             trace = self.profile.with_suffix(".trace.json")
             self.profiler.export_chrome_trace(str(trace))
-            events = json.loads(trace.read_text())["traceEvents"]
-            trace.unlink()
-            self.profile.write_text(kernel_table(self.profiler) + "\n" + gap_table(events))
+            self.profile.write_text(kernel_table(self.profiler))
+            with self.profile.open("a") as file:
+                file.write("\n" + gap_table(json.loads(trace.read_text())["traceEvents"]))
 
     def figures(self) -> dict:
         """Medians and sums of the steps that count; a profiled step is not one of them."""
@@ -328,7 +328,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--warmup", type=int, default=3, help="of them not counted")
     parser.add_argument("--flags", default="", help="further flags of train_vqa.py for all designs")
     parser.add_argument("--gpu_memory_limit_gib", type=float, help="cap each process (none)")
-    parser.add_argument("--profile", action="store_true", help="also write where one step's milliseconds go")
+    parser.add_argument("--profile", action="store_true", help="also write where one step's milliseconds go, and its trace")
     parser.add_argument("--one_process", action="store_true", help="all designs in this process, one after the other")
     parser.add_argument("--output", type=Path, default=Path("train_speed.json"), help="figures as JSON")
     parser.add_argument("--child", help=argparse.SUPPRESS)
