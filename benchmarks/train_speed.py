@@ -328,7 +328,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--warmup", type=int, default=3, help="of them not counted")
     parser.add_argument("--flags", default="", help="further flags of train_vqa.py for all designs")
     parser.add_argument("--gpu_memory_limit_gib", type=float, help="cap each process (none)")
-    parser.add_argument("--profile", action="store_true", help="also write where one step's milliseconds go, and its trace")
+    parser.add_argument("--profile", action="store_true", help="also write where a step's time goes, and its trace")
     parser.add_argument("--one_process", action="store_true", help="all designs in this process, one after the other")
     parser.add_argument("--output", type=Path, default=Path("train_speed.json"), help="figures as JSON")
     parser.add_argument("--child", help=argparse.SUPPRESS)
