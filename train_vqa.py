@@ -44,11 +44,11 @@ import typing
 import warnings
 import zlib
 from array import array
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
-from functools import cache, partial
+from functools import cache, lru_cache, partial
 from pathlib import Path
 
 import accelerate
@@ -127,6 +127,9 @@ MP3_KBPS = (
 MEDIA_CHECKS = 1  # raise it when decode_frame or decode_audio refuse more: what passed before is decoded again
 DIGEST_BYTES = 8  # of a media file that passed: two of a million share one with a chance of 1 to 37 million
 MAX_REMEMBERED = 1_000_000  # digests: 8 MB
+# A loader worker keeps the mel of the speech it heard last: 700 questions of 3 s in 128 bins, a GiB in 8 workers.
+SPEECH_MEMO_BYTES = 128 * 2**20
+MAX_KNOWN_TEXTS = 10_000  # tokenised pieces of prompts and answers, a few MB
 FEATURE_SCHEMA = 1  # raise it when what the towers are fed, or what is stored of them, changes
 STALE_SECONDS = 3600  # a file of features takes a second to write; what is older was left by a run that was killed
 
@@ -1048,6 +1051,7 @@ class VQAProcessor:
             feature_size=audio.num_mel_bins, sampling_rate=SAMPLE_RATE, hop_length=HOP_LENGTH, chunk_length=1
         )
         self.feature_extractor.n_samples, self.feature_extractor.nb_max_frames = self.max_samples, mel_frames
+        self.known_texts: dict[tuple[str, bool], list[int]] = {}
         self.audio_id = tokenizer.convert_tokens_to_ids(AUDIO_PAD)
         video = frame_mode == "video"
         self.vision_id, self.vision_type = (config.video_token_id, 2) if video else (config.image_token_id, 1)
@@ -1058,6 +1062,17 @@ class VQAProcessor:
         if self.audio_tokens == "full":
             return self.encoder_tokens
         return min(self.encoder_tokens, max(1, math.ceil(samples / SAMPLES_PER_TOKEN)))
+
+    def tokenize(self, text: str, split_special_tokens: bool = False) -> list[int]:
+        """Ids of a piece of a prompt, not to be changed; what many rows share is tokenised once."""
+        key = text, split_special_tokens
+        if key not in self.known_texts:
+            with TOKENIZING:
+                ids = self.tokenizer.encode(text, add_special_tokens=False, split_special_tokens=split_special_tokens)
+            if len(self.known_texts) >= MAX_KNOWN_TEXTS:
+                return ids
+            self.known_texts[key] = ids
+        return self.known_texts[key]
 
     def build(
         self, question: str, vision_tokens: Sequence[int], audio_tokens: int, answer: str | None
@@ -1075,11 +1090,8 @@ class VQAProcessor:
             end; -100 elsewhere), each int64 [T].
         """
 
-        def words(text: str, **options) -> list[int]:
-            with TOKENIZING:
-                return self.tokenizer.encode(text, add_special_tokens=False, **options)
-
-        ids = words("<|im_start|>user\n" + (AUDIO_BOS if self.input_mode != "text" else ""))
+        words = self.tokenize
+        ids = list(words("<|im_start|>user\n" + (AUDIO_BOS if self.input_mode != "text" else "")))
         if self.input_mode != "text":
             ids += [self.audio_id] * audio_tokens + words(AUDIO_EOS + "\n")
         spans = []
@@ -1103,7 +1115,7 @@ class VQAProcessor:
         self,
         row: VQARow,
         frames: Sequence[Image.Image],
-        speech: np.ndarray | None,
+        speech: np.ndarray | tuple[torch.Tensor, torch.Tensor] | None,
         with_answer: bool,
         seen: tuple[torch.Tensor, torch.Tensor] | None = None,
         heard: torch.Tensor | None = None,
@@ -1113,7 +1125,7 @@ class VQAProcessor:
         Args:
             row: question and answer.
             frames: RGB, from `load_frame`.
-            speech: float32 [n] at 16 kHz; None in text mode.
+            speech: float32 [n] at 16 kHz, or what `encode_speech` made of it; None in text mode.
             with_answer: append the answer and label it.
             seen: features and grid of the clip, from `read_features`; then `frames` are not looked at.
             heard: features of the speech; then `speech` is not listened to.
@@ -1137,9 +1149,9 @@ class VQAProcessor:
         if heard is not None:
             media["speech_features"], audio_tokens = heard, len(heard)
         elif self.input_mode != "text":
-            audio_tokens = self.speech_tokens(len(speech))
-            media["input_features"] = self.encode_speech(row, speech)
-            media["audio_lengths"] = torch.tensor([audio_tokens])
+            mel, lengths = speech if isinstance(speech, tuple) else self.encode_speech(row, speech)
+            media |= {"input_features": mel, "audio_lengths": lengths}
+            audio_tokens = int(lengths)
         counts = (grid.prod(-1) // self.merge_size**2).tolist()
         sample = self.build(row.question, counts, audio_tokens, row.answer if with_answer else None) | media
         sample["video_grid_thw" if self.frame_mode == "video" else "image_grid_thw"] = grid
@@ -1178,16 +1190,15 @@ class VQAProcessor:
         values = values[:, :, :, :, :, None].repeat(times, axis=5)
         return values.reshape(rows * columns, -1), (1, rows, columns)
 
-    def encode_speech(self, row: VQARow, speech: np.ndarray) -> torch.Tensor:
-        """`input_features`, as `encode` returns them; float32 [n] at 16 kHz comes in."""
+    def encode_speech(self, row: VQARow, speech: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
+        """`input_features` and `audio_lengths`, as `encode` returns them; float32 [n] at 16 kHz comes in."""
         if len(speech) > self.max_samples:
             raise VQAError(
                 f"{row.where}: speech {row.audio_path} lasts {len(speech) / SAMPLE_RATE:.1f} s, this model's "
                 f"encoder hears {self.max_samples / SAMPLE_RATE:.1f}; shorten it"
             )
-        return self.feature_extractor(speech, sampling_rate=SAMPLE_RATE, return_tensors="pt", padding="max_length")[
-            "input_features"
-        ]
+        mel = self.feature_extractor(speech, sampling_rate=SAMPLE_RATE, return_tensors="pt", padding="max_length")
+        return mel["input_features"], torch.tensor([self.speech_tokens(len(speech))])
 
     def count_tokens(self, row: VQARow, frame_paths: Sequence[Path]) -> int:
         """Length of the training sample of `row`, from the frames' headers alone."""
@@ -1233,19 +1244,24 @@ def mrope_positions(types: torch.Tensor, grid: torch.Tensor, merge_size: int) ->
         grid: int64 [frames or clips, 3], patches in time, rows and columns.
         merge_size: patches a token covers each way.
     """
-    positions, place, vision = torch.empty(len(types), 3, dtype=torch.long), 0, torch.nonzero(types).flatten()
-    at = 0
+    positions, vision = np.empty((len(types), 3), np.int64), np.flatnonzero(types.numpy())
+    place = at = seen = 0
     for t, h, w in grid.tolist():
         sides = t, h // merge_size, w // merge_size
-        start = int(vision[0])
-        positions[at:start] = torch.arange(place, place + start - at)[:, None]
+        start, seen = int(vision[seen]), seen + math.prod(sides)
+        positions[at:start] = np.arange(place, place + start - at)[:, None]
         place += start - at
         at = start + math.prod(sides)
-        positions[start:at] = torch.cartesian_prod(*map(torch.arange, sides)) + place
+        positions[start:at] = lattice(*sides) + place
         place += max(sides[1:])
-        vision = vision[math.prod(sides) :]
-    positions[at:] = torch.arange(place, place + len(types) - at)[:, None]
-    return positions
+    positions[at:] = np.arange(place, place + len(types) - at)[:, None]
+    return torch.from_numpy(positions)
+
+
+@lru_cache(64)  # the frames of a training run have few sizes
+def lattice(*sides: int) -> np.ndarray:
+    """The points of a grid in row-major order, int64 [points, dimensions]."""
+    return np.indices(sides).reshape(len(sides), -1).T
 
 
 def check_labels(labels: torch.Tensor, row: VQARow) -> None:
@@ -1259,6 +1275,40 @@ def check_labels(labels: torch.Tensor, row: VQARow) -> None:
 # ----------------------------------------------------------------------------------------------------------------------
 # Dataset and collator
 # ----------------------------------------------------------------------------------------------------------------------
+
+
+class SpeechMemo:
+    """The mel of the speech heard last, so that a file that many rows and epochs share is decoded once a process.
+
+    A file that was replaced (another size, time of change or inode) is heard anew. Beyond `limit` bytes the one that
+    was not heard for longest goes. Silence up to the end of the encoder's window takes no room.
+    """
+
+    def __init__(self, processor: VQAProcessor, limit: int = SPEECH_MEMO_BYTES):
+        self.processor, self.limit, self.bytes = processor, limit, 0
+        self.kept: OrderedDict[tuple, tuple[torch.Tensor, torch.Tensor, torch.Tensor, int]] = OrderedDict()
+
+    def hear(self, row: VQARow) -> tuple[torch.Tensor, torch.Tensor]:
+        """What `encode_speech` makes of the speech of a row."""
+        try:
+            stat = os.stat(row.audio_path)
+        except OSError:  # decoding words it
+            return self.processor.encode_speech(row, load_speech(row.audio_path))
+        key = str(row.audio_path), stat.st_size, stat.st_mtime_ns, stat.st_ino
+        if key in self.kept:
+            self.kept.move_to_end(key)
+            heard, silence, lengths, frames = self.kept[key]
+            mel = silence.repeat(1, heard.shape[1], frames)
+            mel[..., : heard.shape[-1]] = heard
+            return mel, lengths
+        mel, lengths = self.processor.encode_speech(row, load_speech(row.audio_path))
+        silence = mel[0, -1, -1].clone()
+        sounding = 1 + max((mel[0] != silence).any(0).nonzero().flatten().tolist(), default=-1)
+        self.kept[key] = mel[..., :sounding].clone(), silence, lengths, mel.shape[-1]
+        self.bytes += self.kept[key][0].nbytes
+        while self.bytes > self.limit:
+            self.bytes -= self.kept.popitem(last=False)[1][0].nbytes
+        return mel, lengths
 
 
 class SurgicalVQADataset(torch.utils.data.Dataset):
@@ -1294,6 +1344,7 @@ class SurgicalVQADataset(torch.utils.data.Dataset):
         self.max_train_frames, self.max_eval_frames = max_train_frames, max_eval_frames
         self.is_eval, self.with_answer, self.numbered = is_eval, with_answer, numbered
         self.features: list[tuple[Path | None, Path | None]] = []  # of each row; `fill_feature_cache` sets it
+        self.speech_memo = SpeechMemo(processor)
 
     def _select_frames(self, frames: Sequence) -> Sequence:
         """Evenly spaced frames, the first among them, so that the order in time is kept; a short clip is kept whole."""
@@ -1314,7 +1365,7 @@ class SurgicalVQADataset(torch.utils.data.Dataset):
             sample = self.processor.encode(row, (), None, self.with_answer, read_features(clip_file), heard)
         else:
             frames = [load_frame(path, self.processor.max_image_size) for path in clip]
-            speech = load_speech(speech_path) if speech_path else None
+            speech = self.speech_memo.hear(row) if speech_path else None
             sample = self.processor.encode(row, frames, speech, self.with_answer)
         return {**sample, "rows": [index]} if self.numbered else sample
 
@@ -2750,8 +2801,7 @@ def fill_feature_cache(
         processor, row = users[medium]
         try:
             if isinstance(medium, Path):
-                speech = load_speech(medium)
-                return processor.encode_speech(row, speech), torch.tensor([processor.speech_tokens(len(speech))])
+                return processor.encode_speech(row, load_speech(medium))
             return processor.encode_frames(row, [load_frame(path, processor.max_image_size) for path in medium])
         except VQAError:
             if allow_errors:
