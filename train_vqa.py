@@ -1038,13 +1038,6 @@ class VQAProcessor:
             temporal_patch_size=config.vision_config.temporal_patch_size,
             merge_size=self.merge_size,
         )
-        # A pixel has 256 values: what the library's scaling makes of each, float32 [3, 256], looked up from here on.
-        every = np.tile(np.arange(256, dtype=np.uint8), (3, 1))[..., None]
-        library = self.image_processor
-        scaled = library.normalize(
-            library.rescale(every, library.rescale_factor), library.image_mean, library.image_std
-        )
-        self.pixel_values = scaled[..., 0].astype(np.float32)
         mel_frames = self.encoder_tokens * MEL_FRAMES_PER_TOKEN
         self.max_samples = mel_frames * HOP_LENGTH
         self.feature_extractor = WhisperFeatureExtractor(
@@ -1131,7 +1124,8 @@ class VQAProcessor:
             heard: features of the speech; then `speech` is not listened to.
 
         Returns:
-            The tensors of `build`, `pixel_values` float32 [patches, channels * temporal patch * patch * patch],
+            The tensors of `build`, `pixel_values` uint8 [patches, 3 * patch * patch], in video mode
+            [patches, 3 * 2 * patch * patch] (the model scales them, see `scale_pixels`),
             `image_grid_thw` int64 [frames, 3] or `video_grid_thw` int64 [1, 3], and outside text mode `input_features`
             float32 [1, mel bins, frames] and `audio_lengths` int64 [1], the tokens of the speech. With `seen`
             `vision_features` in place of the pixels, with `heard` `speech_features` in place of these two.
@@ -1172,12 +1166,9 @@ class VQAProcessor:
         return pixels, grid
 
     def cut_patches(self, frame: Image.Image) -> tuple[np.ndarray, tuple[int, int, int]]:
-        """A frame as patches, float32 [patches, 3 * temporal patch * patch * patch], and its grid.
-
-        Bit for bit what `Qwen2VLImageProcessorPil` gives, in a fraction of the time.
-        """
+        """A frame as patches, uint8 [patches, 3 * patch * patch], and its grid, both as the library lays them out."""
         library, merge = self.image_processor, self.merge_size
-        patch, times, limits = library.patch_size, library.temporal_patch_size, library.size
+        patch, limits = library.patch_size, library.size
         height, width = smart_resize(
             *(frame.height, frame.width, patch * merge), limits["shortest_edge"], limits["longest_edge"]
         )
@@ -1185,9 +1176,7 @@ class VQAProcessor:
             frame = frame.resize((width, height), Image.Resampling.BICUBIC)
         rows, columns = height // patch, width // patch
         shape = rows // merge, merge, patch, columns // merge, merge, patch, 3
-        blocks = np.asarray(frame).reshape(shape).transpose(6, 0, 3, 1, 4, 2, 5)  # [3, ...rows, columns..., y, x]
-        values = np.stack([levels[channel] for levels, channel in zip(self.pixel_values, blocks, strict=True)], axis=4)
-        values = values[:, :, :, :, :, None].repeat(times, axis=5)
+        values = np.asarray(frame).reshape(shape).transpose(0, 3, 1, 4, 6, 2, 5)  # [rows..., columns..., 3, y, x]
         return values.reshape(rows * columns, -1), (1, rows, columns)
 
     def encode_speech(self, row: VQARow, speech: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
@@ -1222,18 +1211,42 @@ def pair_frames(pixels: torch.Tensor, grid: torch.Tensor) -> tuple[torch.Tensor,
     """Frames as Qwen2-VL's video: two neighbours share a temporal patch; a last one without neighbour is doubled.
 
     Args:
-        pixels: float32 [frames * patches, channels * 2 * patch * patch], each frame standing in both temporal places.
+        pixels: [frames * patches, 3 * patch * patch].
         grid: int64 [frames, 3], all frames of one size.
 
     Returns:
-        Pixels [ceil(frames / 2) * patches, ...] and grid int64 [1, 3].
+        Pixels [ceil(frames / 2) * patches, 3 * 2 * patch * patch] and grid int64 [1, 3].
     """
     frames, _, height, width = len(grid), *grid[0].tolist()
     if frames % 2:
         pixels, frames = torch.cat([pixels, pixels[-height * width :]]), frames + 1
-    pairs = pixels.view(frames // 2, 2, height * width, -1, 2, pixels.shape[1] // 6)
-    video = torch.stack([pairs[:, 0, :, :, 0], pairs[:, 1, :, :, 1]], dim=-2)
-    return video.reshape(-1, pixels.shape[1]), torch.tensor([[frames // 2, height, width]])
+    pairs = pixels.view(frames // 2, 2, height * width, 3, -1).permute(0, 2, 3, 1, 4)
+    return pairs.reshape(-1, 2 * pixels.shape[1]), torch.tensor([[frames // 2, height, width]])
+
+
+@cache
+def pixel_levels(device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+    """What Qwen2-VL's image processor makes of the 256 values of red, green and blue, [768]."""
+    library, every = Qwen2VLImageProcessorPil(), np.tile(np.arange(256, dtype=np.uint8), (3, 1))[..., None]
+    scaled = library.normalize(library.rescale(every, library.rescale_factor), library.image_mean, library.image_std)
+    return torch.from_numpy(scaled.astype(np.float32).flatten()).to(device, dtype)
+
+
+def scale_pixels(pixels: torch.Tensor, width: int, dtype: torch.dtype) -> torch.Tensor:
+    """Patches as `Qwen2VLImageProcessorPil` gives them, bit for bit, once rounded to `dtype`: [patches, width].
+
+    Here, on the device, since they take 8 times (in pairs 4 times) the room of what they are made of.
+
+    Args:
+        pixels: uint8 [patches, 3 * patch * patch], then each stands in both temporal places, or of pairs
+            [patches, 3 * 2 * patch * patch].
+        width: values of a patch in the vision tower: 3 * temporal patch * patch * patch.
+        dtype: of the result.
+    """
+    channels = pixels.view(len(pixels), 3, 1, -1).int()
+    channels += torch.arange(0, 768, 256, dtype=torch.int32, device=pixels.device).view(3, 1, 1)
+    values = pixel_levels(pixels.device, dtype)[channels]
+    return values.expand(-1, -1, width // pixels.shape[1], -1).reshape(len(pixels), width)
 
 
 def mrope_positions(types: torch.Tensor, grid: torch.Tensor, merge_size: int) -> torch.Tensor:
@@ -1611,8 +1624,12 @@ class SurgicalVQAModel(Qwen2VLForConditionalGeneration):
         return embeds
 
     def see(self, pixel_values: torch.Tensor, grid: torch.Tensor) -> torch.Tensor:
-        """What the vision tower makes of patches and their grid int64 [n, 3]: [tokens, hidden]."""
+        """What the vision tower makes of patches, uint8 or scaled, and their grid int64 [n, 3]: [tokens, hidden]."""
         visual, where = self.model.visual, patch_positions(grid, self.model.visual.spatial_merge_size)
+        if pixel_values.dtype == torch.uint8:
+            vision = self.config.vision_config
+            width = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
+            pixel_values = scale_pixels(pixel_values, width, visual.dtype)
         with torch.set_grad_enabled(self.trains_vision and torch.is_grad_enabled()):
             return visual(pixel_values.to(visual.dtype), grid_thw=grid, position_ids=where).pooler_output
 
@@ -1670,7 +1687,7 @@ class SurgicalVQAModel(Qwen2VLForConditionalGeneration):
             past_key_values: the cache, in generation.
             labels: int64 [B, T], -100 where nothing is learned.
             use_cache: keep keys and values; never with labels.
-            pixel_values: patches of all frames of the batch.
+            pixel_values: patches of all frames of the batch, uint8 or scaled, see `scale_pixels`.
             image_grid_thw: int64 [frames, 3], or None.
             video_grid_thw: int64 [clips, 3], or None.
             input_features: float32 [B, mel bins, mel frames].
