@@ -1245,7 +1245,8 @@ def scale_pixels(pixels: torch.Tensor, width: int, dtype: torch.dtype) -> torch.
     """
     channels = pixels.view(len(pixels), 3, 1, -1).int()
     channels += torch.arange(0, 768, 256, dtype=torch.int32, device=pixels.device).view(3, 1, 1)
-    values = pixel_levels(pixels.device, dtype)[channels]
+    # On the CPU index_select takes a third of the time of indexing.
+    values = torch.index_select(pixel_levels(pixels.device, dtype), 0, channels.flatten()).view(channels.shape)
     return values.expand(-1, -1, width // pixels.shape[1], -1).reshape(len(pixels), width)
 
 
@@ -1527,7 +1528,9 @@ class FrameAttention(VisionAttention):
         **kwargs,
     ) -> torch.Tensor:
         """[patches, d] -> [patches, d]; `cu_seqlens` [frames + 1] says where the frames begin."""
-        sizes = cu_seqlens.diff().tolist()
+        if not hasattr(cu_seqlens, "frame_sizes"):  # all layers get this tensor; reading it waits for the GPU
+            cu_seqlens.frame_sizes = cu_seqlens.diff().tolist()
+        sizes = cu_seqlens.frame_sizes
         if len(set(sizes)) > 1 or self.config._attn_implementation != "sdpa":
             return super().forward(hidden_states, cu_seqlens, position_embeddings=position_embeddings, **kwargs)
         total = len(hidden_states)
