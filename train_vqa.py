@@ -127,7 +127,7 @@ MP3_KBPS = (
 MEDIA_CHECKS = 1  # raise it when decode_frame or decode_audio refuse more: what passed before is decoded again
 DIGEST_BYTES = 8  # of a media file that passed: two of a million share one with a chance of 1 to 37 million
 MAX_REMEMBERED = 1_000_000  # digests: 8 MB
-# A loader worker keeps the mel of the speech it heard last: 700 questions of 3 s in 128 bins, a GiB in 8 workers.
+# A loader worker keeps the mel of the speech it heard last: 850 questions of 3 s in 128 bins, a GiB in 8 workers.
 SPEECH_MEMO_BYTES = 128 * 2**20
 MAX_KNOWN_TEXTS = 10_000  # tokenised pieces of prompts and answers, a few MB
 FEATURE_SCHEMA = 1  # raise it when what the towers are fed, or what is stored of them, changes
@@ -888,7 +888,7 @@ def decode_frame(path: Path) -> Image.Image:
                 return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
             if image.mode in ("P", "PA", "LA", "RGBA"):  # what is transparent keeps the colour it was stored with
                 image = image.convert("RGBA")
-            return image.convert("RGB") if image.mode != "RGB" else image.copy()
+            return image.convert("RGB") if image.mode != "RGB" else image  # it is loaded, and does without its file
     except VQAError:
         raise
     except DECODE_ERRORS as error:
@@ -898,7 +898,8 @@ def decode_frame(path: Path) -> Image.Image:
 def load_frame(path: Path, max_image_size: int) -> Image.Image:
     """A decoded RGB frame, at most `max_image_size` pixels on its longer side."""
     image = decode_frame(path)
-    return image.resize(fit_size(image.size, max_image_size), Image.Resampling.BICUBIC, reducing_gap=2.0)
+    size = fit_size(image.size, max_image_size)
+    return image.resize(size, Image.Resampling.BICUBIC, reducing_gap=2.0) if size != image.size else image
 
 
 def decode_audio(path: Path) -> tuple[np.ndarray, int]:
