@@ -44,11 +44,11 @@ import typing
 import warnings
 import zlib
 from array import array
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
-from functools import cache, partial
+from functools import cache, lru_cache, partial
 from pathlib import Path
 
 import accelerate
@@ -127,6 +127,9 @@ MP3_KBPS = (
 MEDIA_CHECKS = 1  # raise it when decode_frame or decode_audio refuse more: what passed before is decoded again
 DIGEST_BYTES = 8  # of a media file that passed: two of a million share one with a chance of 1 to 37 million
 MAX_REMEMBERED = 1_000_000  # digests: 8 MB
+# A loader worker keeps the mel of the speech it heard last: 850 questions of 3 s in 128 bins, a GiB in 8 workers.
+SPEECH_MEMO_BYTES = 128 * 2**20
+MAX_KNOWN_TEXTS = 10_000  # tokenised pieces of prompts and answers, a few MB
 FEATURE_SCHEMA = 1  # raise it when what the towers are fed, or what is stored of them, changes
 STALE_SECONDS = 3600  # a file of features takes a second to write; what is older was left by a run that was killed
 
@@ -885,7 +888,7 @@ def decode_frame(path: Path) -> Image.Image:
                 return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
             if image.mode in ("P", "PA", "LA", "RGBA"):  # what is transparent keeps the colour it was stored with
                 image = image.convert("RGBA")
-            return image.convert("RGB") if image.mode != "RGB" else image.copy()
+            return image.convert("RGB") if image.mode != "RGB" else image  # it is loaded, and does without its file
     except VQAError:
         raise
     except DECODE_ERRORS as error:
@@ -895,7 +898,8 @@ def decode_frame(path: Path) -> Image.Image:
 def load_frame(path: Path, max_image_size: int) -> Image.Image:
     """A decoded RGB frame, at most `max_image_size` pixels on its longer side."""
     image = decode_frame(path)
-    return image.resize(fit_size(image.size, max_image_size), Image.Resampling.BICUBIC, reducing_gap=2.0)
+    size = fit_size(image.size, max_image_size)
+    return image.resize(size, Image.Resampling.BICUBIC, reducing_gap=2.0) if size != image.size else image
 
 
 def decode_audio(path: Path) -> tuple[np.ndarray, int]:
@@ -1035,19 +1039,13 @@ class VQAProcessor:
             temporal_patch_size=config.vision_config.temporal_patch_size,
             merge_size=self.merge_size,
         )
-        # A pixel has 256 values: what the library's scaling makes of each, float32 [3, 256], looked up from here on.
-        every = np.tile(np.arange(256, dtype=np.uint8), (3, 1))[..., None]
-        library = self.image_processor
-        scaled = library.normalize(
-            library.rescale(every, library.rescale_factor), library.image_mean, library.image_std
-        )
-        self.pixel_values = scaled[..., 0].astype(np.float32)
         mel_frames = self.encoder_tokens * MEL_FRAMES_PER_TOKEN
         self.max_samples = mel_frames * HOP_LENGTH
         self.feature_extractor = WhisperFeatureExtractor(
             feature_size=audio.num_mel_bins, sampling_rate=SAMPLE_RATE, hop_length=HOP_LENGTH, chunk_length=1
         )
         self.feature_extractor.n_samples, self.feature_extractor.nb_max_frames = self.max_samples, mel_frames
+        self.known_texts: dict[tuple[str, bool], list[int]] = {}
         self.audio_id = tokenizer.convert_tokens_to_ids(AUDIO_PAD)
         video = frame_mode == "video"
         self.vision_id, self.vision_type = (config.video_token_id, 2) if video else (config.image_token_id, 1)
@@ -1058,6 +1056,17 @@ class VQAProcessor:
         if self.audio_tokens == "full":
             return self.encoder_tokens
         return min(self.encoder_tokens, max(1, math.ceil(samples / SAMPLES_PER_TOKEN)))
+
+    def tokenize(self, text: str, split_special_tokens: bool = False) -> list[int]:
+        """Ids of a piece of a prompt, not to be changed; what many rows share is tokenised once."""
+        key = text, split_special_tokens
+        if key not in self.known_texts:
+            with TOKENIZING:
+                ids = self.tokenizer.encode(text, add_special_tokens=False, split_special_tokens=split_special_tokens)
+            if len(self.known_texts) >= MAX_KNOWN_TEXTS:
+                return ids
+            self.known_texts[key] = ids
+        return self.known_texts[key]
 
     def build(
         self, question: str, vision_tokens: Sequence[int], audio_tokens: int, answer: str | None
@@ -1075,11 +1084,8 @@ class VQAProcessor:
             end; -100 elsewhere), each int64 [T].
         """
 
-        def words(text: str, **options) -> list[int]:
-            with TOKENIZING:
-                return self.tokenizer.encode(text, add_special_tokens=False, **options)
-
-        ids = words("<|im_start|>user\n" + (AUDIO_BOS if self.input_mode != "text" else ""))
+        words = self.tokenize
+        ids = list(words("<|im_start|>user\n" + (AUDIO_BOS if self.input_mode != "text" else "")))
         if self.input_mode != "text":
             ids += [self.audio_id] * audio_tokens + words(AUDIO_EOS + "\n")
         spans = []
@@ -1103,7 +1109,7 @@ class VQAProcessor:
         self,
         row: VQARow,
         frames: Sequence[Image.Image],
-        speech: np.ndarray | None,
+        speech: np.ndarray | tuple[torch.Tensor, torch.Tensor] | None,
         with_answer: bool,
         seen: tuple[torch.Tensor, torch.Tensor] | None = None,
         heard: torch.Tensor | None = None,
@@ -1113,13 +1119,14 @@ class VQAProcessor:
         Args:
             row: question and answer.
             frames: RGB, from `load_frame`.
-            speech: float32 [n] at 16 kHz; None in text mode.
+            speech: float32 [n] at 16 kHz, or what `encode_speech` made of it; None in text mode.
             with_answer: append the answer and label it.
             seen: features and grid of the clip, from `read_features`; then `frames` are not looked at.
             heard: features of the speech; then `speech` is not listened to.
 
         Returns:
-            The tensors of `build`, `pixel_values` float32 [patches, channels * temporal patch * patch * patch],
+            The tensors of `build`, `pixel_values` uint8 [patches, 3 * patch * patch], in video mode
+            [patches, 3 * 2 * patch * patch] (the model scales them, see `scale_pixels`),
             `image_grid_thw` int64 [frames, 3] or `video_grid_thw` int64 [1, 3], and outside text mode `input_features`
             float32 [1, mel bins, frames] and `audio_lengths` int64 [1], the tokens of the speech. With `seen`
             `vision_features` in place of the pixels, with `heard` `speech_features` in place of these two.
@@ -1137,9 +1144,9 @@ class VQAProcessor:
         if heard is not None:
             media["speech_features"], audio_tokens = heard, len(heard)
         elif self.input_mode != "text":
-            audio_tokens = self.speech_tokens(len(speech))
-            media["input_features"] = self.encode_speech(row, speech)
-            media["audio_lengths"] = torch.tensor([audio_tokens])
+            mel, lengths = speech if isinstance(speech, tuple) else self.encode_speech(row, speech)
+            media |= {"input_features": mel, "audio_lengths": lengths}
+            audio_tokens = int(lengths)
         counts = (grid.prod(-1) // self.merge_size**2).tolist()
         sample = self.build(row.question, counts, audio_tokens, row.answer if with_answer else None) | media
         sample["video_grid_thw" if self.frame_mode == "video" else "image_grid_thw"] = grid
@@ -1160,12 +1167,9 @@ class VQAProcessor:
         return pixels, grid
 
     def cut_patches(self, frame: Image.Image) -> tuple[np.ndarray, tuple[int, int, int]]:
-        """A frame as patches, float32 [patches, 3 * temporal patch * patch * patch], and its grid.
-
-        Bit for bit what `Qwen2VLImageProcessorPil` gives, in a fraction of the time.
-        """
+        """A frame as patches, uint8 [patches, 3 * patch * patch], and its grid, both as the library lays them out."""
         library, merge = self.image_processor, self.merge_size
-        patch, times, limits = library.patch_size, library.temporal_patch_size, library.size
+        patch, limits = library.patch_size, library.size
         height, width = smart_resize(
             *(frame.height, frame.width, patch * merge), limits["shortest_edge"], limits["longest_edge"]
         )
@@ -1173,21 +1177,18 @@ class VQAProcessor:
             frame = frame.resize((width, height), Image.Resampling.BICUBIC)
         rows, columns = height // patch, width // patch
         shape = rows // merge, merge, patch, columns // merge, merge, patch, 3
-        blocks = np.asarray(frame).reshape(shape).transpose(6, 0, 3, 1, 4, 2, 5)  # [3, ...rows, columns..., y, x]
-        values = np.stack([levels[channel] for levels, channel in zip(self.pixel_values, blocks, strict=True)], axis=4)
-        values = values[:, :, :, :, :, None].repeat(times, axis=5)
+        values = np.asarray(frame).reshape(shape).transpose(0, 3, 1, 4, 6, 2, 5)  # [rows..., columns..., 3, y, x]
         return values.reshape(rows * columns, -1), (1, rows, columns)
 
-    def encode_speech(self, row: VQARow, speech: np.ndarray) -> torch.Tensor:
-        """`input_features`, as `encode` returns them; float32 [n] at 16 kHz comes in."""
+    def encode_speech(self, row: VQARow, speech: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
+        """`input_features` and `audio_lengths`, as `encode` returns them; float32 [n] at 16 kHz comes in."""
         if len(speech) > self.max_samples:
             raise VQAError(
                 f"{row.where}: speech {row.audio_path} lasts {len(speech) / SAMPLE_RATE:.1f} s, this model's "
                 f"encoder hears {self.max_samples / SAMPLE_RATE:.1f}; shorten it"
             )
-        return self.feature_extractor(speech, sampling_rate=SAMPLE_RATE, return_tensors="pt", padding="max_length")[
-            "input_features"
-        ]
+        mel = self.feature_extractor(speech, sampling_rate=SAMPLE_RATE, return_tensors="pt", padding="max_length")
+        return mel["input_features"], torch.tensor([self.speech_tokens(len(speech))])
 
     def count_tokens(self, row: VQARow, frame_paths: Sequence[Path]) -> int:
         """Length of the training sample of `row`, from the frames' headers alone."""
@@ -1211,18 +1212,43 @@ def pair_frames(pixels: torch.Tensor, grid: torch.Tensor) -> tuple[torch.Tensor,
     """Frames as Qwen2-VL's video: two neighbours share a temporal patch; a last one without neighbour is doubled.
 
     Args:
-        pixels: float32 [frames * patches, channels * 2 * patch * patch], each frame standing in both temporal places.
+        pixels: [frames * patches, 3 * patch * patch].
         grid: int64 [frames, 3], all frames of one size.
 
     Returns:
-        Pixels [ceil(frames / 2) * patches, ...] and grid int64 [1, 3].
+        Pixels [ceil(frames / 2) * patches, 3 * 2 * patch * patch] and grid int64 [1, 3].
     """
     frames, _, height, width = len(grid), *grid[0].tolist()
     if frames % 2:
         pixels, frames = torch.cat([pixels, pixels[-height * width :]]), frames + 1
-    pairs = pixels.view(frames // 2, 2, height * width, -1, 2, pixels.shape[1] // 6)
-    video = torch.stack([pairs[:, 0, :, :, 0], pairs[:, 1, :, :, 1]], dim=-2)
-    return video.reshape(-1, pixels.shape[1]), torch.tensor([[frames // 2, height, width]])
+    pairs = pixels.view(frames // 2, 2, height * width, 3, -1).permute(0, 2, 3, 1, 4)
+    return pairs.reshape(-1, 2 * pixels.shape[1]), torch.tensor([[frames // 2, height, width]])
+
+
+@cache
+def pixel_levels(device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+    """What Qwen2-VL's image processor makes of the 256 values of red, green and blue, [768]."""
+    library, every = Qwen2VLImageProcessorPil(), np.tile(np.arange(256, dtype=np.uint8), (3, 1))[..., None]
+    scaled = library.normalize(library.rescale(every, library.rescale_factor), library.image_mean, library.image_std)
+    return torch.from_numpy(scaled.astype(np.float32).flatten()).to(device, dtype)
+
+
+def scale_pixels(pixels: torch.Tensor, width: int, dtype: torch.dtype) -> torch.Tensor:
+    """Patches as `Qwen2VLImageProcessorPil` gives them, bit for bit, once rounded to `dtype`: [patches, width].
+
+    Here, on the device, since they take 8 times (in pairs 4 times) the room of what they are made of.
+
+    Args:
+        pixels: uint8 [patches, 3 * patch * patch], then each stands in both temporal places, or of pairs
+            [patches, 3 * 2 * patch * patch].
+        width: values of a patch in the vision tower: 3 * temporal patch * patch * patch.
+        dtype: of the result.
+    """
+    channels = pixels.view(len(pixels), 3, 1, -1).int()
+    channels += torch.arange(0, 768, 256, dtype=torch.int32, device=pixels.device).view(3, 1, 1)
+    # On the CPU index_select takes a third of the time of indexing.
+    values = torch.index_select(pixel_levels(pixels.device, dtype), 0, channels.flatten()).view(channels.shape)
+    return values.expand(-1, -1, width // pixels.shape[1], -1).reshape(len(pixels), width)
 
 
 def mrope_positions(types: torch.Tensor, grid: torch.Tensor, merge_size: int) -> torch.Tensor:
@@ -1233,19 +1259,24 @@ def mrope_positions(types: torch.Tensor, grid: torch.Tensor, merge_size: int) ->
         grid: int64 [frames or clips, 3], patches in time, rows and columns.
         merge_size: patches a token covers each way.
     """
-    positions, place, vision = torch.empty(len(types), 3, dtype=torch.long), 0, torch.nonzero(types).flatten()
-    at = 0
+    positions, vision = np.empty((len(types), 3), np.int64), np.flatnonzero(types.numpy())
+    place = at = seen = 0
     for t, h, w in grid.tolist():
         sides = t, h // merge_size, w // merge_size
-        start = int(vision[0])
-        positions[at:start] = torch.arange(place, place + start - at)[:, None]
+        start, seen = int(vision[seen]), seen + math.prod(sides)
+        positions[at:start] = np.arange(place, place + start - at)[:, None]
         place += start - at
         at = start + math.prod(sides)
-        positions[start:at] = torch.cartesian_prod(*map(torch.arange, sides)) + place
+        positions[start:at] = lattice(*sides) + place
         place += max(sides[1:])
-        vision = vision[math.prod(sides) :]
-    positions[at:] = torch.arange(place, place + len(types) - at)[:, None]
-    return positions
+    positions[at:] = np.arange(place, place + len(types) - at)[:, None]
+    return torch.from_numpy(positions)
+
+
+@lru_cache(64)  # the frames of a training run have few sizes
+def lattice(*sides: int) -> np.ndarray:
+    """The points of a grid in row-major order, int64 [points, dimensions]."""
+    return np.indices(sides).reshape(len(sides), -1).T
 
 
 def check_labels(labels: torch.Tensor, row: VQARow) -> None:
@@ -1259,6 +1290,40 @@ def check_labels(labels: torch.Tensor, row: VQARow) -> None:
 # ----------------------------------------------------------------------------------------------------------------------
 # Dataset and collator
 # ----------------------------------------------------------------------------------------------------------------------
+
+
+class SpeechMemo:
+    """The mel of the speech heard last, so that a file that many rows and epochs share is decoded once a process.
+
+    A file that was replaced (another size, time of change or inode) is heard anew. Beyond `limit` bytes the one that
+    was not heard for longest goes. Silence up to the end of the encoder's window takes no room.
+    """
+
+    def __init__(self, processor: VQAProcessor, limit: int = SPEECH_MEMO_BYTES):
+        self.processor, self.limit, self.bytes = processor, limit, 0
+        self.kept: OrderedDict[tuple, tuple[torch.Tensor, torch.Tensor, torch.Tensor, int]] = OrderedDict()
+
+    def hear(self, row: VQARow) -> tuple[torch.Tensor, torch.Tensor]:
+        """What `encode_speech` makes of the speech of a row."""
+        try:
+            stat = os.stat(row.audio_path)
+        except OSError:  # decoding words it
+            return self.processor.encode_speech(row, load_speech(row.audio_path))
+        key = str(row.audio_path), stat.st_size, stat.st_mtime_ns, stat.st_ino
+        if key in self.kept:
+            self.kept.move_to_end(key)
+            heard, silence, lengths, frames = self.kept[key]
+            mel = silence.repeat(1, heard.shape[1], frames)
+            mel[..., : heard.shape[-1]] = heard
+            return mel, lengths
+        mel, lengths = self.processor.encode_speech(row, load_speech(row.audio_path))
+        silence = mel[0, -1, -1].clone()
+        sounding = 1 + max((mel[0] != silence).any(0).nonzero().flatten().tolist(), default=-1)
+        self.kept[key] = mel[..., :sounding].clone(), silence, lengths, mel.shape[-1]
+        self.bytes += self.kept[key][0].nbytes
+        while self.bytes > self.limit:
+            self.bytes -= self.kept.popitem(last=False)[1][0].nbytes
+        return mel, lengths
 
 
 class SurgicalVQADataset(torch.utils.data.Dataset):
@@ -1294,6 +1359,7 @@ class SurgicalVQADataset(torch.utils.data.Dataset):
         self.max_train_frames, self.max_eval_frames = max_train_frames, max_eval_frames
         self.is_eval, self.with_answer, self.numbered = is_eval, with_answer, numbered
         self.features: list[tuple[Path | None, Path | None]] = []  # of each row; `fill_feature_cache` sets it
+        self.speech_memo = SpeechMemo(processor)
 
     def _select_frames(self, frames: Sequence) -> Sequence:
         """Evenly spaced frames, the first among them, so that the order in time is kept; a short clip is kept whole."""
@@ -1314,7 +1380,7 @@ class SurgicalVQADataset(torch.utils.data.Dataset):
             sample = self.processor.encode(row, (), None, self.with_answer, read_features(clip_file), heard)
         else:
             frames = [load_frame(path, self.processor.max_image_size) for path in clip]
-            speech = load_speech(speech_path) if speech_path else None
+            speech = self.speech_memo.hear(row) if speech_path else None
             sample = self.processor.encode(row, frames, speech, self.with_answer)
         return {**sample, "rows": [index]} if self.numbered else sample
 
@@ -1463,7 +1529,9 @@ class FrameAttention(VisionAttention):
         **kwargs,
     ) -> torch.Tensor:
         """[patches, d] -> [patches, d]; `cu_seqlens` [frames + 1] says where the frames begin."""
-        sizes = cu_seqlens.diff().tolist()
+        if not hasattr(cu_seqlens, "frame_sizes"):  # all layers get this tensor; reading it waits for the GPU
+            cu_seqlens.frame_sizes = cu_seqlens.diff().tolist()
+        sizes = cu_seqlens.frame_sizes
         if len(set(sizes)) > 1 or self.config._attn_implementation != "sdpa":
             return super().forward(hidden_states, cu_seqlens, position_embeddings=position_embeddings, **kwargs)
         total = len(hidden_states)
@@ -1560,8 +1628,12 @@ class SurgicalVQAModel(Qwen2VLForConditionalGeneration):
         return embeds
 
     def see(self, pixel_values: torch.Tensor, grid: torch.Tensor) -> torch.Tensor:
-        """What the vision tower makes of patches and their grid int64 [n, 3]: [tokens, hidden]."""
+        """What the vision tower makes of patches, uint8 or scaled, and their grid int64 [n, 3]: [tokens, hidden]."""
         visual, where = self.model.visual, patch_positions(grid, self.model.visual.spatial_merge_size)
+        if pixel_values.dtype == torch.uint8:
+            vision = self.config.vision_config
+            width = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
+            pixel_values = scale_pixels(pixel_values, width, visual.dtype)
         with torch.set_grad_enabled(self.trains_vision and torch.is_grad_enabled()):
             return visual(pixel_values.to(visual.dtype), grid_thw=grid, position_ids=where).pooler_output
 
@@ -1619,7 +1691,7 @@ class SurgicalVQAModel(Qwen2VLForConditionalGeneration):
             past_key_values: the cache, in generation.
             labels: int64 [B, T], -100 where nothing is learned.
             use_cache: keep keys and values; never with labels.
-            pixel_values: patches of all frames of the batch.
+            pixel_values: patches of all frames of the batch, uint8 or scaled, see `scale_pixels`.
             image_grid_thw: int64 [frames, 3], or None.
             video_grid_thw: int64 [clips, 3], or None.
             input_features: float32 [B, mel bins, mel frames].
@@ -2750,8 +2822,7 @@ def fill_feature_cache(
         processor, row = users[medium]
         try:
             if isinstance(medium, Path):
-                speech = load_speech(medium)
-                return processor.encode_speech(row, speech), torch.tensor([processor.speech_tokens(len(speech))])
+                return processor.encode_speech(row, load_speech(medium))
             return processor.encode_frames(row, [load_frame(path, processor.max_image_size) for path in medium])
         except VQAError:
             if allow_errors:

@@ -1,15 +1,20 @@
-"""The feature cache: what is kept, that it is the same bit for bit, and what happens to files that are not whole."""
+"""The feature cache: what is kept, that it is the same bit for bit, and what happens to files that are not whole.
+
+And what a process keeps of the speech it heard, where there is no cache.
+"""
 
 import json
+import os
 import shutil
 
 import pytest
+import soundfile
 import torch
 from safetensors.torch import load_file
 
 import evaluate_checkpoint as ev
 import train_vqa as vqa
-from tests.conftest import FIXTURES
+from tests.conftest import FIXTURES, TINY
 from tests.test_main import FIXTURE_DATA, RANDOM_TINY, SMALL
 
 
@@ -394,3 +399,103 @@ def test_resting_towers_are_not_needed_for_features(fresh, dataset, tmp_path):
         for tower in (model.model.visual, model.audio_encoder):
             tower.forward = None  # a call would raise
         assert torch.equal(before, model(**batch).loss)
+
+
+# ----------------------------------------------------------------------------------- speech heard before, without cache
+
+
+def mel_of(row, processor):
+    """The mel of a row's speech, heard for the first time."""
+    return vqa.SpeechMemo(processor).hear(row)[0]
+
+
+@pytest.mark.parametrize("audio_tokens", vqa.AUDIO_TOKENS)
+def test_speech_that_rows_and_epochs_share_is_decoded_once(base, tokenizer, rows, dataset, calls, audio_tokens):
+    processor = vqa.VQAProcessor(tokenizer, base.config, 56, "audio", audio_tokens)
+    shared = [rows[0], rows[1], rows[0]]
+    first = [dataset([row], processor)[0] | {"rows": [index]} for index, row in enumerate(shared)]
+    assert calls["load_speech"] == 3
+    source = dataset(shared, processor)
+    for _ in range(2):
+        assert all(same(source[index], first[index]) for index in range(3))
+    assert calls["load_speech"] == 3 + 2
+
+
+def test_a_batch_may_change_what_it_got_of_the_speech(rows, dataset):
+    source = dataset()
+    kept = source[0]["input_features"].clone()
+    source[0]["input_features"].zero_()  # the one that was kept, and one made of it
+    source[0]["input_features"].zero_()
+    assert torch.equal(source[0]["input_features"], kept)
+
+
+def test_speech_up_to_the_end_of_the_window_is_remembered_whole(data, processor):
+    row, noise = vqa.load_rows(*data.args)[0], torch.rand(480_000, generator=torch.manual_seed(0)).numpy() - 0.5
+    soundfile.write(row.audio_path, noise, 16_000)
+    memo = vqa.SpeechMemo(processor)
+    assert torch.equal(memo.hear(row)[0], memo.hear(row)[0])
+    assert memo.bytes == 128 * 3000 * 4
+
+
+@pytest.mark.parametrize("keeps", [("size",), ("size", "time"), ("inode", "size"), ("inode", "time")])
+def test_speech_that_was_replaced_is_heard_anew(data, processor, keeps):
+    """Whatever of its file stayed the same."""
+    row, memo = vqa.load_rows(*data.args)[0], vqa.SpeechMemo(processor)
+    path, before, stat = row.audio_path, memo.hear(row)[0], os.stat(row.audio_path)
+    samples, rate = soundfile.read(path, dtype="int16")
+    changed = samples[::-1] if "size" in keeps else samples[160:]
+    target = path if "inode" in keeps else path.with_name("new.wav")
+    soundfile.write(target, changed, rate)
+    assert (target.stat().st_size == stat.st_size) == ("size" in keeps)
+    os.utime(target, ns=(stat.st_atime_ns, stat.st_mtime_ns + ("time" not in keeps)))
+    os.replace(target, path)
+    after = memo.hear(row)[0]
+    assert not torch.equal(after, before)
+    assert torch.equal(after, mel_of(row, processor))
+
+
+def test_the_speech_not_heard_for_longest_goes_first(rows, processor, calls):
+    sizes = []
+    for row in rows[:3]:
+        one = vqa.SpeechMemo(processor)
+        one.hear(row)
+        sizes.append(one.bytes)
+        assert sizes[-1] < 0.2 * mel_of(row, processor).nbytes  # of 1 to 3 s; the rest of the 30 s is silence
+    memo, calls["load_speech"] = vqa.SpeechMemo(processor, limit=sum(sizes) - 1), 0
+    for index in (0, 1, 0):
+        memo.hear(rows[index])
+    assert (calls["load_speech"], memo.bytes) == (2, sizes[0] + sizes[1])
+    memo.hear(rows[2])  # in place of the second
+    assert memo.bytes == sizes[0] + sizes[2]
+    memo.hear(rows[0])
+    assert calls["load_speech"] == 3
+    memo.hear(rows[1])
+    assert calls["load_speech"] == 4
+
+
+def test_speech_larger_than_the_memo_is_heard_each_time(rows, processor, calls):
+    memo = vqa.SpeechMemo(processor, limit=1000)
+    mels = [memo.hear(rows[0])[0] for _ in range(2)]
+    assert torch.equal(*mels)
+    assert (calls["load_speech"], memo.bytes, len(memo.kept)) == (2, 0, 0)
+
+
+def test_speech_that_is_gone_is_named(data, processor):
+    row, memo = vqa.load_rows(*data.args)[0], vqa.SpeechMemo(processor)
+    memo.hear(row)
+    row.audio_path.unlink()
+    with pytest.raises(vqa.VQAError, match=r"speech .*_nbi_status.wav cannot be decoded"):
+        memo.hear(row)
+
+
+def test_pieces_of_prompts_are_tokenised_once(processor, tokenizer, rows, monkeypatch):
+    calls = []
+    fresh = vqa.VQAProcessor(tokenizer, vqa.load_config(TINY), 56, "audio_text")
+    plain = tokenizer.encode
+    monkeypatch.setattr(tokenizer, "encode", lambda text, **options: calls.append(text) or plain(text, **options))
+    first, again = (fresh.build(rows[0].question, [4], 3, rows[0].answer) for _ in range(2))
+    assert same(first, again)
+    assert len(calls) == len(set(calls)) == 6  # both ends of the speech, question, instruction, answer, turn end
+    monkeypatch.setattr(vqa, "MAX_KNOWN_TEXTS", 6)  # which are known by now
+    texts = [fresh.build("Another?", [4], 3, rows[0].answer)["input_ids"] for _ in range(2)]
+    assert torch.equal(*texts) and len(fresh.known_texts) == 6 and calls[6:] == ["Question: Another?\n"] * 2

@@ -204,6 +204,18 @@ def test_frames_are_scaled_down_and_never_up(tmp_path):
     assert (small.size, small.mode) == ((50, 20), "RGB")
 
 
+@pytest.mark.parametrize("name", ["frame.png", "frame.jpg"])
+def test_a_frame_of_the_wanted_size_does_without_its_file(tmp_path, name):
+    noise = np.random.default_rng(0).integers(0, 256, (20, 50, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(tmp_path / name)
+    with Image.open(tmp_path / name) as image:
+        stored = np.asarray(image)
+    frame = vqa.load_frame(tmp_path / name, 50)
+    (tmp_path / name).unlink()
+    assert np.array_equal(np.asarray(frame), stored)
+    assert frame.resize((10, 4)).size == (10, 4)
+
+
 def test_exif_orientation_is_applied(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6

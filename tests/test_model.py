@@ -396,3 +396,14 @@ def test_attention_within_frames_is_that_of_transformers(base, grid):
     with torch.no_grad():
         expected = stock(pixels, grid_thw=grid).pooler_output
         assert torch.equal(base.see(pixels, grid), expected)
+
+
+def test_the_sizes_of_frames_are_read_once_for_all_layers(base, batch, monkeypatch):
+    """On a GPU each reading waits for all that is under way."""
+    read, plain = [], torch.Tensor.diff
+    monkeypatch.setattr(torch.Tensor, "diff", lambda tensor: read.append(len(tensor) - 1) or plain(tensor))
+    with torch.no_grad():
+        for _ in range(2):
+            base.see(batch["pixel_values"], batch["image_grid_thw"])
+    assert len(base.model.visual.blocks) > 1
+    assert read == [len(batch["image_grid_thw"])] * 2

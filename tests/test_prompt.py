@@ -33,7 +33,7 @@ def test_token_types_and_shapes_of_one_whole_sample(sample):
     # image tokens stand at 1513 and at 1519, behind 3 + 4 + 1500 + 5 + 1 others
     assert sample["mm_token_type_ids"].tolist() == [0] * 1513 + [1] * 4 + [0] * 2 + [1] * 4 + [0] * 34
     assert sample["image_grid_thw"].tolist() == [[1, 4, 4], [1, 4, 4]]
-    assert sample["pixel_values"].shape == (32, 3 * 2 * 14 * 14)
+    assert (sample["pixel_values"].shape, sample["pixel_values"].dtype) == ((32, 3 * 14 * 14), torch.uint8)
     assert sample["input_features"].shape == (1, 128, 3000)
 
 
@@ -154,9 +154,10 @@ def test_pairs_of_frames_become_temporal_patches(tokenizer, base):
     colours = [(250, 0, 0), (0, 250, 0), (0, 0, 250)]
     images = processor.image_processor(images=[Image.new("RGB", (56, 56), c) for c in colours], return_tensors="pt")
     frames = images["pixel_values"].view(3, 16, 3, 2, 196)
-    video, grid = vqa.pair_frames(images["pixel_values"], images["image_grid_thw"])
-    assert grid.tolist() == [[2, 4, 4]]
-    video = video.view(2, 16, 3, 2, 196)
+    pixels, grid = processor.encode_frames(None, [Image.new("RGB", (56, 56), c) for c in colours])
+    video, grid = vqa.pair_frames(pixels, grid)
+    assert (video.shape, video.dtype, grid.tolist()) == ((32, 3 * 2 * 196), torch.uint8, [[2, 4, 4]])
+    video = vqa.scale_pixels(video, 3 * 2 * 196, torch.float32).view(2, 16, 3, 2, 196)
     for pair, first, second in ((0, 0, 1), (1, 2, 2)):  # the third has no neighbour
         assert torch.equal(video[pair, :, :, 0], frames[first, :, :, 0])
         assert torch.equal(video[pair, :, :, 1], frames[second, :, :, 1])
@@ -202,5 +203,16 @@ def test_patches_are_those_of_the_library_bit_for_bit(tokenizer, size, patch):
     frames = [Image.fromarray(pixels) for pixels in noise]
     library = processor.image_processor(images=frames, return_tensors="pt")
     pixels, grid = processor.encode_frames(None, frames)
-    assert pixels.dtype == torch.float32 and torch.equal(pixels, library["pixel_values"])
-    assert torch.equal(grid, library["image_grid_thw"])
+    assert pixels.dtype == torch.uint8 and torch.equal(grid, library["image_grid_thw"])
+    for dtype in (torch.float32, torch.bfloat16):
+        scaled = vqa.scale_pixels(pixels, library["pixel_values"].shape[1], dtype)
+        assert scaled.dtype == dtype and torch.equal(scaled, library["pixel_values"].to(dtype))
+
+
+def test_the_model_sees_bytes_as_it_sees_what_the_library_makes_of_them(base, processor, sample, rows):
+    row, dataset = rows[0], vqa.SurgicalVQADataset(rows, processor, max_train_frames=2)
+    frames = [vqa.load_frame(path, 56) for path in dataset._select_frames(row.frame_paths)]
+    library = processor.image_processor(images=frames, return_tensors="pt")
+    with torch.no_grad():
+        seen = base.see(sample["pixel_values"], sample["image_grid_thw"])
+        assert torch.equal(seen, base.see(library["pixel_values"], library["image_grid_thw"]))
