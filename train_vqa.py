@@ -49,6 +49,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from functools import cache, lru_cache, partial
+from itertools import islice
 from pathlib import Path
 
 import accelerate
@@ -532,16 +533,17 @@ class VQARow:
         """`file:line`."""
         return f"{self.source}:{self.line}"
 
-    def frame_candidates(self, frame: str) -> list[str]:
+    def frame_candidates(self, frame: str) -> Iterator[str]:
         """The paths under which a frame is looked for, in order."""
         video, _, number = frame.rpartition("_")
         folder = os.path.join(self.frames_dir, video or self.video_id)
-        return [os.path.join(folder, stem + extension) for stem in (frame, number) for extension in FRAME_EXTENSIONS]
+        return (os.path.join(folder, stem + extension) for stem in (frame, number) for extension in FRAME_EXTENSIONS)
 
     @property
     def frame_paths(self) -> tuple[Path, ...]:
         """The files of the frames, in order; empty before `find_media`."""
-        return tuple(Path(self.frame_candidates(frame)[i]) for frame, i in zip(self.frames, self.found, strict=False))
+        which = zip(self.frames, self.found, strict=False)
+        return tuple(Path(next(islice(self.frame_candidates(frame), i, None))) for frame, i in which)
 
     @property
     def media(self) -> tuple[Path, ...]:
@@ -678,13 +680,13 @@ def find_media(
     for row in rows:
         row.frames_dir, found = root, []
         for frame in row.frames:
-            candidates = row.frame_candidates(frame)
-            index = next((i for i, path in enumerate(candidates) if os.path.isfile(path)), None)
+            candidates = enumerate(row.frame_candidates(frame))
+            index, path = next(((i, path) for i, path in candidates if os.path.isfile(path)), (None, None))
             if index is None:
-                stem = os.path.join(os.path.dirname(candidates[0]), frame)
+                stem = next(row.frame_candidates(frame)).removesuffix(FRAME_EXTENSIONS[0])
                 text = f"frame {stem}{{{','.join(FRAME_EXTENSIONS)}}} is missing"
-            elif not inside(candidates[index], root):
-                text = f"{row.id}: frame {candidates[index]} is a link out of {root}; see --allow_symlinks"
+            elif not inside(path, root):
+                text = f"{row.id}: frame {path} is a link out of {root}; see --allow_symlinks"
             else:
                 found.append(index)
                 continue
