@@ -43,16 +43,22 @@ STAGES = ("speech", "render", "train", "evaluate", "report")
 # ---------------------------------------------------------------- the world: what is drawn
 # Lengths are fractions of the frame's width or height unless said otherwise.
 
-SIZE = (112, 96)  # pixels, multiples of the 16 that a token covers, and near REAL-Colon's 1240 : 1080
+SIZE = (128, 96)  # pixels, multiples of the 32 that a token covers
 N_FRAMES = 8
 
 # Motion runs on a circle, so that no single frame tells its direction: what leaves at one end enters at the other, and
 # where on the circle a frame stands is uniform whatever the direction. The share of the circle that a clip travels:
-TRAVEL = 0.33
+TRAVEL = 0.25
+# Practice clips, in training alone, do not pass the circle's ends. There what moves right tends to begin on the left:
+# a single frame tells something, and a model that starts from nothing has a slope to climb. It has to find out from the
+# other clips, and is tested on clips like those, that the frames must be compared.
+PRACTICE = 0.5  # share of the training clips
 # A lesion's circle along one axis is the span that it keeps to; where its quadrant is asked for, it keeps to that.
 ROAM = (0.15, 0.85)
 QUADRANT_SPAN = {"left": (0.1, 0.4), "upper": (0.1, 0.4), "right": (0.6, 0.9), "lower": (0.6, 0.9)}
-FOLD_PERIOD = 2.4  # in log radius: one dark and one pale fold each; a clip zooms by exp(0.33 * 2.4) = 2.2
+LESION_SCALE = 1.3  # lesions are drawn larger than make_media's by this: frames are small
+FOLD_PERIOD = 2.4  # in log radius: one dark and one pale fold each; a clip zooms by exp(0.25 * 2.4) = 1.8
+FOLD_SPAN = (-0.95, -0.25)  # where a dark fold is well seen, in periods of log radius
 PAD = 4  # pixels around the frame, for the camera's shake
 
 
@@ -64,7 +70,21 @@ def swaying(n: int, rng: np.random.Generator) -> np.ndarray:
     return order if rng.random() < 0.5 else order[::-1]
 
 
-def lesion_path(drift: str, spans: Sequence[tuple[float, float]], n: int, rng: np.random.Generator) -> np.ndarray:
+def way(direction: int, n: int, practice: bool, room: float, rng: np.random.Generator) -> np.ndarray:
+    """Places on a circle of circumference 1 in n frames, float [n]: n equal steps, TRAVEL of the circle in all.
+
+    Args:
+        direction: 1 or -1, or 0 for swaying there and back over the same places.
+        practice: keep within 0 to `room`, all places there equally likely; otherwise the start is anywhere.
+    """
+    start = rng.random() * (room - TRAVEL if practice else 1)
+    order = np.arange(n)[::direction] if direction else swaying(n, rng)
+    return start + TRAVEL / max(n - 1, 1) * order
+
+
+def lesion_path(
+    drift: str, spans: Sequence[tuple[float, float]], n: int, practice: bool, rng: np.random.Generator
+) -> np.ndarray:
     """Places (x, y) of a lesion in n frames, float [n, 2].
 
     Along each axis the places are n equal steps on that axis' circle, TRAVEL of it in all, from a random start: in the
@@ -73,9 +93,7 @@ def lesion_path(drift: str, spans: Sequence[tuple[float, float]], n: int, rng: n
     """
     path = np.empty((n, 2))
     for axis, (low, high) in enumerate(spans):
-        direction = media.DRIFT_XY[drift][axis]
-        order = np.arange(n) * direction if direction else swaying(n, rng)
-        place = rng.random() + TRAVEL / max(n - 1, 1) * order
+        place = way(media.DRIFT_XY[drift][axis], n, practice, 1.0, rng)
         path[:, axis] = low + (high - low) * (place % 1.0)
     return path
 
@@ -93,7 +111,7 @@ class Bowel:
     sides from one to the next).
     """
 
-    def __init__(self, scene: media.Scene, w: int, h: int, rng: np.random.Generator):
+    def __init__(self, scene: media.Scene, w: int, h: int, n: int, practice: bool, rng: np.random.Generator):
         y, x = np.mgrid[0:h, 0:w].astype(np.float32)
         centre = 0.5 + rng.uniform(-0.08, 0.08, 2)
         self.u, self.v = (x - centre[0] * w) / min(w, h), (y - centre[1] * h) / min(w, h)
@@ -105,15 +123,21 @@ class Bowel:
         self.column = ((angle / (2 * math.pi) % 1.0) * 48).astype(int) % 48
         coarse = rng.standard_normal((12, 24)).repeat(4, axis=0).repeat(2, axis=1)
         self.texture = (0.09 * coarse + 0.06 * rng.standard_normal((48, 48))).astype(np.float32)
-        self.site, self.phase = scene.site, rng.uniform(0, 2)
-        direction = {"none": 0, "advancing": 1, "withdrawing": -1}[scene.scope_motion]
-        self.speed = direction * TRAVEL
+        self.site = scene.site
         self.colour = np.float32(media.MUCOSA_RGB) * rng.uniform(0.9, 1.1, 3).astype(np.float32)
         self.light = rng.uniform(-0.25, 0.25, 2)
+        low, high = FOLD_SPAN
+        self.fold = low + rng.integers(2) + self.flow(scene.scope_motion, n, practice, high - low, rng)
 
-    def draw(self, t: float) -> np.ndarray:
-        """The bowel at clip time t, 0 to 1; float32 [h, w, 3], 0 to 255."""
-        ring = self.log_radius - self.phase - self.speed * t
+    @staticmethod
+    def flow(motion: str, n: int, practice: bool, room: float, rng: np.random.Generator) -> np.ndarray:
+        """Places of a dark fold on its circle, in periods of log radius, in n frames; float [n]."""
+        places = way({"none": 0, "advancing": 1, "withdrawing": -1}[motion], n, practice, room, rng)
+        return places[:1].repeat(n) if motion == "none" else places
+
+    def draw(self, frame: int) -> np.ndarray:
+        """The bowel in a frame; float32 [h, w, 3], 0 to 255."""
+        ring = self.log_radius - self.fold[frame] + 0.5
         turn = ring % 1.0
         dark = np.exp(-(((turn - 0.5) / 0.09) ** 2))
         pale = np.exp(-((np.minimum(turn, 1 - turn) / 0.06) ** 2))
@@ -127,30 +151,16 @@ class Bowel:
         return self.colour * shade[..., None].astype(np.float32)
 
 
-def draw_lesion(scene: media.Scene, place: np.ndarray, draw: ImageDraw.ImageDraw, w: int, h: int) -> None:
-    """`make_media`'s lesion, its middle at `place` (x, y)."""
-    at = replace(scene, quadrant="upper-left", drift="stable")
-    # make_media jitters by uniform(-0.03, 0.03): a generator that answers what is left to add puts it in its place.
-    media._draw_lesion(at, 0.5, draw, w, h, _Fixed(place - media.QUADRANT_CENTRE[0]))
-
-
-class _Fixed:
-    """Stands in for a generator whose next `uniform` is known."""
-
-    def __init__(self, values: np.ndarray):
-        self.values = values
-
-    def uniform(self, *_) -> np.ndarray:
-        return self.values
-
-
-def draw_clip(scene: media.Scene, roams: bool, n: int, size: tuple[int, int], rng: np.random.Generator) -> np.ndarray:
+def draw_clip(
+    scene: media.Scene, roams: bool, practice: bool, n: int, size: tuple[int, int], rng: np.random.Generator
+) -> np.ndarray:
     """n frames of a clip, uint8 [n, h, w, 3]; `rng` decides all that the scene leaves open."""
     w, h = size[0] + 2 * PAD, size[1] + 2 * PAD
     # One generator a purpose: what one of them draws must not change what another does.
     detail = [int(seed) for seed in rng.integers(2**32, size=6)]  # a layer draws the same in every frame
     folds, drift, camera, drops = rng.spawn(4)
-    bowel, path = Bowel(scene, w, h, folds), lesion_path(scene.drift, lesion_spans(scene, roams), n, drift)
+    bowel = Bowel(scene, w, h, n, practice, folds)
+    path = lesion_path(scene.drift, lesion_spans(scene, roams), n, practice, drift)
     cast, gain, gamma = camera.uniform(0.9, 1.1, 3), camera.uniform(0.75, 1.2), camera.uniform(0.85, 1.2)
     noise, shakes = camera.uniform(2, 7), camera.integers(-1, 2, (n, 2))
     mask, frames = vignette(size) * shading(size), np.empty((n, size[1], size[0], 3), np.uint8)
@@ -164,7 +174,7 @@ def draw_clip(scene: media.Scene, roams: bool, n: int, size: tuple[int, int], rn
         elif scene.view == "fluid":
             image = _as_image(media._draw_fluid(t, w, h, layer[0]))
         else:
-            image = _as_image(bowel.draw(t))
+            image = _as_image(bowel.draw(i))
             draw = ImageDraw.Draw(image, "RGBA")
             if scene.view == "dirty":
                 for x, y, radius in layer[1].random((22, 3)):
@@ -179,7 +189,8 @@ def draw_clip(scene: media.Scene, roams: bool, n: int, size: tuple[int, int], rn
                 if scene.tool != "none":
                     media._draw_tool(scene.tool, draw, w, h, layer[4])
                 if scene.lesion:
-                    draw_lesion(scene, path[i], draw, w, h)
+                    radius = LESION_SCALE * media.LESION_RADIUS[scene.lesion_size] * min(w, h)
+                    media.draw_polyp(scene.histology, draw, path[i, 0] * w, path[i, 1] * h, radius)
         rgb = np.asarray(image, np.float32)
         if scene.lighting == "NBI" and scene.view != "outside":
             rgb = rgb @ media.NBI_FROM_WL
@@ -222,7 +233,7 @@ def scene_of(row: dict, seed: int) -> tuple[media.Scene, bool, np.random.Generat
 def clip_of(row: dict, seed: int, size: tuple[int, int] = SIZE) -> np.ndarray:
     """The clip of a derived row, uint8 [frames, h, w, 3]: its answer is true in it, all else is up to `scene_of`."""
     scene, roams, rng = scene_of(row, seed)
-    return draw_clip(scene, roams, len(row["frames"]), size, rng)
+    return draw_clip(scene, roams, row.get("practice", False), len(row["frames"]), size, rng)
 
 
 REVERSED = {
@@ -294,20 +305,20 @@ def speak_all(texts: Sequence[str], held_out_only: Sequence[str], folder: Path) 
 
 # Our question files -> the annotations that they are drawn from. "other" has the wordings that training never hears.
 SPLITS = {"train": "train_multivideo", "test": "test_multivideo", "other": "in_002-001", "same": "out_002-001"}
-# Renderings of the training rows of each type: motion is the hardest to learn, a constant answer needs no practice.
+# Training clips drawn for each type: motion and place are the hardest to learn, what fills the frame the easiest.
 CLIPS_OF_TYPE = {
-    **dict.fromkeys(media.REQUIREMENTS, 800),
-    **dict.fromkeys(("blue_dye_presence", "lighting_mode", "lesion_size_range"), 150),
+    **dict.fromkeys(media.REQUIREMENTS, 300),
+    **dict.fromkeys(("flush_action", "endoscope_visibility", "tool_catheter_check", "tool_identification"), 800),
+    **{"lesion_histology_extended": 800, "lesion_site": 1200, "lesion_screen_position": 3000},
     **dict.fromkeys(("scope_forward_motion", "scope_backward_motion", "scope_motion_type", "scope_motion"), 1600),
-    **{"lesion_motion_direction": 4000, "lesion_screen_position": 1600, "lesion_site": 1600},
+    "lesion_motion_direction": 6000,
 }
-
 
 # Asked of training clips beside the question that they were drawn for: what takes most practice. In any scene in which
 # such a question has an answer, its answers are about equally likely.
 SHARED = (
     *("lesion_motion_direction", "scope_forward_motion", "scope_backward_motion", "scope_motion_type", "scope_motion"),
-    *("lesion_screen_position", "lesion_site", "lesion_histology_extended", "tool_identification"),
+    *("lesion_screen_position", "lesion_site"),
 )
 
 
@@ -315,7 +326,7 @@ def derive(rows: Sequence[dict], split: str, repeats: dict[tuple[str, str], int]
     """Rows with a clip and speech of their own, each drawn `repeats[question_type, short_answer]` times, shuffled.
 
     `id` names the speech, as `{id}.ogg`: a voice of the training for split "train", else a held-out one. `video_id` is
-    the clip's own. Training clips get up to two more rows (`shared_rows`), with `shares` set.
+    the clip's own. Of training clips a share has `practice` set, and each gets up to two more rows (`shared_rows`).
     """
     rng = np.random.default_rng(int.from_bytes(hashlib.sha256(f"{seed}/{split}".encode()).digest()[:8], "little"))
     voices, speeds = (VOICES, SPEEDS) if split == "train" else (HELD_OUT_VOICES, HELD_OUT_SPEEDS)
@@ -329,6 +340,7 @@ def derive(rows: Sequence[dict], split: str, repeats: dict[tuple[str, str], int]
             own = {
                 "video_id": clip, "frames": [f"{clip}_{i}" for i in range(len(row["frames"]))],
                 "drawn_from": f"{row['video_id']}/{row['id']}",
+                **({"practice": bool(rng.random() < PRACTICE)} if split == "train" else {}),
                 **{key: row[key] for key in ("question", "question_type", "answer", "short_answer")},
             }  # fmt: skip
             of_clip = [own, *(shared_rows(own, pool, seed, rng) if split == "train" else ())]

@@ -307,13 +307,17 @@ def _draw_tool(kind: str, draw: ImageDraw.ImageDraw, w: int, h: int, layout: np.
 def _draw_lesion(
     scene: Scene, t: float, draw: ImageDraw.ImageDraw, w: int, h: int, layout: np.random.Generator
 ) -> None:
-    """The polyp at clip time t: pale with white dots (hyperplastic) or dark with stripes (adenoma)."""
+    """The polyp at clip time t."""
     down, right = scene.quadrant.split("-")
     jitter = layout.uniform(-0.03, 0.03, 2)
     x = (QUADRANT_CENTRE[right == "right"] + jitter[0] + DRIFT * DRIFT_XY[scene.drift][0] * (t - 0.5)) * w
     y = (QUADRANT_CENTRE[down == "lower"] + jitter[1] + DRIFT * DRIFT_XY[scene.drift][1] * (t - 0.5)) * h
-    r = LESION_RADIUS[scene.lesion_size] * min(w, h)
-    adenoma = scene.histology == "adenoma"
+    draw_polyp(scene.histology, draw, x, y, LESION_RADIUS[scene.lesion_size] * min(w, h))
+
+
+def draw_polyp(histology: str, draw: ImageDraw.ImageDraw, x: float, y: float, r: float) -> None:
+    """A polyp of radius r around (x, y), pixels: pale with white dots (hyperplastic) or dark with stripes (adenoma)."""
+    adenoma = histology == "adenoma"
     _disc(draw, x, y, r, (70, 20, 20) if adenoma else (170, 95, 85))
     _disc(draw, x, y, 0.88 * r, (150, 55, 45) if adenoma else (250, 215, 195))
     if adenoma:

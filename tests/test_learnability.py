@@ -19,7 +19,7 @@ def paths(drift: str, count: int = 2000) -> np.ndarray:
     """Lesion paths on the whole screen as places on their two circles, 0 to 1; [count, frames, 2]."""
     rng = np.random.default_rng(DRIFTS.index(drift))
     low, high = world.ROAM
-    drawn = [world.lesion_path(drift, (world.ROAM, world.ROAM), N, rng) for _ in range(count)]
+    drawn = [world.lesion_path(drift, (world.ROAM, world.ROAM), N, False, rng) for _ in range(count)]
     return (np.array(drawn) - low) / (high - low)
 
 
@@ -68,7 +68,7 @@ def test_a_lesion_whose_quadrant_is_asked_for_stays_in_it(quadrant):
     down, right = quadrant.split("-")
     scene = media.Scene(lesion=True, quadrant=quadrant)
     for drift in DRIFTS:
-        path = world.lesion_path(drift, world.lesion_spans(scene, roams=False), N, np.random.default_rng(0))
+        path = world.lesion_path(drift, world.lesion_spans(scene, roams=False), N, False, np.random.default_rng(0))
         assert ((path[:, 0] > 0.5) == (right == "right")).all()
         assert ((path[:, 1] > 0.5) == (down == "lower")).all()
 
@@ -79,15 +79,51 @@ def row(question_type: str, short_answer: str, name: str = "clip") -> dict:
 
 
 def test_folds_flow_the_other_way_when_the_scope_withdraws():
-    """The same bowel, advancing from its middle: the one direction run backwards is the other."""
-    bowels = [
-        world.Bowel(media.Scene(scope_motion=motion), 60, 60, np.random.default_rng(3))
+    """The same bowel, one step of its circle a frame: the one direction run backwards is the other."""
+    advancing, withdrawing, still = (
+        world.Bowel(media.Scene(scope_motion=motion), 60, 60, N, False, np.random.default_rng(3))
         for motion in ("advancing", "withdrawing", "none")
-    ]
-    advancing, withdrawing, still = bowels
-    np.testing.assert_array_equal(advancing.draw(0.25), withdrawing.draw(-0.25))
-    assert np.abs(advancing.draw(0.0) - advancing.draw(0.5)).mean() > 5
-    np.testing.assert_array_equal(still.draw(0.0), still.draw(1.0))
+    )
+    np.testing.assert_allclose(np.diff(advancing.fold), STEP)
+    np.testing.assert_allclose(withdrawing.fold, advancing.fold[::-1])
+    assert np.abs(advancing.draw(0) - advancing.draw(N - 1)).mean() > 5
+    np.testing.assert_array_equal(still.draw(0), still.draw(N - 1))
+    radius = [np.hypot(advancing.u, advancing.v)[bowel_is_dark(advancing, i)].mean() for i in (0, N - 1)]
+    assert (radius[1] > radius[0]) == (np.floor(advancing.fold[0]) == np.floor(advancing.fold[-1]))
+
+
+def bowel_is_dark(bowel, frame: int) -> np.ndarray:
+    """Where the middle of the dark fold whose place is known stands, bool [h, w]."""
+    return np.abs(bowel.log_radius - (bowel.fold[frame] % 1 - 1)) < 0.03
+
+
+def test_no_single_frame_tells_the_motion_of_the_scope():
+    """In each frame the place of the folds is uniform on its circle, whether it moves or how."""
+    for motion in ("advancing", "withdrawing", "none"):
+        rng = np.random.default_rng(len(motion))
+        places = np.array([world.Bowel.flow(motion, N, False, 0.7, rng) for _ in range(2000)]) % 1
+        for frame in range(N):
+            shares = np.histogram(places[:, frame], bins=10, range=(0, 1))[0] / len(places)
+            np.testing.assert_allclose(shares, 0.1, atol=0.03)
+
+
+def test_practice_passes_no_end_of_the_circle_and_is_never_tested():
+    """A lesion keeps going one way across the frame, a fold too; training alone has such clips, about half."""
+    rng = np.random.default_rng(0)
+    for drift in DRIFTS:
+        for _ in range(200):
+            path = world.lesion_path(drift, ((0, 1), (0, 1)), N, True, rng)
+            for axis, direction in enumerate(media.DRIFT_XY[drift]):
+                if direction:
+                    np.testing.assert_allclose(np.diff(path[:, axis]), direction * STEP)
+    for motion, direction in (("advancing", 1), ("withdrawing", -1)):
+        folds = world.Bowel.flow(motion, N, True, 0.7, rng)
+        np.testing.assert_allclose(np.diff(folds), direction * STEP)
+        assert folds.min() >= 0 and folds.max() <= 0.7
+    rows = [{**row("nbi_status", "yes"), "id": "q", "video_id": "v", "question": "NBI?", "answer": "Yes."}]
+    train, test = (world.derive(rows, split, {("nbi_status", "yes"): 400}, 0) for split in ("train", "test"))
+    assert 150 < sum(r["practice"] for r in train) < 250
+    assert not any("practice" in r for r in test)
 
 
 def test_an_answer_changes_its_own_pixels_only():
@@ -96,7 +132,7 @@ def test_an_answer_changes_its_own_pixels_only():
         left, right = (world.clip_of(row("lesion_motion_direction", d, f"c{seed}"), 0) for d in ("left", "right"))
         rng = np.random.default_rng(media.clip_seed(0, row("", "", f"c{seed}")["frames"]))
         scene = media.scene_for("lesion_motion_direction", "left", rng)
-        reach = media.LESION_RADIUS[scene.lesion_size] * (min(world.SIZE) + 2 * world.PAD) + 2
+        reach = world.LESION_SCALE * media.LESION_RADIUS[scene.lesion_size] * (min(world.SIZE) + 2 * world.PAD) + 2
         for one, other in zip(left, right, strict=True):
             changed = (one != other).any(axis=-1).sum()
             assert changed <= 2 * np.pi * reach**2  # two discs
@@ -145,7 +181,7 @@ def test_training_clips_are_asked_more_and_once_in_reversed_order():
 def test_answers_of_a_type_get_equal_shares_of_its_clips():
     """Three rows of one answer and one of another: the one is drawn three times as often."""
     rows = [row("nbi_status", answer) for answer in ("yes", "yes", "yes", "no")]
-    assert world.repeats_for(rows, scale=0.03) == {("nbi_status", "yes"): 4, ("nbi_status", "no"): 12}
+    assert world.repeats_for(rows, scale=24 / world.CLIPS_OF_TYPE["nbi_status"]) == {("nbi_status", "yes"): 4, ("nbi_status", "no"): 12}
 
 
 def test_the_same_names_draw_the_same_clip():
