@@ -521,6 +521,11 @@ VARIANTS = {
         arms=False,
     ),
     "five": Variant("five samples by heart", data="five", target_loss=1e-4, arms=False),
+    "tiny": Variant(
+        "a few types in a minute on a CPU, for the tests",
+        **{"hidden": 64, "layers": 2, "vision": 32, "vision_layers": 2, "audio": 64, "audio_layers": 1},
+        **{"learning_rate": 2e-3, "batch": 16},
+    ),
 }
 
 
@@ -657,6 +662,7 @@ def evaluate(args: argparse.Namespace) -> None:
         (label, command)
         for label, command in evaluations(args).items()
         if not (args.out_dir / "answers" / f"{label}.summary.json").exists()
+        and (args.only is None or label.split("-", 1)[1] in args.only)
     ]
     running: dict[str, subprocess.Popen] = {}
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -965,6 +971,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--bf16", type=lambda text: text == "True", default=False, help="True on a GPU (False)")
     parser.add_argument("--jobs", type=int, default=6, help="evaluations at a time (6)")
     parser.add_argument("--eval_batch", type=int, default=64, help="answers at a time (64)")
+    parser.add_argument("--only", type=lambda text: text.split(","), help="comma-separated evaluations, named as in "
+                        "OUT_DIR/answers without the variant. None: all")  # fmt: skip
     parser.add_argument("--curve", action="store_true", help="evaluate the checkpoints on the way too")
     parser.add_argument("--report", type=Path, default=REPORT, help="where the report goes (docs/LEARNABILITY.md)")
     parser.add_argument("--machine", default="", help="a sentence for the report on the machine that measured")
