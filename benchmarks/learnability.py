@@ -17,6 +17,7 @@ report     writes docs/LEARNABILITY.md and its curves from the figures in --work
 
 import argparse
 import hashlib
+import importlib.util
 import json
 import math
 import multiprocessing
@@ -585,6 +586,7 @@ def train(args: argparse.Namespace) -> None:
             for process in running.values():
                 process.wait()
     for name, process in running.items():
+        print(f"{name}: exit status {process.returncode}", flush=True)
         folder = args.work_dir / "runs" / name
         checkpoints = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
         last = folder if (folder / "trainer_state.json").exists() else checkpoints[-1] if checkpoints else None
@@ -658,11 +660,16 @@ def evaluations(args: argparse.Namespace) -> dict[str, list[str]]:
 def evaluate(args: argparse.Namespace) -> None:
     """Run what of `evaluations` has no summary yet, `--jobs` at a time; each leaves rows and a summary in --out_dir."""
     (args.out_dir / "answers").mkdir(parents=True, exist_ok=True)
+    every = evaluations(args)
+    named = {label: label.split("-", 1)[1] for label in every}
+    unknown = sorted(set(args.only or ()) - set(named.values()))
+    if unknown:
+        raise SystemExit(f"--only {','.join(unknown)}: there are {', '.join(dict.fromkeys(named.values())) or 'none'}")
     waiting = [
         (label, command)
-        for label, command in evaluations(args).items()
+        for label, command in every.items()
         if not (args.out_dir / "answers" / f"{label}.summary.json").exists()
-        and (args.only is None or label.split("-", 1)[1] in args.only)
+        and (args.only is None or named[label] in args.only)
     ]
     running: dict[str, subprocess.Popen] = {}
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -971,14 +978,16 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--bf16", type=lambda text: text == "True", default=False, help="True on a GPU (False)")
     parser.add_argument("--jobs", type=int, default=6, help="evaluations at a time (6)")
     parser.add_argument("--eval_batch", type=int, default=64, help="answers at a time (64)")
-    parser.add_argument("--only", type=lambda text: text.split(","), help="comma-separated evaluations, named as in "
-                        "OUT_DIR/answers without the variant. None: all")  # fmt: skip
+    parser.add_argument("--only", type=lambda text: text.split(","), help="comma-separated evaluations, by their names "
+                        "in OUT_DIR/answers without the variant. None: all")  # fmt: skip
     parser.add_argument("--curve", action="store_true", help="evaluate the checkpoints on the way too")
     parser.add_argument("--report", type=Path, default=REPORT, help="where the report goes (docs/LEARNABILITY.md)")
     parser.add_argument("--machine", default="", help="a sentence for the report on the machine that measured")
     parser.add_argument("--command", default="", help="for the report: the flags of the command that measured")
     parser.add_argument("--seed", type=int, default=0, help="of the world, and with 1 added of the weights (0)")
     args = parser.parse_args(argv)
+    if "report" in args.stage and importlib.util.find_spec("matplotlib") is None:
+        parser.error("--stage report needs matplotlib for the curves; `pip install matplotlib`, or leave report out")
     args.out_dir = args.out_dir or args.work_dir / "results"
     for name in ("data_dir", "speech_dir", "work_dir", "out_dir"):
         setattr(args, name, getattr(args, name).resolve())

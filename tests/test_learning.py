@@ -1,8 +1,8 @@
 """Does a tiny model learn to answer what it hears about what it sees? benchmarks/learnability.py in a minute on a CPU.
 
-Three types of question are asked of the same four views, so that half of the answers are right without eyes, and at
-most 5/9 without ears: each of them has two answers, equally often; of nine clips three are clear, and each type asks of
-one of them; two are close-ups, two in fluid, and of the others 2/3 are asked of by mucosa_visibility alone.
+Three types of question are asked of the same views, each with two answers, equally often: without eyes half of the
+answers are right at best. Of 18 clips 9 are clear (3 for each type), 4 are close-ups and 4 in fluid (3 for the type
+that asks of it, 1 for mucosa_visibility), and 1 is dirty: without ears 3 + 3 + 3 + 1 are right at best, word for word.
 """
 
 import hashlib
@@ -32,7 +32,7 @@ ANSWERS = {
     ("fluid_occlusion_level", "absent"): "Fluid occlusion is absent.",
     ("fluid_occlusion_level", "complete"): "Fluid occlusion is complete.",
 }
-FRAMES, ROWS_OF_ANSWER = 2, 16
+FRAMES, ROWS_OF_ANSWER, STEPS = 2, 16, 250
 ROWS = len(ANSWERS) * ROWS_OF_ANSWER
 ARMS = "test-8,test-8-arms0,test-8-arms1"  # mismatched and silent speech, black and shuffled frames
 
@@ -94,7 +94,7 @@ def flags(tmp_path_factory):
     flags = {
         "data_dir": folder / "data", "speech_dir": folder / "speech", "work_dir": folder / "work",
         "report": folder / "docs" / "LEARNABILITY.md", "variants": "tiny", "types": ",".join(QUESTIONS),
-        "size": "64x64", "scale": 0.3, "max_steps": 300, "only": ARMS, "jobs": 2,
+        "size": "64x64", "scale": 0.3, "max_steps": STEPS, "only": ARMS, "jobs": 2,
     }  # fmt: skip
     return [str(word) for name, value in flags.items() for word in (f"--{name}", value)]
 
@@ -104,7 +104,7 @@ def results(flags):
     """The folder with the figures, after rendering, training and evaluating by one command: a minute on two cores."""
     command = [sys.executable, world.__file__, "--stage", "render,train,evaluate", *flags]
     done = subprocess.run(command, capture_output=True, text=True)
-    folder = world.parse_args(["--stage", "report", *flags]).out_dir
+    folder = world.parse_args(["--stage", "evaluate", *flags]).out_dir
     logs = "".join(path.read_text()[-2000:] for path in folder.rglob("*.log"))
     assert done.returncode == 0, done.stdout + done.stderr + logs
     for label in ARMS.split(","):
@@ -129,7 +129,7 @@ def test_a_tiny_model_learns_to_answer_by_ear_and_eye(results):
     heard, seen = strict(results, "test-8-arms0"), strict(results, "test-8-arms1")
     assert heard["audio"] == seen["audio"] == summary["metrics"]["strict"]["accuracy"]
     assert heard["mismatched_audio"] <= 0.05
-    assert heard["silent_audio"] <= 5 / 9 + 0.05
+    assert heard["silent_audio"] <= 10 / 18 + 0.05
     assert seen["black_frames"] <= 0.5 + 0.05
 
 
@@ -148,9 +148,7 @@ def test_the_report_tells_it(results, flags, monkeypatch):
     world.report(args)
     assert drawn == [(["tiny"], args.report.with_name(world.CURVES.name))]
     lines = args.report.read_text().splitlines()
-    heard = strict(results, "test-8-arms0")["audio"]
-    assert any(line.startswith("| `tiny` | ") and f" | 300 | {300 * 16} | " in line for line in lines)
+    assert any(line.startswith("| `tiny` | ") and f" | {STEPS} | {STEPS * 16} | " in line for line in lines)
     assert f"Answers that stopped by themselves: {ROWS} of {ROWS} (100.0 %)." in "\n".join(lines)
     for arm in ("audio", "mismatched_audio", "silent_audio", "black_frames", "shuffled_frames"):
         assert any(line.startswith(f"| `{arm}` | ") for line in lines)
-    assert heard
