@@ -32,7 +32,7 @@ ANSWERS = {
     ("fluid_occlusion_level", "absent"): "Fluid occlusion is absent.",
     ("fluid_occlusion_level", "complete"): "Fluid occlusion is complete.",
 }
-FRAMES, ROWS_OF_ANSWER, STEPS = 2, 16, 250
+FRAMES, ROWS_OF_ANSWER, STEPS = 2, 16, 300
 ROWS = len(ANSWERS) * ROWS_OF_ANSWER
 ARMS = "test-8,test-8-arms0,test-8-arms1"  # mismatched and silent speech, black and shuffled frames
 
