@@ -13,6 +13,12 @@ render     draws the clips, links the speech and writes the question files
 train      trains the variants (--variants), side by side
 evaluate   lets every variant answer the test rows, in all arms
 report     writes docs/LEARNABILITY.md and its curves from the figures in --work_dir/results
+
+On a CPU, a tiny model learns three types in minutes (tests/test_learning.py does so in one, without annotations):
+
+    python benchmarks/learnability.py --stage render,train,evaluate --data_dir realcolon_vqa --speech_dir speech \\
+        --work_dir /tmp/tiny --variants tiny --types mucosa_visibility,occlusion_check,fluid_occlusion_level \\
+        --size 64x64 --scale 0.3 --max_steps 300 --only test-8,test-8-arms0,test-8-arms1
 """
 
 import argparse

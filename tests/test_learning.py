@@ -34,6 +34,7 @@ ANSWERS = {
 }
 FRAMES, ROWS_OF_ANSWER, STEPS = 2, 16, 300
 ROWS = len(ANSWERS) * ROWS_OF_ANSWER
+CHANCE = 3 * (0.25 / ROWS) ** 0.5  # three standard deviations of a share of ROWS guesses: 0.15
 ARMS = "test-8,test-8-arms0,test-8-arms1"  # mismatched and silent speech, black and shuffled frames
 
 
@@ -129,8 +130,8 @@ def test_a_tiny_model_learns_to_answer_by_ear_and_eye(results):
     heard, seen = strict(results, "test-8-arms0"), strict(results, "test-8-arms1")
     assert heard["audio"] == seen["audio"] == summary["metrics"]["strict"]["accuracy"]
     assert heard["mismatched_audio"] <= 0.05
-    assert heard["silent_audio"] <= 10 / 18 + 0.05
-    assert seen["black_frames"] <= 0.5 + 0.05
+    assert heard["silent_audio"] <= 10 / 18 + CHANCE
+    assert seen["black_frames"] <= 1 / 2 + CHANCE
 
 
 @pytest.mark.slow
