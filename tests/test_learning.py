@@ -126,7 +126,7 @@ def test_a_tiny_model_learns_to_answer_by_ear_and_eye(results):
     summary = json.loads((results / "answers" / "tiny-test-8.summary.json").read_text())
     assert summary["discriminative"]["baselines"]["train_majority"] == 0.5
     assert summary["n_total"] == summary["discriminative"]["n"] == ROWS
-    assert summary["metrics"]["choice"]["accuracy"] >= summary["metrics"]["strict"]["accuracy"] >= 0.8
+    assert summary["metrics"]["choice"]["accuracy"] >= summary["metrics"]["strict"]["accuracy"] >= 0.75
     heard, seen = strict(results, "test-8-arms0"), strict(results, "test-8-arms1")
     assert heard["audio"] == seen["audio"] == summary["metrics"]["strict"]["accuracy"]
     assert heard["mismatched_audio"] <= 0.05
