@@ -36,6 +36,7 @@ import shutil
 import signal
 import statistics
 import struct
+import subprocess
 import sys
 import tempfile
 import threading
@@ -51,6 +52,15 @@ from dataclasses import asdict, dataclass, field
 from functools import cache, lru_cache, partial
 from itertools import islice
 from pathlib import Path
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+
+    def end_at_once(*_) -> None:
+        """Ctrl-C while torch is imported, which takes seconds, and until `StopSignal` takes it."""
+        os.write(2, b"\nStopped by SIGINT\n")
+        os._exit(128 + signal.SIGINT)
+
+    signal.signal(signal.SIGINT, end_at_once)
 
 import accelerate
 import numpy as np
@@ -3636,13 +3646,27 @@ def memory_to_fit(model_args: ModelArguments) -> float:
 
 
 def check_compiler(device_type: str) -> None:
-    """VQAError where torch.compile would find no compiler: of C on a GPU, for Triton's launchers, else of C++."""
-    variable, names = ("CC", ("gcc", "clang")) if device_type == "cuda" else ("CXX", ("g++",))
+    """VQAError where torch.compile would find no compiler that works: of C on a GPU, for Triton's launchers, else of
+    C++."""
+    variable, language, names = ("CC", "c", ("gcc", "clang")) if device_type == "cuda" else ("CXX", "c++", ("g++",))
     names = (os.environ[variable],) if os.environ.get(variable) else names
-    if not any(shutil.which(name) for name in names):
+    compiler = next(filter(shutil.which, names), None)
+    if compiler is None:
         raise VQAError(
             f"--compile_layers: no compiler found ({' or '.join(names)}); install one, name it in {variable}, or leave "
             "the flag out"
+        )
+    with tempfile.TemporaryDirectory() as folder:
+        command = [compiler, "-x", language, "-", "-o", str(Path(folder) / "trial")]
+        try:
+            done = subprocess.run(command, input="int main() { return 0; }", capture_output=True, text=True)
+            failure = (done.stderr.strip() or f"exit status {done.returncode}") if done.returncode else ""
+        except OSError as error:
+            failure = str(error)
+    if failure:
+        raise VQAError(
+            f"--compile_layers: the compiler {compiler} does not work ({failure.splitlines()[0]}); mend it, name "
+            f"another in {variable}, or leave the flag out"
         )
 
 

@@ -13,10 +13,17 @@ render     draws the clips, links the speech and writes the question files
 train      trains the variants (--variants), side by side
 evaluate   lets every variant answer the test rows, in all arms
 report     writes docs/LEARNABILITY.md and its curves from the figures in --work_dir/results
+
+On a CPU, a tiny model learns three types in minutes (tests/test_learning.py does so in one, without annotations):
+
+    python benchmarks/learnability.py --stage render,train,evaluate --data_dir realcolon_vqa --speech_dir speech \\
+        --work_dir /tmp/tiny --variants tiny --types mucosa_visibility,occlusion_check,fluid_occlusion_level \\
+        --size 64x64 --scale 0.3 --max_steps 300 --only test-8,test-8-arms0,test-8-arms1
 """
 
 import argparse
 import hashlib
+import importlib.util
 import json
 import math
 import multiprocessing
@@ -533,6 +540,11 @@ VARIANTS = {
         arms=False,
     ),
     "five": Variant("five samples by heart", data="five", target_loss=1e-4, arms=False),
+    "tiny": Variant(
+        "a few types in a minute on a CPU, for the tests",
+        **{"hidden": 64, "layers": 2, "vision": 32, "vision_layers": 2, "audio": 64, "audio_layers": 1},
+        **{"learning_rate": 2e-3, "batch": 16},
+    ),
 }
 
 
@@ -592,6 +604,7 @@ def train(args: argparse.Namespace) -> None:
             for process in running.values():
                 process.wait()
     for name, process in running.items():
+        print(f"{name}: exit status {process.returncode}", flush=True)
         folder = args.work_dir / "runs" / name
         checkpoints = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
         last = folder if (folder / "trainer_state.json").exists() else checkpoints[-1] if checkpoints else None
@@ -665,10 +678,16 @@ def evaluations(args: argparse.Namespace) -> dict[str, list[str]]:
 def evaluate(args: argparse.Namespace) -> None:
     """Run what of `evaluations` has no summary yet, `--jobs` at a time; each leaves rows and a summary in --out_dir."""
     (args.out_dir / "answers").mkdir(parents=True, exist_ok=True)
+    every = evaluations(args)
+    named = {label: label.split("-", 1)[1] for label in every}
+    unknown = sorted(set(args.only or ()) - set(named.values()))
+    if unknown:
+        raise SystemExit(f"--only {','.join(unknown)}: there are {', '.join(dict.fromkeys(named.values())) or 'none'}")
     waiting = [
         (label, command)
-        for label, command in evaluations(args).items()
+        for label, command in every.items()
         if not (args.out_dir / "answers" / f"{label}.summary.json").exists()
+        and (args.only is None or named[label] in args.only)
     ]
     running: dict[str, subprocess.Popen] = {}
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -977,12 +996,16 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--bf16", type=lambda text: text == "True", default=False, help="True on a GPU (False)")
     parser.add_argument("--jobs", type=int, default=6, help="evaluations at a time (6)")
     parser.add_argument("--eval_batch", type=int, default=64, help="answers at a time (64)")
+    parser.add_argument("--only", type=lambda text: text.split(","), help="comma-separated evaluations, by their names "
+                        "in OUT_DIR/answers without the variant. None: all")  # fmt: skip
     parser.add_argument("--curve", action="store_true", help="evaluate the checkpoints on the way too")
     parser.add_argument("--report", type=Path, default=REPORT, help="where the report goes (docs/LEARNABILITY.md)")
     parser.add_argument("--machine", default="", help="a sentence for the report on the machine that measured")
     parser.add_argument("--command", default="", help="for the report: the flags of the command that measured")
     parser.add_argument("--seed", type=int, default=0, help="of the world, and with 1 added of the weights (0)")
     args = parser.parse_args(argv)
+    if "report" in args.stage and importlib.util.find_spec("matplotlib") is None:
+        parser.error("--stage report needs matplotlib for the curves; `pip install matplotlib`, or leave report out")
     args.out_dir = args.out_dir or args.work_dir / "results"
     for name in ("data_dir", "speech_dir", "work_dir", "out_dir"):
         setattr(args, name, getattr(args, name).resolve())

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# ruff and the quick tests; --all adds the slow ones (the smoke run, kills, signals, fuzzing). Other flags go to pytest.
+# ruff and the quick tests; --all adds the slow ones (the smoke run, learning, kills, signals, fuzzing). Other flags go to pytest.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 

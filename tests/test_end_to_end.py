@@ -80,6 +80,13 @@ def test_the_arms_show_that_it_hears_and_sees(choice):
     assert right["black_frames"] < 5
 
 
+@pytest.mark.parametrize("flags", [["--train_decoder", "full"], ["--train-decoder=full"]])
+def test_the_smoke_command_takes_the_whole_decoder(flags, tmp_path):
+    """Its own settings name no adapters then, which would be refused."""
+    printed = run_script(ROOT / "train_with_eval_FINAL.sh", "--smoke", *flags, "--dry_run", folder=tmp_path)
+    assert "Training the whole decoder, without LoRA" in printed
+
+
 def test_the_four_files_alone_train_and_evaluate(tiny, tmp_path):
     folder = tmp_path / "box"
     folder.mkdir()

@@ -191,3 +191,28 @@ def test_the_same_names_draw_the_same_clip():
     assert clip.shape == (N, world.SIZE[1], world.SIZE[0], 3) and clip.dtype == np.uint8
     assert (clip != world.clip_of(row("tool_identification", "snare"), 1)).any()
     assert (clip != world.clip_of(row("tool_identification", "snare", "other"), 0)).any()
+
+
+def test_a_report_without_matplotlib_is_refused_before_any_stage(tmp_path, monkeypatch, capsys):
+    """Naming the package and how to get it; hours of training would otherwise end in a traceback."""
+    monkeypatch.setattr(world.importlib.util, "find_spec", lambda name: None)
+    flags = ["--data_dir", tmp_path / "no", "--speech_dir", tmp_path / "no", "--work_dir", tmp_path / "work"]
+    with pytest.raises(SystemExit) as stop:
+        world.main(["--stage", "render,report", *map(str, flags)])
+    assert stop.value.code == 2
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.endswith(
+        "--stage report needs matplotlib for the curves; `pip install matplotlib`, or leave report out"
+    )
+    assert not (tmp_path / "work").exists()
+
+
+def test_evaluations_that_are_not_there_are_refused(tmp_path):
+    """A misspelt one would otherwise leave its figure out without a word."""
+    folder = tmp_path / "work" / "runs" / "slow"
+    folder.mkdir(parents=True)
+    (folder / "config.json").touch()
+    flags = ["--stage", "evaluate", "--data_dir", "no", "--speech_dir", "no", "--work_dir", str(tmp_path / "work")]
+    with pytest.raises(SystemExit) as stop:
+        world.main([*flags, "--variants", "slow", "--only", "test-8,test-9"])
+    assert str(stop.value) == "--only test-9: there are test-8, test-6"

@@ -4,6 +4,7 @@ import json
 import os
 import resource
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -288,3 +289,15 @@ def test_without_packages_and_requirements_one_line_says_what_to_install(tmp_pat
         "error: packages are missing; run: python3 -m pip install "
         "torch transformers peft accelerate pillow torchaudio soundfile tqdm\n"
     )
+
+
+@pytest.mark.parametrize(
+    ("handler", "status", "printed"),
+    [(signal.default_int_handler, 130, "\nStopped by SIGINT\n"), (signal.SIG_IGN, 7, "")],  # nohup ignores it
+)
+def test_ctrl_c_while_torch_is_imported_is_one_line(handler, status, printed, tmp_path):
+    (tmp_path / "torch.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGINT)\nos._exit(7)\n")
+    done = subprocess.run([sys.executable, str(ROOT / "train_vqa.py")], capture_output=True, text=True, cwd=tmp_path,
+                          env={**os.environ, "PYTHONPATH": str(tmp_path)},
+                          preexec_fn=lambda: signal.signal(signal.SIGINT, handler))  # fmt: skip
+    assert (done.returncode, done.stderr) == (status, printed)

@@ -117,6 +117,41 @@ def test_what_cannot_work_here_is_refused_before_weights_load(flags, message, mo
     assert str(error.value).startswith(message)
 
 
+@pytest.mark.parametrize(
+    ("program", "fault"),
+    [
+        ("#!/bin/sh\necho cc1plus: cannot execute >&2\necho more >&2\nexit 1\n", "cc1plus: cannot execute"),
+        ("#!/bin/sh\nexit 3\n", "exit status 3"),
+        ("#!/no/such/shell\n", "[Errno 2] No such file or directory: "),
+    ],
+)
+@pytest.mark.parametrize(("device", "variable"), [("cpu", "CXX"), ("cuda", "CC")])
+def test_a_broken_compiler_is_refused_in_one_line(program, fault, device, variable, monkeypatch, tmp_path):
+    compiler = tmp_path / "broken"
+    compiler.write_text(program)
+    compiler.chmod(0o755)
+    monkeypatch.setenv(variable, str(compiler))
+    with pytest.raises(vqa.VQAError) as error:
+        vqa.check_compiler(device)
+    start, end = (
+        f"--compile_layers: the compiler {compiler} does not work ({fault}",
+        (f"); mend it, name another in {variable}, or leave the flag out"),
+    )
+    assert str(error.value).startswith(start) and str(error.value).endswith(end)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(("device", "language", "variable"), [("cpu", "c++", "CXX"), ("cuda", "c", "CC")])
+def test_a_compiler_that_works_passes(device, language, variable, monkeypatch, tmp_path):
+    """It is asked for a program in the language that torch.compile will give it; here one that only notes its words."""
+    compiler = tmp_path / "works"
+    compiler.write_text(f'#!/bin/sh\necho "$@" > {tmp_path}/words\n')
+    compiler.chmod(0o755)
+    monkeypatch.setenv(variable, str(compiler))
+    vqa.check_compiler(device)
+    assert (tmp_path / "words").read_text().startswith(f"-x {language} - -o ")
+
+
 # ------------------------------------------------------------------------------------------------------ the estimate
 
 
