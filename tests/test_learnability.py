@@ -181,7 +181,8 @@ def test_training_clips_are_asked_more_and_once_in_reversed_order():
 def test_answers_of_a_type_get_equal_shares_of_its_clips():
     """Three rows of one answer and one of another: the one is drawn three times as often."""
     rows = [row("nbi_status", answer) for answer in ("yes", "yes", "yes", "no")]
-    assert world.repeats_for(rows, scale=24 / world.CLIPS_OF_TYPE["nbi_status"]) == {("nbi_status", "yes"): 4, ("nbi_status", "no"): 12}
+    scale = 24 / world.CLIPS_OF_TYPE["nbi_status"]
+    assert world.repeats_for(rows, scale) == {("nbi_status", "yes"): 4, ("nbi_status", "no"): 12}
 
 
 def test_the_same_names_draw_the_same_clip():
