@@ -18,7 +18,7 @@ On a CPU, a tiny model learns three types in minutes (tests/test_learning.py doe
 
     python benchmarks/learnability.py --stage render,train,evaluate --data_dir realcolon_vqa --speech_dir speech \\
         --work_dir /tmp/tiny --variants tiny --types mucosa_visibility,occlusion_check,fluid_occlusion_level \\
-        --size 64x64 --scale 0.8 --max_steps 300 --only test-8,test-8-arms0,test-8-arms1
+        --size 64x64 --scale 0.4 --max_steps 300 --only test-8,test-8-arms0,test-8-arms1
 """
 
 import argparse
@@ -314,7 +314,7 @@ def speak_all(texts: Sequence[str], held_out_only: Sequence[str], folder: Path) 
 SPLITS = {"train": "train_multivideo", "test": "test_multivideo", "other": "in_002-001", "same": "out_002-001"}
 # Training clips drawn for each type: motion and place are the hardest to learn, what fills the frame the easiest.
 CLIPS_OF_TYPE = {
-    **dict.fromkeys(media.REQUIREMENTS, 300),
+    **dict.fromkeys(media.REQUIREMENTS, 600),
     **dict.fromkeys(("flush_action", "endoscope_visibility", "tool_catheter_check", "tool_identification"), 800),
     **{"lesion_histology_extended": 800, "lesion_site": 1200, "lesion_screen_position": 3000},
     **dict.fromkeys(("scope_forward_motion", "scope_backward_motion", "scope_motion_type", "scope_motion"), 1600),

@@ -95,7 +95,7 @@ def flags(tmp_path_factory):
     flags = {
         "data_dir": folder / "data", "speech_dir": folder / "speech", "work_dir": folder / "work",
         "report": folder / "docs" / "LEARNABILITY.md", "variants": "tiny", "types": ",".join(QUESTIONS),
-        "size": "64x64", "scale": 0.8, "max_steps": STEPS, "only": ARMS, "jobs": 2,
+        "size": "64x64", "scale": 0.4, "max_steps": STEPS, "only": ARMS, "jobs": 2,
     }  # fmt: skip
     return [str(word) for name, value in flags.items() for word in (f"--{name}", value)]
 
