@@ -2,6 +2,7 @@
 and the benchmark that measures them."""
 
 import json
+import math
 import re
 import sys
 import types
@@ -51,12 +52,72 @@ def test_compiled_layers_give_the_plain_loss_and_gradients_from_one_graph(fresh,
         models.append(vqa.add_lora(model, 4, 16, 0.0))
     (loss, gradients), (other_loss, other) = (losses_and_gradients(model, batches) for model in models)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+    assert torch._dynamo.utils.counters["aot_autograd"]["total"] == 1  # no second trace, which no cache would keep
     assert torch.allclose(loss, other_loss, atol=1e-5, rtol=1e-5)
     # 2 layers x 7 adapted matrices x A and B, and the projector's weight
     assert gradients.keys() == other.keys() and len(gradients) == 2 * 7 * 2 + 1
     assert any(gradient.abs().max() > 1e-3 for gradient in gradients.values())
     for name, gradient in gradients.items():
         assert torch.allclose(gradient, other[name], atol=1e-5, rtol=1e-5), name
+
+
+@pytest.mark.parametrize("audio_tokens", ["full", "speech"])
+def test_padding_to_a_multiple_leaves_loss_and_gradients(fresh, tokenizer, rows, audio_tokens):
+    """In float64, where rounding (2e-5 of a gradient in float32, for sums in another order) hides nothing."""
+    models = fresh(), fresh()
+    for model in models:
+        torch.manual_seed(0)
+        vqa.add_lora(model, 4, 16, 0.0)
+        model.double()
+    processor = vqa.VQAProcessor(tokenizer, models[0].config, max_image_size=56, audio_tokens=audio_tokens)
+    dataset = vqa.SurgicalVQADataset(rows, processor, max_train_frames=2)
+    samples = [dataset[0], dataset[3]]
+    for sample in samples:
+        sample.update({name: values.double() for name, values in sample.items() if values.is_floating_point()})
+    batch, padded = (vqa.VQACollator(497, multiple=multiple)(samples) for multiple in (1, 16))
+    length, fill = batch["input_ids"].shape[1], {"input_ids": 497, "labels": -100}
+    assert length % 16 and padded["input_ids"].shape == (2, math.ceil(length / 16) * 16)
+    assert padded.keys() == batch.keys() and "attention_mask" not in padded
+    for name, values in batch.items():
+        assert torch.equal(padded[name][..., :length] if values.shape[-1] == length else padded[name], values), name
+        if values.shape[-1] == length:
+            assert (padded[name][..., length:] == fill.get(name, 0)).all(), name
+    (loss, gradients), (other_loss, other) = map(losses_and_gradients, models, ([batch], [padded]))
+    assert torch.allclose(loss, other_loss, rtol=1e-12)
+    assert gradients.keys() == other.keys() and len(gradients) == 2 * 7 * 2 + 1
+    assert any(gradient.abs().max() > 1e-3 for gradient in gradients.values())
+    for name, gradient in gradients.items():
+        assert torch.allclose(gradient, other[name], atol=1e-12, rtol=1e-10), name
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_batches_of_training_and_evaluation_are_padded_where_layers_are_compiled(compiled, monkeypatch, tmp_path):
+    lengths, forward = {True: [], False: []}, vqa.SurgicalVQAModel.forward
+
+    def recorded(self, *args, **kwargs):
+        lengths[self.training].append(kwargs["input_ids"].shape[1])
+        return forward(self, *args, **kwargs)
+
+    monkeypatch.setattr(vqa.SurgicalVQAModel, "forward", recorded)
+    monkeypatch.setattr(torch, "compile", lambda function, **options: function)
+    monkeypatch.setattr(vqa, "check_compiler", lambda device: None)
+    flags = ["--eval_data_path", FIXTURE_DATA[1], "--max_steps", "2", "--output_dir", str(tmp_path / "out")]
+    flags += ["--audio_tokens", "speech", "--compile_layers", str(compiled), "--report_to", "none"]
+    assert vqa.main([*FIXTURE_DATA, *RANDOM_TINY, *SMALL, *flags]) == 0
+    for phase in lengths.values():
+        assert phase and any(length % 16 for length in phase) == (not compiled)
+
+
+def test_the_estimate_counts_the_padding_of_compiled_layers(monkeypatch):
+    counted, estimate = [], vqa.estimate_memory
+    monkeypatch.setattr(
+        vqa, "estimate_memory", lambda model, tokens, *args: counted.append(tokens) or estimate(model, tokens, *args)
+    )
+    for compiled in ("False", "True"):
+        flags = "--dry_run", "--per_device_train_batch_size", "3", "--compile_layers", compiled
+        assert vqa.main([*FIXTURE_DATA, *RANDOM_TINY, *SMALL, *flags]) == 0
+    plain, padded = counted
+    assert plain % 3 == 0 and plain // 3 % 16 and padded == 3 * math.ceil(plain / 3 / 16) * 16
 
 
 # ------------------------------------------------------------------------------------------------------ recomputation
