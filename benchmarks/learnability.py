@@ -54,16 +54,17 @@ SIZE = (128, 96)  # pixels, multiples of the 32 that a token covers
 N_FRAMES = 8
 
 # Motion runs on a circle, so that no single frame tells its direction: what leaves at one end enters at the other, and
-# where on the circle a frame stands is uniform whatever the direction. The share of the circle that a clip travels:
-TRAVEL = 0.25
+# where on the circle a frame stands is uniform whatever the direction. The shares of their circles that the folds and a
+# lesion travel in a clip (from a half on, both directions would be one):
+FOLD_TRAVEL, LESION_TRAVEL = 0.25, 0.33
 # Practice clips, in training alone, do not pass the circle's ends. There what moves right tends to begin on the left:
 # a single frame tells something, and a model that starts from nothing has a slope to climb. It has to find out from the
 # other clips, and is tested on clips like those, that the frames must be compared.
 PRACTICE = 0.5  # share of the training clips
 # A lesion's circle along one axis is the span that it keeps to; where its quadrant is asked for, it keeps to that.
-ROAM = (0.15, 0.85)
+ROAM = (0.1, 0.9)
 QUADRANT_SPAN = {"left": (0.1, 0.4), "upper": (0.1, 0.4), "right": (0.6, 0.9), "lower": (0.6, 0.9)}
-LESION_SCALE = 1.3  # lesions are drawn larger than make_media's by this: frames are small
+LESION_SCALE = 1.6  # lesions are drawn larger than make_media's by this: frames are small
 FOLD_PERIOD = 2.4  # in log radius: one dark and one pale fold each; a clip zooms by exp(0.25 * 2.4) = 1.8
 FOLD_SPAN = (-0.95, -0.25)  # where a dark fold is well seen, in periods of log radius
 PAD = 4  # pixels around the frame, for the camera's shake
@@ -77,16 +78,17 @@ def swaying(n: int, rng: np.random.Generator) -> np.ndarray:
     return order if rng.random() < 0.5 else order[::-1]
 
 
-def way(direction: int, n: int, practice: bool, room: float, rng: np.random.Generator) -> np.ndarray:
-    """Places on a circle of circumference 1 in n frames, float [n]: n equal steps, TRAVEL of the circle in all.
+def way(direction: int, travel: float, n: int, practice: bool, room: float, rng: np.random.Generator) -> np.ndarray:
+    """Places on a circle of circumference 1 in n frames, float [n]: n equal steps, `travel` of the circle in all.
 
     Args:
         direction: 1 or -1, or 0 for swaying there and back over the same places.
+        travel: share of the circle.
         practice: keep within 0 to `room`, all places there equally likely; otherwise the start is anywhere.
     """
-    start = rng.random() * (room - TRAVEL if practice else 1)
+    start = rng.random() * (room - travel if practice else 1)
     order = np.arange(n)[::direction] if direction else swaying(n, rng)
-    return start + TRAVEL / max(n - 1, 1) * order
+    return start + travel / max(n - 1, 1) * order
 
 
 def lesion_path(
@@ -94,13 +96,13 @@ def lesion_path(
 ) -> np.ndarray:
     """Places (x, y) of a lesion in n frames, float [n, 2].
 
-    Along each axis the places are n equal steps on that axis' circle, TRAVEL of it in all, from a random start: in the
-    order of time along the axis of the drift, swaying there and back along the other (both, if stable). So the set of
-    places is distributed alike for every drift, and so is the place in any one frame: only their order tells.
+    Along each axis the places are n equal steps on that axis' circle, LESION_TRAVEL of it in all, from a random start:
+    in the order of time along the axis of the drift, swaying there and back along the other (both, if stable). So the
+    set of places is distributed alike for every drift, and so is the place in any one frame: only their order tells.
     """
     path = np.empty((n, 2))
     for axis, (low, high) in enumerate(spans):
-        place = way(media.DRIFT_XY[drift][axis], n, practice, 1.0, rng)
+        place = way(media.DRIFT_XY[drift][axis], LESION_TRAVEL, n, practice, 1.0, rng)
         path[:, axis] = low + (high - low) * (place % 1.0)
     return path
 
@@ -139,7 +141,8 @@ class Bowel:
     @staticmethod
     def flow(motion: str, n: int, practice: bool, room: float, rng: np.random.Generator) -> np.ndarray:
         """Places of a dark fold on its circle, in periods of log radius, in n frames; float [n]."""
-        places = way({"none": 0, "advancing": 1, "withdrawing": -1}[motion], n, practice, room, rng)
+        direction = {"none": 0, "advancing": 1, "withdrawing": -1}[motion]
+        places = way(direction, FOLD_TRAVEL, n, practice, room, rng)
         return places[:1].repeat(n) if motion == "none" else places
 
     def draw(self, frame: int) -> np.ndarray:
@@ -315,25 +318,25 @@ SPLITS = {"train": "train_multivideo", "test": "test_multivideo", "other": "in_0
 # Training clips drawn for each type: motion and place are the hardest to learn, what fills the frame the easiest.
 CLIPS_OF_TYPE = {
     **dict.fromkeys(media.REQUIREMENTS, 600),
-    **dict.fromkeys(("flush_action", "endoscope_visibility", "tool_catheter_check", "tool_identification"), 800),
-    **{"lesion_histology_extended": 800, "lesion_site": 1200, "lesion_screen_position": 3000},
-    **dict.fromkeys(("scope_forward_motion", "scope_backward_motion", "scope_motion_type", "scope_motion"), 1600),
-    "lesion_motion_direction": 6000,
+    **dict.fromkeys(("endoscope_visibility", "tool_catheter_check", "tool_identification"), 1200),
+    **{"flush_action": 2000, "lesion_histology_extended": 1000, "lesion_site": 1500},
+    **dict.fromkeys(("scope_forward_motion", "scope_backward_motion", "scope_motion_type", "scope_motion"), 1000),
+    **{"lesion_screen_position": 5000, "lesion_motion_direction": 7000},
 }
 
-# Asked of training clips beside the question that they were drawn for: what takes most practice. In any scene in which
-# such a question has an answer, its answers are about equally likely.
-SHARED = (
-    *("lesion_motion_direction", "scope_forward_motion", "scope_backward_motion", "scope_motion_type", "scope_motion"),
-    *("lesion_screen_position", "lesion_site"),
-)
+# What takes most practice is asked of each other's training clips too, with these weights. In any scene in which such a
+# question has an answer, its answers are about equally likely.
+SHARED = {
+    **dict.fromkeys(("scope_forward_motion", "scope_backward_motion", "scope_motion_type", "scope_motion"), 1),
+    **{"lesion_motion_direction": 6, "lesion_screen_position": 6, "lesion_site": 2},
+}
 
 
 def derive(rows: Sequence[dict], split: str, repeats: dict[tuple[str, str], int], seed: int) -> list[dict]:
     """Rows with a clip and speech of their own, each drawn `repeats[question_type, short_answer]` times, shuffled.
 
     `id` names the speech, as `{id}.ogg`: a voice of the training for split "train", else a held-out one. `video_id` is
-    the clip's own. Of training clips a share has `practice` set, and each gets up to two more rows (`shared_rows`).
+    the clip's own. Of training clips a share has `practice` set, and those of SHARED types get two more rows each.
     """
     rng = np.random.default_rng(int.from_bytes(hashlib.sha256(f"{seed}/{split}".encode()).digest()[:8], "little"))
     voices, speeds = (VOICES, SPEEDS) if split == "train" else (HELD_OUT_VOICES, HELD_OUT_SPEEDS)
@@ -350,7 +353,8 @@ def derive(rows: Sequence[dict], split: str, repeats: dict[tuple[str, str], int]
                 **({"practice": bool(rng.random() < PRACTICE)} if split == "train" else {}),
                 **{key: row[key] for key in ("question", "question_type", "answer", "short_answer")},
             }  # fmt: skip
-            of_clip = [own, *(shared_rows(own, pool, seed, rng) if split == "train" else ())]
+            shares = split == "train" and row["question_type"] in SHARED
+            of_clip = [own, *(shared_rows(own, pool, seed, rng) if shares else ())]
             # Each its voice and speed: rows of one clip are told apart by their ids.
             for one, which in zip(of_clip, rng.permutation(len(voices) * len(speeds)), strict=False):
                 voice, speed = voices[which // len(speeds)], speeds[which % len(speeds)]
@@ -374,8 +378,9 @@ def shared_rows(own: dict, pool: dict[tuple[str, str], list[dict]], seed: int, r
         if frames is own["frames"] or not again:
             again = [key for key in true if key[0] != kind]
         if again:
-            row = pool[again[rng.integers(len(again))]]
-            row = row[rng.integers(len(row))]
+            weights = np.array([SHARED[kind_] for kind_, _ in again])
+            rows = pool[again[rng.choice(len(again), p=weights / weights.sum())]]
+            row = rows[rng.integers(len(rows))]
             shared.append({
                 **own, "frames": frames, "shares": True, "drawn_from": f"{row['video_id']}/{row['id']}",
                 **{key: row[key] for key in ("question", "question_type", "answer", "short_answer")},
@@ -724,12 +729,12 @@ answers. All train with `--audio_tokens speech --frame_mode images` unless the t
 `train_vqa.py` are those of `full`.
 """
 NOT_SHOWN = """\
-It is not endoscopy. Mucosa, folds, lesions and tools are drawings, each with one look; a lesion is never partly hidden,
-folds and texture flow along circles, and a "stable" lesion sways there and back over as much as a drifting one travels,
-so that only the order of the frames tells them apart. The voices are all espeak-ng's, the room is silent, and the
-answers are the 20 types' 1 to 5 sentences. A model that does well here has shown that speech, frames, their order,
-labels and generation fit together so that the task can be learned from them; what Qwen2-VL and Whisper with their own
-weights reach on real video, this says nothing about."""
+It is not endoscopy. Mucosa, folds, lesions and tools are drawings, each with one look; a lesion is hidden by nothing
+but the edge, folds and texture flow along circles, and a "stable" lesion sways there and back over as much as a
+drifting one travels, so that only the order of the frames tells them apart. The voices are all espeak-ng's, the room is
+silent, and the answers are the 20 types' 1 to 5 sentences. A model that does well here has shown that speech, frames,
+their order, labels and generation fit together so that the task can be learned from them; what Qwen2-VL and Whisper
+with their own weights reach on real video, this says nothing about."""
 
 
 def percent(figure: dict) -> str:

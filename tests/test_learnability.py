@@ -11,7 +11,7 @@ import learnability as world
 import make_media as media
 
 N = world.N_FRAMES
-STEP = world.TRAVEL / (N - 1)  # of the circle, a frame
+STEP, FOLD_STEP = world.LESION_TRAVEL / (N - 1), world.FOLD_TRAVEL / (N - 1)  # of the circle, a frame
 DRIFTS = tuple(media.DRIFT_XY)
 
 
@@ -84,7 +84,7 @@ def test_folds_flow_the_other_way_when_the_scope_withdraws():
         world.Bowel(media.Scene(scope_motion=motion), 60, 60, N, False, np.random.default_rng(3))
         for motion in ("advancing", "withdrawing", "none")
     )
-    np.testing.assert_allclose(np.diff(advancing.fold), STEP)
+    np.testing.assert_allclose(np.diff(advancing.fold), FOLD_STEP)
     np.testing.assert_allclose(withdrawing.fold, advancing.fold[::-1])
     assert np.abs(advancing.draw(0) - advancing.draw(N - 1)).mean() > 5
     np.testing.assert_array_equal(still.draw(0), still.draw(N - 1))
@@ -118,7 +118,7 @@ def test_practice_passes_no_end_of_the_circle_and_is_never_tested():
                     np.testing.assert_allclose(np.diff(path[:, axis]), direction * STEP)
     for motion, direction in (("advancing", 1), ("withdrawing", -1)):
         folds = world.Bowel.flow(motion, N, True, 0.7, rng)
-        np.testing.assert_allclose(np.diff(folds), direction * STEP)
+        np.testing.assert_allclose(np.diff(folds), direction * FOLD_STEP)
         assert folds.min() >= 0 and folds.max() <= 0.7
     rows = [{**row("nbi_status", "yes"), "id": "q", "video_id": "v", "question": "NBI?", "answer": "Yes."}]
     train, test = (world.derive(rows, split, {("nbi_status", "yes"): 400}, 0) for split in ("train", "test"))
@@ -210,10 +210,10 @@ def test_a_report_without_matplotlib_is_refused_before_any_stage(tmp_path, monke
 
 def test_evaluations_that_are_not_there_are_refused(tmp_path):
     """A misspelt one would otherwise leave its figure out without a word."""
-    folder = tmp_path / "work" / "runs" / "slow"
+    folder = tmp_path / "work" / "runs" / "full"
     folder.mkdir(parents=True)
     (folder / "config.json").touch()
     flags = ["--stage", "evaluate", "--data_dir", "no", "--speech_dir", "no", "--work_dir", str(tmp_path / "work")]
     with pytest.raises(SystemExit) as stop:
-        world.main([*flags, "--variants", "slow", "--only", "test-8,test-9"])
+        world.main([*flags, "--variants", "full", "--only", "test-8,test-9"])
     assert str(stop.value) == "--only test-9: there are test-8, test-6"
