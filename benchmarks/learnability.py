@@ -543,7 +543,7 @@ def write_model(folder: Path, variant: Variant, texts: Sequence[str]) -> None:
 
 VARIANTS = {
     "images": Variant("eight separate frames, --audio_tokens speech"),
-    "video": Variant("frames in pairs, --frame_mode video", frame_mode="video", arms=False),
+    "video": Variant("frames in pairs, --frame_mode video", frame_mode="video"),
     "full": Variant("all of the encoder's outputs, --audio_tokens full", audio_tokens="full", arms=False),
     "naive_pad": Variant(
         "PAD = EOS = im_end, masked out of the labels by its id; a quarter of the steps",
