@@ -570,9 +570,10 @@ def train_command(args: argparse.Namespace, name: str, workers: int) -> list[str
     variant, work = VARIANTS[name], args.work_dir
     five = variant.data == "five"
     steps = 600 if five else max(1, round(args.max_steps * variant.share))
+    earlier = start_of(args, name)
     flags = {
-        "model_name_or_path": work / "models" / name, "init": "random", "train_decoder": "full",
-        "train_vision_tower": True, "train_audio_encoder": True,
+        "model_name_or_path": earlier or work / "models" / name, **({} if earlier else {"init": "random"}),
+        "train_decoder": "full", "train_vision_tower": True, "train_audio_encoder": True,
         "train_data_path": work / "data" / f"{variant.data}.jsonl", "frames_dir": work / "frames",
         "audio_dir": args.speech_dir, "output_dir": work / "runs" / name, "max_image_size": max(args.size),
         "frame_mode": variant.frame_mode, "audio_tokens": variant.audio_tokens,
@@ -587,6 +588,31 @@ def train_command(args: argparse.Namespace, name: str, workers: int) -> list[str
     }  # fmt: skip
     entry = [__file__, "--stage", "naive_pad", "--"] if variant.naive_pad else [ROOT / "train_vqa.py"]
     return [sys.executable, *map(str, entry), *(str(x) for k, v in flags.items() for x in (f"--{k}", v))]
+
+
+def start_of(args: argparse.Namespace, name: str) -> Path | None:
+    """The model of an earlier call that a variant goes on from, or None."""
+    return args.start_dir and args.start_dir / name
+
+
+def parts_of(folder: Path) -> list[dict]:
+    """The trainings that made the model in a folder, one after the other; the earlier ones are in its earlier.json."""
+    earlier = folder / "earlier.json"
+    state, settings = (json.loads((folder / f"{name}.json").read_text()) for name in ("trainer_state", "vqa_settings"))
+    return [*(json.loads(earlier.read_text()) if earlier.exists() else []), part_of(state, settings)]
+
+
+def part_of(state: dict, settings: dict) -> dict:
+    """What the report says of one training: `steps`, `batch`, `learning_rate`, `seconds` without the process' start
+    (None if it was cut short), `losses` as pairs of a step and the mean loss of the steps before it."""
+    log, training = state["log_history"], settings["training"]
+    return {
+        "steps": state["global_step"],
+        "batch": training["per_device_train_batch_size"],
+        "learning_rate": training["learning_rate"],
+        "seconds": next((float(entry["train_runtime"]) for entry in log if "train_runtime" in entry), None),
+        "losses": [(entry["step"], float(entry["loss"])) for entry in log if "loss" in entry],
+    }
 
 
 def train(args: argparse.Namespace) -> None:
@@ -620,9 +646,11 @@ def train(args: argparse.Namespace) -> None:
         folder = args.work_dir / "runs" / name
         checkpoints = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
         last = folder if (folder / "trainer_state.json").exists() else checkpoints[-1] if checkpoints else None
+        if last and start_of(args, name):
+            media.save(last / "earlier.json", json.dumps(parts_of(start_of(args, name))).encode())
         note(args, f"train_{name}", {
             "status": process.returncode, "variant": asdict(VARIANTS[name]), "last": last and last.name,
-            "seconds": time.monotonic() - started, "command": train_command(args, name, 0),
+            "command": train_command(args, name, 0), "parts": last and parts_of(last),
             "state": last and json.loads((last / "trainer_state.json").read_text()),
             "settings": last and json.loads((last / "vqa_settings.json").read_text()),
         })  # fmt: skip
@@ -720,7 +748,7 @@ def evaluate(args: argparse.Namespace) -> None:
 REPORT, CURVES = ROOT / "docs" / "LEARNABILITY.md", ROOT / "docs" / "learnability_loss.png"
 DIRECTIONS = ("lesion_motion_direction", "scope_forward_motion", "scope_backward_motion", "scope_motion_type")
 INTRODUCTION = """\
-A small model of the same build as the real one (Qwen2-VL with a Whisper encoder, about 7 million parameters), from
+A small model of the same build as the real one (Qwen2-VL with a Whisper encoder, about 10 million parameters), from
 random weights, on the real annotations of REAL-Colon-VQA. The frames are drawn so that each row's answer is true in its
 clip, and all else in the clip is drawn independently of the answer; the questions are spoken. Nothing was pretrained:
 every weight but the speech encoder's fixed sinusoids was drawn at random and trained, by `train_vqa.py --init random
@@ -799,8 +827,8 @@ def arm_answers(args: argparse.Namespace, name: str) -> dict[str, Answers]:
 
 def last_loss(run: dict) -> str:
     """The last training loss that a run logged, in words."""
-    losses = [log["loss"] for log in run["state"]["log_history"] if "loss" in log]
-    return f"{float(losses[-1]):.2g}" if losses else "none logged"
+    losses = run["parts"][-1]["losses"]
+    return f"{losses[-1][1]:.2g}" if losses else "none logged"
 
 
 def draw_curves(runs: dict[str, dict], path: Path) -> None:
@@ -812,8 +840,10 @@ def draw_curves(runs: dict[str, dict], path: Path) -> None:
 
     figure, axes = plt.subplots(figsize=(8, 4))
     for name, run in runs.items():
-        batch = run["settings"]["training"]["per_device_train_batch_size"]
-        points = [(log["step"] * batch, log["loss"]) for log in run["state"]["log_history"] if "loss" in log]
+        points, seen = [], 0
+        for part in run["parts"]:
+            points += [(seen + step * part["batch"], loss) for step, loss in part["losses"]]
+            seen += part["steps"] * part["batch"]
         axes.plot(*np.array(points, dtype=float).reshape(-1, 2).T, label=name, linewidth=0.8)
     axes.set(xlabel="samples", ylabel="loss a token of the answer", yscale="log")
     axes.grid(alpha=0.3)
@@ -830,7 +860,7 @@ def report(args: argparse.Namespace) -> None:
         path = args.out_dir / f"train_{name}.json"
         run = json.loads(path.read_text()) if path.exists() else {}
         if run.get("state"):
-            runs[name] = run
+            runs[name] = {"parts": [part_of(run["state"], run["settings"])], **run}
     if not runs:
         raise SystemExit(f"{args.out_dir}: no training has left its figures there; run --stage train first")
     world = json.loads((args.out_dir / "render.json").read_text())
@@ -855,9 +885,13 @@ def describe_world(world: dict) -> list[str]:
     voices = f"{len(world['voices'])} voices of espeak-ng in training, {len(world['held_out_voices'])} others in test"
     return [
         INTRODUCTION,
-        f"{world['clips']} clips of {N_FRAMES} frames of {size} pixels ({world['rows']['train']} for training, "
-        f"{world['rows']['test']} for the rows of `test_multivideo`), drawn in {world['seconds']:.0f} s on "
-        f"{world['cores']} cores; {voices}. No clip and no voice of the test occurs in training.\n",
+        f"{world['clips']} clips of {N_FRAMES} frames of {size} pixels, drawn in {world['seconds']:.0f} s on "
+        f"{world['cores']} cores: {world['train_clips']} for training and {world['rows']['test']} for the rows of "
+        f"`test_multivideo`; {voices}. No clip and no voice of the test occurs in training. Clips drawn for questions "
+        "of motion and place are asked two more, one of them with the frames in reversed order: "
+        f"{world['rows']['train']} training rows in all. {100 * PRACTICE:.0f} % of the training clips, and none of "
+        "the test's, are practice: there a motion does not pass the ends of its circle, so that a single frame tells "
+        "something of its direction. Without practice no model here ever left chance on motion.\n",
     ]
 
 
@@ -865,18 +899,20 @@ def describe_runs(runs: dict[str, dict], args: argparse.Namespace) -> list[str]:
     """The part of the report on what was trained, how long and with what loss."""
     lines = []
     for name, run in runs.items():
-        training, state = run["settings"]["training"], run["state"]
-        batch = training["per_device_train_batch_size"]
-        steps = state["global_step"]
-        lines.append((f"`{name}`", VARIANTS[name].what, steps, steps * batch, f"{run['seconds']:.0f}",
-                      f"{training['learning_rate']:g}", last_loss(run)))  # fmt: skip
+        parts = run["parts"]
+        each = [" + ".join(f"{part[field]:{form}}" if part[field] is not None else "?" for part in parts)
+                for field, form in (("steps", "d"), ("seconds", ".0f"), ("learning_rate", "g"))]  # fmt: skip
+        samples = sum(part["steps"] * part["batch"] for part in parts)
+        losses = parts[-1]["losses"]
+        half = f"{losses[len(losses) // 2][1]:.2g}" if losses else "none logged"
+        lines.append((f"`{name}`", VARIANTS[name].what, each[0], samples, *each[1:], half, last_loss(run)))
     some = next(iter(runs.values()))
     versions = ", ".join(f"{name} {version}" for name, version in some["settings"]["versions"].items())
-    text = ["## What was trained\n", table(
-        ("variant", "what", "steps", "samples", "seconds", "learning rate", "last loss"), lines)]  # fmt: skip
-    text += [f"Seconds include the start of the process. {args.machine} Versions: {versions}.\n"]
+    header = ("variant", "what", "steps", "samples", "seconds", "learning rate", "loss at half", "last loss")
+    text = ["## What was trained\n", table(header, lines)]
+    text += [f"Seconds are without the start of the process. {args.machine} Versions: {versions}.\n"]
     text += ["```bash", f"python {Path(__file__).relative_to(ROOT)} {args.command}", "```\n"] if args.command else []
-    text += [f"![loss]({CURVES.name})\n"]
+    text += [f"![loss]({CURVES.name})\n", *([args.remark + "\n"] if args.remark else [])]
     five = args.out_dir / "answers" / "five-five-8.summary.json"
     if five.exists() and "five" in runs:
         figure = json.loads(five.read_text())["metrics"]["strict"]
@@ -998,6 +1034,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--size", type=media.frame_size, default=SIZE, help="of a frame in pixels (112x96)")
     parser.add_argument("--variants", type=comma(list(VARIANTS)), default=["images"],
                         help=f"comma-separated, of {', '.join(VARIANTS)} (images)")  # fmt: skip
+    parser.add_argument("--start_dir", type=Path, help="folder with models of an earlier call as {variant}, which "
+                        "training goes on from with a schedule of its own. None: from random weights")  # fmt: skip
     parser.add_argument("--max_steps", type=int, default=3000, help="optimizer steps (3000)")
     parser.add_argument("--batch", type=int, help="samples a step. None: the variant's")
     parser.add_argument("--learning_rate", type=float, help="None: the variant's")
@@ -1013,14 +1051,18 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--curve", action="store_true", help="evaluate the checkpoints on the way too")
     parser.add_argument("--report", type=Path, default=REPORT, help="where the report goes (docs/LEARNABILITY.md)")
     parser.add_argument("--machine", default="", help="a sentence for the report on the machine that measured")
+    parser.add_argument("--remark", default="", help="a paragraph for the report on what its figures show")
     parser.add_argument("--command", default="", help="for the report: the flags of the command that measured")
     parser.add_argument("--seed", type=int, default=0, help="of the world, and with 1 added of the weights (0)")
     args = parser.parse_args(argv)
     if "report" in args.stage and importlib.util.find_spec("matplotlib") is None:
         parser.error("--stage report needs matplotlib for the curves; `pip install matplotlib`, or leave report out")
     args.out_dir = args.out_dir or args.work_dir / "results"
-    for name in ("data_dir", "speech_dir", "work_dir", "out_dir"):
-        setattr(args, name, getattr(args, name).resolve())
+    for name in ("data_dir", "speech_dir", "work_dir", "out_dir", "start_dir"):
+        setattr(args, name, getattr(args, name) and getattr(args, name).resolve())
+    for name in args.variants if args.start_dir else ():
+        if not (args.start_dir / name / "trainer_state.json").is_file():
+            parser.error(f"--start_dir {args.start_dir} has no trained model {name}; leave {name} out of --variants")
     return args
 
 

@@ -1,5 +1,6 @@
 """Does the drawn world of benchmarks/learnability.py show the answers, and nothing else that would give them away?"""
 
+import json
 import sys
 from pathlib import Path
 
@@ -217,3 +218,44 @@ def test_evaluations_that_are_not_there_are_refused(tmp_path):
     with pytest.raises(SystemExit) as stop:
         world.main([*flags, "--variants", "full", "--only", "test-8,test-9"])
     assert str(stop.value) == "--only test-9: there are test-8, test-6"
+
+
+def test_a_later_training_remembers_the_earlier_ones(tmp_path):
+    """Steps, rates and losses of both are in the report's figures, in their order; the first began from nothing."""
+    for name, steps, rate in (("first", 40, 1e-3), ("second", 60, 5e-4)):
+        log = [{"step": steps, "loss": steps / 100}, {"step": steps, "train_runtime": steps / 10}]
+        folder = tmp_path / name / "images"
+        folder.mkdir(parents=True)
+        (folder / "trainer_state.json").write_text(json.dumps({"global_step": steps, "log_history": log}))
+        training = {"per_device_train_batch_size": 128, "learning_rate": rate}
+        (folder / "vqa_settings.json").write_text(json.dumps({"training": training}))
+    first = world.parts_of(tmp_path / "first" / "images")
+    expected = {"steps": 40, "batch": 128, "learning_rate": 1e-3, "seconds": 4.0, "losses": [(40, 0.4)]}
+    assert first == [expected]
+    (tmp_path / "second" / "images" / "earlier.json").write_text(json.dumps(first))
+    parts = world.parts_of(tmp_path / "second" / "images")
+    assert [part["steps"] for part in parts] == [40, 60] and parts[1]["losses"] == [(60, 0.6)]
+
+
+def test_going_on_needs_a_model_of_each_variant(tmp_path, capsys):
+    """And its command names that model in place of one to draw."""
+    flags = [
+        "--stage",
+        "train",
+        "--data_dir",
+        str(tmp_path),
+        "--speech_dir",
+        str(tmp_path),
+        "--start_dir",
+        str(tmp_path),
+    ]
+    with pytest.raises(SystemExit):
+        world.parse_args([*flags, "--variants", "video"])
+    assert "has no trained model video; leave video out of --variants" in capsys.readouterr().err
+    (tmp_path / "video").mkdir()
+    (tmp_path / "video" / "trainer_state.json").write_text("{}")
+    command = world.train_command(world.parse_args([*flags, "--variants", "video"]), "video", 1)
+    assert command[command.index("--model_name_or_path") + 1] == str(tmp_path / "video")
+    assert "--init" not in command
+    command = world.train_command(world.parse_args([*flags[:-2], "--variants", "video"]), "video", 1)
+    assert command[command.index("--init") + 1] == "random"
