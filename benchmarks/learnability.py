@@ -891,7 +891,7 @@ def describe_world(world: dict) -> list[str]:
         "of motion and place are asked two more, one of them with the frames in reversed order: "
         f"{world['rows']['train']} training rows in all. {100 * PRACTICE:.0f} % of the training clips, and none of "
         "the test's, are practice: there a motion does not pass the ends of its circle, so that a single frame tells "
-        "something of its direction. Without practice no model here ever left chance on motion.\n",
+        "something of its direction and a model that starts from nothing has a slope to climb.\n",
     ]
 
 
