@@ -38,6 +38,7 @@ import statistics
 import struct
 import subprocess
 import sys
+import sysconfig
 import tempfile
 import threading
 import time
@@ -138,7 +139,7 @@ MP3_KBPS = (
 MEDIA_CHECKS = 1  # raise it when decode_frame or decode_audio refuse more: what passed before is decoded again
 DIGEST_BYTES = 8  # of a media file that passed: two of a million share one with a chance of 1 to 37 million
 MAX_REMEMBERED = 1_000_000  # digests: 8 MB
-# A loader worker keeps the mel of the speech it heard last: 850 questions of 3 s in 128 bins, a GiB in 8 workers.
+# A dataset keeps in each loader worker the mel of the speech heard last: 850 questions of 3 s in 128 bins, a GiB in 8.
 SPEECH_MEMO_BYTES = 128 * 2**20
 MAX_KNOWN_TEXTS = 10_000  # tokenised pieces of prompts and answers, a few MB
 FEATURE_SCHEMA = 1  # raise it when what the towers are fed, or what is stored of them, changes
@@ -1312,8 +1313,9 @@ def check_labels(labels: torch.Tensor, row: VQARow) -> None:
 class SpeechMemo:
     """The mel of the speech heard last, so that a file that many rows and epochs share is decoded once a process.
 
-    A file that was replaced (another size, time of change or inode) is heard anew. Beyond `limit` bytes the one that
-    was not heard for longest goes. Silence up to the end of the encoder's window takes no room.
+    A file that was replaced (another size, time of writing or of change, or inode) is heard anew. Beyond `limit` bytes
+    the one that was not heard for longest goes. Silence up to the end of the encoder's window takes no room. Not for
+    several threads.
     """
 
     def __init__(self, processor: VQAProcessor, limit: int = SPEECH_MEMO_BYTES):
@@ -1326,17 +1328,17 @@ class SpeechMemo:
             stat = os.stat(row.audio_path)
         except OSError:  # decoding words it
             return self.processor.encode_speech(row, load_speech(row.audio_path))
-        key = str(row.audio_path), stat.st_size, stat.st_mtime_ns, stat.st_ino
+        key = str(row.audio_path), stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino
         if key in self.kept:
             self.kept.move_to_end(key)
             heard, silence, lengths, frames = self.kept[key]
             mel = silence.repeat(1, heard.shape[1], frames)
             mel[..., : heard.shape[-1]] = heard
-            return mel, lengths
+            return mel, lengths.clone()
         mel, lengths = self.processor.encode_speech(row, load_speech(row.audio_path))
         silence = mel[0, -1, -1].clone()
         sounding = 1 + max((mel[0] != silence).any(0).nonzero().flatten().tolist(), default=-1)
-        self.kept[key] = mel[..., :sounding].clone(), silence, lengths, mel.shape[-1]
+        self.kept[key] = mel[..., :sounding].clone(), silence, lengths.clone(), mel.shape[-1]
         self.bytes += self.kept[key][0].nbytes
         while self.bytes > self.limit:
             self.bytes -= self.kept.popitem(last=False)[1][0].nbytes
@@ -1444,7 +1446,7 @@ class VQACollator:
         pad_token_id: fills `input_ids`; what is padding is never told by this id.
         padding_side: `left` for generation. `right` for training: there causal attention never reaches the padding,
             and without a mask sdpa takes its flash kernel.
-        multiple: batches are padded to a multiple of so many tokens. 1: to their longest sample.
+        multiple: batches are padded to a multiple of so many tokens, the rest on the right. 1: to their longest sample.
     """
 
     FILL = {"labels": IGNORE_INDEX, "mm_token_type_ids": 0, "attention_mask": 0, "position_ids": 0}  # noqa: RUF012
@@ -1475,9 +1477,8 @@ class VQACollator:
             padded_positions = nn.utils.rnn.pad_sequence(positions, batch_first=True, padding_side=self.padding_side)
             batch["position_ids"] = padded_positions.permute(2, 0, 1)
         if missing := -batch["input_ids"].shape[1] % self.multiple:
-            sides = (missing, 0) if self.padding_side == "left" else (0, missing)
             for name, values in batch.items():
-                batch[name] = F.pad(values, sides, value=self.FILL.get(name, self.pad_token_id))
+                batch[name] = F.pad(values, (0, missing), value=self.FILL.get(name, self.pad_token_id))
         for name in (
             *("pixel_values", "image_grid_thw", "video_grid_thw", "input_features", "audio_lengths"),
             *("vision_features", "speech_features"),
@@ -3658,8 +3659,8 @@ def memory_to_fit(model_args: ModelArguments) -> float:
 
 
 def check_compiler(device_type: str) -> None:
-    """VQAError where torch.compile would find no compiler that works: of C on a GPU, for Triton's launchers, else of
-    C++."""
+    """VQAError where torch.compile would find no compiler that works, or not the headers of Python, which what it
+    compiles includes: of C on a GPU, for Triton's launchers, else of C++."""
     variable, language, names = ("CC", "c", ("gcc", "clang")) if device_type == "cuda" else ("CXX", "c++", ("g++",))
     names = (os.environ[variable],) if os.environ.get(variable) else names
     compiler = next(filter(shutil.which, names), None)
@@ -3669,16 +3670,18 @@ def check_compiler(device_type: str) -> None:
             "the flag out"
         )
     with tempfile.TemporaryDirectory() as folder:
-        command = [compiler, "-x", language, "-", "-o", str(Path(folder) / "trial")]
+        headers = sysconfig.get_path("include", "posix_prefix")
+        command = [compiler, "-x", language, "-", "-I", headers, "-o", str(Path(folder) / "trial")]
+        program = "#include <Python.h>\nint main(void) { return 0; }\n"
         try:
-            done = subprocess.run(command, input="int main() { return 0; }", capture_output=True, text=True)
+            done = subprocess.run(command, input=program, capture_output=True, text=True, errors="replace")
             failure = (done.stderr.strip() or f"exit status {done.returncode}") if done.returncode else ""
         except OSError as error:
             failure = str(error)
     if failure:
         raise VQAError(
-            f"--compile_layers: the compiler {compiler} does not work ({failure.splitlines()[0]}); mend it, name "
-            f"another in {variable}, or leave the flag out"
+            f"--compile_layers: the compiler {compiler} does not work ({failure.splitlines()[0]}); mend it (Python.h "
+            f"is in the package python3-dev), name another in {variable}, or leave the flag out"
         )
 
 

@@ -294,16 +294,16 @@ def main(argv: list[str] | None = None) -> None:
             data = repeated(annotations, rows, args.rows if batched else args.seed_rows)
             try:
                 results.append(measure(design, model, tokenizer, data, args))
+                print(json.dumps(results[-1]), flush=True)
+                if args.cache_features and design in ("ours", "fast"):
+                    args.cache_features.mkdir(parents=True, exist_ok=True)
+                    with tempfile.TemporaryDirectory(dir=args.cache_features) as folder:
+                        for state in ("cold", "warm"):
+                            results.append(measure(design, model, tokenizer, data, args, state, folder))
+                            print(json.dumps(results[-1]), flush=True)
             except RuntimeError as error:  # memory, or a graph: the other designs go on
                 failed[design] = f"{type(error).__name__}: {error}".splitlines()[0]
                 print(f"{design}: {failed[design]}")
-                continue
-            print(json.dumps(results[-1]), flush=True)
-            if args.cache_features and design in ("ours", "fast"):
-                args.cache_features.mkdir(parents=True, exist_ok=True)
-                with tempfile.TemporaryDirectory(dir=args.cache_features) as folder:
-                    for state in ("cold", "warm"):
-                        results.append(measure(design, model, tokenizer, data, args, state, folder))
     report = {
         "device": torch.cuda.get_device_name() if cuda else platform.processor() or "cpu",
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},

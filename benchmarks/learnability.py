@@ -84,7 +84,7 @@ def way(direction: int, travel: float, n: int, practice: bool, room: float, rng:
     Args:
         direction: 1 or -1, or 0 for swaying there and back over the same places.
         travel: share of the circle.
-        practice: keep within 0 to `room`, all places there equally likely; otherwise the start is anywhere.
+        practice: keep within 0 to `room`, all starts there equally likely; otherwise the start is anywhere.
     """
     start = rng.random() * (room - travel if practice else 1)
     order = np.arange(n)[::direction] if direction else swaying(n, rng)
@@ -324,8 +324,8 @@ CLIPS_OF_TYPE = {
     **{"lesion_screen_position": 5000, "lesion_motion_direction": 7000},
 }
 
-# What takes most practice is asked of each other's training clips too, with these weights. In any scene in which such a
-# question has an answer, its answers are about equally likely.
+# What takes most practice is asked of each other's training clips too, with these weights. Over all scenes in which
+# such a question has an answer, its answers are about equally likely.
 SHARED = {
     **dict.fromkeys(("scope_forward_motion", "scope_backward_motion", "scope_motion_type", "scope_motion"), 1),
     **{"lesion_motion_direction": 6, "lesion_screen_position": 6, "lesion_site": 2},
@@ -435,6 +435,19 @@ def _draw_and_check(job: tuple[list[dict], Path, Path, int, tuple[int, int], Pat
     return vqa.read_passed()
 
 
+def refuse_other_world(args: argparse.Namespace, files: dict[str, list[dict]]) -> None:
+    """SystemExit where --work_dir holds clips that other flags or other code drew: clips that are there are kept."""
+    told = json.dumps([files, args.seed, args.size]).encode()
+    code = b"".join(Path(module.__file__).read_bytes() for module in (sys.modules[__name__], media))
+    world, note_of = hashlib.sha256(told + code).hexdigest(), args.work_dir / "frames" / "world.txt"
+    if note_of.exists() and note_of.read_text() != world:
+        raise SystemExit(
+            f"{args.work_dir}: holds clips of another world (--types, --scale, --seed, --size, --max_rows, other "
+            "annotations or other code); name another --work_dir, or remove this one"
+        )
+    media.save(note_of, world.encode())
+
+
 def render(args: argparse.Namespace) -> None:
     """Derive the question files, draw their clips on all cores, and remember that their media were checked."""
     import train_vqa as vqa
@@ -446,6 +459,7 @@ def render(args: argparse.Namespace) -> None:
         repeats = repeats_for(rows, args.scale) if split == "train" else defaultdict(lambda: 1)
         files[split] = derive(rows, split, repeats, args.seed)[: args.max_rows if split != "train" else None]
     files["five"] = files["train"][:5]
+    refuse_other_world(args, files)
     for split, rows in files.items():
         write_jsonl(work / "data" / f"{split}.jsonl", rows)
         if split != "train":  # the report judges the answers anew, type by type
@@ -546,7 +560,7 @@ VARIANTS = {
     "video": Variant("frames in pairs, --frame_mode video", frame_mode="video"),
     "full": Variant("all of the encoder's outputs, --audio_tokens full", audio_tokens="full", arms=False),
     "naive_pad": Variant(
-        "PAD = EOS = im_end, masked out of the labels by its id; a quarter of the steps",
+        "PAD = EOS = im_end, masked out of the labels by its id; fewer steps",
         naive_pad=True,
         share=0.25,
         arms=False,
@@ -623,6 +637,9 @@ def train(args: argparse.Namespace) -> None:
     texts = {row[key] for row in read_jsonl(args.work_dir / "data" / "train.jsonl") for key in ("question", "answer")}
     running = {}
     names = [name for name in args.variants if not (args.work_dir / "runs" / name / "config.json").exists()]
+    for name in args.variants:
+        if name not in names:
+            print(f"{name}: trained already, left alone", flush=True)
     cores, weights = max(0, os.cpu_count() - len(names)), {n: 0 if VARIANTS[n].data == "five" else 1 for n in names}
     for name in names:
         write_model(args.work_dir / "models" / name, VARIANTS[name], sorted(texts))
@@ -750,11 +767,11 @@ DIRECTIONS = ("lesion_motion_direction", "scope_forward_motion", "scope_backward
 INTRODUCTION = """\
 A small model of the same build as the real one (Qwen2-VL with a Whisper encoder, about 10 million parameters), from
 random weights, on the real annotations of REAL-Colon-VQA. The frames are drawn so that each row's answer is true in its
-clip, and all else in the clip is drawn independently of the answer; the questions are spoken. Nothing was pretrained:
-every weight but the speech encoder's fixed sinusoids was drawn at random and trained, by `train_vqa.py --init random
---train_decoder full --train_vision_tower True --train_audio_encoder True`, and `evaluate_checkpoint.py` judged the
-answers. All train with `--audio_tokens speech --frame_mode images` unless the table says otherwise; the defaults of
-`train_vqa.py` are those of `full`.
+clip, and all else in the test's clips is drawn independently of the answer; the questions are spoken. Nothing was
+pretrained: every weight but the speech encoder's fixed sinusoids was drawn at random and trained, by `train_vqa.py
+--init random --train_decoder full --train_vision_tower True --train_audio_encoder True`, and `evaluate_checkpoint.py`
+judged the answers. All train with `--audio_tokens speech --frame_mode images` unless the table says otherwise; the
+defaults of `train_vqa.py` are `--audio_tokens full --frame_mode images`.
 """
 NOT_SHOWN = """\
 It is not endoscopy. Mucosa, folds, lesions and tools are drawings, each with one look; a lesion is hidden by nothing
@@ -1031,7 +1048,9 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
                         help="comma-separated question types (all)")  # fmt: skip
     parser.add_argument("--scale", type=float, default=1.0, help="more or fewer training clips (1.0)")
     parser.add_argument("--max_rows", type=int, help="of each test file. None: all")
-    parser.add_argument("--size", type=media.frame_size, default=SIZE, help="of a frame in pixels (112x96)")
+    parser.add_argument(
+        "--size", type=media.frame_size, default=SIZE, help=f"of a frame in pixels ({SIZE[0]}x{SIZE[1]})"
+    )
     parser.add_argument("--variants", type=comma(list(VARIANTS)), default=["images"],
                         help=f"comma-separated, of {', '.join(VARIANTS)} (images)")  # fmt: skip
     parser.add_argument("--start_dir", type=Path, help="folder with models of an earlier call as {variant}, which "

@@ -4,12 +4,10 @@
 """
 
 import contextlib
-import math
 from collections.abc import Callable, Iterator
 from unittest.mock import patch
 
 import torch
-import torch.nn.functional as F
 from transformers.models.qwen2_vl import modeling_qwen2_vl as qwen
 
 import train_vqa as vqa
@@ -104,17 +102,8 @@ def compiling(**options) -> contextlib.AbstractContextManager:
 
 @contextlib.contextmanager
 def one_length() -> Iterator[None]:
-    """Batches padded on the right to a multiple of LENGTH_MULTIPLE, and layers compiled for that length alone."""
-    collate = vqa.VQACollator.__call__
-
-    def padded(self, samples):
-        batch = collate(self, samples)
-        missing = math.ceil(batch["input_ids"].shape[1] / LENGTH_MULTIPLE) * LENGTH_MULTIPLE
-        missing -= batch["input_ids"].shape[1]
-        fill = {"input_ids": self.pad_token_id, "labels": vqa.IGNORE_INDEX, "mm_token_type_ids": 0, "position_ids": 0}
-        return batch | {name: F.pad(batch[name], (0, missing), value=fill[name]) for name in fill if name in batch}
-
-    with patch.object(vqa.VQACollator, "__call__", padded), compiling(dynamic=False):
+    """Compiled layers for batches padded to a multiple of LENGTH_MULTIPLE, each length compiled for alone."""
+    with patch.object(vqa, "PADDING_MULTIPLE", LENGTH_MULTIPLE), compiling(dynamic=False):
         yield
 
 

@@ -156,7 +156,8 @@ def test_training_and_test_share_no_clip_and_no_voice():
 
 def test_training_clips_are_asked_more_and_once_in_reversed_order():
     """The rows that share a clip are true in its scene; reversed frames turn the motion, and ids tell rows apart."""
-    kinds = ("lesion_motion_direction", "scope_motion_type", "nbi_status")
+    kinds = ("lesion_motion_direction", "scope_motion_type", "lesion_screen_position", "lesion_site", "nbi_status")
+    place, way = "lesion_screen_position", "lesion_motion_direction"
     rows = [{**row(kind, answer), "id": f"{kind}-{answer}", "video_id": "v", "question": f"{kind}?", "answer": answer}
             for kind in kinds for answer in media.REQUIREMENTS[kind]]  # fmt: skip
     derived = world.derive(rows, "train", dict.fromkeys(((r["question_type"], r["short_answer"]) for r in rows), 5), 0)
@@ -164,9 +165,10 @@ def test_training_clips_are_asked_more_and_once_in_reversed_order():
     own = {r["video_id"]: r for r in derived if not r.get("shares")}
     turned = 0
     assert len(own) == 5 * len(rows) and len(derived) > 2 * len(own)
+    assert {r["question_type"] for r in derived if r.get("shares")} == {*kinds} - {"nbi_status"}
     for shared in (r for r in derived if r.get("shares")):
         first = own[shared["video_id"]]
-        scene, roams, _ = world.scene_of(first, 0)
+        scene, _, _ = world.scene_of(first, 0)
         if shared["frames"] == first["frames"][::-1]:
             scene = world.reversed_scene(scene)
             if first["question_type"] in ("lesion_motion_direction", "scope_motion_type"):
@@ -175,8 +177,45 @@ def test_training_clips_are_asked_more_and_once_in_reversed_order():
                 turned += 1
         else:
             assert shared["frames"] == first["frames"] and shared["question_type"] != first["question_type"]
-        assert world.is_true(shared["question_type"], shared["short_answer"], scene, roams)
+        needs = media.REQUIREMENTS[shared["question_type"]][shared["short_answer"]]
+        assert all(getattr(scene, name) in values for name, values in needs.items())
+        # A lesion keeps to its quadrant in the clips that were drawn for that, and roams in the others.
+        assert shared["question_type"] != (way if first["question_type"] == place else place)
     assert turned == 5 * (5 + 2)
+
+
+@pytest.mark.parametrize("practice", (True, False, None))
+def test_only_clips_that_say_so_are_drawn_as_practice(practice, monkeypatch):
+    """Rows of the test do not say so."""
+    drawn, way = set(), world.way
+
+    def noting(direction, travel, n, as_practice, room, rng):
+        drawn.add(as_practice)
+        return way(direction, travel, n, as_practice, room, rng)
+
+    monkeypatch.setattr(world, "way", noting)
+    world.clip_of(row("lesion_motion_direction", "left") | ({} if practice is None else {"practice": practice}), 0)
+    assert drawn == {bool(practice)}
+
+
+def test_clips_of_another_world_are_not_kept(tmp_path, monkeypatch):
+    """The same flags go on with what is there; others, or other code, are refused."""
+    files = {"train": [row("nbi_status", "yes")]}
+    flags = ["--stage", "render", "--data_dir", "d", "--speech_dir", "s", "--work_dir", str(tmp_path)]
+    world.refuse_other_world(world.parse_args(flags), files)
+    world.refuse_other_world(world.parse_args(flags), files)
+    for other, of in (
+        (["--seed", "1"], files),
+        (["--size", "64x64"], files),
+        ([], {"train": [row("nbi_status", "no")]}),
+    ):
+        with pytest.raises(SystemExit, match="holds clips of another world"):
+            world.refuse_other_world(world.parse_args([*flags, *other]), of)
+    changed = tmp_path / "code.py"
+    changed.write_text("")
+    monkeypatch.setattr(media, "__file__", str(changed))
+    with pytest.raises(SystemExit, match="holds clips of another world"):
+        world.refuse_other_world(world.parse_args(flags), files)
 
 
 def test_answers_of_a_type_get_equal_shares_of_its_clips():
