@@ -219,7 +219,7 @@ RESUME_FILES = (
 )
 UNFINISHED = "tmp-"  # a save is written under this prefix, and named only once it is whole
 # What torch.load(weights_only=True) raises on a damaged file, or on a pickle that would call something.
-UNREADABLE = (  # what torch's unpickler and state_dict loaders run into on damaged bytes
+UNREADABLE = (
     *(pickle.UnpicklingError, RuntimeError, ValueError, TypeError, LookupError, EOFError, OSError, AttributeError),
     *(ArithmeticError, AssertionError, ImportError, MemoryError, NameError, struct.error),
 )
@@ -1460,7 +1460,8 @@ class VQACollator:
         `pixel_values` and `image_grid_thw` or `video_grid_thw` along all frames or clips of the batch; `input_features`
         float32 [B, mel bins, mel frames] and `audio_lengths` int64 [B]. From the feature cache, in place of pixels and
         mel: `vision_features` [tokens, hidden] and `speech_features` [tokens, d_audio] along the batch."""
-        padded = {name: [s[name] for s in samples] for name in ("input_ids", "labels", "mm_token_type_ids")}
+        names = ("input_ids", "labels", "mm_token_type_ids", "position_ids")
+        padded = {name: [s[name] for s in samples] for name in names if name in samples[0]}
         if self.padding_side == "left":
             padded["attention_mask"] = [torch.ones_like(s["input_ids"]) for s in samples]
         batch = {
@@ -1472,10 +1473,8 @@ class VQACollator:
             )
             for name, values in padded.items()
         }
-        if "position_ids" in samples[0]:
-            positions = [s["position_ids"] for s in samples]
-            padded_positions = nn.utils.rnn.pad_sequence(positions, batch_first=True, padding_side=self.padding_side)
-            batch["position_ids"] = padded_positions.permute(2, 0, 1)
+        if "position_ids" in batch:
+            batch["position_ids"] = batch["position_ids"].permute(2, 0, 1)
         if missing := -batch["input_ids"].shape[1] % self.multiple:
             for name, values in batch.items():
                 batch[name] = F.pad(values, (0, missing), value=self.FILL.get(name, self.pad_token_id))
@@ -3700,11 +3699,10 @@ def choose_checkpointing(model_args: ModelArguments, estimate: typing.Callable[[
     return every_n
 
 
-def report_plan(train: SurgicalVQADataset, evaluation: SurgicalVQADataset | None, args: VQATrainingArguments) -> None:
-    """Print tokens per sample and the number of optimizer steps that the Trainer will make."""
-    for name, dataset in (("train", train), ("eval", evaluation)):
-        if dataset is not None:
-            counts = sorted(dataset.token_counts())
+def report_plan(train: Sequence[int], evaluation: Sequence[int], args: VQATrainingArguments) -> None:
+    """Print tokens per sample, given those of each, and the number of optimizer steps that the Trainer will make."""
+    for name, counts in (("train", sorted(train)), ("eval", sorted(evaluation))):
+        if counts:
             spread = f"min {counts[0]}, median {counts[len(counts) // 2]}, max {counts[-1]}"
             print(f"{name}: {len(counts)} samples, tokens per sample: {spread}")
     batches = math.ceil(len(train) / args.train_batch_size)
@@ -3830,15 +3828,16 @@ def train(
     raise_problems(
         [problem for data in (train_dataset, eval_dataset) if data for problem in data.find_too_long(context)]
     )
-    longest = max(train_dataset.token_counts()) if data_args.dry_run or model_args.checkpoint_every_n == "auto" else 0
+    counted = data_args.dry_run or model_args.checkpoint_every_n == "auto"
+    lengths = train_dataset.token_counts() if counted else []
     multiple = PADDING_MULTIPLE if model_args.compile_layers else 1
-    tokens = training_args.train_batch_size * math.ceil(longest / multiple) * multiple
+    tokens = training_args.train_batch_size * math.ceil(max(lengths, default=0) / multiple) * multiple
     kept = bool(data_args.cache_features)
     estimate = partial(estimate_memory, model, tokens, model_args, dtype, kept)
     every_n = choose_checkpointing(model_args, estimate)
     model.set_checkpointing(every_n, model_args.compile_layers)
     if data_args.dry_run:
-        report_plan(train_dataset, eval_dataset, training_args)
+        report_plan(lengths, eval_dataset.token_counts() if eval_dataset else [], training_args)
         parts = {name: size / GIB for name, size in estimate(every_n).items()}
         shares = ", ".join(f"{name} {gib:.1f}" for name, gib in parts.items())
         print(f"memory: about {sum(parts.values()):.1f} GiB of the GPU at the peak of training ({shares})")

@@ -22,7 +22,6 @@ import contextlib
 import dataclasses
 import gc
 import json
-import platform
 import sys
 import tempfile
 import time
@@ -30,14 +29,13 @@ from pathlib import Path
 from unittest.mock import patch
 
 import torch
-import transformers
 from transformers import GenerationConfig
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import evaluate_checkpoint as ev
 import train_vqa as vqa
 from benchmarks.decoding_changes import GraphDecoder, grouped_attention
-from benchmarks.speed_common import matmul_ceiling, synchronize
+from benchmarks.speed_common import machine, matmul_ceiling, synchronize
 
 SAME, FEWER = ("full", "images"), ("speech", "video")
 # Tokens, whether batches are ours, and whether the adapter is folded in: once it is, it cannot be taken out again.
@@ -305,8 +303,7 @@ def main(argv: list[str] | None = None) -> None:
                 failed[design] = f"{type(error).__name__}: {error}".splitlines()[0]
                 print(f"{design}: {failed[design]}")
     report = {
-        "device": torch.cuda.get_device_name() if cuda else platform.processor() or "cpu",
-        "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
+        **machine(),
         "matmul_ceiling_tflops": ceiling,
         "gpu_memory_limit_gib": args.gpu_memory_limit_gib,
         "batch_size": args.batch_size,
@@ -341,6 +338,8 @@ def main(argv: list[str] | None = None) -> None:
         print("".join(f"{cell:>11}" for cell in cells))
     if args.output:
         args.output.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    if failed:
+        raise SystemExit(f"not measured, see above: {', '.join(failed)}")
 
 
 if __name__ == "__main__":

@@ -797,7 +797,8 @@ def table(header: Sequence[str], lines: Sequence[Sequence[object]]) -> str:
 
 
 class Answers:
-    """Scored answers of one evaluation: those in --out_dir/answers/{label}[.{arm}].jsonl, judged on its question file.
+    """Scored answers of one evaluation: those in --out_dir/answers/{label}[.{arm}].jsonl, judged on its question file,
+    of which a row without an answer is wrong.
 
     Raises FileNotFoundError where there is no such evaluation.
     """
@@ -810,7 +811,6 @@ class Answers:
         self.summary = json.loads((folder / f"{label}.summary.json").read_text())
         annotations = judge.read_annotations(args.out_dir / "data" / f"{split}.jsonl")
         answered = judge.read_answer_rows(folder / (f"{label}.{arm}.jsonl" if arm else f"{label}.jsonl"))
-        annotations = [row for row in annotations if judge.row_key(row) in answered]
         self.rows = judge.score_rows(annotations, answered)
         self.discriminative = self.summary["discriminative"]["types"]
 

@@ -387,6 +387,8 @@ def main(argv: list[str] | None = None) -> None:
             args.output.write_text(json.dumps(report, indent=2) + "\n")
             print(table(results, ceiling), flush=True)
     print(f"ceiling: {ceiling:.1f} TFLOP/s; {json.dumps(machine())}")
+    if failed := [result["design"] for result in results if "failed" in result]:
+        raise SystemExit(f"not measured, see above: {', '.join(failed)}")
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """Does the drawn world of benchmarks/learnability.py show the answers, and nothing else that would give them away?"""
 
+import argparse
 import json
 import sys
 from pathlib import Path
@@ -10,6 +11,8 @@ import pytest
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 import learnability as world
 import make_media as media
+
+import evaluate_checkpoint as ev
 
 N = world.N_FRAMES
 STEP, FOLD_STEP = world.LESION_TRAVEL / (N - 1), world.FOLD_TRAVEL / (N - 1)  # of the circle, a frame
@@ -298,3 +301,20 @@ def test_going_on_needs_a_model_of_each_variant(tmp_path, capsys):
     assert "--init" not in command
     command = world.train_command(world.parse_args([*flags[:-2], "--variants", "video"]), "video", 1)
     assert command[command.index("--init") + 1] == "random"
+
+
+def test_a_row_without_an_answer_is_wrong(tmp_path):
+    """Two questions, one answered: the report's accuracy is a half, not one of one."""
+    rows = [{**row("nbi_status", "yes", name), "id": name, "video_id": name, "question": "NBI?", "answer": "Yes."}
+            for name in ("a", "b")]  # fmt: skip
+    summary = {"discriminative": {"types": ["nbi_status"], "baselines": {}}}
+    answered = ev.answer_row(rows[0], "Yes.", finish_reason="eos", n_tokens=2, input_mode="audio", audio_file="a.wav")
+    for name, text in (
+        ("data/test.jsonl", "".join(json.dumps(r) + "\n" for r in rows)),
+        ("answers/images-test-8.jsonl", json.dumps(answered) + "\n"),
+        ("answers/images-test-8.summary.json", json.dumps(summary)),
+    ):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+    answers = world.Answers(argparse.Namespace(out_dir=tmp_path), "images-test-8", "test")
+    assert (answers.choice()["n"], answers.choice()["accuracy"]) == (2, 0.5)

@@ -415,15 +415,27 @@ def test_designs_share_a_process_and_one_that_fails_does_not_end_the_others(tiny
     monkeypatch.setitem(sys.modules, "liger_kernel", None)  # not installed
     monkeypatch.setattr(train_speed, "subprocess", None)
     trainer, output = vqa.VQATrainer, tmp_path / "speed.json"
-    train_speed.main(
-        [
-            *("--model_name_or_path", str(tiny), "--data_path", str(FIXTURES / "smoke.jsonl")),
-            *("--frames_dir", str(FIXTURES / "frames"), "--audio_dir", str(FIXTURES / "audio"), "--designs="),
-            *("--design", "liger=@liger", "--design", "three=@ones_mask --max_train_samples 3", "--design", "all="),
-            *("--one_process", "--profile", "--rows", "8", "--steps", "5", "--warmup", "1", "--output", str(output)),
-            *("--flags", "--max_image_size 56 --dataloader_num_workers 0 --per_device_train_batch_size 1"),
-        ]
-    )
+    with pytest.raises(SystemExit, match="not measured, see above: liger"):
+        train_speed.main(
+            [
+                *("--model_name_or_path", str(tiny), "--data_path", str(FIXTURES / "smoke.jsonl")),
+                *("--frames_dir", str(FIXTURES / "frames"), "--audio_dir", str(FIXTURES / "audio"), "--designs="),
+                *("--design", "liger=@liger", "--design", "three=@ones_mask --max_train_samples 3", "--design", "all="),
+                *(
+                    "--one_process",
+                    "--profile",
+                    "--rows",
+                    "8",
+                    "--steps",
+                    "5",
+                    "--warmup",
+                    "1",
+                    "--output",
+                    str(output),
+                ),
+                *("--flags", "--max_image_size 56 --dataloader_num_workers 0 --per_device_train_batch_size 1"),
+            ]
+        )
     failed, three, whole = json.loads(output.read_text())["results"]
     assert failed["failed"].startswith("ModuleNotFoundError: ") and "liger_kernel" in failed["failed"]
     for result in (three, whole):
