@@ -453,12 +453,17 @@ def test_the_benchmark_trains_both_designs_on_a_cpu(tiny, tmp_path):
             *("--model_name_or_path", str(tiny), "--data_path", str(FIXTURES / "smoke.jsonl")),
             *("--frames_dir", str(FIXTURES / "frames"), "--audio_dir", str(FIXTURES / "audio")),
             *("--designs", "seed", "--design", "every2=--gradient_accumulation_steps 2 --checkpoint_every_n 2"),
+            *("--design", f"kept=--gradient_accumulation_steps 2 --cache_features {tmp_path / 'features'}"),
             *("--rows", "8", "--steps", "3", "--warmup", "1", "--output", str(output)),
             *("--flags", "--max_image_size 56 --dataloader_num_workers 0 --per_device_train_batch_size 2"),
         ]
     )
     report = json.loads(output.read_text())
-    seed, ours = report["results"]
+    seed, ours, kept = report["results"]
+    distinct = len((FIXTURES / "smoke.jsonl").read_text().splitlines())
+    first_epoch = kept["seconds_filling"] + min(distinct, 8) / kept["samples_per_second"]
+    assert kept["first_epoch_samples_per_second"] == pytest.approx(min(distinct, 8) / first_epoch)
+    assert any((tmp_path / "features").iterdir()) and "seconds_filling" not in ours
     assert report["ceiling_tflops"] > 0 and report["machine"]["versions"]["torch"] == torch.__version__
     assert [seed["design"], ours["design"]] == ["seed", "every2"]
     assert [seed["rule"], ours["rule"]] == ["6 N T", "5 N T"]  # one of two layers is recomputed
