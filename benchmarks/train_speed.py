@@ -66,6 +66,7 @@ class Clock(TrainerCallback):
     def __init__(self, warmup: int, profile: Path | None):
         self.warmup, self.profile, self.steps, self.trainer = warmup, profile, [], None
         self.profiler, self.filling = None, 0.0  # seconds in `fill_feature_cache`
+        self.peaks = 0.0, 0.0  # GiB reserved and allocated since the warm-up
 
     def fill(self, *args, **kwargs):
         """`fill_feature_cache` of train_vqa.py, timed."""
@@ -81,8 +82,10 @@ class Clock(TrainerCallback):
         own = {"cpu": time.process_time(), "rss": psutil.Process().memory_info().rss}  # of this process, workers apart
         self.steps.append({"end": now, **own, **self.trainer.counted})
         self.trainer.counted = {"tokens": 0, "samples": 0, "waited": 0.0}
-        if state.global_step == self.warmup and torch.cuda.is_available():
-            torch.cuda.reset_peak_memory_stats()
+        if torch.cuda.is_available():  # kept as steps end: train_vqa.py counts anew when it saves
+            self.peaks = torch.cuda.max_memory_reserved() / vqa.GIB, torch.cuda.max_memory_allocated() / vqa.GIB
+            if state.global_step == self.warmup:
+                torch.cuda.reset_peak_memory_stats()
         if self.profile and state.global_step == state.max_steps - 2:
             activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
             self.profiler = torch.profiler.profile(activities=activities[: 1 + torch.cuda.is_available()])
@@ -110,8 +113,7 @@ class Clock(TrainerCallback):
         result["ram_mib"] = [step["rss"] / 2**20 for step in (before, after)]
         result["cpu_seconds_per_sample"] = (after["cpu"] - before["cpu"]) / total["samples"]
         if torch.cuda.is_available():
-            result["peak_gib"] = torch.cuda.max_memory_reserved() / vqa.GIB
-            result["peak_allocated_gib"] = torch.cuda.max_memory_allocated() / vqa.GIB
+            result["peak_gib"], result["peak_allocated_gib"] = self.peaks
         return result
 
 

@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
-import learnability as world
 import make_media as media
 
 import evaluate_checkpoint as ev
+import learnability as world
+import train_vqa as vqa
 
 N = world.N_FRAMES
 STEP, FOLD_STEP = world.LESION_TRAVEL / (N - 1), world.FOLD_TRAVEL / (N - 1)  # of the circle, a frame
@@ -219,6 +220,14 @@ def test_clips_of_another_world_are_not_kept(tmp_path, monkeypatch):
     monkeypatch.setattr(media, "__file__", str(changed))
     with pytest.raises(SystemExit, match="holds clips of another world"):
         world.refuse_other_world(world.parse_args(flags), files)
+
+
+def test_six_frames_in_eight_places_are_those_that_evaluation_takes():
+    row = {"id": "a", "frames": [f"f{i}" for i in range(8)]}
+    filled = world.in_eight_places(row)
+    assert filled["frames"] == ["f0", "f1", "f2", "f2", "f4", "f5", "f6", "f6"] and filled["id"] == "a"
+    evaluated = vqa.SurgicalVQADataset([], None, max_eval_frames=6, is_eval=True)._select_frames(row["frames"])
+    assert sorted(set(filled["frames"])) == evaluated
 
 
 def test_answers_of_a_type_get_equal_shares_of_its_clips():
