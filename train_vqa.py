@@ -100,6 +100,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 from transformers.models.qwen2_vl.modeling_qwen2_vl import VisionAttention, apply_rotary_pos_emb_vision
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
 from transformers.utils import is_flash_attn_2_available
+from transformers.utils.versions import require_version
 from transformers.vision_utils import get_vision_position_ids
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -175,6 +176,7 @@ ACTIVATION_MEMORY_BUDGET = 0.5
 # plans anew for each length: once 0.15 s, where a step takes 0.76. Of the 14 lengths that 50 questions have, 16 leaves
 # 2 (with few tokens 5) for 0.2 % more tokens (0.8 %); 64 would leave 1 (2) for 1.1 % (2.9 %) as long as training lasts.
 PADDING_MULTIPLE = 16
+LIGER = "liger-kernel>=0.8"  # whose SwiGLU takes a factor for the gate and one for the product
 GIB = 2**30
 FITTING_SHARE = 0.93  # of the memory that an estimate may take: it may err, and the allocator leaves gaps
 CUDA_CONTEXT_GIB = 1.0  # what the driver and cuBLAS hold beside the allocator
@@ -320,6 +322,14 @@ class ModelArguments:
             "from other random numbers. False: layers run as they are."
         },
     )
+    use_liger_kernel: bool = field(
+        default=False,
+        metadata={
+            "help": "Compute the decoder's RMSNorm and SwiGLU by Liger's kernels: faster, and less memory, for layers "
+            "that are not compiled. Needs the package liger-kernel and a CUDA GPU. Results differ by rounding. Liger's "
+            "fused cross entropy, which would bypass the speech, is not used. False: layers run as they are."
+        },
+    )
     gpu_memory_limit_gib: float | None = field(
         default=None,
         metadata={"help": "Hard cap in GiB on this process's GPU memory, to rehearse a smaller card. None: no cap."},
@@ -436,6 +446,9 @@ class VQATrainingArguments(TrainingArguments):
     gradient_checkpointing_kwargs: dict | None = field(default=None, init=False)
     activation_checkpointing: bool | None = field(default=None, init=False)
     activation_checkpointing_kwargs: dict | None = field(default=None, init=False)
+    # ModelArguments has --use_liger_kernel: the Trainer would also replace the model's forward, and with it the speech.
+    use_liger_kernel: bool = field(default=False, init=False)
+    liger_kernel_config: dict[str, bool] | None = field(default=None, init=False)
 
 
 def parse_arguments(argv: Sequence[str]) -> tuple[ModelArguments, DataArguments, VQATrainingArguments]:
@@ -451,6 +464,11 @@ def parse_arguments(argv: Sequence[str]) -> tuple[ModelArguments, DataArguments,
         (ModelArguments, DataArguments, VQATrainingArguments), allow_abbrev=False, description=__doc__.split("\n\n")[0]
     )
     given = {"--" + a[2:].split("=")[0].replace("-", "_") for a in argv if a.startswith("--")}  # either spelling
+    if "--liger_kernel_config" in given:
+        raise VQAError(
+            "--liger_kernel_config: leave it out; --use_liger_kernel takes Liger's RMSNorm and SwiGLU alone, because "
+            "the fused cross entropy bypasses the speech"
+        )
     parser.parse_args(argv)  # unknown flags: usage and status 2; transformers would raise
     if not torch.accelerator.is_available() and "--use_cpu" not in given:
         print("No accelerator found: training on the CPU (use_cpu).")
@@ -477,9 +495,11 @@ def parse_arguments(argv: Sequence[str]) -> tuple[ModelArguments, DataArguments,
         raise VQAError(f"--gpu_memory_limit_gib {limit}: name a size above 0, or leave it out")
     if model_args.checkpoint_every_n == "auto":
         memory_to_fit(model_args)
+    refuse_contradictions(model_args, data_args, training_args, given)
     if model_args.compile_layers and not data_args.dry_run:
         check_compiler(training_args.device.type)
-    refuse_contradictions(model_args, data_args, training_args, given)
+    if model_args.use_liger_kernel and not data_args.dry_run:
+        check_liger(training_args.device.type)
     for flag in ("max_train_frames", "max_train_samples", "max_eval_samples"):
         if getattr(data_args, flag) is not None and getattr(data_args, flag) < 1:
             raise VQAError(f"--{flag} must be at least 1; leave it out for all")
@@ -490,7 +510,9 @@ def parse_arguments(argv: Sequence[str]) -> tuple[ModelArguments, DataArguments,
 def refuse_contradictions(
     model_args: ModelArguments, data_args: DataArguments, training_args: VQATrainingArguments, given: set[str]
 ) -> None:
-    """VQAError where flags on what is trained contradict others; `given` are the flags on the command line."""
+    """VQAError where flags contradict others on what is trained, or how; `given` are those on the command line."""
+    if model_args.use_liger_kernel and model_args.compile_layers:
+        raise VQAError("--use_liger_kernel: --compile_layers True fuses the same operations; leave one of them out")
     if model_args.train_audio_encoder and data_args.input_mode == "text":
         raise VQAError("--train_audio_encoder: with --input_mode text no speech is heard; leave one of them out")
     for flag in ("train_vision_tower", "train_audio_encoder"):
@@ -1622,6 +1644,31 @@ class SurgicalVQAModel(Qwen2VLForConditionalGeneration):
             layer.forward = torch.compile(plain.__get__(layer), dynamic=True, fullgraph=True)
             if layer.gradient_checkpointing:
                 layer.forward, layer.gradient_checkpointing = partial(checkpoint, layer.forward), False
+
+    def use_liger(self) -> None:
+        """Let Liger's kernels compute the decoder's RMSNorm and SwiGLU, of this model alone; no weight changes.
+
+        Raises:
+            VQAError: the decoder's activation is not SwiGLU's.
+        """
+        from liger_kernel.ops import LigerRMSNormFunction, LigerSiLUMulFunction
+
+        decoder = self.model.language_model
+        if decoder.config.hidden_act != "silu":
+            raise VQAError(f"--use_liger_kernel: this decoder has {decoder.config.hidden_act}, not silu; leave it out")
+
+        # No offset; rounded where Qwen2-VL's own norm is; only products read its output, so gradients go in place.
+        def norm(module, x):
+            return LigerRMSNormFunction.apply(x, module.weight, module.variance_epsilon, 0.0, "llama", True, None)
+
+        def mlp(module, x):
+            return module.down_proj(LigerSiLUMulFunction.apply(module.gate_proj(x), module.up_proj(x), 1.0, 1.0))
+
+        decoder.norm.forward = norm.__get__(decoder.norm)
+        for layer in decoder.layers:
+            layer.mlp.forward = mlp.__get__(layer.mlp)
+            for module in (layer.input_layernorm, layer.post_attention_layernorm):
+                module.forward = norm.__get__(module)
 
     def embed(
         self,
@@ -2939,6 +2986,7 @@ def resolved_settings(
             "vision_tower": model_args.train_vision_tower,
             "audio_encoder": model_args.train_audio_encoder,
             "compile_layers": model_args.compile_layers,  # dropout is then drawn from other random numbers
+            "use_liger_kernel": model_args.use_liger_kernel,  # rounds otherwise
         },
         "lora": {"r": model_args.lora_r, "alpha": model_args.lora_alpha, "dropout": model_args.lora_dropout}
         if model_args.train_decoder == "lora"
@@ -3154,7 +3202,8 @@ def refuse_other_settings(checkpoint: Path, settings: dict) -> None:
     The optimizer's state brings its learning rate along, so that another --learning_rate would be passed over.
     """
     stored = load_settings(checkpoint)
-    once = {"decoder": "lora", **dict.fromkeys((*TOWERS, "compile_layers"), False)}  # there was nothing else
+    once = dict.fromkeys((*TOWERS, "compile_layers", "use_liger_kernel"), False)  # there was nothing else
+    once["decoder"] = "lora"
     stored["trained"] = once | stored.get("trained", {})
     fixed = {
         **{part: settings[part].keys() - {"max_eval_frames"} for part in ("model", "input", "trained", "lora")},
@@ -3613,7 +3662,8 @@ def estimate_memory(
     two inputs, queries, output, keys, values, gate and up (see ACTIVATION_MEMORY_BUDGET), a recomputed one its input.
     Between layers values have the decoder's own dtype: float32 where its weights are trained.
 
-    Not counted: activations of trained towers, and of frozen ones while they run; the logits at answer positions.
+    Not counted: activations of trained towers, and of frozen ones while they run; the logits at answer positions;
+    what --use_liger_kernel saves.
 
     Args:
         model: with its adapter, also on the meta device.
@@ -3682,6 +3732,19 @@ def check_compiler(device_type: str) -> None:
             f"--compile_layers: the compiler {compiler} does not work ({failure.splitlines()[0]}); mend it (Python.h "
             f"is in the package python3-dev), name another in {variable}, or leave the flag out"
         )
+
+
+def check_liger(device_type: str) -> None:
+    """VQAError where Liger's kernels, which are Triton's, cannot run: they take a GPU and the package."""
+    if device_type != "cuda":
+        raise VQAError("--use_liger_kernel needs a CUDA GPU, since its kernels are Triton's; leave the flag out")
+    try:
+        import liger_kernel.ops  # noqa: F401
+
+        require_version(LIGER)
+    except ImportError as error:
+        reason = str(error).splitlines()[0].rstrip(". ")
+        raise VQAError(f"--use_liger_kernel: {reason}; pip install '{LIGER}', or leave the flag out") from error
 
 
 def choose_checkpointing(model_args: ModelArguments, estimate: typing.Callable[[int], dict[str, int]]) -> int:
@@ -3836,6 +3899,8 @@ def train(
     estimate = partial(estimate_memory, model, tokens, model_args, dtype, kept)
     every_n = choose_checkpointing(model_args, estimate)
     model.set_checkpointing(every_n, model_args.compile_layers)
+    if model_args.use_liger_kernel and not data_args.dry_run:
+        model.use_liger()
     if data_args.dry_run:
         report_plan(lengths, eval_dataset.token_counts() if eval_dataset else [], training_args)
         parts = {name: size / GIB for name, size in estimate(every_n).items()}

@@ -15,7 +15,7 @@ with it the rate of a first epoch, computed for the distinct rows of the data at
 TFLOP/s follow the rule (4 + 2 s) N T: N parameters of the decoder's layers, T tokens, s the share of layers that are
 recomputed (6 N T where all are). What attention, the encoders and LoRA cost is not in it.
 
-A design's flags may begin with names of `training_changes.py`, as in `--design "liger=@liger --lora_dropout 0"`.
+A design's flags may begin with names of `training_changes.py`, as in `--design "logits=@all_logits --lora_dropout 0"`.
 `--one_process` saves the start of a process a design: for runs of a few steps each.
 """
 

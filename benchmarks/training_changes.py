@@ -1,6 +1,6 @@
 """Changes to training that have no flag: one exact lever of ours undone, or a way tried and not kept.
 
-`train_speed.py --design "NAME=@liger ..."` measures a design under them; nothing else uses them.
+`train_speed.py --design "NAME=@all_logits ..."` measures a design under them; nothing else uses them.
 """
 
 import contextlib
@@ -61,21 +61,6 @@ def kv_cache() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def liger() -> Iterator[None]:
-    """Liger's kernels (package liger-kernel) for the decoder's RMSNorm and SwiGLU."""
-    from liger_kernel.ops import LigerRMSNormFunction, LigerSiLUMulFunction
-
-    def norm(self, hidden_states):
-        return LigerRMSNormFunction.apply(hidden_states, self.weight, self.variance_epsilon, 0.0, "llama", True, None)
-
-    def mlp(self, x):
-        return self.down_proj(LigerSiLUMulFunction.apply(self.gate_proj(x), self.up_proj(x), 1.0, 1.0))
-
-    with patch.object(qwen.Qwen2VLRMSNorm, "forward", norm), patch.object(qwen.Qwen2MLP, "forward", mlp):
-        yield
-
-
-@contextlib.contextmanager
 def cudnn_attention() -> Iterator[None]:
     """cuDNN's attention kernel in place of FlashAttention's."""
     kernels = torch.backends.cuda
@@ -129,5 +114,5 @@ def cuda_graphs() -> Iterator[None]:
 
 CHANGES: dict[str, Callable[[], contextlib.AbstractContextManager]] = {
     change.__name__: change
-    for change in (all_logits, input_casts, ones_mask, kv_cache, liger, cudnn_attention, one_length, cuda_graphs)
+    for change in (all_logits, input_casts, ones_mask, kv_cache, cudnn_attention, one_length, cuda_graphs)
 }

@@ -11,6 +11,7 @@ from functools import partial
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import train_vqa as vqa
 from benchmarks import train_speed
@@ -121,6 +122,104 @@ def test_the_estimate_counts_the_padding_of_compiled_layers(monkeypatch):
     assert plain % 3 == 0 and plain // 3 % 16 and padded == 3 * math.ceil(plain / 3 / 16) * 16
 
 
+# ------------------------------------------------------------------------------------------------------ Liger's kernels
+
+
+@pytest.fixture()
+def liger(monkeypatch):
+    """A stand-in for the package liger-kernel, which computes in torch; the calls of its functions, by name."""
+    calls = []
+
+    def norm(x, weight, *settings):
+        assert settings == (1e-6, 0.0, "llama", True, None)
+        calls.append("norm")
+        return torch.nn.functional.rms_norm(x, weight.shape, weight, 1e-6)
+
+    def swiglu(gate, up, *factors):
+        assert factors == (1.0, 1.0)
+        calls.append("swiglu")
+        return torch.nn.functional.silu(gate) * up
+
+    package, ops = types.ModuleType("liger_kernel"), types.ModuleType("liger_kernel.ops")
+    ops.LigerRMSNormFunction = types.SimpleNamespace(apply=norm)
+    ops.LigerSiLUMulFunction = types.SimpleNamespace(apply=swiglu)
+    package.ops = ops
+    monkeypatch.setitem(sys.modules, "liger_kernel", package)
+    monkeypatch.setitem(sys.modules, "liger_kernel.ops", ops)
+    return calls
+
+
+@pytest.mark.parametrize("every_n", [0, 1])
+@pytest.mark.parametrize("train_decoder", vqa.DECODER_TRAINING)
+def test_liger_computes_the_norms_and_mlps_of_one_model_alone(fresh, batches, liger, every_n, train_decoder):
+    models = []
+    for _ in range(2):
+        torch.manual_seed(0)  # for the same adapter
+        models.append(build(fresh, train_decoder, torch.float32)[0])
+        models[-1].set_checkpointing(every_n)
+    plain, changed = models
+    names = list(changed.state_dict())
+    changed.use_liger()
+    loss, gradients = losses_and_gradients(plain, batches[:1])
+    assert liger == []
+    other_loss, other = losses_and_gradients(changed, batches[:1])
+    # 2 norms in each of 2 layers, once more where they are recomputed, and the last norm; an MLP a layer
+    assert (liger.count("norm"), liger.count("swiglu")) == ((5, 2) if every_n == 0 else (9, 4))
+    assert torch.allclose(loss, other_loss, atol=1e-5) and gradients.keys() == other.keys()
+    assert any(gradient.abs().max() > 1e-3 for gradient in gradients.values())
+    assert all(torch.allclose(gradient, other[name], atol=1e-5) for name, gradient in gradients.items())
+    assert list(changed.state_dict()) == names == list(plain.state_dict())
+
+
+def test_liger_has_no_mlp_of_another_activation(fresh, liger):
+    model = fresh()
+    model.config.text_config.hidden_act = "gelu"
+    with pytest.raises(vqa.VQAError) as error:
+        model.use_liger()
+    assert str(error.value) == "--use_liger_kernel: this decoder has gelu, not silu; leave it out"
+
+
+def test_liger_runs_in_training_and_the_trainer_knows_nothing_of_it(liger, monkeypatch, tmp_path):
+    seen, training = [], vqa.VQATrainer.train_safely
+
+    def record(self, checkpoint):
+        seen.append((self.args.use_liger_kernel, self.args.liger_kernel_config, list(liger)))
+        training(self, checkpoint)
+
+    monkeypatch.setattr(vqa.VQATrainer, "train_safely", record)
+    monkeypatch.setattr(vqa, "check_liger", seen.append)
+    flags = ["--use_liger_kernel", "True", "--max_steps", "1", "--output_dir", str(tmp_path), "--report_to", "none"]
+    flags += ["--gradient_accumulation_steps", "1", "--per_device_train_batch_size", "1", "--checkpoint_every_n", "2"]
+    assert vqa.main([*FIXTURE_DATA, *RANDOM_TINY, *SMALL, "--use_cpu", "True", *flags]) == 0
+    assert seen == ["cpu", (False, None, [])]
+    assert (liger.count("norm"), liger.count("swiglu")) == (7, 3)  # layer 0 is recomputed
+    assert vqa.load_settings(tmp_path)["trained"]["use_liger_kernel"] is True
+    # 2 layers x 7 adapted matrices x A and B, and the projector's weight
+    assert len(load_file(tmp_path / "adapter_model.safetensors")) == 2 * 7 * 2 + 1
+
+
+def test_a_dry_run_plans_for_liger_without_it(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "liger_kernel", None)
+    assert vqa.main([*FIXTURE_DATA, *RANDOM_TINY, *SMALL, "--dry_run", "--use_liger_kernel", "True"]) == 0
+    assert "memory: about" in capsys.readouterr().out
+
+
+def test_a_liger_that_is_missing_or_too_old_is_refused_in_one_line(liger, monkeypatch):
+    monkeypatch.setattr(vqa.importlib.metadata, "version", lambda name: "0.7.0")
+    end = "; pip install 'liger-kernel>=0.8', or leave the flag out"
+    with pytest.raises(vqa.VQAError) as error:
+        vqa.check_liger("cuda")
+    assert re.fullmatch(r"--use_liger_kernel: .* but found liger-kernel==0\.7\.0" + re.escape(end), str(error.value))
+    monkeypatch.setattr(vqa.importlib.metadata, "version", lambda name: "0.8.0")
+    vqa.check_liger("cuda")
+    monkeypatch.delitem(sys.modules, "liger_kernel")
+    monkeypatch.delitem(sys.modules, "liger_kernel.ops")
+    monkeypatch.setattr(sys, "path", [])
+    with pytest.raises(vqa.VQAError) as error:
+        vqa.check_liger("cuda")
+    assert str(error.value) == "--use_liger_kernel: No module named 'liger_kernel'" + end
+
+
 # ------------------------------------------------------------------------------------------------------ recomputation
 
 
@@ -166,6 +265,18 @@ def test_other_values_are_refused(value):
     [
         (["--checkpoint_every_n", "auto"], "--checkpoint_every_n auto needs a CUDA GPU, or --gpu_memory_limit_gib to"),
         (["--compile_layers", "True"], "--compile_layers: no compiler found (g++); install one, name it in CXX, or"),
+        (
+            ["--use_liger_kernel", "True", "--use_cpu", "True"],
+            "--use_liger_kernel needs a CUDA GPU, since its kernels are Triton's; leave the flag out",
+        ),
+        (
+            ["--dry_run", "--use_liger_kernel", "True", "--compile_layers", "True"],
+            "--use_liger_kernel: --compile_layers True fuses the same operations; leave one of them out",
+        ),
+        (
+            ["--dry_run", '--liger-kernel-config={"rope": true}'],
+            "--liger_kernel_config: leave it out; --use_liger_kernel takes Liger's RMSNorm and SwiGLU alone, because ",
+        ),
         (["--dry_run", "--gpu_memory_limit_gib", "-5"], "--gpu_memory_limit_gib -5.0: name a size above 0, or leave"),
     ],
 )
@@ -308,21 +419,8 @@ def test_the_rule_counts_the_layers_that_are_recomputed(every_n, factor):
     assert train_speed.flops_factor(28, every_n) == pytest.approx(factor)
 
 
-@pytest.mark.parametrize("change", ["all_logits", "ones_mask", "kv_cache", "liger"])
-def test_a_change_to_an_exact_lever_leaves_loss_and_gradients(fresh, rows, tokenizer, change, monkeypatch):
-    def swiglu(gate, up, *scales):
-        calls.append("swiglu")
-        return torch.nn.functional.silu(gate) * up
-
-    def norm(x, weight, eps, *settings):
-        calls.append("norm")
-        return torch.nn.functional.rms_norm(x, weight.shape, weight, eps)
-
-    calls = []
-    functions = {"LigerRMSNormFunction": norm, "LigerSiLUMulFunction": swiglu}
-    ops = types.SimpleNamespace(**{name: types.SimpleNamespace(apply=f) for name, f in functions.items()})
-    monkeypatch.setitem(sys.modules, "liger_kernel", types.ModuleType("liger_kernel"))
-    monkeypatch.setitem(sys.modules, "liger_kernel.ops", ops)
+@pytest.mark.parametrize("change", ["all_logits", "ones_mask", "kv_cache"])
+def test_a_change_to_an_exact_lever_leaves_loss_and_gradients(fresh, rows, tokenizer, change):
     models = fresh(), fresh()
     for model in models:
         torch.manual_seed(0)
@@ -336,8 +434,6 @@ def test_a_change_to_an_exact_lever_leaves_loss_and_gradients(fresh, rows, token
         other_loss, other = losses_and_gradients(models[1], [changed])
     assert torch.allclose(loss, other_loss, atol=1e-5) and gradients.keys() == other.keys()
     assert all(torch.allclose(gradient, other[name], atol=1e-5) for name, gradient in gradients.items())
-    # two norms a layer and the last one; one MLP a layer
-    assert (calls.count("norm"), calls.count("swiglu")) == ((5, 2) if change == "liger" else (0, 0))
     assert ("attention_mask" in changed) == (change == "ones_mask")
     assert "attention_mask" not in vqa.VQACollator(497)([sample])  # gone again
 
@@ -412,7 +508,6 @@ def test_a_change_that_is_not_there_is_refused(capsys):
 
 @pytest.mark.slow
 def test_designs_share_a_process_and_one_that_fails_does_not_end_the_others(tiny, tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "liger_kernel", None)  # not installed
     monkeypatch.setattr(train_speed, "subprocess", None)
     trainer, output = vqa.VQATrainer, tmp_path / "speed.json"
     with pytest.raises(SystemExit, match="not measured, see above: liger"):
@@ -420,7 +515,8 @@ def test_designs_share_a_process_and_one_that_fails_does_not_end_the_others(tiny
             [
                 *("--model_name_or_path", str(tiny), "--data_path", str(FIXTURES / "smoke.jsonl")),
                 *("--frames_dir", str(FIXTURES / "frames"), "--audio_dir", str(FIXTURES / "audio"), "--designs="),
-                *("--design", "liger=@liger", "--design", "three=@ones_mask --max_train_samples 3", "--design", "all="),
+                *("--design", "liger=--use_liger_kernel True --use_cpu True"),
+                *("--design", "three=@ones_mask --max_train_samples 3", "--design", "all="),
                 *(
                     "--one_process",
                     "--profile",
@@ -437,7 +533,7 @@ def test_designs_share_a_process_and_one_that_fails_does_not_end_the_others(tiny
             ]
         )
     failed, three, whole = json.loads(output.read_text())["results"]
-    assert failed["failed"].startswith("ModuleNotFoundError: ") and "liger_kernel" in failed["failed"]
+    assert failed["failed"].startswith("VQAError: --use_liger_kernel needs a CUDA GPU, since its kernels")
     for result in (three, whole):
         assert len(result["step_seconds"]) == result["steps"] == 2  # of 5; one warms up, two belong to the profile
         assert sum(result["step_seconds"]) == pytest.approx(result["seconds"])

@@ -346,7 +346,8 @@ def test_a_save_is_a_whole_model_and_the_one_in_memory(run, batch, place):
     found = dict(loaded.named_parameters())
     assert all(torch.equal(found[name], p) for name, p in model.named_parameters())
     assert torch.equal(logits(loaded, batch[0]), logits(model, batch[0]))
-    parts = {"decoder": "full", "vision_tower": True, "audio_encoder": True, "compile_layers": False}
+    parts = {"decoder": "full", "vision_tower": True, "audio_encoder": True}
+    parts |= {"compile_layers": False, "use_liger_kernel": False}
     assert vqa.load_settings(folder)["trained"] == parts
     assert vqa.load_settings(folder)["lora"] == {}
 
@@ -441,7 +442,7 @@ def test_a_checkpoint_from_before_these_flags_was_trained_by_lora_alone(run, tmp
     del settings["trained"]
     (tmp_path / vqa.SETTINGS_FILE).write_text(json.dumps(settings))
     vqa.refuse_other_settings(tmp_path, now)
-    for name in ("vision_tower", "compile_layers"):
+    for name in ("vision_tower", "compile_layers", "use_liger_kernel"):
         other = {**now, "trained": {**now["trained"], name: True}}
         message = f"{tmp_path}: was trained with {name} False, this run has True; go on with"
         assert refusal(vqa.refuse_other_settings, tmp_path, other).startswith(message)
