@@ -314,7 +314,10 @@ def speak_all(texts: Sequence[str], held_out_only: Sequence[str], folder: Path) 
 # ---------------------------------------------------------------- rows
 
 # Our question files -> the annotations that they are drawn from. "other" has the wordings that training never hears.
-SPLITS = {"train": "train_multivideo", "test": "test_multivideo", "other": "in_002-001", "same": "out_002-001"}
+SPLITS = {
+    **{"train": "train_multivideo", "eval": "eval_multivideo", "test": "test_multivideo"},
+    **{"other": "in_002-001", "same": "out_002-001"},
+}
 # Training clips drawn for each type: motion and place are the hardest to learn, what fills the frame the easiest.
 CLIPS_OF_TYPE = {
     **dict.fromkeys(media.REQUIREMENTS, 600),
@@ -736,7 +739,7 @@ def evaluations(args: argparse.Namespace) -> dict[str, list[str]]:
             add(f"{name}-six-8", final, "six", 8)
             for number, group in enumerate(ARM_GROUPS):
                 add(f"{name}-test-8-arms{number}", final, "test", 8, "--arms", group)
-            for split in ("other", "same"):
+            for split in ("eval", "other", "same"):
                 add(f"{name}-{split}-8", final, split, 8)
         for checkpoint in checkpoints if args.curve else ():
             add(f"{name}-{checkpoint.name}", checkpoint, "test", 8, "--limit", "400")
@@ -1045,8 +1048,12 @@ def describe_variant(args: argparse.Namespace, name: str) -> list[str]:
         rows.append((f"`{kind}`", figures["n"], *cells, percent(six.choice([kind])) if six else "-",
                      f"{100 * figures['chance']:.0f}", f"{100 * figures['train_majority']:.0f}"))  # fmt: skip
     text += [table(("type", "rows", *(f"`{arm}`" for arm in shown), "6 frames", "chance", "majority"), rows)]
-    wordings = {"same": "`out_002-001`: the wording of the training", "other": "`in_002-001`: words never heard"}
-    found = [(words, Answers(args, f"{name}-{split}-8", split)) for split, words in wordings.items()
+    files = {
+        "eval": "`eval_multivideo`: drawn anew, the wording of the training",
+        "same": "`out_002-001`: the wording of the training",
+        "other": "`in_002-001`: words never heard",
+    }
+    found = [(words, Answers(args, f"{name}-{split}-8", split)) for split, words in files.items()
              if (folder / f"{name}-{split}-8.summary.json").exists()]  # fmt: skip
     if found:
         cells = [(words, len(a.rows), percent(a.accuracy(a.rows, "choice"))) for words, a in found]
