@@ -17,8 +17,8 @@ report     writes docs/LEARNABILITY.md and its curves from the figures in --work
 On a CPU, a tiny model learns three types in minutes (tests/test_learning.py does so in one, without annotations):
 
     python benchmarks/learnability.py --stage render,train,evaluate --data_dir realcolon_vqa --speech_dir speech \\
-        --work_dir /tmp/tiny --variants tiny --types mucosa_visibility,occlusion_check,fluid_occlusion_level \\
-        --size 64x64 --scale 0.4 --max_steps 300 --only test-8,test-8-arms0,test-8-arms1
+        --work_dir /tmp/tiny --types mucosa_visibility,occlusion_check,fluid_occlusion_level --size 64x64 --scale 0.4 \\
+        --variants tiny,tiny_naive_pad --max_steps 300 --only test-8,test-8-arms0,test-8-arms1
 """
 
 import argparse
@@ -568,6 +568,11 @@ def write_model(folder: Path, variant: Variant, texts: Sequence[str]) -> None:
     tiny.write_model_dir(folder, config, tiny.with_special_tokens(bpe, tiny.N_BPE), tiny.N_BPE)
 
 
+TINY = Variant(
+    "a few types in a minute on a CPU, for the tests",
+    **{"hidden": 64, "layers": 2, "vision": 32, "vision_layers": 2, "audio": 64, "audio_layers": 1},
+    **{"merge": 2, "init": 0.02, "vision_init": 0.02, "rope_theta": 10_000.0, "learning_rate": 2e-3, "batch": 16},
+)
 VARIANTS = {
     "images": Variant("eight separate frames, --audio_tokens speech"),
     "video": Variant("frames in pairs, --frame_mode video", frame_mode="video"),
@@ -579,11 +584,8 @@ VARIANTS = {
         arms=False,
     ),
     "five": Variant("five samples by heart", data="five", target_loss=1e-4, arms=False),
-    "tiny": Variant(
-        "a few types in a minute on a CPU, for the tests",
-        **{"hidden": 64, "layers": 2, "vision": 32, "vision_layers": 2, "audio": 64, "audio_layers": 1},
-        **{"merge": 2, "init": 0.02, "vision_init": 0.02, "rope_theta": 10_000.0, "learning_rate": 2e-3, "batch": 16},
-    ),
+    "tiny": TINY,
+    "tiny_naive_pad": replace(TINY, what=f"{TINY.what}; PAD = EOS = im_end, masked out of the labels", naive_pad=True),
 }
 
 
@@ -593,11 +595,11 @@ def note(args: argparse.Namespace, name: str, content: dict) -> None:
 
 
 def train_command(args: argparse.Namespace, name: str, workers: int) -> list[str]:
-    """How a variant is trained."""
+    """How a variant is trained; where an earlier training was stopped, on from its newest checkpoint."""
     variant, work = VARIANTS[name], args.work_dir
     five = variant.data == "five"
     steps = 600 if five else max(1, round(args.max_steps * variant.share))
-    earlier = start_of(args, name)
+    earlier, stopped = start_of(args, name), any((work / "runs" / name).glob("checkpoint-*"))
     flags = {
         "model_name_or_path": earlier or work / "models" / name, **({} if earlier else {"init": "random"}),
         "train_decoder": "full", "train_vision_tower": True, "train_audio_encoder": True,
@@ -612,6 +614,7 @@ def train_command(args: argparse.Namespace, name: str, workers: int) -> list[str
         "dataloader_num_workers": workers, "report_to": "none", "seed": args.seed + 1, "disable_tqdm": True,
         **({"dataloader_persistent_workers": True, "dataloader_prefetch_factor": 4} if workers else {}),
         **({"target_train_loss": variant.target_loss} if variant.target_loss else {}),
+        **({"resume_from_checkpoint": True} if stopped else {}),
     }  # fmt: skip
     entry = [__file__, "--stage", "naive_pad", "--"] if variant.naive_pad else [ROOT / "train_vqa.py"]
     return [sys.executable, *map(str, entry), *(str(x) for k, v in flags.items() for x in (f"--{k}", v))]
@@ -648,7 +651,7 @@ def train(args: argparse.Namespace) -> None:
     After --train_seconds they get a SIGTERM, on which train_vqa.py saves a checkpoint.
     """
     texts = {row[key] for row in read_jsonl(args.work_dir / "data" / "train.jsonl") for key in ("question", "answer")}
-    running = {}
+    running, commands = {}, {}
     names = [name for name in args.variants if not (args.work_dir / "runs" / name / "config.json").exists()]
     for name in args.variants:
         if name not in names:
@@ -657,12 +660,14 @@ def train(args: argparse.Namespace) -> None:
     for name in names:
         write_model(args.work_dir / "models" / name, VARIANTS[name], sorted(texts))
         share = cores * weights[name] // max(1, sum(weights.values()))
-        command = train_command(args, name, args.workers if args.workers is not None else share)
-        log = (args.out_dir / f"train_{name}.log").open("w")
-        log.write(" ".join(command) + "\n")
+        commands[name] = train_command(args, name, args.workers if args.workers is not None else share)
+        log = (args.out_dir / f"train_{name}.log").open("a")
+        log.write(" ".join(commands[name]) + "\n")
         log.flush()
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        running[name] = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment, cwd=ROOT)
+        running[name] = subprocess.Popen(
+            commands[name], stdout=log, stderr=subprocess.STDOUT, env=environment, cwd=ROOT
+        )
     started = time.monotonic()
     while any(process.poll() is None for process in running.values()):
         time.sleep(0.5)
@@ -680,7 +685,7 @@ def train(args: argparse.Namespace) -> None:
             media.save(last / "earlier.json", json.dumps(parts_of(start_of(args, name))).encode())
         note(args, f"train_{name}", {
             "status": process.returncode, "variant": asdict(VARIANTS[name]), "last": last and last.name,
-            "command": train_command(args, name, 0), "parts": last and parts_of(last),
+            "command": commands[name], "parts": last and parts_of(last),
             "state": last and json.loads((last / "trainer_state.json").read_text()),
             "settings": last and json.loads((last / "vqa_settings.json").read_text()),
         })  # fmt: skip
@@ -1000,7 +1005,9 @@ def describe_targets(args: argparse.Namespace, runs: dict[str, dict]) -> list[st
             lost = share["audio"] - Answers(args, "images-test-6", "test").choice()["accuracy"]
             aim("6 frames in place of 8 cost at most 5", points(lost), lost <= 0.05)
         stopped = heard.summary["finish"]
-        aim("99 % stop by themselves, none loops", f"{heard.finish()}, {stopped['loops']} loop",
+        fewer = Answers(args, "images-test-6", "test") if (folder / "images-test-6.summary.json").exists() else None
+        aside = f"; with 6 frames {fewer.finish()}, {fewer.summary['finish']['loops']} loop" if fewer else ""
+        aim("99 % stop by themselves, none loops", f"{heard.finish()}, {stopped['loops']} loop{aside}",
             stopped["eos"] >= 0.99 * len(heard.rows) and not stopped["loops"])  # fmt: skip
     if "naive_pad" in runs and (folder / "naive_pad-test-8.summary.json").exists():
         naive = Answers(args, "naive_pad-test-8", "test")
@@ -1035,12 +1042,9 @@ def describe_variant(args: argparse.Namespace, name: str) -> list[str]:
     text += [table(("arm", *groups, "stopped by themselves"), lines)]
     shown = [arm for arm in ("audio", "shuffled_frames", "black_frames", "first_frame") if arm in arms]
     if six:
-        lost = {
-            kind: eight.choice([kind])["accuracy"] - six.choice([kind])["accuracy"] for kind in eight.discriminative
-        }
-        worst = [
-            f"`{kind}` {100 * by:.0f}" for kind, by in sorted(lost.items(), key=lambda item: -item[1]) if by > 0.05
-        ]
+        kinds = [[kind] for kind in eight.summary["by_type"]]
+        lost = [(eight.choice(kind)["accuracy"] - six.choice(kind)["accuracy"], *kind) for kind in kinds]
+        worst = [f"`{kind}` {100 * by:.0f}" for by, kind in sorted(lost, reverse=True) if by > 0.05]
         text += [f"Six of a clip's frames in place of the eight cost points on: {', '.join(worst) or 'none'}.\n"]
     rows = []
     for kind, figures in sorted(eight.summary["by_type"].items()):
@@ -1056,8 +1060,12 @@ def describe_variant(args: argparse.Namespace, name: str) -> list[str]:
     found = [(words, Answers(args, f"{name}-{split}-8", split)) for split, words in files.items()
              if (folder / f"{name}-{split}-8.summary.json").exists()]  # fmt: skip
     if found:
-        cells = [(words, len(a.rows), percent(a.accuracy(a.rows, "choice"))) for words, a in found]
-        text += [table(("question file", "rows", "`choice`, all types"), cells)]
+        cells = [(words, percent(a.accuracy(a.rows, "choice")), len(a.rows), percent(a.choice()), a.choice()["n"],
+                  *(f"{100 * a.line(line):.0f}" for line in ("chance", "train_majority", "test_majority")))
+                 for words, a in found]  # fmt: skip
+        header = ("question file", "all types", "rows", "discriminative types", "rows", "their chance",
+                  "most frequent answer in training", "in the file itself")  # fmt: skip
+        text += [table(header, cells)]
     return text
 
 

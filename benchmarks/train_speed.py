@@ -10,7 +10,8 @@ recomputed, logits of every position, a mask of ones, LoRA inputs cast to float3
 timed from the end of the one before it, data, optimizer and Trainer included; the first ones do not count.
 
 With `--cache_features` the steps run warm: the folder is filled before the first. What that took stands beside, and
-with it the rate of a first epoch, computed for the distinct rows of the data at the rate of the counted steps.
+where it had nothing of use before, the rate of a first epoch with the filling, computed for the distinct rows of the
+data at the rate of the counted steps.
 
 TFLOP/s follow the rule (4 + 2 s) N T: N parameters of the decoder's layers, T tokens, s the share of layers that are
 recomputed (6 N T where all are). What attention, the encoders and LoRA cost is not in it.
@@ -65,27 +66,30 @@ class Clock(TrainerCallback):
 
     def __init__(self, warmup: int, profile: Path | None):
         self.warmup, self.profile, self.steps, self.trainer = warmup, profile, [], None
-        self.profiler, self.filling = None, 0.0  # seconds in `fill_feature_cache`
-        self.peaks = 0.0, 0.0  # GiB reserved and allocated since the warm-up
+        self.profiler, self.filling, self.cold = None, 0.0, False
 
-    def fill(self, *args, **kwargs):
-        """`fill_feature_cache` of train_vqa.py, timed."""
-        start = time.perf_counter()
-        FILL(*args, **kwargs)
+    def fill(self, model, sources, folder, *args, **kwargs):
+        """`fill_feature_cache` of train_vqa.py, timed; `cold` says whether nothing of what it is for was there."""
+        start, before = time.perf_counter(), set(Path(folder).glob("*"))
+        FILL(model, sources, folder, *args, **kwargs)
         synchronize()
         self.filling += time.perf_counter() - start
+        self.cold = before.isdisjoint(path for source in sources for pair in source.features for path in pair if path)
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        """Called by the Trainer before each optimizer step."""
+        if torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()
 
     def on_step_end(self, args, state, control, **kwargs):
         """Called by the Trainer after each optimizer step."""
         synchronize()
         now = time.perf_counter()
         own = {"cpu": time.process_time(), "rss": psutil.Process().memory_info().rss}  # of this process, workers apart
+        if torch.cuda.is_available():
+            own |= {"reserved": torch.cuda.max_memory_reserved(), "allocated": torch.cuda.max_memory_allocated()}
         self.steps.append({"end": now, **own, **self.trainer.counted})
         self.trainer.counted = {"tokens": 0, "samples": 0, "waited": 0.0}
-        if torch.cuda.is_available():  # kept as steps end: train_vqa.py counts anew when it saves
-            self.peaks = torch.cuda.max_memory_reserved() / vqa.GIB, torch.cuda.max_memory_allocated() / vqa.GIB
-            if state.global_step == self.warmup:
-                torch.cuda.reset_peak_memory_stats()
         if self.profile and state.global_step == state.max_steps - 2:
             activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
             self.profiler = torch.profiler.profile(activities=activities[: 1 + torch.cuda.is_available()])
@@ -113,7 +117,8 @@ class Clock(TrainerCallback):
         result["ram_mib"] = [step["rss"] / 2**20 for step in (before, after)]
         result["cpu_seconds_per_sample"] = (after["cpu"] - before["cpu"]) / total["samples"]
         if torch.cuda.is_available():
-            result["peak_gib"], result["peak_allocated_gib"] = self.peaks
+            result["peak_gib"] = max(step["reserved"] for step in counted) / vqa.GIB
+            result["peak_allocated_gib"] = max(step["allocated"] for step in counted) / vqa.GIB
         return result
 
 
@@ -202,7 +207,7 @@ def counting(base: type, clock: Clock) -> type:
         def __init__(self, *args, **kwargs):
             super().__init__(*args, **kwargs)
             clock.trainer, self.counted = self, {"tokens": 0, "samples": 0, "waited": 0.0}
-            self.add_callback(clock)
+            self.callback_handler.callbacks.insert(0, clock)  # before PeakMemory, which starts to count anew
 
         def get_batch_samples(self, *args, **kwargs):
             """As usual, counted and timed."""
@@ -301,9 +306,11 @@ def measure(args: argparse.Namespace, name: str, design: str) -> None:
         result["tflops"] = factor * parameters * result["tokens_per_second"] / 1e12
         result |= {"rule": f"{factor:.3g} N T", "every_n": every_n}
         if clock.filling:
+            result["seconds_filling"] = clock.filling
+        if clock.cold:
             distinct = min(args.rows, sum(1 for line in args.data_path.open() if line.strip()))
             first_epoch = clock.filling + distinct / result["samples_per_second"]
-            result |= {"seconds_filling": clock.filling, "first_epoch_samples_per_second": distinct / first_epoch}
+            result["first_epoch_samples_per_second"] = distinct / first_epoch
     except (Exception, SystemExit) as error:  # one design that fails must not end the others
         if not isinstance(error, (torch.OutOfMemoryError, vqa.VQAError)):
             traceback.print_exc()
@@ -324,12 +331,15 @@ def table(results: list[dict], ceiling: float) -> str:
             continue
         ratio = f"{r['samples_per_second'] / reference:.2f}" if reference else "-"
         peak = f"{r['peak_gib']:.1f}" if "peak_gib" in r else "-"
+        filling = f"{r['seconds_filling']:.1f}" if "seconds_filling" in r else "-"
+        rate = r.get("first_epoch_samples_per_second")
+        first_epoch = f"{rate:.2f}" if rate else "-"
         step, spread = statistics.mean(r["step_seconds"]), statistics.pstdev(r["step_seconds"])
         lines.append(
             f"{r['design']:22}{r['tokens_per_sample']:8.0f}{r['samples_per_second']:11.2f}{ratio:>7}"
             f"{r['tokens_per_second']:10.0f}{r['tflops']:9.0f}{100 * r['tflops'] / ceiling:11.0f}{peak:>10}"
             f"{100 * r['waiting_for_data']:11.1f}{step:9.3f}{100 * spread / step:7.1f}"
-            f"{r.get('seconds_filling', math.nan):11.1f}{r.get('first_epoch_samples_per_second', math.nan):12.2f}"
+            f"{filling:>11}{first_epoch:>12}"
         )
     return "\n".join(lines)
 

@@ -62,7 +62,7 @@ def kv_cache() -> Iterator[None]:
 
 @contextlib.contextmanager
 def cudnn_attention() -> Iterator[None]:
-    """cuDNN's attention kernel in place of FlashAttention's."""
+    """cuDNN's attention kernel alone, where sdpa else chooses among its own, FlashAttention's and others."""
     kernels = torch.backends.cuda
     before = kernels.flash_sdp_enabled(), kernels.mem_efficient_sdp_enabled(), kernels.cudnn_sdp_enabled()
     switches = kernels.enable_flash_sdp, kernels.enable_mem_efficient_sdp, kernels.enable_cudnn_sdp

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
+import learnability as world
 import make_media as media
 
 import evaluate_checkpoint as ev
-import learnability as world
 import train_vqa as vqa
 
 N = world.N_FRAMES
@@ -286,6 +286,16 @@ def test_a_later_training_remembers_the_earlier_ones(tmp_path):
     (tmp_path / "second" / "images" / "earlier.json").write_text(json.dumps(first))
     parts = world.parts_of(tmp_path / "second" / "images")
     assert [part["steps"] for part in parts] == [40, 60] and parts[1]["losses"] == [(60, 0.6)]
+
+
+def test_a_stopped_training_goes_on_from_its_checkpoint(tmp_path):
+    folders = [f"--{name}={tmp_path}" for name in ("data_dir", "speech_dir", "work_dir")]
+    args = world.parse_args(["--stage", "train", *folders])
+    assert "--resume_from_checkpoint" not in world.train_command(args, "images", 0)
+    (tmp_path / "runs" / "images" / "checkpoint-20").mkdir(parents=True)
+    command = world.train_command(args, "images", 0)
+    assert command[command.index("--resume_from_checkpoint") + 1] == "True"
+    assert "--resume_from_checkpoint" not in world.train_command(args, "video", 0)
 
 
 def test_going_on_needs_a_model_of_each_variant(tmp_path, capsys):
