@@ -634,13 +634,15 @@ def parts_of(folder: Path) -> list[dict]:
 
 def part_of(state: dict, settings: dict) -> dict:
     """What the report says of one training: `steps`, `batch`, `learning_rate`, `seconds` without the process' start
-    (None if it was cut short), `losses` as pairs of a step and the mean loss of the steps before it."""
+    (None if it was cut short, also where it was gone on with), `losses` as pairs of a step and the mean loss of the
+    steps before it."""
     log, training = state["log_history"], settings["training"]
+    seconds = [float(entry["train_runtime"]) for entry in log if "train_runtime" in entry]
     return {
         "steps": state["global_step"],
         "batch": training["per_device_train_batch_size"],
         "learning_rate": training["learning_rate"],
-        "seconds": next((float(entry["train_runtime"]) for entry in log if "train_runtime" in entry), None),
+        "seconds": seconds[0] if seconds and not training.get("resume_from_checkpoint") else None,
         "losses": [(entry["step"], float(entry["loss"])) for entry in log if "loss" in entry],
     }
 
@@ -825,7 +827,7 @@ class Answers:
     def __init__(self, args: argparse.Namespace, label: str, split: str, arm: str = ""):
         import evaluate_checkpoint as judge
 
-        self.accuracy = judge.accuracy
+        self.accuracy, self.interval = judge.accuracy, judge.wilson_interval
         folder = args.out_dir / "answers"
         self.summary = json.loads((folder / f"{label}.summary.json").read_text())
         annotations = judge.read_annotations(args.out_dir / "data" / f"{split}.jsonl")
@@ -843,10 +845,10 @@ class Answers:
         return self.summary["discriminative"]["baselines"][name]
 
     def finish(self) -> str:
-        """How the answers ended."""
-        counts = Counter(row.finish_reason for row in self.rows)
-        n = len(self.rows)
-        return f"{counts['eos']} of {n} ({100 * counts['eos'] / n:.1f} %)"
+        """How many answers ended by themselves, of how many, and the share in percent with its 95 % interval."""
+        counts, n = Counter(row.finish_reason for row in self.rows), len(self.rows)
+        low, high = self.interval(counts["eos"], n)
+        return f"{counts['eos']} of {n}: {100 * counts['eos'] / n:.1f} ({100 * low:.1f} - {100 * high:.1f})"
 
 
 def arm_answers(args: argparse.Namespace, name: str) -> dict[str, Answers]:
@@ -961,60 +963,78 @@ def describe_runs(runs: dict[str, dict], args: argparse.Namespace) -> list[str]:
     return text
 
 
+Aim = tuple[str, str, bool]  # what was aimed for, what was measured, whether that meets it
+
+
 def describe_targets(args: argparse.Namespace, runs: dict[str, dict]) -> list[str]:
     """The part of the report that holds the figures of `images` against what was aimed for, met or not."""
-    lines: list[tuple[str, str, str]] = []
-
-    def aim(what: str, measured: str, met: bool) -> None:
-        lines.append((what, measured, "met" if met else "**missed**"))
-
-    def points(value: float) -> str:
-        return f"{100 * value:.1f}"
-
-    folder = args.out_dir / "answers"
+    folder, aims = args.out_dir / "answers", []
     if "five" in runs and (folder / "five-five-8.summary.json").exists():
         figure = json.loads((folder / "five-five-8.summary.json").read_text())["metrics"]["strict"]
-        loss = float(last_loss(runs["five"]))
-        aim("five samples: loss at most 1e-4, all answered", f"{loss:.2g}, {figure['correct']} of {figure['n']}",
-            loss <= 1e-4 and figure["correct"] == figure["n"])  # fmt: skip
+        loss, whole = float(last_loss(runs["five"])), figure["correct"] == figure["n"]
+        measured = f"{loss:.2g}, {figure['correct']} of {figure['n']}"
+        aims.append(("five samples: loss at most 1e-4, all answered", measured, loss <= 1e-4 and whole))
     arms = arm_answers(args, "images") if "images" in runs else {}
     if arms:
-        heard = arms["audio"]
-        share = {arm: answers.choice()["accuracy"] for arm, answers in arms.items()}
-        aim("discriminative types, unseen clips and voices: 85", points(share["audio"]), share["audio"] >= 0.85)
-        each = {kind: heard.choice([kind])["accuracy"] for kind in DIRECTIONS if kind in heard.discriminative}
-        aim("each direction of motion: 75", ", ".join(map(points, each.values())), min(each.values()) >= 0.75)
-        ceiling = heard.line("train_majority") + 0.1
-        for arm in ("silent_audio", "black_frames"):
-            if arm in arms:
-                aim(f"`{arm}`: at most the majority line + 10", points(share[arm]), share[arm] <= ceiling)
-        if "mismatched_audio" in arms:
-            aim("`mismatched_audio`: below `audio`, intervals apart", points(share["mismatched_audio"]),
-                arms["mismatched_audio"].choice()["ci95"][1] < heard.choice()["ci95"][0])  # fmt: skip
-        if "shuffled_frames" in arms:
-            still = [kind for kind in heard.discriminative if kind not in DIRECTIONS]
-            chance = float(np.mean([heard.summary["by_type"][row.question_type]["chance"] for row in heard.rows
-                                    if row.question_type in DIRECTIONS]))  # fmt: skip
-            moved = [arms[arm].choice(list(DIRECTIONS))["accuracy"] for arm in ("audio", "shuffled_frames")]
-            rest = [arms[arm].choice(still)["accuracy"] for arm in ("audio", "shuffled_frames")]
-            aim("`shuffled_frames`: motion falls to at most chance + 10, the rest stays within 5",
-                f"motion {points(moved[0])} to {points(moved[1])} (chance {points(chance)}), "
-                f"rest {points(rest[0])} to {points(rest[1])}",
-                moved[1] <= min(chance + 0.1, moved[0] - 0.1) and abs(rest[0] - rest[1]) <= 0.05)  # fmt: skip
+        aims += [*aims_of_arms(arms), stops_by_itself("99 % stop by themselves, none loops", arms["audio"])]
         if (folder / "images-test-6.summary.json").exists():
-            lost = share["audio"] - Answers(args, "images-test-6", "test").choice()["accuracy"]
-            aim("6 frames in place of 8 cost at most 5", points(lost), lost <= 0.05)
-        stopped = heard.summary["finish"]
-        fewer = Answers(args, "images-test-6", "test") if (folder / "images-test-6.summary.json").exists() else None
-        aside = f"; with 6 frames {fewer.finish()}, {fewer.summary['finish']['loops']} loop" if fewer else ""
-        aim("99 % stop by themselves, none loops", f"{heard.finish()}, {stopped['loops']} loop{aside}",
-            stopped["eos"] >= 0.99 * len(heard.rows) and not stopped["loops"])  # fmt: skip
+            six = Answers(args, "images-test-6", "test")
+            both = [answers.choice() for answers in (arms["audio"], six)]
+            lost = both[0]["accuracy"] - both[1]["accuracy"]
+            measured = f"{100 * lost:.1f}: {percent(both[0])} to {percent(both[1])}"
+            aims += [("6 frames in place of 8 cost at most 5", measured, lost <= 0.05)]
+            aims += [stops_by_itself("99 % of answers to 6 frames stop by themselves, none loops", six)]
     if "naive_pad" in runs and (folder / "naive_pad-test-8.summary.json").exists():
         naive = Answers(args, "naive_pad-test-8", "test")
-        aim("with PAD = EOS masked by its id: fails to stop", f"{naive.finish()} stop",
-            naive.summary["finish"]["eos"] < 0.5 * len(naive.rows))  # fmt: skip
-    return ["## What was aimed for\n", "Of `images` unless named. In percent, or points between percentages.\n",
-            table(("aim", "measured", ""), lines)] if lines else []  # fmt: skip
+        fails = naive.summary["finish"]["eos"] < 0.5 * len(naive.rows)
+        aims.append(("with PAD = EOS masked by its id: fails to stop", f"{naive.finish()} stop", fails))
+    lines = [(what, measured, "met" if met else "**missed**") for what, measured, met in aims]
+    words = "Of `images` with 8 frames unless named. In percent with 95 % intervals, or points between percentages.\n"
+    return ["## What was aimed for\n", words, table(("aim", "measured", ""), lines)] if lines else []
+
+
+def aims_of_arms(arms: dict[str, Answers]) -> list[Aim]:
+    """What was aimed for in the arms of `images`: that it learns, hears and sees."""
+    heard = arms["audio"]
+    each = [heard.choice([kind]) for kind in DIRECTIONS if kind in heard.discriminative]
+    still = [kind for kind in heard.discriminative if kind not in DIRECTIONS]
+    of_all = {arm: answers.choice() for arm, answers in arms.items()}
+    ceiling = heard.line("train_majority") + 0.1
+    aims = [("discriminative types, unseen clips and voices: 85", percent(of_all["audio"]),
+             of_all["audio"]["accuracy"] >= 0.85)]  # fmt: skip
+    if each:
+        met = min(figure["accuracy"] for figure in each) >= 0.75
+        aims.append(("each direction of motion: 75", ", ".join(map(percent, each)), met))
+    for arm in ("silent_audio", "black_frames"):
+        if arm in arms:
+            met = of_all[arm]["accuracy"] <= ceiling
+            aims.append((f"`{arm}`: at most the majority line + 10", percent(of_all[arm]), met))
+    if "mismatched_audio" in arms:
+        figure = of_all["mismatched_audio"]
+        met = figure["ci95"][1] < of_all["audio"]["ci95"][0]
+        aims.append(("`mismatched_audio`: below `audio`, intervals apart", percent(figure), met))
+    if "shuffled_frames" in arms and each:
+        kinds = heard.summary["by_type"]
+        chance = sum(kinds[kind]["n"] * kinds[kind]["chance"] for kind in DIRECTIONS if kind in kinds)
+        chance /= sum(kinds[kind]["n"] for kind in DIRECTIONS if kind in kinds)
+        moved, rest = (
+            [arms[arm].choice(types) for arm in ("audio", "shuffled_frames")] for types in (DIRECTIONS, still)
+        )
+        (seen, shuffled), (before, after) = ([figure["accuracy"] for figure in pair] for pair in (moved, rest))
+        aims.append((
+            "`shuffled_frames`: directions fall to at most chance + 10, the rest stays within 5",
+            f"directions {percent(moved[0])} to {percent(moved[1])}, chance {100 * chance:.1f}; "
+            f"rest {percent(rest[0])} to {percent(rest[1])}",
+            shuffled <= min(chance + 0.1, seen - 0.1) and abs(before - after) <= 0.05,
+        ))  # fmt: skip
+    return aims
+
+
+def stops_by_itself(what: str, answers: Answers) -> Aim:
+    """The aim that at least 99 % of the answers stop by themselves and none loops."""
+    finish = answers.summary["finish"]
+    met = finish["eos"] >= 0.99 * len(answers.rows) and not finish["loops"]
+    return what, f"{answers.finish()}, {finish['loops']} loop", met
 
 
 def describe_variant(args: argparse.Namespace, name: str) -> list[str]:

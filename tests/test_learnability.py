@@ -286,6 +286,8 @@ def test_a_later_training_remembers_the_earlier_ones(tmp_path):
     (tmp_path / "second" / "images" / "earlier.json").write_text(json.dumps(first))
     parts = world.parts_of(tmp_path / "second" / "images")
     assert [part["steps"] for part in parts] == [40, 60] and parts[1]["losses"] == [(60, 0.6)]
+    settings = {"training": {**training, "resume_from_checkpoint": True}}
+    assert world.part_of({"global_step": 60, "log_history": log}, settings)["seconds"] is None  # of its last session
 
 
 def test_a_stopped_training_goes_on_from_its_checkpoint(tmp_path):
@@ -320,6 +322,71 @@ def test_going_on_needs_a_model_of_each_variant(tmp_path, capsys):
     assert "--init" not in command
     command = world.train_command(world.parse_args([*flags[:-2], "--variants", "video"]), "video", 1)
     assert command[command.index("--init") + 1] == "random"
+
+
+class Judged:
+    """Stands for `Answers`: `shares` is the accuracy of each type, of 50 rows each."""
+
+    def __init__(self, eos: int = 1000, loops: int = 0, **shares: float):
+        self.shares, self.discriminative, self.rows = shares, list(shares), range(1000)
+        self.summary = {"by_type": {kind: {"n": 50, "chance": 0.5} for kind in shares}}
+        self.summary["finish"] = {"eos": eos, "loops": loops}
+
+    def choice(self, types=None) -> dict:
+        share = float(np.mean([self.shares[kind] for kind in types or self.shares if kind in self.shares]))
+        return {"accuracy": share, "ci95": (share - 0.03, share + 0.03), "n": 50}
+
+    def line(self, name: str) -> float:
+        return {"train_majority": 0.42}[name]
+
+    def finish(self) -> str:
+        return f"{self.summary['finish']['eos']} of 1000"
+
+
+def judged(direction: float, still: float) -> Judged:
+    """An arm whose directions of motion and other types are right so often."""
+    return Judged(**dict.fromkeys(world.DIRECTIONS, direction), nbi_status=still)
+
+
+@pytest.mark.parametrize(
+    ("arm", "figures", "met"),
+    [
+        ("audio", (0.95, 0.96), [True, True]),
+        ("audio", (0.74, 0.96), [False, False]),  # 0.784 in all
+        ("silent_audio", (0.5, 0.55), [True]),
+        ("silent_audio", (0.53, 0.53), [False]),  # the majority line is 0.42
+        ("black_frames", (0.53, 0.53), [False]),
+        ("mismatched_audio", (0.88, 0.88), [True]),
+        ("mismatched_audio", (0.92, 0.92), [False]),  # the intervals meet
+        ("shuffled_frames", (0.59, 0.92), [True]),
+        ("shuffled_frames", (0.61, 0.96), [False]),  # chance is 0.5
+        ("shuffled_frames", (0.59, 0.90), [False]),
+    ],
+)
+def test_an_aim_is_met_or_missed_by_its_own_measure(arm, figures, met):
+    arms = {"audio": judged(0.95, 0.96), arm: judged(*figures)}
+    aims = world.aims_of_arms(arms)
+    of_arm = aims[:2] if arm == "audio" else aims[2:]
+    assert [aim[2] for aim in of_arm] == met and all(arm == "audio" or f"`{arm}`" in aim[0] for aim in of_arm)
+
+
+@pytest.mark.parametrize(("eos", "loops", "met"), [(1000, 0, True), (990, 0, True), (989, 0, False), (1000, 1, False)])
+def test_one_loop_or_more_than_one_in_a_hundred_cut_off_misses_the_aim(eos, loops, met):
+    assert world.stops_by_itself("it", Judged(eos, loops)) == ("it", f"{eos} of 1000, {loops} loop", met)
+
+
+def test_every_question_file_and_arm_is_evaluated(tmp_path):
+    (tmp_path / "runs" / "images").mkdir(parents=True)
+    (tmp_path / "runs" / "images" / "config.json").write_text("{}")
+    folders = [f"--{name}={tmp_path}" for name in ("data_dir", "speech_dir", "work_dir")]
+    commands = world.evaluations(world.parse_args(["--stage", "evaluate", *folders]))
+    asked = {label: Path(c[c.index("--eval_data_path") + 1]).stem for label, c in commands.items()}
+    assert asked == {
+        **{f"images-test-{kind}": "test" for kind in ("8", "6", "8-arms0", "8-arms1", "8-arms2")},
+        **{f"images-{split}-8": split for split in ("six", "eval", "other", "same")},
+    }
+    frames = {label: c[c.index("--max_eval_frames") + 1] for label, c in commands.items()}
+    assert [label for label, count in frames.items() if count == "6"] == ["images-test-6"]
 
 
 def test_a_row_without_an_answer_is_wrong(tmp_path):
