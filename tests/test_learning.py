@@ -150,6 +150,6 @@ def test_the_report_tells_it(results, flags, monkeypatch):
     assert drawn == [(["tiny"], args.report.with_name(world.CURVES.name))]
     lines = args.report.read_text().splitlines()
     assert any(line.startswith("| `tiny` | ") and f" | {STEPS} | {STEPS * 16} | " in line for line in lines)
-    assert f"Answers that stopped by themselves: {ROWS} of {ROWS} (100.0 %)." in "\n".join(lines)
+    assert f"Answers that stopped by themselves: {ROWS} of {ROWS}: 100.0 (96.2 - 100.0)." in "\n".join(lines)
     for arm in ("audio", "mismatched_audio", "silent_audio", "black_frames", "shuffled_frames"):
         assert any(line.startswith(f"| `{arm}` | ") for line in lines)
