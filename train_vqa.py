@@ -1367,6 +1367,15 @@ class SpeechMemo:
         return mel, lengths
 
 
+def select_frames(frames: Sequence, limit: int | None) -> Sequence:
+    """`limit` evenly spaced frames, the first among them, in their order in time; a shorter clip, and with None any, is
+    kept whole."""
+    if limit is None or len(frames) <= limit:
+        return frames
+    stride = len(frames) / limit
+    return [frames[int(i * stride)] for i in range(limit)]
+
+
 class SurgicalVQADataset(torch.utils.data.Dataset):
     """Spoken questions about clips, as model inputs.
 
@@ -1403,12 +1412,8 @@ class SurgicalVQADataset(torch.utils.data.Dataset):
         self.speech_memo = SpeechMemo(processor)
 
     def _select_frames(self, frames: Sequence) -> Sequence:
-        """Evenly spaced frames, the first among them, so that the order in time is kept; a short clip is kept whole."""
-        limit = self.max_eval_frames if self.is_eval else self.max_train_frames
-        if limit is None or len(frames) <= limit:
-            return frames
-        stride = len(frames) / limit
-        return [frames[int(i * stride)] for i in range(limit)]
+        """Those of a clip's frames that this dataset gives."""
+        return select_frames(frames, self.max_eval_frames if self.is_eval else self.max_train_frames)
 
     def __len__(self) -> int:
         return len(self.rows)

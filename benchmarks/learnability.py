@@ -413,8 +413,10 @@ def in_eight_places(row: dict, count: int = 6) -> dict:
     """A row whose clip shows `count` of its frames, those that evaluation takes with `--max_eval_frames`, in as many
     places as before: where one is left out, the one before it stands again. So less is seen, and the prompt is alike.
     """
+    import train_vqa as vqa
+
     frames = row["frames"]
-    taken = [i * len(frames) // count for i in range(count)]
+    taken = vqa.select_frames(range(len(frames)), count)
     return {**row, "frames": [frames[max(i for i in taken if i <= place)] for place in range(len(frames))]}
 
 
@@ -653,7 +655,8 @@ def train(args: argparse.Namespace) -> None:
     After --train_seconds they get a SIGTERM, on which train_vqa.py saves a checkpoint.
     """
     texts = {row[key] for row in read_jsonl(args.work_dir / "data" / "train.jsonl") for key in ("question", "answer")}
-    running, commands = {}, {}
+    args.out_dir.mkdir(parents=True, exist_ok=True)
+    running = {}
     names = [name for name in args.variants if not (args.work_dir / "runs" / name / "config.json").exists()]
     for name in args.variants:
         if name not in names:
@@ -662,14 +665,12 @@ def train(args: argparse.Namespace) -> None:
     for name in names:
         write_model(args.work_dir / "models" / name, VARIANTS[name], sorted(texts))
         share = cores * weights[name] // max(1, sum(weights.values()))
-        commands[name] = train_command(args, name, args.workers if args.workers is not None else share)
+        command = train_command(args, name, args.workers if args.workers is not None else share)
         log = (args.out_dir / f"train_{name}.log").open("a")
-        log.write(" ".join(commands[name]) + "\n")
+        log.write(" ".join(command) + "\n")
         log.flush()
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        running[name] = subprocess.Popen(
-            commands[name], stdout=log, stderr=subprocess.STDOUT, env=environment, cwd=ROOT
-        )
+        running[name] = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment, cwd=ROOT)
     started = time.monotonic()
     while any(process.poll() is None for process in running.values()):
         time.sleep(0.5)
@@ -687,7 +688,7 @@ def train(args: argparse.Namespace) -> None:
             media.save(last / "earlier.json", json.dumps(parts_of(start_of(args, name))).encode())
         note(args, f"train_{name}", {
             "status": process.returncode, "variant": asdict(VARIANTS[name]), "last": last and last.name,
-            "command": commands[name], "parts": last and parts_of(last),
+            "command": process.args, "parts": last and parts_of(last),
             "state": last and json.loads((last / "trainer_state.json").read_text()),
             "settings": last and json.loads((last / "vqa_settings.json").read_text()),
         })  # fmt: skip
@@ -827,7 +828,7 @@ class Answers:
     def __init__(self, args: argparse.Namespace, label: str, split: str, arm: str = ""):
         import evaluate_checkpoint as judge
 
-        self.accuracy, self.interval = judge.accuracy, judge.wilson_interval
+        self.judge = judge
         folder = args.out_dir / "answers"
         self.summary = json.loads((folder / f"{label}.summary.json").read_text())
         annotations = judge.read_annotations(args.out_dir / "data" / f"{split}.jsonl")
@@ -838,7 +839,12 @@ class Answers:
     def choice(self, types: Sequence[str] | None = None) -> dict:
         """`choice` over the rows of some types (None: the discriminative ones)."""
         wanted = self.discriminative if types is None else types
-        return self.accuracy([row for row in self.rows if row.question_type in wanted], "choice")
+        return self.judge.accuracy([row for row in self.rows if row.question_type in wanted], "choice")
+
+    def chance(self, types: Sequence[str]) -> float | None:
+        """What guessing uniformly among the answers of each type gives, over the rows of some types."""
+        rows = [row for row in self.rows if row.question_type in types]
+        return self.judge.reference_lines(rows, None)["chance"]
 
     def line(self, name: str) -> float | None:
         """A reference line of the discriminative types: chance, train_majority."""
@@ -846,9 +852,19 @@ class Answers:
 
     def finish(self) -> str:
         """How many answers ended by themselves, of how many, and the share in percent with its 95 % interval."""
-        counts, n = Counter(row.finish_reason for row in self.rows), len(self.rows)
-        low, high = self.interval(counts["eos"], n)
-        return f"{counts['eos']} of {n}: {100 * counts['eos'] / n:.1f} ({100 * low:.1f} - {100 * high:.1f})"
+        stopped, n = self.finish_counts()["eos"], len(self.rows)
+        low, high = self.judge.wilson_interval(stopped, n)
+        return f"{stopped} of {n}: {100 * stopped / n:.1f} ({100 * low:.1f} - {100 * high:.1f})"
+
+    def finish_counts(self) -> dict[str, int]:
+        """How many answers ended in which way, and how many loop."""
+        return self.judge.finish_counts(self.rows)
+
+
+def measured(args: argparse.Namespace, label: str, split: str, arm: str = "") -> Answers | None:
+    """The answers of an evaluation, or None where there are none."""
+    there = (args.out_dir / "answers" / f"{label}.summary.json").exists()
+    return Answers(args, label, split, arm) if there else None
 
 
 def arm_answers(args: argparse.Namespace, name: str) -> dict[str, Answers]:
@@ -856,11 +872,8 @@ def arm_answers(args: argparse.Namespace, name: str) -> dict[str, Answers]:
     arms = {"audio": (f"{name}-test-8", "")}
     for number, group in enumerate(ARM_GROUPS):
         arms |= {arm: (f"{name}-test-8-arms{number}", arm) for arm in group.split(",")}
-    found = {}
-    for arm, (label, suffix) in arms.items():
-        if (args.out_dir / "answers" / f"{label}.summary.json").exists():
-            found[arm] = Answers(args, label, "test", suffix)
-    return found
+    found = {arm: measured(args, label, "test", suffix) for arm, (label, suffix) in arms.items()}
+    return {arm: answers for arm, answers in found.items() if answers}
 
 
 def last_loss(run: dict) -> str:
@@ -910,10 +923,7 @@ def report(args: argparse.Namespace) -> None:
     text = ["# Measured: does it learn?\n", *describe_world(world), *describe_runs(runs, args)]
     text += describe_targets(args, runs)
     for name in runs:
-        if name == "five":
-            continue
-        label = f"{name}-test-8"
-        if (args.out_dir / "answers" / f"{label}.summary.json").exists():
+        if "audio" in arm_answers(args, name):
             text += describe_variant(args, name)
     text += ["## What this does not show\n", NOT_SHOWN, ""]
     args.report.parent.mkdir(parents=True, exist_ok=True)
@@ -955,11 +965,6 @@ def describe_runs(runs: dict[str, dict], args: argparse.Namespace) -> list[str]:
     text += [f"Seconds are without the start of the process. {args.machine} Versions: {versions}.\n"]
     text += ["```bash", f"python {Path(__file__).relative_to(ROOT)} {args.command}", "```\n"] if args.command else []
     text += [f"![loss]({CURVES.name})\n", *([args.remark + "\n"] if args.remark else [])]
-    five = args.out_dir / "answers" / "five-five-8.summary.json"
-    if five.exists() and "five" in runs:
-        figure = json.loads(five.read_text())["metrics"]["strict"]
-        text += [f"Five samples by heart: the loss reached {last_loss(runs['five'])}, and {figure['correct']} of "
-                 f"{figure['n']} came back word for word by generation.\n"]  # fmt: skip
     return text
 
 
@@ -968,27 +973,27 @@ Aim = tuple[str, str, bool]  # what was aimed for, what was measured, whether th
 
 def describe_targets(args: argparse.Namespace, runs: dict[str, dict]) -> list[str]:
     """The part of the report that holds the figures of `images` against what was aimed for, met or not."""
-    folder, aims = args.out_dir / "answers", []
-    if "five" in runs and (folder / "five-five-8.summary.json").exists():
-        figure = json.loads((folder / "five-five-8.summary.json").read_text())["metrics"]["strict"]
+    aims: list[Aim] = []
+    five = measured(args, "five-five-8", "five") if "five" in runs else None
+    if five:
+        figure = five.summary["metrics"]["strict"]
         loss, whole = float(last_loss(runs["five"])), figure["correct"] == figure["n"]
-        measured = f"{loss:.2g}, {figure['correct']} of {figure['n']}"
-        aims.append(("five samples: loss at most 1e-4, all answered", measured, loss <= 1e-4 and whole))
+        told = f"{loss:.2g}, {figure['correct']} of {figure['n']} word for word"
+        aims.append(("five samples: loss at most 1e-4, all answered", told, loss <= 1e-4 and whole))
     arms = arm_answers(args, "images") if "images" in runs else {}
-    if arms:
+    if "audio" in arms:
         aims += [*aims_of_arms(arms), stops_by_itself("99 % stop by themselves, none loops", arms["audio"])]
-        if (folder / "images-test-6.summary.json").exists():
-            six = Answers(args, "images-test-6", "test")
+        if six := measured(args, "images-test-6", "test"):
             both = [answers.choice() for answers in (arms["audio"], six)]
             lost = both[0]["accuracy"] - both[1]["accuracy"]
-            measured = f"{100 * lost:.1f}: {percent(both[0])} to {percent(both[1])}"
-            aims += [("6 frames in place of 8 cost at most 5", measured, lost <= 0.05)]
-            aims += [stops_by_itself("99 % of answers to 6 frames stop by themselves, none loops", six)]
-    if "naive_pad" in runs and (folder / "naive_pad-test-8.summary.json").exists():
-        naive = Answers(args, "naive_pad-test-8", "test")
-        fails = naive.summary["finish"]["eos"] < 0.5 * len(naive.rows)
+            told = f"{100 * lost:.1f}: {percent(both[0])} to {percent(both[1])}"
+            aims.append(("6 frames in place of 8 cost at most 5", told, lost <= 0.05))
+            aims.append(stops_by_itself("99 % of answers to 6 frames stop by themselves, none loops", six))
+    naive = measured(args, "naive_pad-test-8", "test") if "naive_pad" in runs else None
+    if naive:
+        fails = naive.finish_counts()["eos"] < 0.5 * len(naive.rows)
         aims.append(("with PAD = EOS masked by its id: fails to stop", f"{naive.finish()} stop", fails))
-    lines = [(what, measured, "met" if met else "**missed**") for what, measured, met in aims]
+    lines = [(what, told, "met" if met else "**missed**") for what, told, met in aims]
     words = "Of `images` with 8 frames unless named. In percent with 95 % intervals, or points between percentages.\n"
     return ["## What was aimed for\n", words, table(("aim", "measured", ""), lines)] if lines else []
 
@@ -1014,9 +1019,7 @@ def aims_of_arms(arms: dict[str, Answers]) -> list[Aim]:
         met = figure["ci95"][1] < of_all["audio"]["ci95"][0]
         aims.append(("`mismatched_audio`: below `audio`, intervals apart", percent(figure), met))
     if "shuffled_frames" in arms and each:
-        kinds = heard.summary["by_type"]
-        chance = sum(kinds[kind]["n"] * kinds[kind]["chance"] for kind in DIRECTIONS if kind in kinds)
-        chance /= sum(kinds[kind]["n"] for kind in DIRECTIONS if kind in kinds)
+        chance = heard.chance(DIRECTIONS)
         moved, rest = (
             [arms[arm].choice(types) for arm in ("audio", "shuffled_frames")] for types in (DIRECTIONS, still)
         )
@@ -1032,7 +1035,7 @@ def aims_of_arms(arms: dict[str, Answers]) -> list[Aim]:
 
 def stops_by_itself(what: str, answers: Answers) -> Aim:
     """The aim that at least 99 % of the answers stop by themselves and none loops."""
-    finish = answers.summary["finish"]
+    finish = answers.finish_counts()
     met = finish["eos"] >= 0.99 * len(answers.rows) and not finish["loops"]
     return what, f"{answers.finish()}, {finish['loops']} loop", met
 
@@ -1040,22 +1043,17 @@ def stops_by_itself(what: str, answers: Answers) -> Aim:
 def describe_variant(args: argparse.Namespace, name: str) -> list[str]:
     """The part of the report on one variant's answers."""
     arms = arm_answers(args, name)
-    eight, folder = arms["audio"], args.out_dir / "answers"
-    six = Answers(args, f"{name}-test-6", "test") if (folder / f"{name}-test-6.summary.json").exists() else None
+    eight, six = arms["audio"], measured(args, f"{name}-test-6", "test")
     still = [kind for kind in eight.discriminative if kind not in DIRECTIONS]
     text = [f"## `{name}`: {VARIANTS[name].what}\n"]
     text += [f"Answers that stopped by themselves: {eight.finish()}. `choice` in percent, 95 % intervals in brackets; "
              "the discriminative types are those with more than one answer in the test.\n"]  # fmt: skip
     groups = {"discriminative types": None, "directions of motion": DIRECTIONS, "the others of them": still}
-    lines = []
-    for arm, answers in arms.items():
-        lines.append((f"`{arm}`", *(percent(answers.choice(types)) for types in groups.values()), answers.finish()))
-    if six:
-        lines.append(("`audio`, 6 frames", *(percent(six.choice(types)) for types in groups.values()), six.finish()))
-    if (folder / f"{name}-six-8.summary.json").exists():
-        filled = Answers(args, f"{name}-six-8", "six")
-        cells = (percent(filled.choice(types)) for types in groups.values())
-        lines.append(("`audio`, these 6 in 8 places, two of them twice", *cells, filled.finish()))
+    shown_as = {f"`{arm}`": answers for arm, answers in arms.items()}
+    shown_as["`audio`, 6 frames"] = six
+    shown_as["`audio`, these 6 in 8 places, two of them twice"] = measured(args, f"{name}-six-8", "six")
+    lines = [(words, *(percent(answers.choice(types)) for types in groups.values()), answers.finish())
+             for words, answers in shown_as.items() if answers]  # fmt: skip
     for line, words in (("chance", "chance"), ("train_majority", "the most frequent answer in training")):
         value = eight.line(line)
         lines.append((words, "-" if value is None else f"{100 * value:.1f}", "", "", ""))
@@ -1077,12 +1075,11 @@ def describe_variant(args: argparse.Namespace, name: str) -> list[str]:
         "same": "`out_002-001`: the wording of the training",
         "other": "`in_002-001`: words never heard",
     }
-    found = [(words, Answers(args, f"{name}-{split}-8", split)) for split, words in files.items()
-             if (folder / f"{name}-{split}-8.summary.json").exists()]  # fmt: skip
-    if found:
-        cells = [(words, percent(a.accuracy(a.rows, "choice")), len(a.rows), percent(a.choice()), a.choice()["n"],
-                  *(f"{100 * a.line(line):.0f}" for line in ("chance", "train_majority", "test_majority")))
-                 for words, a in found]  # fmt: skip
+    found = [(words, measured(args, f"{name}-{split}-8", split)) for split, words in files.items()]
+    cells = [(words, percent(a.choice(a.summary["by_type"])), len(a.rows), percent(a.choice()), a.choice()["n"],
+              *(f"{100 * a.line(line):.0f}" for line in ("chance", "train_majority", "test_majority")))
+             for words, a in found if a]  # fmt: skip
+    if cells:
         header = ("question file", "all types", "rows", "discriminative types", "rows", "their chance",
                   "most frequent answer in training", "in the file itself")  # fmt: skip
         text += [table(header, cells)]
@@ -1157,7 +1154,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         return train_naively(argv[3:])
     args = parse_args(argv)
     os.environ.setdefault("TQDM_DISABLE", "1")
-    args.out_dir.mkdir(parents=True, exist_ok=True)
     stages = {"speech": speech, "render": render, "train": train, "evaluate": evaluate, "report": report}
     for name in STAGES:
         if name in args.stage:

@@ -10,8 +10,8 @@ recomputed, logits of every position, a mask of ones, LoRA inputs cast to float3
 timed from the end of the one before it, data, optimizer and Trainer included; the first ones do not count.
 
 With `--cache_features` the steps run warm: the folder is filled before the first. What that took stands beside, and
-where it had nothing of use before, the rate of a first epoch with the filling, computed for the distinct rows of the
-data at the rate of the counted steps.
+where it had nothing of use before, the rate of a first epoch with the filling, computed for rows that all differ in
+clip or speech, at the rate of the counted steps.
 
 TFLOP/s follow the rule (4 + 2 s) N T: N parameters of the decoder's layers, T tokens, s the share of layers that are
 recomputed (6 N T where all are). What attention, the encoders and LoRA cost is not in it.
@@ -66,15 +66,16 @@ class Clock(TrainerCallback):
 
     def __init__(self, warmup: int, profile: Path | None):
         self.warmup, self.profile, self.steps, self.trainer = warmup, profile, [], None
-        self.profiler, self.filling, self.cold = None, 0.0, False
+        self.profiler, self.filling, self.distinct = None, 0.0, 0
 
     def fill(self, model, sources, folder, *args, **kwargs):
-        """`fill_feature_cache` of train_vqa.py, timed; `cold` says whether nothing of what it is for was there."""
+        """`fill_feature_cache` of train_vqa.py, timed; `distinct` counts pairs of clip and speech if none was there."""
         start, before = time.perf_counter(), set(Path(folder).glob("*"))
         FILL(model, sources, folder, *args, **kwargs)
         synchronize()
         self.filling += time.perf_counter() - start
-        self.cold = before.isdisjoint(path for source in sources for pair in source.features for path in pair if path)
+        pairs = {pair for source in sources for pair in source.features}
+        self.distinct = len(pairs) if before.isdisjoint(path for pair in pairs for path in pair) else 0
 
     def on_step_begin(self, args, state, control, **kwargs):
         """Called by the Trainer before each optimizer step."""
@@ -307,10 +308,9 @@ def measure(args: argparse.Namespace, name: str, design: str) -> None:
         result |= {"rule": f"{factor:.3g} N T", "every_n": every_n}
         if clock.filling:
             result["seconds_filling"] = clock.filling
-        if clock.cold:
-            distinct = min(args.rows, sum(1 for line in args.data_path.open() if line.strip()))
-            first_epoch = clock.filling + distinct / result["samples_per_second"]
-            result["first_epoch_samples_per_second"] = distinct / first_epoch
+        if clock.distinct:
+            first_epoch = clock.filling + clock.distinct / result["samples_per_second"]
+            result["first_epoch_samples_per_second"] = clock.distinct / first_epoch
     except (Exception, SystemExit) as error:  # one design that fails must not end the others
         if not isinstance(error, (torch.OutOfMemoryError, vqa.VQAError)):
             traceback.print_exc()

@@ -329,8 +329,7 @@ class Judged:
 
     def __init__(self, eos: int = 1000, loops: int = 0, **shares: float):
         self.shares, self.discriminative, self.rows = shares, list(shares), range(1000)
-        self.summary = {"by_type": {kind: {"n": 50, "chance": 0.5} for kind in shares}}
-        self.summary["finish"] = {"eos": eos, "loops": loops}
+        self.counts = {"eos": eos, "loops": loops}
 
     def choice(self, types=None) -> dict:
         share = float(np.mean([self.shares[kind] for kind in types or self.shares if kind in self.shares]))
@@ -339,8 +338,14 @@ class Judged:
     def line(self, name: str) -> float:
         return {"train_majority": 0.42}[name]
 
+    def chance(self, types) -> float:
+        return 0.5
+
+    def finish_counts(self) -> dict:
+        return self.counts
+
     def finish(self) -> str:
-        return f"{self.summary['finish']['eos']} of 1000"
+        return f"{self.counts['eos']} of 1000"
 
 
 def judged(direction: float, still: float) -> Judged:

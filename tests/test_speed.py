@@ -517,18 +517,8 @@ def test_designs_share_a_process_and_one_that_fails_does_not_end_the_others(tiny
                 *("--frames_dir", str(FIXTURES / "frames"), "--audio_dir", str(FIXTURES / "audio"), "--designs="),
                 *("--design", "liger=--use_liger_kernel True --use_cpu True"),
                 *("--design", "three=@ones_mask --max_train_samples 3", "--design", "all="),
-                *(
-                    "--one_process",
-                    "--profile",
-                    "--rows",
-                    "8",
-                    "--steps",
-                    "5",
-                    "--warmup",
-                    "1",
-                    "--output",
-                    str(output),
-                ),
+                *("--one_process", "--profile", "--output", str(output)),
+                *("--rows", "8", "--steps", "5", "--warmup", "1"),
                 *("--flags", "--max_image_size 56 --dataloader_num_workers 0 --per_device_train_batch_size 1"),
             ]
         )
