@@ -649,8 +649,19 @@ def part_of(state: dict, settings: dict) -> dict:
     }
 
 
+def remove_answers(args: argparse.Namespace, name: str) -> None:
+    """Remove a variant's answers, and say so: `evaluate` keeps what is there, and the report tells it of the weights
+    that are trained next."""
+    files = sorted((args.out_dir / "answers").glob(f"{name}-*"))
+    for file in files:
+        file.unlink()
+    if files:
+        print(f"{name}: {len(files)} files of answers removed, given before its weights are trained on", flush=True)
+
+
 def train(args: argparse.Namespace) -> None:
-    """Train the variants side by side; those that a folder has a final model of are left alone.
+    """Train the variants side by side; those that a folder has a final model of are left alone. Answers of earlier
+    weights do not outlive them.
 
     After --train_seconds they get a SIGTERM, on which train_vqa.py saves a checkpoint.
     """
@@ -663,6 +674,7 @@ def train(args: argparse.Namespace) -> None:
             print(f"{name}: trained already, left alone", flush=True)
     cores, weights = max(0, os.cpu_count() - len(names)), {n: 0 if VARIANTS[n].data == "five" else 1 for n in names}
     for name in names:
+        remove_answers(args, name)
         write_model(args.work_dir / "models" / name, VARIANTS[name], sorted(texts))
         share = cores * weights[name] // max(1, sum(weights.values()))
         command = train_command(args, name, args.workers if args.workers is not None else share)

@@ -300,6 +300,27 @@ def test_a_stopped_training_goes_on_from_its_checkpoint(tmp_path):
     assert "--resume_from_checkpoint" not in world.train_command(args, "video", 0)
 
 
+def test_answers_do_not_outlive_the_weights_that_gave_them(tmp_path, monkeypatch, capsys):
+    """A training that goes on leaves no answer for `evaluate` to keep; other variants' answers stay."""
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "train.jsonl").write_text(json.dumps({"question": "NBI?", "answer": "Yes."}) + "\n")
+    answers = tmp_path / "results" / "answers"
+    answers.mkdir(parents=True)
+    kept = ["images-test-8.summary.json", "tiny_naive_pad-test-8.jsonl"]
+    for name in (*kept, "tiny-test-8.jsonl", "tiny-test-8.summary.json"):
+        (answers / name).write_text("{}")
+    checkpoint = tmp_path / "runs" / "tiny" / "checkpoint-20"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "trainer_state.json").write_text(json.dumps({"global_step": 20, "log_history": []}))
+    training = {"per_device_train_batch_size": 16, "learning_rate": 1e-3}
+    (checkpoint / "vqa_settings.json").write_text(json.dumps({"training": training}))
+    monkeypatch.setattr(world, "train_command", lambda *_: [sys.executable, "-c", ""])
+    folders = [f"--{name}={tmp_path}" for name in ("data_dir", "speech_dir", "work_dir")]
+    world.train(world.parse_args(["--stage", "train", "--variants", "tiny", *folders]))
+    assert sorted(path.name for path in answers.iterdir()) == kept
+    assert "tiny: 2 files of answers removed, given before its weights are trained on\n" in capsys.readouterr().out
+
+
 def test_going_on_needs_a_model_of_each_variant(tmp_path, capsys):
     """And its command names that model in place of one to draw."""
     flags = [
