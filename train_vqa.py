@@ -326,8 +326,9 @@ class ModelArguments:
         default=False,
         metadata={
             "help": "Compute the decoder's RMSNorm and SwiGLU by Liger's kernels: faster, and less memory, for layers "
-            "that are not compiled. Needs the package liger-kernel and a CUDA GPU. Results differ by rounding. Liger's "
-            "fused cross entropy, which would bypass the speech, is not used. False: layers run as they are."
+            "that are not compiled. Needs the package liger-kernel, a CUDA GPU and a decoder with hidden_act silu. "
+            "Results differ by rounding. Liger's fused cross entropy, which would bypass the speech, is not used. "
+            "False: layers run as they are."
         },
     )
     gpu_memory_limit_gib: float | None = field(
@@ -1654,13 +1655,12 @@ class SurgicalVQAModel(Qwen2VLForConditionalGeneration):
         """Let Liger's kernels compute the decoder's RMSNorm and SwiGLU, of this model alone; no weight changes.
 
         Raises:
-            VQAError: the decoder's activation is not SwiGLU's.
+            VQAError: as `check_swiglu`.
         """
         from liger_kernel.ops import LigerRMSNormFunction, LigerSiLUMulFunction
 
+        check_swiglu(self.config)
         decoder = self.model.language_model
-        if decoder.config.hidden_act != "silu":
-            raise VQAError(f"--use_liger_kernel: this decoder has {decoder.config.hidden_act}, not silu; leave it out")
 
         # No offset; rounded where Qwen2-VL's own norm is; only products read its output, so gradients go in place.
         def norm(module, x):
@@ -3752,6 +3752,13 @@ def check_liger(device_type: str) -> None:
         raise VQAError(f"--use_liger_kernel: {reason}; pip install '{LIGER}', or leave the flag out") from error
 
 
+def check_swiglu(config: Qwen2VLConfig) -> None:
+    """VQAError where the decoder's activation is not SiLU, the only one that Liger's SwiGLU computes."""
+    activation = config.text_config.hidden_act
+    if activation != "silu":
+        raise VQAError(f"--use_liger_kernel needs hidden_act 'silu', config.json has {activation!r}; leave it out")
+
+
 def choose_checkpointing(model_args: ModelArguments, estimate: typing.Callable[[int], dict[str, int]]) -> int:
     """`--checkpoint_every_n` as a number: for `auto` the fewest recomputed layers whose estimate fits.
 
@@ -3836,6 +3843,8 @@ def train(
     checkpoint = None if data_args.dry_run else find_checkpoint(training_args)
 
     # 3. Tokenizer and model
+    if model_args.use_liger_kernel:
+        check_swiglu(load_config(model_args.model_name_or_path))
     kernel = {"sdpa": "SDPA", "flash_attention_2": "FlashAttention-2"}.get(model_args.attn_implementation)
     precision = "BF16" if training_args.bf16 else "FP32"
     print(f"⏳ Loading merged {precision} model with {kernel or model_args.attn_implementation} attention...")

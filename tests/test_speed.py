@@ -4,6 +4,7 @@ and the benchmark that measures them."""
 import json
 import math
 import re
+import shutil
 import sys
 import sysconfig
 import types
@@ -171,12 +172,23 @@ def test_liger_computes_the_norms_and_mlps_of_one_model_alone(fresh, batches, li
     assert list(changed.state_dict()) == names == list(plain.state_dict())
 
 
-def test_liger_has_no_mlp_of_another_activation(fresh, liger):
+def test_a_decoder_without_swiglu_is_refused_before_weights_load(fresh, liger, monkeypatch, tmp_path):
+    """Its config is all that it takes, so a dry run, which loads none, says so too."""
+    message = "--use_liger_kernel needs hidden_act 'silu', config.json has 'gelu'; leave it out"
     model = fresh()
     model.config.text_config.hidden_act = "gelu"
-    with pytest.raises(vqa.VQAError) as error:
+    with pytest.raises(vqa.VQAError, match=message):
         model.use_liger()
-    assert str(error.value) == "--use_liger_kernel: this decoder has gelu, not silu; leave it out"
+    folder = shutil.copytree(FIXTURES / "tiny_model", tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "hidden_act": "gelu"}))
+    monkeypatch.setattr(vqa, "check_liger", lambda device_type: None)
+    monkeypatch.setattr(vqa, "load_model", None)
+    flags = ["--model_name_or_path", str(folder), "--init", "random", "--use_liger_kernel", "True"]
+    for mode in (["--dry_run"], ["--use_cpu", "True", "--output_dir", str(tmp_path / "out")]):
+        with pytest.raises(vqa.VQAError) as error:
+            vqa.main([*FIXTURE_DATA, *SMALL, *flags, *mode])
+        assert str(error.value) == message
 
 
 def test_liger_runs_in_training_and_the_trainer_knows_nothing_of_it(liger, monkeypatch, tmp_path):
