@@ -6,7 +6,8 @@
 
 Every row of the annotations is drawn under frame names of its own, so that its clip shows its answer; all else in the
 clip is drawn independently of the answer. The questions are spoken by many voices. `train_vqa.py` trains and
-`evaluate_checkpoint.py` judges, both as any user runs them. Each stage keeps what is there and goes on from it.
+`evaluate_checkpoint.py` judges, both as any user runs them. Each stage keeps what is there and goes on from it. A
+training or evaluation that fails is named at the end, with exit status 1, and does not keep the others from running.
 
 speech     speaks every question in every voice: a few hundred clips, made once, carried along
 render     draws the clips, links the speech and writes the question files
@@ -28,6 +29,7 @@ import json
 import math
 import multiprocessing
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -659,15 +661,22 @@ def remove_answers(args: argparse.Namespace, name: str) -> None:
         print(f"{name}: {len(files)} files of answers removed, given before its weights are trained on", flush=True)
 
 
-def train(args: argparse.Namespace) -> None:
+# Of a training that a SIGTERM ended: train_vqa.py's own, and that of its process before it takes signals.
+STOPPED = (128 + signal.SIGTERM, -signal.SIGTERM)
+
+
+def train(args: argparse.Namespace) -> list[str]:
     """Train the variants side by side; those that a folder has a final model of are left alone. Answers of earlier
     weights do not outlive them.
 
     After --train_seconds they get a SIGTERM, on which train_vqa.py saves a checkpoint.
+
+    Returns:
+        The trainings that failed, in words. One that was stopped has not, if there is something to go on from.
     """
     texts = {row[key] for row in read_jsonl(args.work_dir / "data" / "train.jsonl") for key in ("question", "answer")}
     args.out_dir.mkdir(parents=True, exist_ok=True)
-    running = {}
+    running, failed = {}, []
     names = [name for name in args.variants if not (args.work_dir / "runs" / name / "config.json").exists()]
     for name in args.variants:
         if name not in names:
@@ -696,6 +705,8 @@ def train(args: argparse.Namespace) -> None:
         folder = args.work_dir / "runs" / name
         checkpoints = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
         last = folder if (folder / "trainer_state.json").exists() else checkpoints[-1] if checkpoints else None
+        if process.returncode and not (process.returncode in STOPPED and last):
+            failed.append(f"training {name} (exit status {process.returncode})")
         if last and start_of(args, name):
             media.save(last / "earlier.json", json.dumps(parts_of(start_of(args, name))).encode())
         note(args, f"train_{name}", {
@@ -704,6 +715,7 @@ def train(args: argparse.Namespace) -> None:
             "state": last and json.loads((last / "trainer_state.json").read_text()),
             "settings": last and json.loads((last / "vqa_settings.json").read_text()),
         })  # fmt: skip
+    return failed
 
 
 def train_naively(argv: Sequence[str]) -> None:
@@ -766,8 +778,12 @@ def evaluations(args: argparse.Namespace) -> dict[str, list[str]]:
     return jobs
 
 
-def evaluate(args: argparse.Namespace) -> None:
-    """Run what of `evaluations` has no summary yet, `--jobs` at a time; each leaves rows and a summary in --out_dir."""
+def evaluate(args: argparse.Namespace) -> list[str]:
+    """Run what of `evaluations` has no summary yet, `--jobs` at a time; each leaves rows and a summary in --out_dir.
+
+    Returns:
+        The evaluations that failed, in words.
+    """
     (args.out_dir / "answers").mkdir(parents=True, exist_ok=True)
     every = evaluations(args)
     named = {label: label.split("-", 1)[1] for label in every}
@@ -781,6 +797,7 @@ def evaluate(args: argparse.Namespace) -> None:
         and (args.only is None or named[label] in args.only)
     ]
     running: dict[str, subprocess.Popen] = {}
+    failed = []
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     while waiting or running:
         while waiting and len(running) < args.jobs:
@@ -790,8 +807,12 @@ def evaluate(args: argparse.Namespace) -> None:
             log.flush()
             running[label] = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment, cwd=ROOT)
         for label in [label for label, process in running.items() if process.poll() is not None]:
-            print(f"{label}: exit status {running.pop(label).returncode}", flush=True)
+            status = running.pop(label).returncode
+            print(f"{label}: exit status {status}", flush=True)
+            if status:
+                failed.append(f"evaluation {label} (exit status {status})")
         time.sleep(0.2)
+    return failed
 
 
 # ---------------------------------------------------------------- report
@@ -1160,18 +1181,25 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run the stages asked for, in their order."""
+    """Run the stages asked for, in their order; exit status 1 if a training or evaluation failed."""
     argv = list(sys.argv[1:] if argv is None else argv)
     if argv[:3] == ["--stage", "naive_pad", "--"]:  # what `train` starts for that variant
         return train_naively(argv[3:])
     args = parse_args(argv)
     os.environ.setdefault("TQDM_DISABLE", "1")
     stages = {"speech": speech, "render": render, "train": train, "evaluate": evaluate, "report": report}
-    for name in STAGES:
-        if name in args.stage:
-            started = time.monotonic()
-            stages[name](args)
-            print(f"{name}: {time.monotonic() - started:.1f} s", flush=True)
+    failed = []
+    try:
+        for name in STAGES:
+            if name in args.stage:
+                started = time.monotonic()
+                failed += stages[name](args) or []
+                print(f"{name}: {time.monotonic() - started:.1f} s", flush=True)
+    finally:  # also where a later stage ends the script, for want of what failed
+        if failed:
+            print(f"error: failed: {', '.join(failed)}; see the logs in {args.out_dir}", file=sys.stderr)
+    if failed:
+        sys.exit(1)
 
 
 if __name__ == "__main__":

@@ -300,25 +300,94 @@ def test_a_stopped_training_goes_on_from_its_checkpoint(tmp_path):
     assert "--resume_from_checkpoint" not in world.train_command(args, "video", 0)
 
 
+def write_question(folder: Path) -> None:
+    """The question file of a training."""
+    (folder / "data").mkdir()
+    (folder / "data" / "train.jsonl").write_text(json.dumps({"question": "NBI?", "answer": "Yes."}) + "\n")
+
+
+def write_checkpoint(folder: Path) -> None:
+    """What a training of the variant tiny leaves after step 20, as far as it is read."""
+    checkpoint = folder / "runs" / "tiny" / "checkpoint-20"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "trainer_state.json").write_text(json.dumps({"global_step": 20, "log_history": []}))
+    training = {"per_device_train_batch_size": 16, "learning_rate": 1e-3}
+    (checkpoint / "vqa_settings.json").write_text(json.dumps({"training": training}))
+
+
+def program(status: int) -> list[str]:
+    """The command of a program that ends with `status`; below 0: that waits for a signal."""
+    return [sys.executable, "-c", f"import sys, time; sys.exit({status}) if {status} >= 0 else time.sleep(60)"]
+
+
 def test_answers_do_not_outlive_the_weights_that_gave_them(tmp_path, monkeypatch, capsys):
     """A training that goes on leaves no answer for `evaluate` to keep; other variants' answers stay."""
-    (tmp_path / "data").mkdir()
-    (tmp_path / "data" / "train.jsonl").write_text(json.dumps({"question": "NBI?", "answer": "Yes."}) + "\n")
+    write_question(tmp_path)
+    write_checkpoint(tmp_path)
     answers = tmp_path / "results" / "answers"
     answers.mkdir(parents=True)
     kept = ["images-test-8.summary.json", "tiny_naive_pad-test-8.jsonl"]
     for name in (*kept, "tiny-test-8.jsonl", "tiny-test-8.summary.json"):
         (answers / name).write_text("{}")
-    checkpoint = tmp_path / "runs" / "tiny" / "checkpoint-20"
-    checkpoint.mkdir(parents=True)
-    (checkpoint / "trainer_state.json").write_text(json.dumps({"global_step": 20, "log_history": []}))
-    training = {"per_device_train_batch_size": 16, "learning_rate": 1e-3}
-    (checkpoint / "vqa_settings.json").write_text(json.dumps({"training": training}))
-    monkeypatch.setattr(world, "train_command", lambda *_: [sys.executable, "-c", ""])
+    monkeypatch.setattr(world, "train_command", lambda *_: program(0))
     folders = [f"--{name}={tmp_path}" for name in ("data_dir", "speech_dir", "work_dir")]
     world.train(world.parse_args(["--stage", "train", "--variants", "tiny", *folders]))
     assert sorted(path.name for path in answers.iterdir()) == kept
     assert "tiny: 2 files of answers removed, given before its weights are trained on\n" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("report_ends", [False, True])
+def test_what_failed_is_named_at_the_end_and_keeps_nothing_from_running(report_ends, tmp_path, monkeypatch, capsys):
+    """Also where the report ends the script, as it does when no training has left figures."""
+    write_question(tmp_path)
+    trainings = {"tiny": program(3), "tiny_naive_pad": program(0)}
+    evaluations = {"tiny-test-8": program(2), "tiny-test-6": program(0), "tiny-eval-8": program(1)}
+
+    def report(args):
+        print("reported")
+        if report_ends:
+            raise SystemExit("no figures")
+
+    monkeypatch.setattr(world, "train_command", lambda args, name, workers: trainings[name])
+    monkeypatch.setattr(world, "evaluations", lambda args: evaluations)
+    monkeypatch.setattr(world, "report", report)
+    monkeypatch.setattr(world.importlib.util, "find_spec", lambda name: True)
+    flags = [f"--{name}={tmp_path}" for name in ("data_dir", "speech_dir", "work_dir")]
+    flags += ["--stage", "train,evaluate,report", "--variants", "tiny,tiny_naive_pad", "--jobs", "1"]
+    with pytest.raises(SystemExit) as stop:
+        world.main(flags)
+    assert stop.value.code == ("no figures" if report_ends else 1)
+    told = capsys.readouterr()
+    assert "tiny_naive_pad: exit status 0\n" in told.out and "tiny-test-6: exit status 0\n" in told.out
+    assert "reported\n" in told.out
+    assert told.err == (
+        "error: failed: training tiny (exit status 3), evaluation tiny-test-8 (exit status 2), "
+        f"evaluation tiny-eval-8 (exit status 1); see the logs in {tmp_path / 'results'}\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("status", "saved", "fails"),
+    [
+        (-15, True, False),  # --train_seconds ended it before it took signals; an earlier call had saved
+        (143, True, False),
+        (-15, False, True),  # nothing to go on from
+        (143, False, True),
+        (1, True, True),
+    ],
+)
+def test_a_stopped_training_has_not_failed_if_there_is_something_to_go_on_from(
+    status, saved, fails, tmp_path, monkeypatch
+):
+    write_question(tmp_path)
+    if saved:
+        write_checkpoint(tmp_path)
+    monkeypatch.setattr(world, "train_command", lambda *_: program(status))
+    flags = [f"--{name}={tmp_path}" for name in ("data_dir", "speech_dir", "work_dir")]
+    flags += ["--train_seconds", "0" if status < 0 else "60"]
+    failed = world.train(world.parse_args(["--stage", "train", "--variants", "tiny", *flags]))
+    assert failed == [f"training tiny (exit status {status})"] * fails
+    assert json.loads((tmp_path / "results" / "train_tiny.json").read_text())["status"] == status
 
 
 def test_going_on_needs_a_model_of_each_variant(tmp_path, capsys):
