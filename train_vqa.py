@@ -1622,10 +1622,17 @@ class SurgicalVQAModel(Qwen2VLForConditionalGeneration):
         self.post_init()
 
     def train(self, mode: bool = True) -> "SurgicalVQAModel":
-        """As usual, but frozen towers stay in evaluation mode."""
+        """As usual, but frozen towers stay in evaluation mode.
+
+        Nothing is done where all is as asked: the Trainer asks at each batch, and the GPU waits while 3,000 modules are
+        told.
+        """
+        towers = (self.model.visual, self.trains_vision), (self.audio_encoder, self.trains_audio)
+        if mode and self.training and all(tower.training == trained for tower, trained in towers):
+            return self
         super().train(mode)
-        self.model.visual.train(mode and self.trains_vision)
-        self.audio_encoder.train(mode and self.trains_audio)
+        for tower, trained in towers:
+            tower.train(mode and trained)
         return self
 
     def set_checkpointing(self, every_n: int, compiled: bool = False) -> None:
@@ -1685,23 +1692,44 @@ class SurgicalVQAModel(Qwen2VLForConditionalGeneration):
         audio_lengths: torch.Tensor | None,
         vision_features: torch.Tensor | None = None,
         speech_features: torch.Tensor | None = None,
+        places: dict[str, tuple[torch.Tensor, torch.Tensor]] | None = None,
     ) -> torch.Tensor:
         """Embeddings [B, T, hidden] of `input_ids` [B, T] with frames and speech, or their features, in their places.
 
         Raises:
             ValueError: placeholders and features differ in number.
         """
-        embeds = self.get_input_embeddings()(input_ids)
+        media = {}
         if pixel_values is not None or vision_features is not None:
             kind = "image" if video_grid_thw is None else "video"
             grid = image_grid_thw if video_grid_thw is None else video_grid_thw
-            seen = self.see(pixel_values, grid) if vision_features is None else vision_features
-            embeds = _splice(embeds, input_ids == getattr(self.config, f"{kind}_token_id"), seen, kind)
+            media[kind] = self.see(pixel_values, grid) if vision_features is None else vision_features
         if input_features is not None or speech_features is not None:
             heard = self.hear(input_features, audio_lengths) if speech_features is None else speech_features
-            speech = self.audio_projector(heard)
-            embeds = _splice(embeds, input_ids == self.config.audio_token_id, speech, "audio")
+            media["audio"] = self.audio_projector(heard)
+        embeds = self.get_input_embeddings()(input_ids)
+        if media and places is None:
+            places = self.find_places(input_ids)
+        for kind, features in media.items():
+            if (wanted := len(places[kind][0])) != len(features):
+                raise ValueError(f"{wanted} {kind} placeholders but {len(features)} {kind} features")
+            embeds = embeds.index_put(places[kind], features.to(embeds.dtype))
         return embeds
+
+    def find_places(
+        self, input_ids: torch.Tensor, labels: torch.Tensor | None = None
+    ) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+        """What goes where in a batch [B, T], as rows and columns, int64 [n] each: features of `image`, `video` and
+        `audio`, and with `labels` the `predicting` positions, whose next token is learned.
+
+        They are as many as the batch says, so that Python waits for the GPU to count them.
+        """
+        config = self.config
+        kinds = {"image": config.image_token_id, "video": config.video_token_id, "audio": config.audio_token_id}
+        masks = {kind: input_ids == token_id for kind, token_id in kinds.items()}
+        if labels is not None:
+            masks["predicting"] = labels[:, 1:] != IGNORE_INDEX
+        return {name: mask.nonzero(as_tuple=True) for name, mask in masks.items()}
 
     def see(self, pixel_values: torch.Tensor, grid: torch.Tensor) -> torch.Tensor:
         """What the vision tower makes of patches, uint8 or scaled, and their grid int64 [n, 3]: [tokens, hidden]."""
@@ -1756,6 +1784,7 @@ class SurgicalVQAModel(Qwen2VLForConditionalGeneration):
         inputs_embeds: None = None,
         vision_features: torch.Tensor | None = None,
         speech_features: torch.Tensor | None = None,
+        places: dict[str, tuple[torch.Tensor, torch.Tensor]] | None = None,
         **kwargs,
     ) -> CausalLMOutputWithPast:
         """With `labels`: the loss alone, its logits built at answer positions only. Without: logits for generation.
@@ -1778,9 +1807,12 @@ class SurgicalVQAModel(Qwen2VLForConditionalGeneration):
             inputs_embeds: always None (PEFT passes it); speech and frames are placed by id.
             vision_features: outputs of `see` along the batch, in place of `pixel_values`; the grid is still needed.
             speech_features: outputs of `hear` along the batch, in place of `input_features` and `audio_lengths`.
+            places: from `find_places`; None: found here.
         """
+        if labels is not None and places is None:
+            places = self.find_places(input_ids, labels)
         media = (pixel_values, image_grid_thw, video_grid_thw, input_features, audio_lengths)
-        embeds = self.embed(input_ids, *media, vision_features, speech_features)
+        embeds = self.embed(input_ids, *media, vision_features, speech_features, places)
         if position_ids is None:
             position_ids, _ = self.model.get_rope_index(
                 input_ids,
@@ -1799,24 +1831,15 @@ class SurgicalVQAModel(Qwen2VLForConditionalGeneration):
         )
         hidden = outputs.last_hidden_state
         if labels is not None:
-            targets = labels[:, 1:]
-            learned = targets != IGNORE_INDEX
-            logits = self.lm_head(hidden[:, :-1][learned]).float()
-            total = F.cross_entropy(logits, targets[learned], reduction="sum")
-            count = learned.sum() if num_items_in_batch is None else num_items_in_batch
+            row, column = places["predicting"]
+            logits = self.lm_head(hidden[row, column]).float()
+            total = F.cross_entropy(logits, labels[row, column + 1], reduction="sum")
+            count = len(row) if num_items_in_batch is None else num_items_in_batch
             return CausalLMOutputWithPast(loss=total / count)
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         of_each_row = not isinstance(keep, slice) and keep.ndim == 2
         rows = torch.arange(len(hidden), device=hidden.device)[:, None] if of_each_row else slice(None)
         return CausalLMOutputWithPast(logits=self.lm_head(hidden[rows, keep]), past_key_values=outputs.past_key_values)
-
-
-def _splice(embeds: torch.Tensor, mask: torch.Tensor, features: torch.Tensor, kind: str) -> torch.Tensor:
-    """Put `features` [N, hidden] in place of the N embeddings where `mask` [B, T] is True."""
-    wanted = int(mask.sum())
-    if wanted != len(features):
-        raise ValueError(f"{wanted} {kind} placeholders but {len(features)} {kind} features")
-    return embeds.masked_scatter(mask.unsqueeze(-1), features.to(embeds.dtype))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -3288,6 +3311,14 @@ class VQATrainer(Trainer):
             raise VQAError(f"{trouble}; {self.save_last_step()}")
         if self.stop_signal.signum:
             raise Interrupted(self.stop_signal.signum, self.save_last_step())
+
+    def get_batch_samples(self, *args, **kwargs):
+        """As usual, with where things go in each batch: found now, since a forward or backward pass that looks for them
+        waits for all that the GPU was given before, and the GPU then for it."""
+        batches, items = super().get_batch_samples(*args, **kwargs)
+        for batch in batches:
+            batch["places"] = self.model.find_places(batch["input_ids"], batch["labels"])
+        return batches, items
 
     # ---- what a step may not do
 

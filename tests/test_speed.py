@@ -13,6 +13,7 @@ from functools import partial
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import train_vqa as vqa
 from benchmarks import train_speed
@@ -35,6 +36,79 @@ def losses_and_gradients(model, batches):
     losses = [model(**{k: v for k, v in batch.items() if k != "rows"}).loss for batch in batches]
     sum(losses).backward()
     return torch.stack(losses).detach(), {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+
+
+# ------------------------------------------------------------------------------------------- a step that does not wait
+
+
+class Waits(TorchDispatchMode):
+    """Names the operators under it whose outcome decides what the CPU does next: on a GPU it waits for them."""
+
+    WAITING = ("nonzero", "masked_select", "_local_scalar_dense", "unique", "masked_scatter_backward")
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, function, _types, args=(), kwargs=None):
+        name = function.overloadpacket.__name__
+        if name in self.WAITING or (name.startswith("index") and any_of_dtype(args, torch.bool)):
+            self.seen.append(name)
+        return function(*args, **(kwargs or {}))
+
+
+def any_of_dtype(values, dtype):
+    """Whether a tensor of `dtype` is among nested arguments."""
+    return any(v.dtype == dtype for v in torch.utils._pytree.tree_leaves(values) if isinstance(v, torch.Tensor))
+
+
+@pytest.mark.parametrize("frame_mode", ["images", "video"])
+def test_no_forward_or_backward_pass_of_training_waits_for_the_gpu(tmp_path, monkeypatch, frame_mode):
+    """With features kept; where frames are encoded anew their sizes are read once a batch."""
+    step, seen = vqa.VQATrainer.training_step, []
+
+    def watched(self, model, inputs, *args):
+        for name, (row, column) in model.find_places(inputs["input_ids"], inputs["labels"]).items():
+            assert torch.equal(inputs["places"][name][0], row)
+            assert torch.equal(inputs["places"][name][1], column)
+        with Waits() as waits:
+            loss = step(self, model, inputs, *args)
+        seen.append(waits.seen)
+        return loss
+
+    monkeypatch.setattr(vqa.VQATrainer, "training_step", watched)
+    argv = [*FIXTURE_DATA, *RANDOM_TINY, *SMALL, "--max_steps", "2", "--save_strategy", "no", "--report_to", "none"]
+    argv += ["--per_device_train_batch_size", "2", "--gradient_accumulation_steps", "2", "--frame_mode", frame_mode]
+    assert vqa.main([*argv, "--cache_features", str(tmp_path / "cache"), "--output_dir", str(tmp_path / "out")]) == 0
+    assert seen == [[]] * 3  # five rows: two batches, then one
+
+
+def test_places_found_before_are_those_found_in_the_forward_pass(fresh, batches):
+    models = fresh(), fresh()
+    for model in models:
+        torch.manual_seed(0)
+        vqa.add_lora(model, 4, 16, 0.0)
+    placed = [batch | {"places": models[0].find_places(batch["input_ids"], batch["labels"])} for batch in batches]
+    (loss, gradients), (other_loss, other) = map(losses_and_gradients, models, (batches, placed))
+    assert torch.equal(loss, other_loss)
+    assert gradients.keys() == other.keys()
+    assert all(torch.equal(gradient, other[name]) for name, gradient in gradients.items())
+
+
+def test_modules_are_told_to_train_once_and_again_after_an_evaluation(fresh):
+    model, told = fresh(), []
+    layer = model.model.language_model.layers[0]
+    layer.train = lambda mode=True: told.append(mode) or type(layer).train(layer, mode)
+    for mode in (True, True, False, False, True, True):
+        model.train(mode)
+        assert (model.training, layer.training, layer.mlp.training) == (mode,) * 3
+        assert not model.model.visual.training
+        assert not model.audio_encoder.training
+    assert told == [True, False, False, True]
+    model.trains_vision = True
+    model.train()
+    assert model.model.visual.training
+    assert not model.audio_encoder.training
 
 
 # ------------------------------------------------------------------------------------------------------ compiled layers
