@@ -404,6 +404,7 @@ def main(argv: list[str] | None = None) -> None:
             if args.one_process:
                 measure(argparse.Namespace(**{**vars(args), "output": part, "flags": shlex.join(flags)}), name, design)
                 torch.compiler.reset()
+                vqa.end_workers()  # kept ones would live on beside the next design
                 gc.collect()  # a Trainer and its model hold each other
                 if torch.cuda.is_available():
                     torch.cuda.empty_cache()
@@ -423,4 +424,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    vqa.run(main)

@@ -3,6 +3,7 @@ and the benchmark that measures them."""
 
 import json
 import math
+import multiprocessing
 import re
 import shutil
 import sys
@@ -602,7 +603,8 @@ def test_designs_share_a_process_and_one_that_fails_does_not_end_the_others(tiny
                 *("--model_name_or_path", str(tiny), "--data_path", str(FIXTURES / "smoke.jsonl")),
                 *("--frames_dir", str(FIXTURES / "frames"), "--audio_dir", str(FIXTURES / "audio"), "--designs="),
                 *("--design", "liger=--use_liger_kernel True --use_cpu True"),
-                *("--design", "three=@ones_mask --max_train_samples 3", "--design", "all="),
+                *("--design", "three=@ones_mask --max_train_samples 3", "--design"),
+                "all=--dataloader_num_workers 1 --dataloader_persistent_workers True",
                 *("--one_process", "--profile", "--output", str(output)),
                 *("--rows", "8", "--steps", "5", "--warmup", "1"),
                 *("--flags", "--max_image_size 56 --dataloader_num_workers 0 --per_device_train_batch_size 1"),
@@ -615,6 +617,7 @@ def test_designs_share_a_process_and_one_that_fails_does_not_end_the_others(tiny
         assert sum(result["step_seconds"]) == pytest.approx(result["seconds"])
     assert "gaps: no kernels in the trace" in output.with_suffix(".all.profile.txt").read_text()
     assert vqa.VQATrainer is trainer
+    assert multiprocessing.active_children() == []  # they would keep this process from ending
 
 
 @pytest.mark.parametrize("others", [[], [vqa.PeakMemory]])  # plain Trainer; ours, which counts anew at each step
