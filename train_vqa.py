@@ -1607,6 +1607,7 @@ class SurgicalVQAModel(Qwen2VLForConditionalGeneration):
     """
 
     accepts_loss_kwargs = True  # the Trainer then passes num_items_in_batch, and accumulation weighs tokens alike
+    told: tuple[bool, bool, bool] | None = None  # what `train` was asked for last, and which towers were trained then
 
     def __init__(self, config: Qwen2VLConfig):
         super().__init__(config)
@@ -1624,15 +1625,16 @@ class SurgicalVQAModel(Qwen2VLForConditionalGeneration):
     def train(self, mode: bool = True) -> "SurgicalVQAModel":
         """As usual, but frozen towers stay in evaluation mode.
 
-        Nothing is done where all is as asked: the Trainer asks at each batch, and the GPU waits while 3,000 modules are
-        told.
+        Nothing is done where training was the last thing asked for, too: the Trainer asks at each batch, and the GPU
+        waits while 3,000 modules are told. So what is set on a module itself in between stays.
         """
-        towers = (self.model.visual, self.trains_vision), (self.audio_encoder, self.trains_audio)
-        if mode and self.training and all(tower.training == trained for tower, trained in towers):
+        told = mode, self.trains_vision, self.trains_audio
+        if mode and told == self.told:
             return self
         super().train(mode)
-        for tower, trained in towers:
-            tower.train(mode and trained)
+        self.model.visual.train(mode and self.trains_vision)
+        self.audio_encoder.train(mode and self.trains_audio)
+        self.told = told
         return self
 
     def set_checkpointing(self, every_n: int, compiled: bool = False) -> None:
@@ -1696,6 +1698,8 @@ class SurgicalVQAModel(Qwen2VLForConditionalGeneration):
     ) -> torch.Tensor:
         """Embeddings [B, T, hidden] of `input_ids` [B, T] with frames and speech, or their features, in their places.
 
+        `places` are from `find_places` for these ids, and taken to be right but for their number; None: found here.
+
         Raises:
             ValueError: placeholders and features differ in number.
         """
@@ -1722,7 +1726,8 @@ class SurgicalVQAModel(Qwen2VLForConditionalGeneration):
         """What goes where in a batch [B, T], as rows and columns, int64 [n] each: features of `image`, `video` and
         `audio`, and with `labels` the `predicting` positions, whose next token is learned.
 
-        They are as many as the batch says, so that Python waits for the GPU to count them.
+        How many there are depends on the ids, so on a GPU this waits until they are counted, after all that was asked
+        of it before: call it where little was.
         """
         config = self.config
         kinds = {"image": config.image_token_id, "video": config.video_token_id, "audio": config.audio_token_id}

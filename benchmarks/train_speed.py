@@ -404,7 +404,9 @@ def main(argv: list[str] | None = None) -> None:
             if args.one_process:
                 measure(argparse.Namespace(**{**vars(args), "output": part, "flags": shlex.join(flags)}), name, design)
                 torch.compiler.reset()
-                vqa.end_workers()  # kept ones would live on beside the next design
+                # Kept ones would live on beside the next design. (What it leaves of torch's handler of their deaths
+                # makes a death known a little later, by polling.)
+                vqa.end_workers()
                 gc.collect()  # a Trainer and its model hold each other
                 if torch.cuda.is_available():
                     torch.cuda.empty_cache()

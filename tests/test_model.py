@@ -121,15 +121,17 @@ def test_speech_and_frames_reach_the_logits(base, batch):
     assert not torch.allclose(logits, blind, atol=1e-3)
 
 
+@pytest.mark.parametrize("placed", [False, True])
 @pytest.mark.parametrize(
     ("token", "message"),
     [(494, "2999 audio placeholders but 3000 audio features"), (492, "15 image placeholders but 16 image features")],
 )
-def test_placeholders_and_features_must_match(base, batch, token, message):
+def test_placeholders_and_features_must_match(base, batch, token, message, placed):
     ids = batch["input_ids"].clone()
     ids[0, (ids[0] == token).nonzero()[0]] = 13
+    places = base.find_places(ids, batch["labels"]) if placed else None
     with pytest.raises(ValueError, match=message):
-        base(**{**batch, "input_ids": ids})
+        base(**{**batch, "input_ids": ids, "places": places})
 
 
 # ----------------------------------------------------------------------------------------------------------------- LoRA

@@ -43,9 +43,13 @@ def losses_and_gradients(model, batches):
 
 
 class Waits(TorchDispatchMode):
-    """Names the operators under it whose outcome decides what the CPU does next: on a GPU it waits for them."""
+    """Names the operators under it whose outcome has a size that the CPU has to know: on a GPU it waits for them.
 
-    WAITING = ("nonzero", "masked_select", "_local_scalar_dense", "unique", "masked_scatter_backward")
+    What it does not see on a CPU: copies to it (`tolist`, `cpu`).
+    """
+
+    WAITING = ("nonzero", "masked_select", "_local_scalar_dense", "masked_scatter_backward", "_unique2", "unique_dim")
+    WAITING += ("repeat_interleave", "bincount")
 
     def __init__(self):
         super().__init__()
@@ -106,10 +110,16 @@ def test_modules_are_told_to_train_once_and_again_after_an_evaluation(fresh):
         assert not model.model.visual.training
         assert not model.audio_encoder.training
     assert told == [True, False, False, True]
-    model.trains_vision = True
-    model.train()
-    assert model.model.visual.training
-    assert not model.audio_encoder.training
+
+
+@pytest.mark.parametrize("towers", [False, True])
+def test_what_lora_adds_to_a_model_in_training_is_told_too(fresh, towers):
+    model = fresh().train()
+    adapted = vqa.add_lora(model, 4, 16, 0.05, vision_tower=towers, audio_encoder=towers).train()
+    for name, module in adapted.named_modules():
+        tower = "visual" in name or "audio_encoder" in name
+        assert module.training == (towers or not tower), name
+    assert not any(module.training for module in adapted.eval().modules())
 
 
 # ------------------------------------------------------------------------------------------------------ compiled layers
