@@ -504,7 +504,9 @@ def parse_arguments(argv: Sequence[str]) -> tuple[ModelArguments, DataArguments,
     for flag in ("max_train_frames", "max_train_samples", "max_eval_samples"):
         if getattr(data_args, flag) is not None and getattr(data_args, flag) < 1:
             raise VQAError(f"--{flag} must be at least 1; leave it out for all")
-    data_args.max_eval_frames = frame_limit(data_args.max_eval_frames)
+    if data_args.max_eval_frames < 0:
+        raise VQAError("--max_eval_frames must be 0 (all frames) or more")
+    data_args.max_eval_frames = data_args.max_eval_frames or None
     return model_args, data_args, training_args
 
 
@@ -531,13 +533,6 @@ def refuse_contradictions(
             f"--output_dir {training_args.output_dir}: holds the base model, which the trained one would overwrite; "
             "name another folder"
         )
-
-
-def frame_limit(flag: int | None) -> int | None:
-    """`--max_eval_frames` as a limit: 0 or None is None (all frames); VQAError below 0."""
-    if flag is not None and flag < 0:
-        raise VQAError("--max_eval_frames must be 0 (all frames) or more")
-    return flag or None
 
 
 # ----------------------------------------------------------------------------------------------------------------------
