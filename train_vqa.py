@@ -2401,9 +2401,9 @@ def describe_sources(stored: dict[str, StoredTensor], unused: int, load_in_4bit:
     return ", ".join(parts)
 
 
-def fingerprint(model: nn.Module, samples: int = 16) -> str:
+def fingerprint(model: nn.Module) -> str:
     """Identity of the base, taken in memory: sha256 over what its config computes with, and over the name, shape and
-    `samples` evenly spaced values, rounded to bf16, of every parameter.
+    16 evenly spaced values, rounded to bf16, of every parameter.
 
     Adapters, LoRA layers and rows added for new tokens are left out. In memory, and not from the files, so that the
     same weights are one base under old and new names, in one file or many, in float32 or bf16, kept in 4 bits or
@@ -2423,7 +2423,7 @@ def fingerprint(model: nn.Module, samples: int = 16) -> str:
         if name.endswith(("embed_tokens.weight", "lm_head.weight")):
             tensor = tensor[: model.stored_rows]
         flat = tensor.detach().flatten()
-        picked = flat[:: max(1, flat.numel() // samples)][:samples].to(torch.bfloat16).float().cpu()
+        picked = flat[:: max(1, flat.numel() // 16)][:16].to(torch.bfloat16).float().cpu()
         digest.update(f"{name}{tuple(tensor.shape)}".encode())
         digest.update(picked.numpy().tobytes())
     return digest.hexdigest()
