@@ -640,11 +640,10 @@ def scan_rows(path: str | Path, max_samples: int | None = None) -> tuple[list[VQ
     return rows, problems
 
 
-def parse_row(line: str | bytes, source: str, number: int) -> VQARow:
+def parse_row(line: bytes, source: str, number: int) -> VQARow:
     """One JSONL line as a VQARow; VQAError says what is wrong with it."""
     try:
-        text = line if isinstance(line, str) else line.decode()
-        data = json.loads(text, parse_constant=_refuse_constant, object_pairs_hook=_unique_keys)
+        data = json.loads(line.decode(), parse_constant=_refuse_constant, object_pairs_hook=_unique_keys)
     except UnicodeDecodeError as error:
         raise VQAError(f"not UTF-8 text (byte {error.start + 1} of the line); save the file as UTF-8") from error
     except json.JSONDecodeError as error:
