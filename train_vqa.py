@@ -237,11 +237,12 @@ class VQAError(ValueError):
 
 
 def raise_problems(problems: Sequence, meaning: str = "") -> None:
-    """Raise one VQAError for all `problems` (one line each, 20 at most, then the total and what they mean)."""
+    """Raise one VQAError for all `problems` (a line each up to MAX_PROBLEMS_SHOWN, the total, and what they mean)."""
     if problems:
         shown = [str(problem) for problem in problems[:MAX_PROBLEMS_SHOWN]]
         if len(problems) > 1:
-            shown.append(f"{len(problems)} problems in all" + (", the first 20 shown" if len(problems) > 20 else ""))
+            cut = f", the first {MAX_PROBLEMS_SHOWN} shown" if len(problems) > MAX_PROBLEMS_SHOWN else ""
+            shown.append(f"{len(problems)} problems in all{cut}")
         raise VQAError("\n".join([*shown, meaning] if meaning else shown))
 
 
