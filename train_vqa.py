@@ -2287,8 +2287,6 @@ def check_fit(
     homes = {name.split(".")[0]: tensor.file.parent for name, tensor in stored.items()}  # a Whisper's lies elsewhere
     unexpected = [tensor for name, tensor in stored.items() if name not in wanted]
     reshaped = [(t, wanted[name]) for name, t in stored.items() if name in wanted and t.shape != wanted[name]]
-    if not (missing or unexpected or reshaped):
-        return
     raise_problems(
         [f"{homes.get(name.split('.')[0], folder)}: tensor {name_on_disk(name, keys)} is missing" for name in missing]
         + [f"{tensor.file}: unexpected tensor {tensor.key}" for tensor in unexpected]
