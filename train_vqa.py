@@ -3719,9 +3719,8 @@ def estimate_memory(
     kept = (count - recomputed) * layer + recomputed * stored * h + bool(recomputed) * layer
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     resting = [*model.model.visual.parameters(), *model.audio_encoder.parameters()] if kept_features else []
-    bytes_of = partial(map, lambda p: p.numel() * p.element_size())
     return {
-        "weights": sum(bytes_of(model.parameters())) - sum(bytes_of(resting)),
+        "weights": sum(p.nbytes for p in model.parameters()) - sum(p.nbytes for p in resting),
         "gradients and optimizer": 12 * trained + (size * trained if size < 4 else 0),  # and autocast's copy
         "activations": tokens * (kept + 6 * f * size),  # and what the backward pass of one MLP works with
     }
