@@ -69,7 +69,7 @@ import soundfile
 import torch
 import torch.nn.functional as F
 import torchaudio.functional
-from huggingface_hub import snapshot_download
+from huggingface_hub import snapshot_download, split_torch_state_dict_into_shards
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
@@ -2535,31 +2535,19 @@ def load_new_rows(model: SurgicalVQAModel, folder: Path) -> None:
             room.copy_(stored[name])
 
 
-def shards(weights: dict[str, torch.Tensor]) -> Iterator[dict[str, torch.Tensor]]:
-    """`weights` in groups of at most SHARD_BYTES; one that is larger stands alone."""
-    group, size = {}, 0
-    for name, tensor in weights.items():
-        if group and size + tensor.nbytes > SHARD_BYTES:
-            yield group
-            group, size = {}, 0
-        group[name] = tensor.detach()
-        size += tensor.nbytes
-    yield group
-
-
 def write_weights(weights: dict[str, torch.Tensor], folder: Path, verbose: bool = False) -> None:
     """Write safetensors shards and their index; of weights on a GPU, one shard at a time lies in RAM."""
-    groups = list(shards(weights))
+    split = split_torch_state_dict_into_shards(weights, max_shard_size=SHARD_BYTES)
+    groups = list(split.filename_to_tensors.values())
     weight_map = {}
     for number, group in enumerate(groups, start=1):
         file = folder / f"model-{number:05d}-of-{len(groups):05d}.safetensors"
-        save_file({name: tensor.cpu().contiguous() for name, tensor in group.items()}, file, metadata={"format": "pt"})
+        save_file({name: weights[name].detach().cpu().contiguous() for name in group}, file, metadata={"format": "pt"})
         file.chmod(folder.stat().st_mode & 0o666)  # safetensors makes files that only their owner may read
         weight_map |= dict.fromkeys(group, file.name)
         if verbose:
             print(f"   {file.name}: {len(group)} tensors, {file.stat().st_size / 1e9:.2f} GB")
-    total = sum(tensor.nbytes for group in groups for tensor in group.values())
-    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    index = {"metadata": split.metadata, "weight_map": weight_map}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
