@@ -1539,9 +1539,9 @@ def load_subject(subject: Subject, device: Any) -> tuple[Any, Any, str]:
 
     import train_vqa as vqa
 
-    kernel = {"sdpa": "SDPA", "flash_attention_2": "FlashAttention-2"}.get(subject.attn_implementation)
+    kernel = vqa.ATTENTION_KERNELS.get(subject.attn_implementation, subject.attn_implementation)
     precision = {"bfloat16": "BF16", "float32": "FP32"}[subject.dtype]
-    print(f"⏳ Loading merged {precision} model with {kernel or subject.attn_implementation} attention...", flush=True)
+    print(f"⏳ Loading merged {precision} model with {kernel} attention...", flush=True)
     tokenizer = vqa.load_tokenizer(subject.tokenizer)
     drawn_on = (subject.init_device or device.type) if subject.init == "random" else device.type
     if drawn_on not in ("cpu", device.type):

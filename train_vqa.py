@@ -186,7 +186,7 @@ MAX_WORKERS = 8  # decoding 8 frames of 1240x1080 and the speech takes one core 
 AUDIO_CONFIG_FIELDS = (*WHISPER_LARGE_V3_TURBO, "activation_function", "scale_embedding", "init_std")
 WHISPER_HEAD_SIZE = 64  # channels of one attention head, in every Whisper from tiny to large
 
-ATTENTION_KERNELS = ("sdpa", "eager", "flash_attention_2")
+ATTENTION_KERNELS = {"sdpa": "SDPA", "eager": "eager", "flash_attention_2": "FlashAttention-2"}  # and how they are said
 DECODER_TRAINING = ("lora", "full")
 # How PEFT's modules_to_save call the projector, which is always trained, and the towers, which are on request.
 PROJECTOR, TOWERS = "audio_projector", {"vision_tower": "visual", "audio_encoder": "audio_encoder"}
@@ -3856,9 +3856,8 @@ def train(
     # 3. Tokenizer and model
     if model_args.use_liger_kernel:
         check_swiglu(load_config(model_args.model_name_or_path))
-    kernel = {"sdpa": "SDPA", "flash_attention_2": "FlashAttention-2"}.get(model_args.attn_implementation)
-    precision = "BF16" if training_args.bf16 else "FP32"
-    print(f"⏳ Loading merged {precision} model with {kernel or model_args.attn_implementation} attention...")
+    kernel, precision = ATTENTION_KERNELS[model_args.attn_implementation], "BF16" if training_args.bf16 else "FP32"
+    print(f"⏳ Loading merged {precision} model with {kernel} attention...")
     tokenizer = load_tokenizer(model_args.model_name_or_path)
     dtype, whole = torch.bfloat16 if training_args.bf16 else torch.float32, model_args.train_decoder == "full"
     model = load_model(
