@@ -22,7 +22,6 @@ callbacks, main(). `evaluate_checkpoint.py` imports from here, so that training 
 
 import contextlib
 import fcntl
-import gc
 import hashlib
 import importlib.metadata
 import json
@@ -1750,8 +1749,7 @@ class SurgicalVQAModel(Qwen2VLForConditionalGeneration):
         """Take both encoders off the GPU (2.4 GiB at full size), for when all that comes are features."""
         for tower in (self.model.visual, self.audio_encoder):
             tower.to("cpu")
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        torch.cuda.empty_cache()  # which does nothing without a GPU
 
     def prepare_inputs_for_generation(self, *args, is_first_iteration: bool = False, **kwargs) -> dict:
         """As usual: frames and speech are read with the prompt, and not again with each token of the answer."""
@@ -3286,9 +3284,7 @@ class VQATrainer(Trainer):
                 raise
             trouble = self.describe_memory(str(error))
         if trouble:  # outside of `except`, so that the failed step's tensors are gone
-            gc.collect()
-            if torch.cuda.is_available():
-                torch.cuda.empty_cache()
+            accelerate.utils.memory.clear_device_cache(garbage_collection=True)
             raise VQAError(f"{trouble}; {self.save_last_step()}")
         if self.stop_signal.signum:
             raise Interrupted(self.stop_signal.signum, self.save_last_step())
