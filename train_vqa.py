@@ -219,8 +219,9 @@ RESUME_FILES = (
     *("optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json"),
 )
 UNFINISHED = "tmp-"  # a save is written under this prefix, and named only once it is whole
-# What torch.load(weights_only=True) raises on a damaged file, or on a pickle that would call something.
+# What safetensors and torch.load(weights_only=True) raise on a damaged file, or on a pickle that would call something.
 UNREADABLE = (
+    SafetensorError,
     *(pickle.UnpicklingError, RuntimeError, ValueError, TypeError, LookupError, EOFError, OSError, AttributeError),
     *(ArithmeticError, AssertionError, ImportError, MemoryError, NameError, struct.error),
 )
@@ -2075,7 +2076,7 @@ def open_weights(file: Path, device: torch.device | str = "cpu") -> safe_open | 
         if file.suffix == ".safetensors":
             return safe_open(file, framework="pt", device=str(device))
         weights = PickledWeights(torch.load(file, map_location="cpu", mmap=True, weights_only=True))
-    except (SafetensorError, *UNREADABLE) as error:
+    except UNREADABLE as error:
         kind = "safetensors" if file.suffix == ".safetensors" else "weights"
         raise VQAError(f"{file}: not a readable {kind} file ({error}); copy it again") from error
     if not all(isinstance(value, torch.Tensor) for value in weights.values()):
