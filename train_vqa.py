@@ -855,11 +855,14 @@ def is_among(digests: np.ndarray, known: np.ndarray) -> np.ndarray:
 def write_passed(passed: np.ndarray) -> None:
     """Replace the digests of media that passed; where the folder cannot be written, the next start decodes again."""
     path, stored = passed_file(), passed.tobytes()
+    part = path.with_name(f"{path.name}.{os.getpid()}")
     with contextlib.suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_name(f"{path.name}.{os.getpid()}")
-        part.write_bytes(hashlib.sha256(stored).digest() + stored)
-        os.replace(part, path)
+        try:
+            part.write_bytes(hashlib.sha256(stored).digest() + stored)
+            os.replace(part, path)
+        finally:
+            part.unlink(missing_ok=True)
 
 
 def check_rows(
