@@ -117,9 +117,8 @@ MAX_SPEECH_SECONDS = 30  # Whisper's window: 30 s x 16,000 / 320 = 1500 encoder 
 MIN_SPEECH_SECONDS = 0.1  # no question is shorter
 SILENCE = 1e-4  # -80 dB: the loudest sample of a recording that holds nothing
 SPEECH_RATES = (8_000, 192_000)  # Hz
-MAX_RATE_RATIO = (
-    4e6  # taps of the resampler, rate x 16,000 / gcd^2: 44,100 Hz take 70,560, a rate such as 44,101 2.8 GB
-)
+# Taps of the resampler, rate x 16,000 / gcd^2: 44,100 Hz take 70,560, a rate such as 44,101 2.8 GB.
+MAX_RATE_RATIO = 4e6
 
 FRAME_EXTENSIONS = (".jpg", ".jpeg", ".png")
 FRAME_FORMATS = ("JPEG", "PNG")  # whatever the extension says; Pillow's other readers are not needed
@@ -2860,9 +2859,8 @@ def fill_feature_cache(
             if allow_errors:
                 return None
             raise VQAError(f"{error.filename}: cannot be read ({error.strerror})") from error
-        return (
-            folder / f"{kind}-{hashlib.sha256(json.dumps([recipes[kind], content]).encode()).hexdigest()}.safetensors"
-        )
+        digest = hashlib.sha256(json.dumps([recipes[kind], content]).encode()).hexdigest()
+        return folder / f"{kind}-{digest}.safetensors"
 
     digest_of, depth = cache(sha256_of), 2 * MAX_WORKERS
     files = dict(zip(users, ahead(name, users, depth), strict=True))
@@ -3811,9 +3809,8 @@ def read_data(args: DataArguments) -> tuple[list[VQARow], list[VQARow], list[str
     for path, audio_dir, limit in sources:
         rows, found = check_rows(path, args.frames_dir, audio_dir if by_ear else None, limit, args.allow_symlinks)
         if args.check_data:
-            media = np.unique(
-                np.fromiter((hash(file) for row in rows for file in row.media), np.int64)
-            )  # not the paths
+            # Hashes, which take less room than the paths.
+            media = np.unique(np.fromiter((hash(file) for row in rows for file in row.media), np.int64))
             clips, types = len({row.frames for row in rows}), len({row.question_type for row in rows})
             bad = len({line for problem in found for line in problem.lines})
             print(f"{path}: {len(rows)} good rows ({clips} clips, {types} types, {len(media)} files), {bad} bad")
