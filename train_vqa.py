@@ -2694,11 +2694,11 @@ def load_adapter(model: SurgicalVQAModel, path: str | Path, *, allow_pickle: boo
     wanted = get_peft_model_state_dict(peft_model, save_embedding_layers=False)
     keys = [key for key, _ in stored.values()]
     unexpected = [key for name, (key, _) in stored.items() if name not in wanted]
-    towers = [key for key in unexpected if ".audio_encoder." in key or ".visual." in key]
+    astray = [key for key in unexpected if ".audio_encoder." in key or ".visual." in key]
     hint = (
-        f"{len(towers)} tensors adapt the speech encoder or the vision tower: target_modules like 'q_proj' match there "
+        f"{len(astray)} tensors adapt the speech encoder or the vision tower: target_modules like 'q_proj' match there "
         "too, and here both stay as they are; train the adapter with train_vqa.py, or merge it where it was trained"
-        if towers
+        if astray
         else "the adapter belongs to a model of another size or layout, or its copy is not complete"
     )
     raise_problems(
