@@ -1363,11 +1363,6 @@ def base_manifest(args: argparse.Namespace) -> Row:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def limited(rows: list[Row], limit: int) -> list[Row]:
-    """The first `limit` rows; all of them for 0."""
-    return rows[:limit] if limit else rows
-
-
 def score_only(args: argparse.Namespace) -> int:
     """Score the predictions in --output_file against --eval_data_path, write the summary, print it.
 
@@ -1377,7 +1372,7 @@ def score_only(args: argparse.Namespace) -> int:
     train_rows = read_annotations(args.train_data_path) if args.train_data_path else None
     target = summary_path(args.output_file)
     predictions = match_predictions(annotations, args.output_file)
-    annotations = limited(annotations, args.limit)
+    annotations = annotations[: args.limit or None]
     manifest = base_manifest(args)
     manifest["sha256"]["output_file"] = sha256_file(args.output_file)
     summary = summarise(annotations, score_rows(annotations, predictions), train_rows=train_rows, manifest=manifest)
@@ -2114,7 +2109,7 @@ def _generate(args: argparse.Namespace, stop: Any, again: str) -> int:
     # 2. Data: everything is found and decoded once before the weights load
     print(f"📁 Loading Eval Data: {args.eval_data_path}")
     all_annotations = read_annotations(args.eval_data_path)
-    annotations = limited(all_annotations, args.limit)
+    annotations = all_annotations[: args.limit or None]
     train_rows = read_annotations(args.train_data_path) if args.train_data_path else None
     row_of = {row.key: row for row in vqa.read_rows(args.eval_data_path)}
     rows = [row_of[key_text(row_key(annotation))] for annotation in annotations]
