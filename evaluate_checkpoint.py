@@ -2069,11 +2069,10 @@ def generate(args: argparse.Namespace) -> int:
 
     import train_vqa as vqa
 
-    again = "the same command without --overwrite" if args.overwrite else "the same command"
     stop = vqa.StopSignal("finishing the batch", "no row was answered; run the same command again")
     try:
         with stop:
-            return _generate(args, stop, again)
+            return _generate(args, stop)
     except vqa.Interrupted as stopped:
         print(f"\n{stopped}", file=sys.stderr)
         return 128 + stopped.signum
@@ -2086,7 +2085,7 @@ def generate(args: argparse.Namespace) -> int:
         ) from error
 
 
-def _generate(args: argparse.Namespace, stop: Any, again: str) -> int:
+def _generate(args: argparse.Namespace, stop: Any) -> int:
     import torch
 
     import train_vqa as vqa
@@ -2165,6 +2164,7 @@ def _generate(args: argparse.Namespace, stop: Any, again: str) -> int:
             if stop.signum:
                 there = sum(row_key(row) in file.done for file in rows_of.values() for row in annotations)
                 whole = len(annotations) * len(arms)
+                again = "the same command" + " without --overwrite" * args.overwrite
                 raise vqa.Interrupted(stop.signum, f"{there} of {whole} rows are answered; {again} goes on")
     scored = {arm: score_rows(annotations, file.done) for arm, file in rows_of.items()}
     seconds = time.monotonic() - start
