@@ -3909,15 +3909,13 @@ def train(
         if limit is not None and any(len(row.frames) > limit for row in eval_rows):
             print(f"   Using {limit} frames (evenly sampled) to reduce eval memory")
     context = model.config.text_config.max_position_embeddings
-    raise_problems(
-        [problem for data in (train_dataset, eval_dataset) if data for problem in data.find_too_long(context)]
-    )
+    datasets = [dataset for dataset in (train_dataset, eval_dataset) if dataset]
+    raise_problems([problem for dataset in datasets for problem in dataset.find_too_long(context)])
     counted = data_args.dry_run or model_args.checkpoint_every_n == "auto"
     lengths = train_dataset.token_counts() if counted else []
     multiple = PADDING_MULTIPLE if model_args.compile_layers else 1
     tokens = training_args.train_batch_size * math.ceil(max(lengths, default=0) / multiple) * multiple
-    kept = bool(data_args.cache_features)
-    estimate = partial(estimate_memory, model, tokens, model_args, dtype, kept)
+    estimate = partial(estimate_memory, model, tokens, model_args, dtype, bool(data_args.cache_features))
     every_n = choose_checkpointing(model_args, estimate)
     model.set_checkpointing(every_n, model_args.compile_layers)
     if model_args.use_liger_kernel and not data_args.dry_run:
@@ -3930,7 +3928,6 @@ def train(
         return 0
 
     if data_args.cache_features:
-        datasets = [dataset for dataset in (train_dataset, eval_dataset) if dataset]
         fill_feature_cache(model, datasets, data_args.cache_features)
 
     # 6. Training; evaluation computes the loss only
