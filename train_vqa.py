@@ -3373,7 +3373,7 @@ class VQATrainer(Trainer):
         self.started = time.time() - self.progress["seconds"]
         self.check_disk()
         if getattr(self.train_dataset, "features", None):
-            (self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model).rest_towers()
+            self.model.rest_towers()
         if self.resumed and self.progress["evaluate"]:  # the signal came during this evaluation
             self.progress["evaluate"] = False
             self._determine_best_metric(self._evaluate(None, None), None)
