@@ -2459,9 +2459,9 @@ def add_lora(
     if len(adapted) != expected or not all(".language_model.layers." in name for name in adapted):
         raise RuntimeError(f"LoRA on {len(adapted)} layers, expected {expected} in the decoder alone")
     # A step of 2e-4 is lost in bf16's 8 bits; PEFT keeps its own layers in float32, but not the copies it saves.
-    for name in (PROJECTOR, *towers):
-        wrapper = model.model.visual if name == TOWERS["vision_tower"] else getattr(model, name)
-        wrapper.modules_to_save.float()
+    for module in model.modules():
+        if isinstance(module, ModulesToSaveWrapper):
+            module.modules_to_save.float()
     model.trains_vision, model.trains_audio = vision_tower, audio_encoder
     freeze_sinusoids(model)
     return peft_model
