@@ -1528,7 +1528,7 @@ def read_subject(args: argparse.Namespace, device_type: str) -> Subject:
 def load_subject(subject: Subject, device: Any) -> tuple[Any, Any, str]:
     """(SurgicalVQAModel with its adapter in place, tokenizer, fingerprint of the base).
 
-    Raises InputError where the base is not the one that the adapter was trained on; VQAError from the loaders.
+    Raises InputError where random weights were drawn on a device that is not here; VQAError from the loaders.
     """
     import torch
 
