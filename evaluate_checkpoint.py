@@ -1055,8 +1055,8 @@ def _p_text(p: float) -> str:
     return "< 0.001" if p < 0.001 else f"= {p:.3f}"
 
 
-def _wrap(text: str, indent: str = "  ") -> str:
-    return textwrap.fill(text, WIDTH, subsequent_indent=indent, break_on_hyphens=False)
+def _wrap(text: str) -> str:
+    return textwrap.fill(text, WIDTH, subsequent_indent="  ", break_on_hyphens=False)
 
 
 def _table(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
@@ -1363,11 +1363,6 @@ def base_manifest(args: argparse.Namespace) -> Row:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def limited(rows: list[Row], limit: int) -> list[Row]:
-    """The first `limit` rows; all of them for 0."""
-    return rows[:limit] if limit else rows
-
-
 def score_only(args: argparse.Namespace) -> int:
     """Score the predictions in --output_file against --eval_data_path, write the summary, print it.
 
@@ -1377,7 +1372,7 @@ def score_only(args: argparse.Namespace) -> int:
     train_rows = read_annotations(args.train_data_path) if args.train_data_path else None
     target = summary_path(args.output_file)
     predictions = match_predictions(annotations, args.output_file)
-    annotations = limited(annotations, args.limit)
+    annotations = annotations[: args.limit or None]
     manifest = base_manifest(args)
     manifest["sha256"]["output_file"] = sha256_file(args.output_file)
     summary = summarise(annotations, score_rows(annotations, predictions), train_rows=train_rows, manifest=manifest)
@@ -1533,15 +1528,15 @@ def read_subject(args: argparse.Namespace, device_type: str) -> Subject:
 def load_subject(subject: Subject, device: Any) -> tuple[Any, Any, str]:
     """(SurgicalVQAModel with its adapter in place, tokenizer, fingerprint of the base).
 
-    Raises InputError where the base is not the one that the adapter was trained on; VQAError from the loaders.
+    Raises InputError where random weights were drawn on a device that is not here; VQAError from the loaders.
     """
     import torch
 
     import train_vqa as vqa
 
-    kernel = {"sdpa": "SDPA", "flash_attention_2": "FlashAttention-2"}.get(subject.attn_implementation)
+    kernel = vqa.ATTENTION_KERNELS.get(subject.attn_implementation, subject.attn_implementation)
     precision = {"bfloat16": "BF16", "float32": "FP32"}[subject.dtype]
-    print(f"⏳ Loading merged {precision} model with {kernel or subject.attn_implementation} attention...", flush=True)
+    print(f"⏳ Loading merged {precision} model with {kernel} attention...", flush=True)
     tokenizer = vqa.load_tokenizer(subject.tokenizer)
     drawn_on = (subject.init_device or device.type) if subject.init == "random" else device.type
     if drawn_on not in ("cpu", device.type):
@@ -2074,11 +2069,10 @@ def generate(args: argparse.Namespace) -> int:
 
     import train_vqa as vqa
 
-    again = "the same command without --overwrite" if args.overwrite else "the same command"
     stop = vqa.StopSignal("finishing the batch", "no row was answered; run the same command again")
     try:
         with stop:
-            return _generate(args, stop, again)
+            return _generate(args, stop)
     except vqa.Interrupted as stopped:
         print(f"\n{stopped}", file=sys.stderr)
         return 128 + stopped.signum
@@ -2091,7 +2085,7 @@ def generate(args: argparse.Namespace) -> int:
         ) from error
 
 
-def _generate(args: argparse.Namespace, stop: Any, again: str) -> int:
+def _generate(args: argparse.Namespace, stop: Any) -> int:
     import torch
 
     import train_vqa as vqa
@@ -2114,7 +2108,7 @@ def _generate(args: argparse.Namespace, stop: Any, again: str) -> int:
     # 2. Data: everything is found and decoded once before the weights load
     print(f"📁 Loading Eval Data: {args.eval_data_path}")
     all_annotations = read_annotations(args.eval_data_path)
-    annotations = limited(all_annotations, args.limit)
+    annotations = all_annotations[: args.limit or None]
     train_rows = read_annotations(args.train_data_path) if args.train_data_path else None
     row_of = {row.key: row for row in vqa.read_rows(args.eval_data_path)}
     rows = [row_of[key_text(row_key(annotation))] for annotation in annotations]
@@ -2170,6 +2164,7 @@ def _generate(args: argparse.Namespace, stop: Any, again: str) -> int:
             if stop.signum:
                 there = sum(row_key(row) in file.done for file in rows_of.values() for row in annotations)
                 whole = len(annotations) * len(arms)
+                again = "the same command" + " without --overwrite" * args.overwrite
                 raise vqa.Interrupted(stop.signum, f"{there} of {whole} rows are answered; {again} goes on")
     scored = {arm: score_rows(annotations, file.done) for arm, file in rows_of.items()}
     seconds = time.monotonic() - start

@@ -22,7 +22,6 @@ callbacks, main(). `evaluate_checkpoint.py` imports from here, so that training 
 
 import contextlib
 import fcntl
-import gc
 import hashlib
 import importlib.metadata
 import json
@@ -69,7 +68,7 @@ import soundfile
 import torch
 import torch.nn.functional as F
 import torchaudio.functional
-from huggingface_hub import snapshot_download
+from huggingface_hub import snapshot_download, split_torch_state_dict_into_shards
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
@@ -118,9 +117,8 @@ MAX_SPEECH_SECONDS = 30  # Whisper's window: 30 s x 16,000 / 320 = 1500 encoder 
 MIN_SPEECH_SECONDS = 0.1  # no question is shorter
 SILENCE = 1e-4  # -80 dB: the loudest sample of a recording that holds nothing
 SPEECH_RATES = (8_000, 192_000)  # Hz
-MAX_RATE_RATIO = (
-    4e6  # taps of the resampler, rate x 16,000 / gcd^2: 44,100 Hz take 70,560, a rate such as 44,101 2.8 GB
-)
+# Taps of the resampler, rate x 16,000 / gcd^2: 44,100 Hz take 70,560, a rate such as 44,101 2.8 GB.
+MAX_RATE_RATIO = 4e6
 
 FRAME_EXTENSIONS = (".jpg", ".jpeg", ".png")
 FRAME_FORMATS = ("JPEG", "PNG")  # whatever the extension says; Pillow's other readers are not needed
@@ -186,7 +184,7 @@ MAX_WORKERS = 8  # decoding 8 frames of 1240x1080 and the speech takes one core 
 AUDIO_CONFIG_FIELDS = (*WHISPER_LARGE_V3_TURBO, "activation_function", "scale_embedding", "init_std")
 WHISPER_HEAD_SIZE = 64  # channels of one attention head, in every Whisper from tiny to large
 
-ATTENTION_KERNELS = ("sdpa", "eager", "flash_attention_2")
+ATTENTION_KERNELS = {"sdpa": "SDPA", "eager": "eager", "flash_attention_2": "FlashAttention-2"}  # and how they are said
 DECODER_TRAINING = ("lora", "full")
 # How PEFT's modules_to_save call the projector, which is always trained, and the towers, which are on request.
 PROJECTOR, TOWERS = "audio_projector", {"vision_tower": "visual", "audio_encoder": "audio_encoder"}
@@ -220,8 +218,9 @@ RESUME_FILES = (
     *("optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json"),
 )
 UNFINISHED = "tmp-"  # a save is written under this prefix, and named only once it is whole
-# What torch.load(weights_only=True) raises on a damaged file, or on a pickle that would call something.
+# What safetensors and torch.load(weights_only=True) raise on a damaged file, or on a pickle that would call something.
 UNREADABLE = (
+    SafetensorError,
     *(pickle.UnpicklingError, RuntimeError, ValueError, TypeError, LookupError, EOFError, OSError, AttributeError),
     *(ArithmeticError, AssertionError, ImportError, MemoryError, NameError, struct.error),
 )
@@ -237,11 +236,12 @@ class VQAError(ValueError):
 
 
 def raise_problems(problems: Sequence, meaning: str = "") -> None:
-    """Raise one VQAError for all `problems` (one line each, 20 at most, then the total and what they mean)."""
+    """Raise one VQAError for all `problems` (a line each up to MAX_PROBLEMS_SHOWN, the total, and what they mean)."""
     if problems:
         shown = [str(problem) for problem in problems[:MAX_PROBLEMS_SHOWN]]
         if len(problems) > 1:
-            shown.append(f"{len(problems)} problems in all" + (", the first 20 shown" if len(problems) > 20 else ""))
+            cut = f", the first {MAX_PROBLEMS_SHOWN} shown" if len(problems) > MAX_PROBLEMS_SHOWN else ""
+            shown.append(f"{len(problems)} problems in all{cut}")
         raise VQAError("\n".join([*shown, meaning] if meaning else shown))
 
 
@@ -504,7 +504,9 @@ def parse_arguments(argv: Sequence[str]) -> tuple[ModelArguments, DataArguments,
     for flag in ("max_train_frames", "max_train_samples", "max_eval_samples"):
         if getattr(data_args, flag) is not None and getattr(data_args, flag) < 1:
             raise VQAError(f"--{flag} must be at least 1; leave it out for all")
-    data_args.max_eval_frames = frame_limit(data_args.max_eval_frames)
+    if data_args.max_eval_frames < 0:
+        raise VQAError("--max_eval_frames must be 0 (all frames) or more")
+    data_args.max_eval_frames = data_args.max_eval_frames or None
     return model_args, data_args, training_args
 
 
@@ -531,13 +533,6 @@ def refuse_contradictions(
             f"--output_dir {training_args.output_dir}: holds the base model, which the trained one would overwrite; "
             "name another folder"
         )
-
-
-def frame_limit(flag: int | None) -> int | None:
-    """`--max_eval_frames` as a limit: 0 or None is None (all frames); VQAError below 0."""
-    if flag is not None and flag < 0:
-        raise VQAError("--max_eval_frames must be 0 (all frames) or more")
-    return flag or None
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -645,11 +640,10 @@ def scan_rows(path: str | Path, max_samples: int | None = None) -> tuple[list[VQ
     return rows, problems
 
 
-def parse_row(line: str | bytes, source: str, number: int) -> VQARow:
+def parse_row(line: bytes, source: str, number: int) -> VQARow:
     """One JSONL line as a VQARow; VQAError says what is wrong with it."""
     try:
-        text = line if isinstance(line, str) else line.decode()
-        data = json.loads(text, parse_constant=_refuse_constant, object_pairs_hook=_unique_keys)
+        data = json.loads(line.decode(), parse_constant=_refuse_constant, object_pairs_hook=_unique_keys)
     except UnicodeDecodeError as error:
         raise VQAError(f"not UTF-8 text (byte {error.start + 1} of the line); save the file as UTF-8") from error
     except json.JSONDecodeError as error:
@@ -860,11 +854,14 @@ def is_among(digests: np.ndarray, known: np.ndarray) -> np.ndarray:
 def write_passed(passed: np.ndarray) -> None:
     """Replace the digests of media that passed; where the folder cannot be written, the next start decodes again."""
     path, stored = passed_file(), passed.tobytes()
+    part = path.with_name(f"{path.name}.{os.getpid()}")
     with contextlib.suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_name(f"{path.name}.{os.getpid()}")
-        part.write_bytes(hashlib.sha256(stored).digest() + stored)
-        os.replace(part, path)
+        try:
+            part.write_bytes(hashlib.sha256(stored).digest() + stored)
+            os.replace(part, path)
+        finally:
+            part.unlink(missing_ok=True)
 
 
 def check_rows(
@@ -1760,8 +1757,7 @@ class SurgicalVQAModel(Qwen2VLForConditionalGeneration):
         """Take both encoders off the GPU (2.4 GiB at full size), for when all that comes are features."""
         for tower in (self.model.visual, self.audio_encoder):
             tower.to("cpu")
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        torch.cuda.empty_cache()  # which does nothing without a GPU
 
     def prepare_inputs_for_generation(self, *args, is_first_iteration: bool = False, **kwargs) -> dict:
         """As usual: frames and speech are read with the prompt, and not again with each token of the answer."""
@@ -2087,7 +2083,7 @@ def open_weights(file: Path, device: torch.device | str = "cpu") -> safe_open | 
         if file.suffix == ".safetensors":
             return safe_open(file, framework="pt", device=str(device))
         weights = PickledWeights(torch.load(file, map_location="cpu", mmap=True, weights_only=True))
-    except (SafetensorError, *UNREADABLE) as error:
+    except UNREADABLE as error:
         kind = "safetensors" if file.suffix == ".safetensors" else "weights"
         raise VQAError(f"{file}: not a readable {kind} file ({error}); copy it again") from error
     if not all(isinstance(value, torch.Tensor) for value in weights.values()):
@@ -2297,8 +2293,6 @@ def check_fit(
     homes = {name.split(".")[0]: tensor.file.parent for name, tensor in stored.items()}  # a Whisper's lies elsewhere
     unexpected = [tensor for name, tensor in stored.items() if name not in wanted]
     reshaped = [(t, wanted[name]) for name, t in stored.items() if name in wanted and t.shape != wanted[name]]
-    if not (missing or unexpected or reshaped):
-        return
     raise_problems(
         [f"{homes.get(name.split('.')[0], folder)}: tensor {name_on_disk(name, keys)} is missing" for name in missing]
         + [f"{tensor.file}: unexpected tensor {tensor.key}" for tensor in unexpected]
@@ -2411,9 +2405,9 @@ def describe_sources(stored: dict[str, StoredTensor], unused: int, load_in_4bit:
     return ", ".join(parts)
 
 
-def fingerprint(model: nn.Module, samples: int = 16) -> str:
+def fingerprint(model: nn.Module) -> str:
     """Identity of the base, taken in memory: sha256 over what its config computes with, and over the name, shape and
-    `samples` evenly spaced values, rounded to bf16, of every parameter.
+    16 evenly spaced values, rounded to bf16, of every parameter.
 
     Adapters, LoRA layers and rows added for new tokens are left out. In memory, and not from the files, so that the
     same weights are one base under old and new names, in one file or many, in float32 or bf16, kept in 4 bits or
@@ -2433,7 +2427,7 @@ def fingerprint(model: nn.Module, samples: int = 16) -> str:
         if name.endswith(("embed_tokens.weight", "lm_head.weight")):
             tensor = tensor[: model.stored_rows]
         flat = tensor.detach().flatten()
-        picked = flat[:: max(1, flat.numel() // samples)][:samples].to(torch.bfloat16).float().cpu()
+        picked = flat[:: max(1, flat.numel() // 16)][:16].to(torch.bfloat16).float().cpu()
         digest.update(f"{name}{tuple(tensor.shape)}".encode())
         digest.update(picked.numpy().tobytes())
     return digest.hexdigest()
@@ -2470,9 +2464,9 @@ def add_lora(
     if len(adapted) != expected or not all(".language_model.layers." in name for name in adapted):
         raise RuntimeError(f"LoRA on {len(adapted)} layers, expected {expected} in the decoder alone")
     # A step of 2e-4 is lost in bf16's 8 bits; PEFT keeps its own layers in float32, but not the copies it saves.
-    for name in (PROJECTOR, *towers):
-        wrapper = model.model.visual if name == TOWERS["vision_tower"] else getattr(model, name)
-        wrapper.modules_to_save.float()
+    for module in model.modules():
+        if isinstance(module, ModulesToSaveWrapper):
+            module.modules_to_save.float()
     model.trains_vision, model.trains_audio = vision_tower, audio_encoder
     freeze_sinusoids(model)
     return peft_model
@@ -2547,31 +2541,19 @@ def load_new_rows(model: SurgicalVQAModel, folder: Path) -> None:
             room.copy_(stored[name])
 
 
-def shards(weights: dict[str, torch.Tensor]) -> Iterator[dict[str, torch.Tensor]]:
-    """`weights` in groups of at most SHARD_BYTES; one that is larger stands alone."""
-    group, size = {}, 0
-    for name, tensor in weights.items():
-        if group and size + tensor.nbytes > SHARD_BYTES:
-            yield group
-            group, size = {}, 0
-        group[name] = tensor.detach()
-        size += tensor.nbytes
-    yield group
-
-
 def write_weights(weights: dict[str, torch.Tensor], folder: Path, verbose: bool = False) -> None:
     """Write safetensors shards and their index; of weights on a GPU, one shard at a time lies in RAM."""
-    groups = list(shards(weights))
+    split = split_torch_state_dict_into_shards(weights, max_shard_size=SHARD_BYTES)
+    groups = list(split.filename_to_tensors.values())
     weight_map = {}
     for number, group in enumerate(groups, start=1):
         file = folder / f"model-{number:05d}-of-{len(groups):05d}.safetensors"
-        save_file({name: tensor.cpu().contiguous() for name, tensor in group.items()}, file, metadata={"format": "pt"})
+        save_file({name: weights[name].detach().cpu().contiguous() for name in group}, file, metadata={"format": "pt"})
         file.chmod(folder.stat().st_mode & 0o666)  # safetensors makes files that only their owner may read
         weight_map |= dict.fromkeys(group, file.name)
         if verbose:
             print(f"   {file.name}: {len(group)} tensors, {file.stat().st_size / 1e9:.2f} GB")
-    total = sum(tensor.nbytes for group in groups for tensor in group.values())
-    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    index = {"metadata": split.metadata, "weight_map": weight_map}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
@@ -2717,11 +2699,11 @@ def load_adapter(model: SurgicalVQAModel, path: str | Path, *, allow_pickle: boo
     wanted = get_peft_model_state_dict(peft_model, save_embedding_layers=False)
     keys = [key for key, _ in stored.values()]
     unexpected = [key for name, (key, _) in stored.items() if name not in wanted]
-    towers = [key for key in unexpected if ".audio_encoder." in key or ".visual." in key]
+    astray = [key for key in unexpected if ".audio_encoder." in key or ".visual." in key]
     hint = (
-        f"{len(towers)} tensors adapt the speech encoder or the vision tower: target_modules like 'q_proj' match there "
+        f"{len(astray)} tensors adapt the speech encoder or the vision tower: target_modules like 'q_proj' match there "
         "too, and here both stay as they are; train the adapter with train_vqa.py, or merge it where it was trained"
-        if towers
+        if astray
         else "the adapter belongs to a model of another size or layout, or its copy is not complete"
     )
     raise_problems(
@@ -2882,9 +2864,8 @@ def fill_feature_cache(
             if allow_errors:
                 return None
             raise VQAError(f"{error.filename}: cannot be read ({error.strerror})") from error
-        return (
-            folder / f"{kind}-{hashlib.sha256(json.dumps([recipes[kind], content]).encode()).hexdigest()}.safetensors"
-        )
+        digest = hashlib.sha256(json.dumps([recipes[kind], content]).encode()).hexdigest()
+        return folder / f"{kind}-{digest}.safetensors"
 
     digest_of, depth = cache(sha256_of), 2 * MAX_WORKERS
     files = dict(zip(users, ahead(name, users, depth), strict=True))
@@ -3310,9 +3291,7 @@ class VQATrainer(Trainer):
                 raise
             trouble = self.describe_memory(str(error))
         if trouble:  # outside of `except`, so that the failed step's tensors are gone
-            gc.collect()
-            if torch.cuda.is_available():
-                torch.cuda.empty_cache()
+            accelerate.utils.memory.clear_device_cache(garbage_collection=True)
             raise VQAError(f"{trouble}; {self.save_last_step()}")
         if self.stop_signal.signum:
             raise Interrupted(self.stop_signal.signum, self.save_last_step())
@@ -3399,7 +3378,7 @@ class VQATrainer(Trainer):
         self.started = time.time() - self.progress["seconds"]
         self.check_disk()
         if getattr(self.train_dataset, "features", None):
-            (self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model).rest_towers()
+            self.model.rest_towers()
         if self.resumed and self.progress["evaluate"]:  # the signal came during this evaluation
             self.progress["evaluate"] = False
             self._determine_best_metric(self._evaluate(None, None), None)
@@ -3731,9 +3710,8 @@ def estimate_memory(
     kept = (count - recomputed) * layer + recomputed * stored * h + bool(recomputed) * layer
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     resting = [*model.model.visual.parameters(), *model.audio_encoder.parameters()] if kept_features else []
-    bytes_of = partial(map, lambda p: p.numel() * p.element_size())
     return {
-        "weights": sum(bytes_of(model.parameters())) - sum(bytes_of(resting)),
+        "weights": sum(p.nbytes for p in model.parameters()) - sum(p.nbytes for p in resting),
         "gradients and optimizer": 12 * trained + (size * trained if size < 4 else 0),  # and autocast's copy
         "activations": tokens * (kept + 6 * f * size),  # and what the backward pass of one MLP works with
     }
@@ -3836,9 +3814,8 @@ def read_data(args: DataArguments) -> tuple[list[VQARow], list[VQARow], list[str
     for path, audio_dir, limit in sources:
         rows, found = check_rows(path, args.frames_dir, audio_dir if by_ear else None, limit, args.allow_symlinks)
         if args.check_data:
-            media = np.unique(
-                np.fromiter((hash(file) for row in rows for file in row.media), np.int64)
-            )  # not the paths
+            # Hashes, which take less room than the paths.
+            media = np.unique(np.fromiter((hash(file) for row in rows for file in row.media), np.int64))
             clips, types = len({row.frames for row in rows}), len({row.question_type for row in rows})
             bad = len({line for problem in found for line in problem.lines})
             print(f"{path}: {len(rows)} good rows ({clips} clips, {types} types, {len(media)} files), {bad} bad")
@@ -3881,9 +3858,8 @@ def train(
     # 3. Tokenizer and model
     if model_args.use_liger_kernel:
         check_swiglu(load_config(model_args.model_name_or_path))
-    kernel = {"sdpa": "SDPA", "flash_attention_2": "FlashAttention-2"}.get(model_args.attn_implementation)
-    precision = "BF16" if training_args.bf16 else "FP32"
-    print(f"⏳ Loading merged {precision} model with {kernel or model_args.attn_implementation} attention...")
+    kernel, precision = ATTENTION_KERNELS[model_args.attn_implementation], "BF16" if training_args.bf16 else "FP32"
+    print(f"⏳ Loading merged {precision} model with {kernel} attention...")
     tokenizer = load_tokenizer(model_args.model_name_or_path)
     dtype, whole = torch.bfloat16 if training_args.bf16 else torch.float32, model_args.train_decoder == "full"
     model = load_model(
@@ -3938,15 +3914,13 @@ def train(
         if limit is not None and any(len(row.frames) > limit for row in eval_rows):
             print(f"   Using {limit} frames (evenly sampled) to reduce eval memory")
     context = model.config.text_config.max_position_embeddings
-    raise_problems(
-        [problem for data in (train_dataset, eval_dataset) if data for problem in data.find_too_long(context)]
-    )
+    datasets = [dataset for dataset in (train_dataset, eval_dataset) if dataset]
+    raise_problems([problem for dataset in datasets for problem in dataset.find_too_long(context)])
     counted = data_args.dry_run or model_args.checkpoint_every_n == "auto"
     lengths = train_dataset.token_counts() if counted else []
     multiple = PADDING_MULTIPLE if model_args.compile_layers else 1
     tokens = training_args.train_batch_size * math.ceil(max(lengths, default=0) / multiple) * multiple
-    kept = bool(data_args.cache_features)
-    estimate = partial(estimate_memory, model, tokens, model_args, dtype, kept)
+    estimate = partial(estimate_memory, model, tokens, model_args, dtype, bool(data_args.cache_features))
     every_n = choose_checkpointing(model_args, estimate)
     model.set_checkpointing(every_n, model_args.compile_layers)
     if model_args.use_liger_kernel and not data_args.dry_run:
@@ -3959,7 +3933,6 @@ def train(
         return 0
 
     if data_args.cache_features:
-        datasets = [dataset for dataset in (train_dataset, eval_dataset) if dataset]
         fill_feature_cache(model, datasets, data_args.cache_features)
 
     # 6. Training; evaluation computes the loss only

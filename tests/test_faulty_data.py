@@ -1,11 +1,13 @@
 """Damaged, hostile and unusual data: decoded right, or refused by name before any weight is loaded."""
 
+import errno
 import gc
 import json
 import os
 import struct
 import tracemalloc
 import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -304,6 +306,18 @@ def test_a_damaged_memory_is_ignored_and_rewritten(data, decoded, damage):
     assert len(decoded()) == 21
     vqa.load_rows(*data.args)
     assert decoded() == []
+
+
+def test_a_full_disk_keeps_no_part_of_the_memory(data, decoded, monkeypatch):
+    written = Path.write_bytes
+
+    def full(path, content):
+        written(path, content[: len(content) // 2])
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    assert len(vqa.load_rows(*data.args)) == 5
+    assert list(vqa.passed_file().parent.iterdir()) == []
 
 
 def test_a_cache_folder_that_cannot_be_written_does_no_harm(data, decoded, tmp_path):

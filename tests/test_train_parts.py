@@ -580,6 +580,17 @@ def test_the_best_checkpoint_is_what_remains(tiny, tmp_path, decoder):
     assert any(not torch.equal(final[key], other[key]) for key in final)
 
 
+def test_a_torn_best_checkpoint_is_named(build, tokenizer, tmp_path):
+    args = vqa.VQATrainingArguments(output_dir=str(tmp_path), use_cpu=True)
+    trainer = vqa.VQATrainer(model=build("lora", False, False), args=args, tokenizer=tokenizer, settings={})
+    trainer.model.save_pretrained(tmp_path / "checkpoint-1")
+    file = tmp_path / "checkpoint-1/adapter_model.safetensors"
+    os.truncate(file, file.stat().st_size // 2)
+    trainer.state.best_model_checkpoint = str(tmp_path / "checkpoint-1")
+    with pytest.raises(vqa.VQAError, match=rf"^{file} cannot be read \(.*\); name another checkpoint$"):
+        trainer._load_best_model()
+
+
 # -------------------------------------------------------------------------------------------------------------- steps
 
 
