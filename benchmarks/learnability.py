@@ -782,7 +782,7 @@ def evaluate(args: argparse.Namespace) -> list[str]:
     """Run what of `evaluations` has no summary yet, `--jobs` at a time; each leaves rows and a summary in --out_dir.
 
     Returns:
-        The evaluations that failed, in words.
+        The evaluations that failed, in words, and the variants that have no model to answer.
     """
     (args.out_dir / "answers").mkdir(parents=True, exist_ok=True)
     every = evaluations(args)
@@ -797,7 +797,8 @@ def evaluate(args: argparse.Namespace) -> list[str]:
         and (args.only is None or named[label] in args.only)
     ]
     running: dict[str, subprocess.Popen] = {}
-    failed = []
+    untrained = [name for name in args.variants if not any(label.startswith(f"{name}-") for label in every)]
+    failed = [f"evaluation {name} (no model in {args.work_dir / 'runs' / name})" for name in untrained]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     while waiting or running:
         while waiting and len(running) < args.jobs:

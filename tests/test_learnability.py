@@ -361,8 +361,9 @@ def test_what_failed_is_named_at_the_end_and_keeps_nothing_from_running(report_e
     assert "tiny_naive_pad: exit status 0\n" in told.out and "tiny-test-6: exit status 0\n" in told.out
     assert "reported\n" in told.out
     assert told.err == (
-        "error: failed: training tiny (exit status 3), evaluation tiny-test-8 (exit status 2), "
-        f"evaluation tiny-eval-8 (exit status 1); see the logs in {tmp_path / 'results'}\n"
+        f"error: failed: training tiny (exit status 3), evaluation tiny_naive_pad (no model in {tmp_path / 'runs'}/"
+        "tiny_naive_pad), evaluation tiny-test-8 (exit status 2), evaluation tiny-eval-8 (exit status 1); "
+        f"see the logs in {tmp_path / 'results'}\n"
     )
 
 
