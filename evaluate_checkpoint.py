@@ -1459,8 +1459,10 @@ def read_subject(args: argparse.Namespace, device_type: str) -> Subject:
     """Find out what --checkpoint_path is, and resolve every setting that evaluation shares with training.
 
     Raises InputError for a folder without adapter or model, and for flags that contradict the checkpoint; VQAError for
-    unreadable settings.
+    unreadable settings, or an attention kernel that is none of ours.
     """
+    import torch
+
     import train_vqa as vqa
 
     folder, adapter, settings = args.checkpoint_path and Path(args.checkpoint_path), None, {}
@@ -1503,6 +1505,8 @@ def read_subject(args: argparse.Namespace, device_type: str) -> Subject:
     computed = settings["model"] if whole else model
     base_dtype = computed.get("dtype", "float32" if device_type == "cpu" else "bfloat16")
     dtype = base_dtype if args.dtype == "auto" else args.dtype
+    attention = args.attn_implementation or computed.get("attn_implementation", "sdpa")
+    vqa.check_attention(attention, getattr(torch, dtype))
     defaults = vqa.DataArguments()
     frames = inputs.get("max_eval_frames", defaults.max_eval_frames)
     return Subject(
@@ -1514,7 +1518,7 @@ def read_subject(args: argparse.Namespace, device_type: str) -> Subject:
         init_device=model.get("init_device"),
         base_dtype=base_dtype if adapter else dtype,
         dtype=dtype,
-        attn_implementation=args.attn_implementation or computed.get("attn_implementation", "sdpa"),
+        attn_implementation=attention,
         input_mode=args.input_mode or inputs.get("input_mode", defaults.input_mode),
         max_eval_frames=(frames if args.max_eval_frames is None else args.max_eval_frames) or None,
         max_image_size=args.max_image_size or inputs.get("max_image_size", defaults.max_image_size),
@@ -1534,7 +1538,7 @@ def load_subject(subject: Subject, device: Any) -> tuple[Any, Any, str]:
 
     import train_vqa as vqa
 
-    kernel = vqa.ATTENTION_KERNELS.get(subject.attn_implementation, subject.attn_implementation)
+    kernel = vqa.ATTENTION_KERNELS[subject.attn_implementation]
     precision = {"bfloat16": "BF16", "float32": "FP32"}[subject.dtype]
     print(f"⏳ Loading merged {precision} model with {kernel} attention...", flush=True)
     tokenizer = vqa.load_tokenizer(subject.tokenizer)
@@ -2367,7 +2371,9 @@ def build_parser() -> argparse.ArgumentParser:
         default="auto",
         help="weights and activations. auto: as in training; for a base model bfloat16 on a GPU, float32 without",
     )
-    model.add_argument("--attn_implementation", help="attention of transformers, such as sdpa. None: as in training")
+    model.add_argument(
+        "--attn_implementation", help="attention: sdpa, eager or flash_attention_2. None: as in training"
+    )
     model.add_argument(
         "--init",
         choices=("pretrained", "random"),

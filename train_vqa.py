@@ -94,6 +94,7 @@ from transformers import (
     WhisperFeatureExtractor,
     set_seed,
 )
+from transformers.integrations import get_available_reporting_integrations
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil, smart_resize
 from transformers.models.qwen2_vl.modeling_qwen2_vl import VisionAttention, apply_rotary_pos_emb_vision
@@ -462,7 +463,10 @@ def parse_arguments(argv: Sequence[str]) -> tuple[ModelArguments, DataArguments,
         VQAError: a required flag is missing, or two contradict each other.
     """
     parser = HfArgumentParser(
-        (ModelArguments, DataArguments, VQATrainingArguments), allow_abbrev=False, description=__doc__.split("\n\n")[0]
+        (ModelArguments, DataArguments, VQATrainingArguments),
+        allow_abbrev=False,
+        description=__doc__.split("\n\n")[0],
+        usage="%(prog)s [--FLAG VALUE ...]  (--help lists all flags)",
     )
     given = {"--" + a[2:].split("=")[0].replace("-", "_") for a in argv if a.startswith("--")}  # either spelling
     if "--liger_kernel_config" in given:
@@ -478,8 +482,8 @@ def parse_arguments(argv: Sequence[str]) -> tuple[ModelArguments, DataArguments,
         argv = [*argv, "--dataloader_num_workers", str(min(MAX_WORKERS, os.cpu_count()))]
     try:
         model_args, data_args, training_args = parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
-    except ValueError as error:  # TrainingArguments' own cross-checks
-        raise VQAError(str(error)) from error
+    except (ValueError, ImportError) as error:  # TrainingArguments' own cross-checks, and packages that a flag needs
+        raise VQAError(" ".join(str(error).split())) from error
     missing = ["--train_data_path"] * (not data_args.train_data_path) + ["--frames_dir"] * (not data_args.frames_dir)
     if data_args.input_mode != "text" and not data_args.audio_dir:
         missing.append("--audio_dir (or --input_mode text)")
@@ -496,18 +500,50 @@ def parse_arguments(argv: Sequence[str]) -> tuple[ModelArguments, DataArguments,
         raise VQAError(f"--gpu_memory_limit_gib {limit}: name a size above 0, or leave it out")
     if model_args.checkpoint_every_n == "auto":
         memory_to_fit(model_args)
+    refuse_numbers(model_args, data_args, training_args)
     refuse_contradictions(model_args, data_args, training_args, given)
     if model_args.compile_layers and not data_args.dry_run:
         check_compiler(training_args.device.type)
     if model_args.use_liger_kernel and not data_args.dry_run:
         check_liger(training_args.device.type)
-    for flag in ("max_train_frames", "max_train_samples", "max_eval_samples"):
-        if getattr(data_args, flag) is not None and getattr(data_args, flag) < 1:
-            raise VQAError(f"--{flag} must be at least 1; leave it out for all")
-    if data_args.max_eval_frames < 0:
-        raise VQAError("--max_eval_frames must be 0 (all frames) or more")
+    if not (data_args.dry_run or data_args.check_data):
+        refuse_surroundings(training_args)
     data_args.max_eval_frames = data_args.max_eval_frames or None
     return model_args, data_args, training_args
+
+
+def refuse_numbers(model_args: ModelArguments, data_args: DataArguments, training_args: VQATrainingArguments) -> None:
+    """VQAError where a number is one that nothing can be trained with."""
+    given = {**vars(model_args), **vars(data_args), **vars(training_args)}
+    for flag in ("max_train_frames", "max_train_samples", "max_eval_samples"):
+        if given[flag] is not None and given[flag] < 1:
+            raise VQAError(f"--{flag} must be at least 1; leave it out for all")
+    batches = ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps")
+    for flag in ("max_image_size", "lora_r", "lora_alpha", *batches):
+        if given[flag] < 1:
+            raise VQAError(f"--{flag} {given[flag]}: must be at least 1")
+    for flag in ("learning_rate", *(["num_train_epochs"] if training_args.max_steps <= 0 else [])):
+        if not given[flag] > 0:  # nor NaN
+            raise VQAError(f"--{flag} {given[flag]}: must be above 0")
+    if not 0 <= model_args.lora_dropout < 1:
+        raise VQAError(f"--lora_dropout {model_args.lora_dropout}: must be 0 or more, and below 1")
+    if data_args.max_eval_frames < 0:
+        raise VQAError("--max_eval_frames must be 0 (all frames) or more")
+
+
+def refuse_surroundings(training_args: VQATrainingArguments) -> None:
+    """VQAError where the Trainer would not start here, or not as one process on one GPU."""
+    if (count := max(training_args.n_gpu, training_args.world_size)) > 1:
+        raise VQAError(
+            f"{count} GPUs are to be used, and this script trains on one: start it by itself (not by torchrun or "
+            "accelerate), with CUDA_VISIBLE_DEVICES=0"
+        )
+    if absent := sorted(set(training_args.report_to) - set(get_available_reporting_integrations())):
+        raise VQAError(
+            f"--report_to {' '.join(absent)}: no such package is installed; install it, or leave the flag out"
+        )
+    if training_args.save_strategy == "best" and training_args.metric_for_best_model is None:
+        raise VQAError("--save_strategy best: say by what, such as --metric_for_best_model eval_loss")
 
 
 def refuse_contradictions(
@@ -707,7 +743,13 @@ def find_media(
 
     Returns:
         What was not found, or lies outside.
+
+    Raises:
+        VQAError: one of the two is no folder.
     """
+    for flag, folder in (("frames_dir", frames_dir), ("audio_dir", audio_dir)):
+        if folder is not None and not Path(folder).is_dir():
+            raise VQAError(f"{folder}: no such folder; --{flag} names it")
     problems, inside = [], _Inside(allow_symlinks)
     root = str(frames_dir)
     for row in rows:
@@ -2542,7 +2584,10 @@ def load_new_rows(model: SurgicalVQAModel, folder: Path) -> None:
 
 
 def write_weights(weights: dict[str, torch.Tensor], folder: Path, verbose: bool = False) -> None:
-    """Write safetensors shards and their index; of weights on a GPU, one shard at a time lies in RAM."""
+    """Write safetensors shards and their index; of weights on a GPU, one shard at a time lies in RAM.
+
+    `weights` share no storage.
+    """
     split = split_torch_state_dict_into_shards(weights, max_shard_size=SHARD_BYTES)
     groups = list(split.filename_to_tensors.values())
     weight_map = {}
@@ -2662,7 +2707,7 @@ def check_base(model: SurgicalVQAModel, adapter: Path) -> None:
     if trained_on.get("base_fingerprint") is None:
         print(f"   {adapter}: its {SETTINGS_FILE} has no base_fingerprint, so no base was compared")
     elif trained_on["base_fingerprint"] != found:
-        base = f"its base was {trained_on['model_name_or_path']}, name it with --model_name_or_path"
+        base = f"its base was {trained_on['model_name_or_path']}, name that one"
         if trained_on.get("init") == "random":
             base = (
                 f"its base was drawn from seed {trained_on.get('init_seed')} in {trained_on.get('dtype')} on "
@@ -3099,13 +3144,21 @@ def ignore_stop_signals(init: typing.Callable | None, worker: int) -> None:
 
 @contextlib.contextmanager
 def lock_folder(folder: str | Path):
-    """Hold `folder` for this process; VQAError where another run holds it. What an unfinished save left is removed.
+    """Hold `folder`, made if need be, for this process; VQAError where it cannot be, or where another run holds it.
+
+    What an unfinished save left is removed.
 
     The lock is one of lockf, which dies with the process: flock's would live on in loader workers of a killed run.
     """
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / ".lock").open("w") as lock:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        opened = (folder / ".lock").open("w")
+    except OSError as error:
+        raise VQAError(
+            f"--output_dir {folder}: cannot be written to ({error.strerror}); name another folder"
+        ) from error
+    with opened as lock:
         try:
             fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
@@ -3538,12 +3591,14 @@ class VQATrainer(Trainer):
 
     # ---- loading: only what is no pickle, or is read as data
 
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+    def _load_from_checkpoint(
+        self, resume_from_checkpoint: str, model: nn.Module | None = None, advice: str = "name another checkpoint"
+    ) -> None:
         if self.whole:
             return read_whole(self.model, Path(resume_from_checkpoint))
         file = Path(resume_from_checkpoint) / "adapter_model.safetensors"
         wanted = get_peft_model_state_dict(self.model, save_embedding_layers=False)
-        with self.reading(file):
+        with self.reading(file, advice):
             stored = load_file(file)
             shapes = {name: tensor.shape for name, tensor in stored.items()}
             if shapes != {name: tensor.shape for name, tensor in wanted.items()}:
@@ -3551,7 +3606,13 @@ class VQATrainer(Trainer):
             set_peft_model_state_dict(self.model, stored)
 
     def _load_best_model(self) -> None:
-        self._load_from_checkpoint(self.state.best_model_checkpoint)
+        best = self.state.best_model_checkpoint
+        others = [path.name for path in checkpoints_of(self.args.output_dir).values() if path.name != Path(best).name]
+        self._load_from_checkpoint(
+            best,
+            advice="it is the best one, which --load_best_model_at_end asks for; training is done, and "
+            + (f"{', '.join(others)} can be evaluated instead" if others else "there is no other checkpoint"),
+        )
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         with self.reading(f"{checkpoint}: optimizer.pt or scheduler.pt"):
@@ -3567,13 +3628,13 @@ class VQATrainer(Trainer):
             super()._load_rng_state(checkpoint)
 
     @contextlib.contextmanager
-    def reading(self, what: str | Path):
-        """VQAError where `what` cannot be read as data."""
+    def reading(self, what: str | Path, advice: str = "name another checkpoint"):
+        """VQAError where `what` cannot be read as data, with what to do."""
         try:
             yield
         except UNREADABLE as error:
             reason = (str(error).splitlines() or [type(error).__name__])[0]
-            raise VQAError(f"{what} cannot be read ({reason}); name another checkpoint") from error
+            raise VQAError(f"{what} cannot be read ({reason}); {advice}") from error
 
     def _get_dataloader(self, *args, **kwargs):
         loader = super()._get_dataloader(*args, **kwargs)
@@ -3976,14 +4037,22 @@ def run(entry) -> None:
     try:
         status = entry()
     except VQAError as error:
+        end_bars()
         print("\n".join(f"error: {line}" for line in str(error).splitlines()), file=sys.stderr)
         status = 1
     except Interrupted as stop:
+        end_bars()
         print(stop, file=sys.stderr)
         status = 128 + stop.signum
     finally:
         end_workers()
     sys.exit(status)
+
+
+def end_bars() -> None:
+    """End the lines of progress bars that an error left open: its own line begins one."""
+    for bar in list(getattr(tqdm, "_instances", ())):
+        bar.close()
 
 
 def end_workers() -> None:

@@ -173,6 +173,7 @@ flags=(
     "${settings[@]}" ${given[@]+"${given[@]}"}
 )
 python=$(find_python "$here/requirements.txt")
+for flag in "$@"; do case $flag in -h | --help) sed -n '2,9s/^# \{0,1\}//p' "${BASH_SOURCE[0]}" && echo ;; esac; done
 supervise "$python" "$here/train_vqa.py" "${flags[@]}"
 
 for flag in "$@"; do case $flag in -h | --help) exit ;; esac; done

@@ -5,6 +5,7 @@
 #   bash verify_tokenizer.sh [MODEL]    folder or hub id; without one the default of train_vqa.py
 set -euo pipefail
 
+case ${1-} in -h | --help) sed -n '2,5s/^# \{0,1\}//p' "${BASH_SOURCE[0]}" && exit ;; esac
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 python=$(bash "$here/train_with_eval_FINAL.sh" --python)
 PYTHONPATH=$here${PYTHONPATH:+:$PYTHONPATH} "$python" - "$@" <<'PY'

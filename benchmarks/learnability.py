@@ -1198,7 +1198,10 @@ def main(argv: Sequence[str] | None = None) -> None:
                 print(f"{name}: {time.monotonic() - started:.1f} s", flush=True)
     finally:  # also where a later stage ends the script, for want of what failed
         if failed:
-            print(f"error: failed: {', '.join(failed)}; see the logs in {args.out_dir}", file=sys.stderr)
+            print(
+                f"error: failed: {', '.join(failed)}; see the logs in {args.out_dir} and its folder answers",
+                file=sys.stderr,
+            )
     if failed:
         sys.exit(1)
 

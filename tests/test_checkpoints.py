@@ -801,6 +801,13 @@ def test_a_full_disk_is_found_before_anything_is_loaded(adapter, tmp_path, monke
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("device", ["foo", "cuda:99"])
+def test_a_merge_on_a_device_that_is_not_there_is_refused(device, tmp_path):
+    paths = ["--stage1_model_path", str(TINY), "--output_path", str(tmp_path / "out")]
+    with pytest.raises(vqa.VQAError, match=rf"^--device {device}: not to be had here \(.+\)$"):
+        merge.main([*paths, "--device", device])
+
+
 def test_a_merge_overwrites_nothing(adapter, tmp_path):
     (tmp_path / "out").mkdir()
     with pytest.raises(vqa.VQAError, match="out: is there already; name a new folder"):

@@ -561,6 +561,11 @@ def test_no_merge_without_an_adapter_is_refused(evaluate, tiny, no_weights):
     assert complaint == "--no_merge: there is no adapter to keep apart; leave it out"
 
 
+def test_an_unknown_attention_is_refused_before_the_data_is_read(evaluate):
+    complaint = refusal(evaluate("--attn_implementation", "foo", "--eval_data_path", "nowhere.jsonl"))
+    assert complaint == "--attn_implementation must be one of sdpa, eager, flash_attention_2, not 'foo'"
+
+
 def test_a_base_in_4_bits_keeps_the_adapter_apart_and_says_so(checkpoint, capsys):
     folder, change = checkpoint
     change("model", load_in_4bit=True)

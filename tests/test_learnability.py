@@ -363,7 +363,7 @@ def test_what_failed_is_named_at_the_end_and_keeps_nothing_from_running(report_e
     assert told.err == (
         f"error: failed: training tiny (exit status 3), evaluation tiny_naive_pad (no model in {tmp_path / 'runs'}/"
         "tiny_naive_pad), evaluation tiny-test-8 (exit status 2), evaluation tiny-eval-8 (exit status 1); "
-        f"see the logs in {tmp_path / 'results'}\n"
+        f"see the logs in {tmp_path / 'results'} and its folder answers\n"
     )
 
 

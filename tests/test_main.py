@@ -63,6 +63,74 @@ def test_flags_that_are_missing_or_wrong(argv, message):
     assert str(error.value) == message
 
 
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        *(
+            (f"--{flag} {value}", f"--{flag} {value}: must be at least 1")
+            for flag in ("max_image_size", "lora_r", "lora_alpha", "per_device_train_batch_size")
+            for value in (0, -5)
+        ),
+        ("--per_device_eval_batch_size 0", "--per_device_eval_batch_size 0: must be at least 1"),
+        ("--gradient_accumulation_steps 0", "--gradient_accumulation_steps 0: must be at least 1"),
+        ("--learning_rate -1", "--learning_rate -1.0: must be above 0"),
+        ("--learning_rate nan", "--learning_rate nan: must be above 0"),
+        ("--num_train_epochs 0", "--num_train_epochs 0.0: must be above 0"),
+        ("--lora_dropout 1", "--lora_dropout 1.0: must be 0 or more, and below 1"),
+        ("--lora_dropout -0.1", "--lora_dropout -0.1: must be 0 or more, and below 1"),
+        (
+            "--report_to comet_ml",
+            "--report_to comet_ml: no such package is installed; install it, or leave the flag out",
+        ),
+        ("--save_strategy best", "--save_strategy best: say by what, such as --metric_for_best_model eval_loss"),
+        ("--frames_dir nowhere", "nowhere: no such folder; --frames_dir names it"),
+        ("--audio_dir nowhere", "nowhere: no such folder; --audio_dir names it"),
+        ("--output_dir file", "--output_dir file: cannot be written to (File exists); name another folder"),
+        ("--output_dir file/in", "--output_dir file/in: cannot be written to (Not a directory); name another folder"),
+    ],
+)
+def test_what_cannot_be_trained_with_is_refused_before_weights_load(flags, message, no_weights):
+    Path("file").touch()
+    with pytest.raises(vqa.VQAError) as error:
+        vqa.main([*FIXTURE_DATA, *RANDOM_TINY, *SMALL, "--output_dir", "out", *flags.split()])
+    assert str(error.value) == message
+
+
+def test_steps_need_no_epochs():
+    _, _, args = vqa.parse_arguments([*FIXTURE_DATA, "--dry_run", "--num_train_epochs", "0", "--max_steps", "3"])
+    assert args.max_steps == 3
+
+
+@pytest.mark.parametrize("many", ["n_gpu", "world_size"])
+def test_more_than_one_gpu_is_refused(many, monkeypatch, no_weights):
+    """The Trainer would cut the batch for them, positions by their axes; or each process would write the same files."""
+    monkeypatch.setattr(vqa.VQATrainingArguments, many, 8)
+    with pytest.raises(vqa.VQAError, match=r"^8 GPUs are to be used, and .* one: .* with CUDA_VISIBLE_DEVICES=0$"):
+        vqa.main([*FIXTURE_DATA, *RANDOM_TINY, *SMALL, "--output_dir", "out"])
+    vqa.parse_arguments([*FIXTURE_DATA, "--dry_run"])
+
+
+@pytest.mark.parametrize("error", [vqa.VQAError("wrong"), vqa.Interrupted(15, "wrong")])
+def test_an_error_begins_a_line_after_a_progress_bar(error, capsys):
+    def entry():
+        bar = vqa.tqdm(total=2)
+        bar.update()
+        raise error
+
+    with pytest.raises(SystemExit):
+        vqa.run(entry)
+    assert capsys.readouterr().err.splitlines()[-1] == ("error: wrong" if error.args == ("wrong",) else str(error))
+
+
+def test_an_unknown_flag_is_two_lines(capsys):
+    with pytest.raises(SystemExit) as stop:
+        vqa.parse_arguments([*FIXTURE_DATA, "--nosuch", "1"])
+    assert stop.value.code == 2
+    usage, message = capsys.readouterr().err.splitlines()
+    assert usage.endswith("[--FLAG VALUE ...]  (--help lists all flags)")
+    assert message.endswith("error: unrecognized arguments: --nosuch 1")
+
+
 def test_every_flag_has_a_help_text(capsys):
     for arguments in (vqa.ModelArguments, vqa.DataArguments, vqa.VQATrainingArguments):
         for name, flag in arguments.__dataclass_fields__.items():

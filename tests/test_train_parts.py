@@ -587,7 +587,12 @@ def test_a_torn_best_checkpoint_is_named(build, tokenizer, tmp_path):
     file = tmp_path / "checkpoint-1/adapter_model.safetensors"
     os.truncate(file, file.stat().st_size // 2)
     trainer.state.best_model_checkpoint = str(tmp_path / "checkpoint-1")
-    with pytest.raises(vqa.VQAError, match=rf"^{file} cannot be read \(.*\); name another checkpoint$"):
+    advice = "it is the best one, which --load_best_model_at_end asks for; training is done, and there is no other"
+    with pytest.raises(vqa.VQAError, match=rf"^{file} cannot be read \(.*\); {advice} checkpoint$"):
+        trainer._load_best_model()
+    for number in (2, 3):
+        (tmp_path / f"checkpoint-{number}").mkdir()
+    with pytest.raises(vqa.VQAError, match=r"and checkpoint-3, checkpoint-2 can be evaluated instead$"):
         trainer._load_best_model()
 
 
