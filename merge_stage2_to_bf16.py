@@ -125,10 +125,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     options |= {"load_in_4bit": False, "allow_pickle": args.allow_pickle}
     options |= {name: value for name in ("audio_encoder", "seed") if (value := getattr(args, name)) is not None}
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
+    device = args.device or device
     try:
-        device = torch.empty(0, device=args.device or device).device
+        device = torch.empty(0, device=device).device
     except (RuntimeError, AssertionError) as error:  # a name that is none, or a device that is not here
-        raise vqa.VQAError(f"--device {args.device}: not to be had here ({str(error).splitlines()[0]})") from error
+        raise vqa.VQAError(f"--device {device}: not to be had here ({str(error).splitlines()[0]})") from error
     own_tokenizer = adapter and (adapter / "tokenizer.json").is_file()
     tokenizer = vqa.load_tokenizer(adapter if own_tokenizer else args.stage1_model_path)
     plan = vqa.load_model(args.stage1_model_path, tokenizer, dtype=dtype, device="meta", **options)

@@ -495,12 +495,9 @@ def parse_arguments(argv: Sequence[str]) -> tuple[ModelArguments, DataArguments,
         raise VQAError("--eval_strategy needs --eval_data_path: name the questions to evaluate on")
     if not re.fullmatch(r"\d+|auto", model_args.checkpoint_every_n):
         raise VQAError("--checkpoint_every_n must be 0 (none), 1 (every layer), N (every N-th layer) or auto")
-    limit = model_args.gpu_memory_limit_gib
-    if limit is not None and limit <= 0:
-        raise VQAError(f"--gpu_memory_limit_gib {limit}: name a size above 0, or leave it out")
+    refuse_numbers(model_args, data_args, training_args)
     if model_args.checkpoint_every_n == "auto":
         memory_to_fit(model_args)
-    refuse_numbers(model_args, data_args, training_args)
     refuse_contradictions(model_args, data_args, training_args, given)
     if model_args.compile_layers and not data_args.dry_run:
         check_compiler(training_args.device.type)
@@ -514,17 +511,20 @@ def parse_arguments(argv: Sequence[str]) -> tuple[ModelArguments, DataArguments,
 
 def refuse_numbers(model_args: ModelArguments, data_args: DataArguments, training_args: VQATrainingArguments) -> None:
     """VQAError where a number is one that nothing can be trained with."""
-    given = {**vars(model_args), **vars(data_args), **vars(training_args)}
+    numbers = {**vars(model_args), **vars(data_args), **vars(training_args)}
+    limit = model_args.gpu_memory_limit_gib
+    if limit is not None and limit <= 0:
+        raise VQAError(f"--gpu_memory_limit_gib {limit}: name a size above 0, or leave it out")
     for flag in ("max_train_frames", "max_train_samples", "max_eval_samples"):
-        if given[flag] is not None and given[flag] < 1:
+        if numbers[flag] is not None and numbers[flag] < 1:
             raise VQAError(f"--{flag} must be at least 1; leave it out for all")
     batches = ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps")
     for flag in ("max_image_size", "lora_r", "lora_alpha", *batches):
-        if given[flag] < 1:
-            raise VQAError(f"--{flag} {given[flag]}: must be at least 1")
+        if numbers[flag] < 1:
+            raise VQAError(f"--{flag} {numbers[flag]}: must be at least 1")
     for flag in ("learning_rate", *(["num_train_epochs"] if training_args.max_steps <= 0 else [])):
-        if not given[flag] > 0:  # nor NaN
-            raise VQAError(f"--{flag} {given[flag]}: must be above 0")
+        if not numbers[flag] > 0:  # nor NaN
+            raise VQAError(f"--{flag} {numbers[flag]}: must be above 0")
     if not 0 <= model_args.lora_dropout < 1:
         raise VQAError(f"--lora_dropout {model_args.lora_dropout}: must be 0 or more, and below 1")
     if data_args.max_eval_frames < 0:
@@ -747,9 +747,9 @@ def find_media(
     Raises:
         VQAError: one of the two is no folder.
     """
-    for flag, folder in (("frames_dir", frames_dir), ("audio_dir", audio_dir)):
+    for flags, folder in (("--frames_dir", frames_dir), ("--audio_dir or --eval_audio_dir", audio_dir)):
         if folder is not None and not Path(folder).is_dir():
-            raise VQAError(f"{folder}: no such folder; --{flag} names it")
+            raise VQAError(f"{folder}: no such folder; {flags} names it")
     problems, inside = [], _Inside(allow_symlinks)
     root = str(frames_dir)
     for row in rows:

@@ -173,10 +173,16 @@ flags=(
     "${settings[@]}" ${given[@]+"${given[@]}"}
 )
 python=$(find_python "$here/requirements.txt")
-for flag in "$@"; do case $flag in -h | --help) sed -n '2,9s/^# \{0,1\}//p' "${BASH_SOURCE[0]}" && echo ;; esac; done
+for flag in "$@"; do
+    case $flag in
+        -h | --help)
+            sed -n '2,9s/^# \{0,1\}//p' "${BASH_SOURCE[0]}" && echo
+            exec "$python" "$here/train_vqa.py" --help
+            ;;
+    esac
+done
 supervise "$python" "$here/train_vqa.py" "${flags[@]}"
 
-for flag in "$@"; do case $flag in -h | --help) exit ;; esac; done
 if switched_on --dry_run "${flags[@]}" || switched_on --check_data "${flags[@]}"; then exit; fi
 
 results=${RESULTS:-results/eval_out.jsonl}

@@ -84,7 +84,7 @@ def test_flags_that_are_missing_or_wrong(argv, message):
         ),
         ("--save_strategy best", "--save_strategy best: say by what, such as --metric_for_best_model eval_loss"),
         ("--frames_dir nowhere", "nowhere: no such folder; --frames_dir names it"),
-        ("--audio_dir nowhere", "nowhere: no such folder; --audio_dir names it"),
+        ("--audio_dir nowhere", "nowhere: no such folder; --audio_dir or --eval_audio_dir names it"),
         ("--output_dir file", "--output_dir file: cannot be written to (File exists); name another folder"),
         ("--output_dir file/in", "--output_dir file/in: cannot be written to (Not a directory); name another folder"),
     ],
