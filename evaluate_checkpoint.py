@@ -1439,11 +1439,9 @@ class Subject:
 
     base: str  # folder or hub id of the model, without adapter
     adapter: Path | None
-    tokenizer: str  # folder or hub id
     init: str  # pretrained or random
     init_seed: int
     init_device: str | None  # device type that random weights are drawn on. None: the one that answers
-    base_dtype: str  # of the base as training had it
     dtype: str  # to answer in
     attn_implementation: str
     input_mode: str
@@ -1512,11 +1510,9 @@ def read_subject(args: argparse.Namespace, device_type: str) -> Subject:
     return Subject(
         base=base or model.get("model_name_or_path", vqa.DEFAULT_MODEL),
         adapter=adapter,
-        tokenizer=str(folder or base or vqa.DEFAULT_MODEL),
         init=model.get("init", args.init or "pretrained"),
         init_seed=model.get("init_seed", args.seed),
         init_device=model.get("init_device"),
-        base_dtype=base_dtype if adapter else dtype,
         dtype=dtype,
         attn_implementation=attention,
         input_mode=args.input_mode or inputs.get("input_mode", defaults.input_mode),
@@ -1529,11 +1525,8 @@ def read_subject(args: argparse.Namespace, device_type: str) -> Subject:
     )
 
 
-def load_subject(subject: Subject, device: Any) -> tuple[Any, Any, str]:
-    """(SurgicalVQAModel with its adapter in place, tokenizer, fingerprint of the base).
-
-    Raises InputError where random weights were drawn on a device that is not here; VQAError from the loaders.
-    """
+def load_subject(subject: Subject, device: Any) -> Any:
+    """train_vqa's Trained: the model with its adapter in place, its processor, the fingerprint of its base."""
     import torch
 
     import train_vqa as vqa
@@ -1541,39 +1534,18 @@ def load_subject(subject: Subject, device: Any) -> tuple[Any, Any, str]:
     kernel = vqa.ATTENTION_KERNELS[subject.attn_implementation]
     precision = {"bfloat16": "BF16", "float32": "FP32"}[subject.dtype]
     print(f"⏳ Loading merged {precision} model with {kernel} attention...", flush=True)
-    tokenizer = vqa.load_tokenizer(subject.tokenizer)
-    drawn_on = (subject.init_device or device.type) if subject.init == "random" else device.type
-    if drawn_on not in ("cpu", device.type):
-        raise InputError(
-            f"{subject.adapter}: its random base was drawn on {drawn_on}, and {device.type} draws other numbers; "
-            f"evaluate it on a machine with {drawn_on}"
-        )
-    options = vqa.base_options(subject.settings) if subject.adapter else {}
-    model = vqa.load_model(
-        subject.base,
-        tokenizer,
-        **{**options, "init": subject.init, "seed": subject.init_seed},
-        dtype=getattr(torch, subject.base_dtype),
-        device=drawn_on,
-        attn_implementation=subject.attn_implementation,
+    names = ("init", "init_seed", "init_device", "attn_implementation")
+    names += ("input_mode", "max_image_size", "audio_tokens", "frame_mode")
+    trained = vqa.load_trained(
+        subject.adapter or subject.base,
+        device=device,
+        dtype=getattr(torch, subject.dtype),
+        merge=subject.merged,
+        model_name_or_path=subject.base,
+        **{name: getattr(subject, name) for name in names},
     )
-    identity = vqa.fingerprint(model)
-    peft_model = None
-    if subject.adapter:
-        peft_model = vqa.load_adapter(model, subject.adapter, allow_pickle=options["allow_pickle"])
-        model = peft_model.get_base_model()
-    model = model.to(device).eval()
-    if subject.merged and subject.dtype == "bfloat16":
-        model = vqa.fold_adapter(peft_model)
-    answering = [model] if subject.dtype != subject.base_dtype else [model.model.visual, model.audio_encoder]
-    for part in answering:  # towers that were trained come in float32, which only their training needs
-        for weight in part.parameters():  # not `model.to(dtype)`: it would round the rotary frequencies as well
-            if weight.is_floating_point():  # and not what is kept in 4 bits
-                weight.data = weight.data.to(getattr(torch, subject.dtype))
-    if subject.merged and subject.dtype == "float32":  # after widening, so that nothing is rounded
-        model = vqa.fold_adapter(peft_model)
     print(f"✓ Model loaded in full {precision}", flush=True)
-    return model, tokenizer, identity
+    return trained
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1594,14 +1566,14 @@ class ArmInputs:
     def __init__(self, arm: str, dataset: Any, heard: Sequence[Any], seed: int):
         self.arm, self.dataset, self.heard, self.seed = arm, dataset, heard, seed
         self.rows, self.processor = dataset.rows, dataset.processor
-        self.features: list[tuple[Path | None, Path | None]] = []  # of each row; `fill_feature_cache` sets it
+        self.features: Any = None  # train_vqa's FeatureStore, once it is filled
         self.batch_size: int | None = None  # rows answered at a time; `answer_arm` sets it
 
     def sample(self, index: int) -> Row | str:
         """Model inputs of a row without a batch dimension, or what is wrong with its media; threads may call it."""
         import train_vqa as vqa
 
-        seen, heard = (file and vqa.read_features(file) for file in (self.features or {index: (None, None)})[index])
+        seen, heard = ((self.features and self.features.read(medium)) for medium in self.media_of(index))
         try:
             frames, speech = self.read(index, see=not seen, hear=not heard)
             frames, speech = change_inputs(self.arm, frames, speech, f"{self.seed}/{self.rows[index].key}")
@@ -2126,12 +2098,10 @@ def _generate(args: argparse.Namespace, stop: Any) -> int:
         print(f"   Using {limit} frames (evenly sampled) to reduce eval memory")
 
     # 3. Model
-    model, tokenizer, identity = load_subject(subject, device)
-    arms = {}
+    trained = load_subject(subject, device)
+    model, identity, arms = trained.model, trained.base_fingerprint, {}
     for arm, mode in modes.items():
-        processor = vqa.VQAProcessor(
-            tokenizer, model.config, subject.max_image_size, mode, subject.audio_tokens, subject.frame_mode
-        )
+        processor = trained.processor.with_mode(mode)
         dataset = vqa.SurgicalVQADataset(rows, processor, max_eval_frames=limit, is_eval=True, with_answer=False)
         arms[arm] = ArmInputs(arm, dataset, heard[arm], args.seed)
     trained_tokens = subject.settings.get("input", {}).get("encoder_tokens", processor.encoder_tokens)
@@ -2161,7 +2131,10 @@ def _generate(args: argparse.Namespace, stop: Any) -> int:
             check_same_media(inputs, annotations, rows_of[arm])
         target.unlink(missing_ok=True)  # the figures of fewer rows, or of other ones
         if args.cache_features:  # after the gates, whose changed frames and speech are encoded as they come
-            vqa.fill_feature_cache(model, list(arms.values()), args.cache_features, args.allow_errors)
+            store = vqa.FeatureStore(args.cache_features, model, trained.processor)
+            store.fill(list(arms.values()), args.allow_errors)
+            for inputs in arms.values():
+                inputs.features = store
         stop.saves = True
         for arm, inputs in arms.items():
             answered += answer_arm(model, inputs, annotations, rows_of[arm], args, stop)

@@ -41,8 +41,9 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def sample_inputs(model: vqa.SurgicalVQAModel, tokenizer) -> dict[str, torch.Tensor]:
+def sample_inputs(model: vqa.SpeechMixin) -> dict[str, torch.Tensor]:
     """A batch of one made-up sample on the model's device: two frames of grey noise, and a second of a 440 Hz tone."""
+    tokenizer = model.processor.tokenizer
     processor = vqa.VQAProcessor(tokenizer, model.config, max_image_size=112)
     noise = np.random.default_rng(0).integers(0, 256, (2, 112, 112), dtype=np.uint8)
     frames = [Image.fromarray(frame).convert("RGB") for frame in noise]
@@ -87,6 +88,13 @@ def check_disk(folder: Path, weight_bytes: int) -> None:
         )
 
 
+def use_adapter(model: torch.nn.Module, enabled: bool) -> None:
+    """Let the adapter inside `model` take part in its forward pass, or not."""
+    for module in model.modules():
+        if isinstance(module, vqa.BaseTunerLayer | vqa.ModulesToSaveWrapper):
+            module.enable_adapters(enabled)
+
+
 def write_settings(settings: dict, output: Path, dtype: str, identity: str, folder: Path) -> None:
     """Write what training chose, so that evaluation of the merged model repeats it; the base is the model itself."""
     merged_from = settings["model"]
@@ -97,16 +105,14 @@ def write_settings(settings: dict, output: Path, dtype: str, identity: str, fold
 
 
 def check_written(
-    folder: Path, tokenizer, dtype: torch.dtype, device: torch.device, identity: str, logits: torch.Tensor
+    folder: Path, vocab: dict[str, int], dtype: torch.dtype, device: torch.device, identity: str, logits: torch.Tensor
 ) -> None:
     """VQAError where the checkpoint in `folder`, read as any other, is not the model that was written."""
-    tokenizer_read = vqa.load_tokenizer(folder)
-    if tokenizer_read.get_vocab() != tokenizer.get_vocab():
-        moved = dict(tokenizer.get_vocab().items() - tokenizer_read.get_vocab().items())
+    read = vqa.load_trained(folder, device=device, dtype=dtype)
+    if moved := dict(vocab.items() - read.processor.tokenizer.get_vocab().items()):
         raise vqa.VQAError(f"{folder}: tokens {moved} come back under other ids; the base's vocabulary has holes")
-    model = vqa.load_model(folder, tokenizer_read, dtype=dtype, device=device)
-    difference = (sample_logits(model, sample_inputs(model, tokenizer_read)) - logits).abs().max().item()
-    if vqa.fingerprint(model) != identity or not difference <= 1e-3 * logits.abs().max().item():
+    difference = (sample_logits(read.model, sample_inputs(read.model)) - logits).abs().max().item()
+    if read.base_fingerprint != identity or not difference <= 1e-3 * logits.abs().max().item():
         raise vqa.VQAError(
             f"{folder}: reads back as another model (logits differ by {difference:.3g}); is the disk sound?"
         )
@@ -119,35 +125,36 @@ def main(argv: Sequence[str] | None = None) -> int:
     output, dtype = args.output_path.absolute(), getattr(torch, args.dtype)
     if output.exists():
         raise vqa.VQAError(f"--output_path {output}: is there already; name a new folder, or remove it")
-    adapter = Path(args.stage2_adapter_path) if args.stage2_adapter_path else None
-    settings = vqa.load_settings(adapter) if adapter and (adapter / vqa.SETTINGS_FILE).is_file() else None
-    options = vqa.base_options(settings) if settings else {}
-    options |= {"load_in_4bit": False, "allow_pickle": args.allow_pickle}
-    options |= {name: value for name in ("audio_encoder", "seed") if (value := getattr(args, name)) is not None}
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
     device = args.device or device
     try:
         device = torch.empty(0, device=device).device
     except (RuntimeError, AssertionError) as error:  # a name that is none, or a device that is not here
         raise vqa.VQAError(f"--device {device}: not to be had here ({str(error).splitlines()[0]})") from error
-    own_tokenizer = adapter and (adapter / "tokenizer.json").is_file()
-    tokenizer = vqa.load_tokenizer(adapter if own_tokenizer else args.stage1_model_path)
-    plan = vqa.load_model(args.stage1_model_path, tokenizer, dtype=dtype, device="meta", **options)
-    check_disk(output.parent, sum(p.nbytes for p in plan.parameters()))
+    adapter = args.stage2_adapter_path
+    if adapter and not (Path(adapter) / "adapter_config.json").is_file():
+        raise vqa.VQAError(f"{adapter}: holds no adapter (adapter_config.json, adapter_model.safetensors)")
+    changes = {"model_name_or_path": args.stage1_model_path, "load_in_4bit": False}
+    changes |= {"audio_encoder": args.audio_encoder} if args.audio_encoder else {}
+    changes |= {"init_seed": args.seed} if args.seed is not None else {}
 
     # 2. Load, fold, and answer one sample before and after
     print(f"Loading {args.stage1_model_path} on {device} in {args.dtype}")
-    model = vqa.load_model(args.stage1_model_path, tokenizer, dtype=dtype, device=device, **options)
-    inputs = sample_inputs(model, tokenizer)
+    source = adapter or args.stage1_model_path
+    changes |= {"device": device, "dtype": dtype, "base_dtype": dtype, "allow_pickle": args.allow_pickle}
+    trained = vqa.load_trained(source, merge=False, **changes)
+    model, settings = trained.model, trained.settings if adapter else None
+    check_disk(output.parent, sum(p.numel() for p in model.parameters()) * dtype.itemsize)
+    inputs = sample_inputs(model)
     if adapter:
         print(f"Folding {adapter}")
+        live = sample_logits(model, inputs)
+        use_adapter(model, False)
         before = sample_logits(model, inputs)
-        peft_model = vqa.load_adapter(model, adapter, allow_pickle=args.allow_pickle)
-        live = sample_logits(peft_model, inputs)
-        model = vqa.fold_adapter(peft_model)
-        for weight in model.parameters():  # what was trained whole is float32; one checkpoint has one dtype
+        use_adapter(model, True)
+        model = vqa.fold_adapter(model)
+        for weight in model.parameters():  # what was trained in full is float32; one checkpoint has one dtype
             weight.data = weight.data.to(dtype)
-        del peft_model
     merged = sample_logits(model, inputs)
 
     # 3. Write beside the output, read back, and only then give it its name
@@ -155,15 +162,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     partial.mkdir()
     try:
         print(f"Writing {output}")
-        vqa.write_weights(dict(model.named_parameters()), partial, verbose=True)  # a tied head is listed once
-        vqa.write_description(model, tokenizer, vqa.resolve_model_dir(args.stage1_model_path), partial)
+        vqa.write_weights(model, partial)
+        base = vqa.resolve_model_dir(args.stage1_model_path)
+        vqa.write_description(model, model.processor.tokenizer, base, partial)
         identity = vqa.fingerprint(model)
         if settings:
             write_settings(settings, output, args.dtype, identity, partial)
         for path in [*partial.iterdir(), partial]:  # a power cut must not leave a finished name on torn files
             vqa.sync(path)
-        del model
-        check_written(partial, tokenizer, dtype, device, identity, merged)
+        vocab = model.processor.tokenizer.get_vocab()
+        del model, trained
+        check_written(partial, vocab, dtype, device, identity, merged)
         partial.rename(output)
         vqa.sync(output.parent)
     finally:

@@ -31,7 +31,6 @@ sys.path.insert(0, str(ROOT))
 import torch  # noqa: E402
 from hypothesis import HealthCheck, Phase, given, seed, settings  # noqa: E402
 from hypothesis import strategies as st  # noqa: E402
-from peft import LoraConfig, get_peft_model  # noqa: E402
 from safetensors.torch import save_file  # noqa: E402
 
 import evaluate_checkpoint as ev  # noqa: E402
@@ -170,9 +169,10 @@ def real_settings() -> str:
 
 def read_settings(folder: Path):
     whole = json.loads(real_settings())
+    (folder / "adapter_config.json").write_text("{}")  # without it the base of the settings is not looked at
 
     def read(path: Path) -> None:
-        vqa.base_options(vqa.load_settings(path.parent))
+        vqa.trained_settings(path.parent, "cpu", {})
         with contextlib.suppress(vqa.VQAError):  # names the folder, and each difference
             vqa.refuse_other_settings(path.parent, whole)
 
@@ -192,15 +192,14 @@ def read_manifest(folder: Path):
 
 def read_progress(folder: Path):
     files = {
-        vqa.PROGRESS_FILE: {"step": 2, "tr_loss": 0.0, "total_loss": 0.0, "last_logged": 2, "seconds": 1.0,
-                            "evaluate": False},
+        vqa.PROGRESS_FILE: {"step": 2, "tr_loss": 0.0, "last_logged": 2, "evaluate": False},
         "trainer_state.json": {"global_step": 2, "epoch": 1.0, "log_history": []},
-    }  # fmt: skip
+    }
 
     def check(drawn: tuple[str, bytes]) -> None:
         for name, content in files.items():
             (folder / name).write_text(json.dumps(content))
-        refusing(lambda path: vqa.read_progress(path.parent), folder / drawn[0], drawn[1])
+        refusing(lambda path: vqa.RunGuard(None).resume(path.parent), folder / drawn[0], drawn[1])
 
     return st.one_of(*(st.tuples(st.just(name), contents(content)) for name, content in files.items())), check
 
@@ -225,9 +224,8 @@ def read_safetensors(folder: Path):
 
     def read(path: Path) -> None:
         with contextlib.suppress(vqa.VQAError):
-            vqa.read_adapter(path.parent, 4)
-        for tensor in vqa.list_tensors(path.parent).values():
-            vqa.read_tensor(tensor, torch.device("cpu"))
+            vqa.read_adapter(path.parent)
+        vqa.stored_keys(path.parent)
 
     return EDITS.map(lambda e: edited(whole, e)), functools.partial(refusing, read, path)
 
@@ -240,31 +238,23 @@ def read_features(folder: Path):
 
 
 def read_training_state(folder: Path):
-    """The optimizer, scheduler and random states (torch pickles), and the adapter, as the Trainer takes them up."""
-    flags = ["--train_data_path", "t", "--frames_dir", "f", "--audio_dir", "a", "--output_dir", str(folder)]
-    arguments = vqa.parse_arguments([*flags, "--use_cpu", "True"])[2]
-    with contextlib.redirect_stdout(None):
-        tokenizer = vqa.load_tokenizer(TINY)
-    model = get_peft_model(torch.nn.Sequential(torch.nn.Linear(4, 4)), LoraConfig(target_modules=["0"]))
-    trainer = vqa.VQATrainer(model=model, args=arguments, tokenizer=tokenizer, settings={})
-    trainer.create_optimizer_and_scheduler(10)
-    trainer.model(torch.ones(4)).sum().backward()
-    trainer.optimizer.step()
-    trainer._save_optimizer_and_scheduler(str(folder))
-    trainer._save_rng_state(str(folder))
-    names = ("optimizer.pt", "scheduler.pt", "rng_state.pth")
-    whole = {name: (folder / name).read_bytes() for name in names}
-
-    def read(path: Path) -> None:
-        trainer._load_optimizer_and_scheduler(str(path.parent))
-        trainer._load_rng_state(str(path.parent))
+    """The optimizer, scheduler and random states (torch pickles): any change is found before one of them is read."""
+    files = {"optimizer.pt": {"state": {0: torch.ones(4)}}, "scheduler.pt": {"last_epoch": 1}}
+    files["rng_state.pth"] = {"cpu": torch.get_rng_state()}
+    for name, state in files.items():
+        torch.save(state, folder / name)
+    vqa.write_manifest(folder)
+    whole = {name: (folder / name).read_bytes() for name in files}
 
     def check(drawn: tuple[str, list]) -> None:
-        for name in names:
-            (folder / name).write_bytes(whole[name])
-        refusing(read, folder / drawn[0], edited(whole[drawn[0]], drawn[1]))
+        content = edited(whole[drawn[0]], drawn[1])
+        (folder / drawn[0]).write_bytes(content)
+        damage = vqa.find_damage(folder, list(files))
+        assert (damage is None) == (content == whole[drawn[0]])
+        assert damage is None or damage.startswith(drawn[0])
+        (folder / drawn[0]).write_bytes(whole[drawn[0]])
 
-    return st.tuples(st.sampled_from(names), EDITS), check
+    return st.tuples(st.sampled_from(sorted(files)), EDITS), check
 
 
 READERS = {

@@ -158,7 +158,8 @@ def measure(
     synchronize()
     clock, start = Clocked(), time.perf_counter()
     if cache:
-        vqa.fill_feature_cache(model, [inputs], folder)
+        inputs.features = vqa.FeatureStore(folder, model, processor)
+        inputs.features.fill([inputs])
     filling = time.perf_counter() - start
     if cache == "warm":
         start += filling

@@ -629,6 +629,12 @@ def start_of(args: argparse.Namespace, name: str) -> Path | None:
     return args.start_dir and args.start_dir / name
 
 
+def checkpoints_in(folder: Path) -> list[Path]:
+    """The checkpoints of a run, oldest first; one without a manifest was cut short while it was written."""
+    complete = [path for path in folder.glob("checkpoint-*") if (path / "manifest.json").exists()]
+    return sorted(complete, key=lambda path: int(path.name.split("-")[1]))
+
+
 def parts_of(folder: Path) -> list[dict]:
     """The trainings that made the model in a folder, one after the other; the earlier ones are in its earlier.json."""
     earlier = folder / "earlier.json"
@@ -703,7 +709,7 @@ def train(args: argparse.Namespace) -> list[str]:
     for name, process in running.items():
         print(f"{name}: exit status {process.returncode}", flush=True)
         folder = args.work_dir / "runs" / name
-        checkpoints = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
+        checkpoints = checkpoints_in(folder)
         last = folder if (folder / "trainer_state.json").exists() else checkpoints[-1] if checkpoints else None
         if process.returncode and not (process.returncode in STOPPED and last):
             failed.append(f"training {name} (exit status {process.returncode})")
@@ -758,7 +764,7 @@ def evaluations(args: argparse.Namespace) -> dict[str, list[str]]:
 
     for name in args.variants:
         variant, folder = VARIANTS[name], work / "runs" / name
-        checkpoints = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
+        checkpoints = checkpoints_in(folder)
         final = folder if (folder / "config.json").exists() else checkpoints.pop() if checkpoints else None
         if final is None:
             continue

@@ -49,7 +49,7 @@ from benchmarks.speed_common import decoder_parameters, machine, matmul_ceiling,
 from benchmarks.training_changes import CHANGES
 
 SEED = "seed"
-FILL = vqa.fill_feature_cache
+FILL = vqa.FeatureStore.fill
 GPU_WORK = ("kernel", "gpu_memcpy", "gpu_memset")
 FAST = "--audio_tokens speech --frame_mode video"
 QUICK = "--compile_layers True --checkpoint_every_n 0"
@@ -68,13 +68,14 @@ class Clock(TrainerCallback):
         self.warmup, self.profile, self.steps, self.trainer = warmup, profile, [], None
         self.profiler, self.filling, self.distinct = None, 0.0, 0
 
-    def fill(self, model, sources, folder, *args, **kwargs):
-        """`fill_feature_cache` of train_vqa.py, timed; `distinct` counts pairs of clip and speech if none was there."""
-        start, before = time.perf_counter(), set(Path(folder).glob("*"))
-        FILL(model, sources, folder, *args, **kwargs)
+    def fill(self, store, sources, *args, **kwargs):
+        """`FeatureStore.fill` of train_vqa.py, timed; `distinct` counts pairs of clip and speech if none was there."""
+        start, before = time.perf_counter(), set(store.folder.glob("*"))
+        FILL(store, sources, *args, **kwargs)
         synchronize()
         self.filling += time.perf_counter() - start
-        pairs = {pair for source in sources for pair in source.features}
+        media = {source.media_of(index) for source in sources for index in range(len(source.rows))}
+        pairs = {tuple(store.files.get(medium) for medium in both) for both in media}
         self.distinct = len(pairs) if before.isdisjoint(path for pair in pairs for path in pair) else 0
 
     def on_step_begin(self, args, state, control, **kwargs):
@@ -220,10 +221,8 @@ def counting(base: type, clock: Clock) -> type:
                 self.counted["samples"] += len(batch["input_ids"])
             return batches, items
 
-        def save_model(self, output_dir=None, _internal_call=False):
-            """Nothing at the end: a save is not what is measured. A checkpoint after a failure is written as usual."""
-            if _internal_call:
-                super().save_model(output_dir, _internal_call)
+        def save_final(self):
+            """Nothing: a save is not what is measured. A checkpoint after a failure is written as usual."""
 
     return Counting
 
@@ -277,7 +276,7 @@ def run_ours(clock: Clock, flags: list[str]) -> tuple[int, int]:
     choose, chosen = vqa.choose_checkpointing, []
     with (
         patch.object(vqa, "VQATrainer", counting(vqa.VQATrainer, clock)),
-        patch.object(vqa, "fill_feature_cache", clock.fill),
+        patch.object(vqa.FeatureStore, "fill", lambda store, *args: clock.fill(store, *args)),
         patch.object(vqa, "choose_checkpointing", lambda *args: chosen.append(choose(*args)) or chosen[-1]),
     ):
         if vqa.main(flags):

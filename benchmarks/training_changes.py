@@ -30,9 +30,20 @@ def all_logits() -> Iterator[None]:
         yield
 
 
-def input_casts() -> contextlib.AbstractContextManager:
+@contextlib.contextmanager
+def input_casts() -> Iterator[None]:
     """PEFT casts the input of every adapter to float32."""
-    return patch.object(vqa, "skip_input_casts", lambda model: None)
+    build = vqa.build_model
+
+    def casting(*args):
+        built = build(*args)
+        for module in built[1].modules():
+            if isinstance(module, vqa.BaseTunerLayer):
+                module.cast_input_dtype_enabled = True
+        return built
+
+    with patch.object(vqa, "build_model", casting):
+        yield
 
 
 @contextlib.contextmanager

@@ -8,8 +8,10 @@ import re
 import shutil
 import sys
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import merge_stage2_to_bf16 as merge
@@ -59,16 +61,18 @@ def fresh(tiny, tokenizer):
 @pytest.fixture(scope="module")
 def batch(base, tokenizer):
     """One prompt: two frames of noise and a tone."""
-    return merge.sample_inputs(base, tokenizer)
+    base.processor = vqa.VQAProcessor(tokenizer, base.config)
+    return merge.sample_inputs(base)
 
 
-def write_model(source, folder, tensors, shards=1, config=lambda stored: None):
+def write_model(source, folder, tensors, shards=1, config=None):
     """A model folder: config.json of `source` as `config` changes it, the tokenizer, `tensors` in one file or more."""
     folder.mkdir(parents=True)
     for file in source.iterdir():
         shutil.copy(file, folder)
     stored = json.loads((folder / "config.json").read_text())
-    config(stored)
+    if config is not None:
+        config(stored)
     (folder / "config.json").write_text(json.dumps(stored))
     tensors = {key: tensor.detach().clone().contiguous() for key, tensor in tensors.items()}
     if shards == 1:
@@ -77,12 +81,13 @@ def write_model(source, folder, tensors, shards=1, config=lambda stored: None):
     weight_map = {key: f"model-{i % shards}.safetensors" for i, key in enumerate(sorted(tensors))}
     for file in set(weight_map.values()):
         save_file({key: tensors[key] for key, where in weight_map.items() if where == file}, folder / file)
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    index = {"metadata": {"total_size": sum(t.nbytes for t in tensors.values())}, "weight_map": weight_map}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     return folder
 
 
-def flat(config):
-    """As transformers 4.47 left it: nothing about the Whisper."""
+def deaf(config):
+    """Leave out what a plain Qwen2-VL does not have."""
     del config["audio_config"]
 
 
@@ -125,14 +130,17 @@ class Checkpoint:
             self.options = {"audio_encoder": folder / "whisper"}
         if layout == "d":
             pack(self.tensors, PACKED)
+            pack(self.tensors, PACKED.replace("layers.0", "layers.1"))
 
     def write(self, change=lambda tensors: None, of_whisper=False):
         """Write the folder (and the Whisper's) with `change` applied to the tensors of one of them."""
         change(self.whisper if of_whisper else self.tensors)
-        shards, config = {"a": (2, flat), "b": (1, lambda stored: None), "c": (2, flat), "d": (1, flat)}[self.layout]
+        shards, config = {"a": (2, None), "b": (1, None), "c": (2, deaf), "d": (1, None)}[self.layout]
         write_model(self.source, self.folder / "model", self.tensors, shards, config)
         if self.layout == "c":
-            audio = {**json.loads((self.source / "config.json").read_text())["audio_config"], "vocab_size": 3}
+            audio = json.loads((self.source / "config.json").read_text())["audio_config"]
+            audio |= {"decoder_layers": 1, "decoder_ffn_dim": 4, "decoder_attention_heads": 1, "vocab_size": 3}
+            audio |= {f"{name}_token_id": 0 for name in ("pad", "bos", "eos", "decoder_start")}
             (self.folder / "whisper").mkdir()
             (self.folder / "whisper/config.json").write_text(json.dumps(audio))
             save_file(
@@ -167,31 +175,42 @@ def assert_same_tensors(model, base, but=()):
 # ------------------------------------------------------------------------------------------------- loading each layout
 
 
-def test_a_the_old_layout_is_whole_and_its_whisper_is_read_from_the_shapes(checkpoint, base, capsys):
+def test_a_the_old_layout_is_loaded_bit_for_bit(checkpoint, base, batch, capsys):
     stored = checkpoint("a").write()
+    assert {"model.norm.weight", "visual.merger.mlp.0.bias"} <= set(stored.tensors)  # transformers 4's names
     model = stored.load()
     assert_same_tensors(model, base)
-    assert capsys.readouterr().out == f"   Weights: 96 tensors from {stored.folder}/model (2 files)\n"
-    audio = model.config.audio_config
-    assert (audio["d_model"], audio["encoder_layers"], audio["encoder_attention_heads"]) == (64, 2, 1)
-    assert (audio["encoder_ffn_dim"], audio["num_mel_bins"], audio["max_source_positions"]) == (128, 128, 100)
+    buffers = dict(model.named_buffers())
+    assert all(torch.equal(buffers[name], buffer) for name, buffer in base.named_buffers())
+    assert torch.equal(logits(model, batch), logits(base, batch))
+    assert f"96 tensors from {stored.folder}/model" in capsys.readouterr().out
+
+
+def test_a_copy_that_does_not_describe_its_whisper_has_whisper_large_v3_turbo(tmp_path):
+    shutil.copytree(FULL_SIZE, tmp_path / "model")
+    config = json.loads((FULL_SIZE / "config.json").read_text())
+    deaf(config)
+    (tmp_path / "model/config.json").write_text(json.dumps(config))
+    found, wanted = (vqa.audio_config_of(vqa.load_config(folder)) for folder in (tmp_path / "model", FULL_SIZE))
+    for name in vqa.AUDIO_CONFIG_FIELDS:
+        assert getattr(found, name) == getattr(wanted, name), name
+    assert (found.d_model, found.encoder_layers, found.num_mel_bins) == (1280, 32, 128)
 
 
 def test_b_our_own_save_is_whole(checkpoint, base, capsys):
     stored = checkpoint("b").write()
     assert_same_tensors(stored.load(), base)
-    assert capsys.readouterr().out == f"   Weights: 96 tensors from {stored.folder}/model (1 file)\n"
+    assert f"96 tensors from {stored.folder}/model" in capsys.readouterr().out
 
 
 def test_c_a_whisper_is_grafted_and_the_projector_said_to_be_untrained(checkpoint, base, capsys):
     stored = checkpoint("c").write()
     model = stored.load(seed=7)
     assert_same_tensors(model, base, but=["audio_projector.weight"])
-    assert capsys.readouterr().out == (
-        f"   Weights: 58 tensors from {stored.folder}/model (2 files), "
-        f"37 tensors from {stored.folder}/whisper (1 file), 2 tensors of the Whisper decoder there not used\n"
-        "   audio_projector is UNTRAINED: drawn from seed 7; the model hears nothing before training\n"
-    )
+    out = capsys.readouterr().out
+    assert f"58 tensors from {stored.folder}/model" in out
+    assert f"{stored.folder}/whisper" in out
+    assert "audio_projector is UNTRAINED: drawn from seed 7" in out
     drawn = model.audio_projector.weight
     assert abs(drawn.std().item() - 0.4) < 0.02  # the config's initializer_range
     assert torch.equal(stored.load(seed=7).audio_projector.weight, drawn)
@@ -214,10 +233,15 @@ def test_c_plain_qwen2_vl_is_told_what_it_lacks(checkpoint):
         stored.load(audio_encoder=None)
 
 
-def test_c_a_model_that_hears_takes_no_second_whisper(checkpoint):
-    stored = checkpoint("a").write()
-    with pytest.raises(vqa.VQAError, match=r"brings its own speech encoder .* leave --audio_encoder out"):
-        stored.load(audio_encoder=TINY)
+def test_c_a_model_that_hears_takes_no_second_whisper(checkpoint, tiny, base, tokenizer, tmp_path):
+    hears = write_model(tiny, tmp_path / "hears", dict(base.named_parameters()))
+    with pytest.raises(vqa.VQAError, match=r"hears: brings its own speech encoder .* leave --audio_encoder out"):
+        vqa.load_model(hears, tokenizer, audio_encoder=checkpoint("c").write().folder / "whisper")
+
+
+def test_c_what_is_no_whisper_is_refused(checkpoint):
+    with pytest.raises(vqa.VQAError, match=r"--audio_encoder .*tiny_model/config\.json: model_type is 'qwen2_vl'"):
+        checkpoint("c").write().load(audio_encoder=TINY)
 
 
 def test_the_same_weights_are_one_base_in_every_layout_and_dtype(checkpoint, base, tmp_path):
@@ -251,7 +275,7 @@ def test_full_vocabulary_with_the_real_ids_is_kept_and_merged(full_vocabulary, b
     rows = torch.randn(152064, 64, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)
     tensors = {old_key(name): tensor.to(torch.bfloat16) for name, tensor in base.named_parameters()}
     tensors |= {"model.embed_tokens.weight": rows, "lm_head.weight": -rows}
-    stored = write_model(full_vocabulary, tmp_path / "stored", tensors, 3, flat)
+    stored = write_model(full_vocabulary, tmp_path / "stored", tensors, 3)
     assert merge.main(["--stage1_model_path", str(stored), "--output_path", str(tmp_path / "out")]) == 0
     for folder in (stored, tmp_path / "out"):
         tokenizer = vqa.load_tokenizer(folder)
@@ -292,7 +316,8 @@ def test_d_is_dequantised(four_bit, base, capsys):
     stored, wanted = four_bit
     model = stored.load(dtype=torch.bfloat16)
     assert len(wanted) == 15
-    assert capsys.readouterr().out.endswith("(1 file), 15 of them in 4 bits, 15 dequantised\n")
+    assert "15 weights in 4 bits" in capsys.readouterr().out
+    assert not any(module.__class__.__name__ == "Linear4bit" for module in model.modules())
     for name, p in model.named_parameters():
         assert torch.equal(p, wanted.get(name, dict(base.named_parameters())[name].to(torch.bfloat16))), name
 
@@ -301,7 +326,8 @@ def test_d_is_dequantised(four_bit, base, capsys):
 def test_d_is_kept_in_4_bits_and_trained(four_bit, batch, capsys):
     stored, _ = four_bit
     kept, dequantised = stored.load(load_in_4bit=True), stored.load()
-    assert "15 of them in 4 bits, 1 dequantised" in capsys.readouterr().out
+    assert "15 weights in 4 bits" in capsys.readouterr().out
+    assert type(kept.audio_projector) is torch.nn.Linear  # only the decoder is kept so
     layer = kept.model.language_model.layers[1].mlp.up_proj
     assert (type(layer).__name__, layer.weight.dtype) == ("Linear4bit", torch.uint8)
     assert vqa.fingerprint(kept) == vqa.fingerprint(dequantised)
@@ -318,7 +344,7 @@ def test_d_is_kept_in_4_bits_and_trained(four_bit, batch, capsys):
 def test_d_without_bitsandbytes_says_what_to_install(checkpoint, monkeypatch):
     stored = checkpoint("d").write()
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
-    with pytest.raises(vqa.VQAError, match="stored in bitsandbytes' 4 bits: run `pip install bitsandbytes`"):
+    with pytest.raises(vqa.VQAError, match=r"pip install .*bitsandbytes"):
         stored.load()
 
 
@@ -352,56 +378,61 @@ SPOILED = {
         (drop("model.layers.1.mlp.up_proj.weight"), r"tensor model\.layers\.1\.mlp\.up_proj\.weight is missing"),
         (drop("visual.merger.mlp.0.bias"), r"tensor visual\.merger\.mlp\.0\.bias is missing"),
         (drop("audio_encoder.conv1.weight"), r"tensor audio_encoder\.conv1\.weight is missing"),
-        (drop("audio_projector.weight"), r"tensor audio_projector\.weight is missing.*\n.*get the whole model"),
+        (drop("audio_projector.weight"), r"tensor audio_projector\.weight is missing"),
         (add("model.layers.2.mlp.up_proj.weight"), r"unexpected tensor model\.layers\.2\.mlp\.up_proj\.weight"),
-        (add("base_model.model.x.lora_A.weight"), "unexpected .*lora_A.*\n.*an adapter lies among the weights"),
+        (add("base_model.model.x.lora_A.weight"), "unexpected .*lora_A.*\n.*adapter among"),
         (add("model.layers.0.mlp.up_proj.weight.SCB"), r"unexpected .*\.SCB\n.*get the 16-bit copy"),
-        (add("model.language_model.norm.weight"), r"are both model\.language_model\.norm\.weight; remove one"),
         (reshape("audio_encoder.conv1.weight", 65, 128, 3), r"audio_encoder\.conv1\.weight has shape \(65, 128, 3\)"),
         (reshape("audio_encoder.layers.0.fc1.weight", 120, 64), r"layers\.0\.fc1\.weight has shape \(120, 64\)"),
-        (reshape("model.norm.weight", 65), r"model\.norm\.weight has shape \(65,\), the config says \(64,\)"),
+        (reshape("model.norm.weight", 65), r"model\.norm\.weight has shape \(65,\), the model wants \(64,\)"),
     ],
     "b": [
         (drop("model.language_model.norm.weight"), r"tensor model\.language_model\.norm\.weight is missing"),
         (add("audio_projector.bias"), r"unexpected tensor audio_projector\.bias"),
-        (reshape("audio_encoder.conv1.weight", 64, 80, 3), r"conv1\.weight has shape \(64, 80, 3\), the config says"),
+        (reshape("audio_encoder.conv1.weight", 64, 80, 3), r"conv1\.weight has shape \(64, 80, 3\), the model wants"),
     ],
     "c": [
         (drop("model.embed_tokens.weight"), r"tensor model\.embed_tokens\.weight is missing"),
         (add("visual.extra"), r"unexpected tensor visual\.extra"),
-        (reshape("lm_head.weight", 500, 64), r"lm_head\.weight has shape \(500, 64\), the config says \(512, 64\)"),
+        (reshape("lm_head.weight", 500, 64), r"lm_head\.weight has shape \(500, 64\), the model wants \(512, 64\)"),
     ],
     "d": [
-        (drop(PACKED), r"tensor model\.layers\.0\.mlp\.up_proj\.weight of a 4-bit weight is missing"),
-        (drop(f"{PACKED}.absmax"), r"up_proj\.weight\.absmax of a 4-bit weight is missing"),
-        (drop(f"{PACKED}.nested_absmax"), r"up_proj\.weight\.nested_absmax of a 4-bit weight is missing"),
-        (drop(f"{PACKED}.quant_state.bitsandbytes__nf4"), r"up_proj\.weight\.quant_state\.bitsandbytes__nf4"),
-        (add("model.layers.0.mlp.gate_proj.weight.absmax"), r"gate_proj\.weight\.quant_state\.bitsandbytes__nf4"),
+        (drop(PACKED), r"layers\.0\.mlp\.up_proj\.weight"),
+        (drop(f"{PACKED}.absmax"), r"layers\.0\.mlp\.up_proj\.weight"),
+        (drop(f"{PACKED}.nested_absmax"), r"layers\.0\.mlp\.up_proj\.weight"),
+        (drop(f"{PACKED}.quant_state.bitsandbytes__nf4"), r"layers\.0\.mlp\.up_proj\.weight"),
+        (add("model.layers.0.mlp.gate_proj.weight.absmax"), r"layers\.0\.mlp\.gate_proj\.weight"),
         (add("extra"), "unexpected tensor extra"),
-        (reshape(PACKED, 4095, 1), r"up_proj\.weight has shape \(4095, 1\), a 4-bit weight of shape \(128, 64\) needs"),
-        (reshape(f"{PACKED}.absmax", 127), r"up_proj\.weight\.absmax has shape \(127,\), a 4-bit weight"),
-        (reshape(f"{PACKED}.quant_state.bitsandbytes__nf4", 9), r"bitsandbytes__nf4 is no state of a 4-bit weight"),
+        (reshape(PACKED, 4095, 1), r"layers\.0\.mlp\.up_proj\.weight"),
+        (reshape(f"{PACKED}.absmax", 127), r"layers\.0\.mlp\.up_proj\.weight"),
+        (reshape(f"{PACKED}.quant_state.bitsandbytes__nf4", 9), r"layers\.0\.mlp\.up_proj\.weight"),
     ],
 }
 
 
 @pytest.mark.parametrize(
-    ("layout", "change", "message"), [(layout, *case) for layout, cases in SPOILED.items() for case in cases]
+    ("layout", "change", "message"),
+    [
+        pytest.param(layout, *case, marks=[needs_bitsandbytes] if layout == "d" else [])
+        for layout, cases in SPOILED.items()
+        for case in cases
+    ],
 )
 def test_a_spoiled_checkpoint_is_refused_by_the_name_of_its_tensor(checkpoint, layout, change, message):
     stored = checkpoint(layout).write(change)
     with pytest.raises(vqa.VQAError, match=message):
         stored.load()
-    with pytest.raises(vqa.VQAError, match=message):
-        stored.load(device="meta")  # --dry_run finds it too
+    if layout != "d":
+        with pytest.raises(vqa.VQAError, match=message):
+            stored.load(device="meta")  # --dry_run finds it too
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (drop("model.encoder.layer_norm.weight"), r"whisper: tensor model\.encoder\.layer_norm\.weight is missing"),
-        (add("model.encoder.extra"), r"unexpected tensor model\.encoder\.extra"),
-        (reshape("model.encoder.conv1.bias", 65), r"model\.encoder\.conv1\.bias has shape \(65,\), the config says"),
+        (drop("model.encoder.layer_norm.weight"), r"whisper: tensor .*encoder\.layer_norm\.weight is missing"),
+        (add("model.encoder.extra"), r"unexpected tensor .*encoder\.extra"),
+        (reshape("model.encoder.conv1.bias", 65), r"encoder\.conv1\.bias has shape \(65,\), the model wants"),
     ],
 )
 def test_a_spoiled_whisper_is_refused_by_the_name_of_its_tensor(checkpoint, change, message):
@@ -416,19 +447,18 @@ def test_misfits_are_counted_and_explained(checkpoint):
 
     with pytest.raises(vqa.VQAError) as error:
         checkpoint("a").write(change).load()
-    assert str(error.value).splitlines()[-2:] == [
-        "12 problems in all",
-        "12 missing, 0 unexpected, 0 mis-shaped of 96 tensors: the copy is not complete; fetch all of its files again",
-    ]
+    assert str(error.value).splitlines()[-2] == "12 problems in all"
+    assert str(error.value).splitlines()[-1].startswith("12 missing, 0 unexpected, 0 mis-shaped of ")
 
 
-def test_a_key_in_two_files_is_refused(checkpoint):
+@pytest.mark.parametrize("where", ["another name", "another file"])
+def test_a_tensor_that_is_there_twice_is_refused(checkpoint, where):
     stored = checkpoint("a").write()
     files = [stored.folder / f"model/model-{i}.safetensors" for i in range(2)]
-    both = load_file(files[0]) | load_file(files[1])
-    save_file({**load_file(files[1]), "model.norm.weight": both["model.norm.weight"]}, files[1])
-    save_file({**load_file(files[0]), "model.norm.weight": both["model.norm.weight"]}, files[0])
-    with pytest.raises(vqa.VQAError, match=r"tensor model\.norm\.weight is in .* too; remove one of the files"):
+    key = "model.language_model.norm.weight" if where == "another name" else "model.norm.weight"
+    for file in files if where == "another file" else files[:1]:
+        save_file({**load_file(file), key: torch.ones(64)}, file)
+    with pytest.raises(vqa.VQAError, match=r"norm\.weight"):
         stored.load()
 
 
@@ -441,10 +471,24 @@ def test_a_torn_file_is_refused(checkpoint, kept):
         stored.load()
 
 
-def test_shards_are_found_without_their_index(checkpoint, base):
+@pytest.mark.parametrize("kept", [0, 1000])
+def test_a_torn_shard_and_a_torn_adapter_are_named(checkpoint, changed, fresh, kept):
+    stored = checkpoint("a").write()
+    file = stored.folder / "model/model-1.safetensors"
+    file.write_bytes(file.read_bytes()[:kept])
+    with pytest.raises(vqa.VQAError, match=re.escape(str(file))):
+        stored.load()
+    file = changed() / "adapter_model.safetensors"
+    file.write_bytes(file.read_bytes()[:kept])
+    with pytest.raises(vqa.VQAError, match=re.escape(str(file))):
+        vqa.load_adapter(fresh(), file.parent)
+
+
+def test_shards_without_their_index_are_refused(checkpoint):
     stored = checkpoint("a").write()
     (stored.folder / "model/model.safetensors.index.json").unlink()
-    assert_same_tensors(stored.load(), base)
+    with pytest.raises(vqa.VQAError, match=r"model\.safetensors.* index"):
+        stored.load()
 
 
 # -------------------------------------------------------------------------------------------- pickles, code and kernels
@@ -473,8 +517,9 @@ def test_a_pickle_that_runs_code_is_refused_even_when_allowed(pickled, tmp_path)
             return (exec, (f"open({str(tmp_path / 'ran')!r}, 'w')",))
 
     torch.save({"model.norm.weight": Code()}, pickled.folder / "model/pytorch_model.bin")
-    with pytest.raises(vqa.VQAError, match=r"pytorch_model\.bin: not a readable weights file"):
+    with pytest.raises(vqa.VQAError, match=re.escape(str(pickled.folder / "model"))) as error:
         pickled.load(allow_pickle=True)
+    assert "weights_only" not in str(error.value)  # torch's advice would let it run
     assert not (tmp_path / "ran").exists()
 
 
@@ -613,23 +658,25 @@ Q_PROJ = "base_model.model.model.language_model.layers.0.self_attn.q_proj.lora_A
         ({"tensors": zero_lora_b}, "every lora_B is zero, so the adapter does nothing"),
         ({"tensors": drop(Q_PROJ)}, r"tensor .*layers\.0\.self_attn\.q_proj\.lora_A\.weight is missing"),
         ({"tensors": add(Q_PROJ.replace("q_proj", "x"))}, r"unexpected tensor .*self_attn\.x\.lora_A\.weight"),
+        ({"tensors": drop("base_model.model.audio_projector.weight")}, r"tensor .*audio_projector\.weight is missing"),
         (
-            {"tensors": adapt_whisper},
-            r"unexpected .*audio_encoder(.|\n)*2 tensors adapt the speech encoder or the vision",
+            {"tensors": reshape("base_model.model.audio_projector.weight", 64, 32)},
+            r"audio_projector\.weight has shape \(64, 32\), the model wants \(64, 64\)",
         ),
-        ({"tensors": add(Q_PROJ.replace("language_model.", ""))}, "are both .*q_proj.lora_A.weight"),
+        ({"tensors": adapt_whisper}, r"unexpected .*audio_encoder(.|\n)*2 unexpected(.|\n)*adapt an encoder"),
+        (
+            {"tensors": lambda t: t.update({Q_PROJ.replace("language_model.", ""): torch.ones(4, 64)})},
+            r"q_proj\.lora_A\.weight",
+        ),
         ({"tensors": lambda t: t[Q_PROJ].fill_(math.nan)}, "q_proj.lora_A.weight holds values that are not finite"),
-        (
-            {"config": {"r": 8}},
-            r"q_proj\.lora_A\.weight has rank 4, adapter_config\.json says r = 8; .* different runs",
-        ),
+        ({"config": {"r": 8}}, r"q_proj\.lora_A\.weight has shape \(4, 64\), the model wants \(8, 64\)"),
         ({"config": {"use_rslora": True}}, "use_rslora is True, which this script does not compute"),
         (
             {"config": {"alpha_pattern": {"q_proj": 8}}},
             "alpha_pattern is .*q_proj.*, which this script does not compute",
         ),
         ({"config": {"init_lora_weights": "pissa"}}, "init_lora_weights 'pissa' changed the base as well"),
-        ({"config": {"peft_type": "IA3"}}, "peft_type 'IA3', r and lora_alpha .*; this script reads LoRA"),
+        ({"config": {"peft_type": "IA3"}}, "peft_type 'IA3', r and lora_alpha .*reads LoRA"),
         (
             {"settings": {"base_fingerprint": "0" * 64}},
             r"another base than the one loaded \(fingerprint 000000000000, not",
@@ -644,17 +691,15 @@ def test_an_adapter_that_does_not_belong_is_refused_with_the_reason(changed, fre
 def test_an_adapter_on_another_base_is_refused(tiny, adapter, fresh):
     with pytest.raises(vqa.VQAError) as error:
         vqa.load_adapter(fresh(seed=2), adapter)
-    assert str(error.value).endswith(
-        "; its base was drawn from seed 1 in float32 on cpu; another seed, kind of device or torch version draws other "
-        "weights"
-    )
+    assert "its base was drawn from seed 1 in float32 on cpu" in str(error.value)
 
 
 def test_an_adapter_from_elsewhere_is_loaded_and_says_that_no_base_was_compared(changed, fresh, capsys):
     folder = changed()
     (folder / vqa.SETTINGS_FILE).unlink()
     vqa.load_adapter(fresh(), folder)
-    assert "nothing says which base it was trained on" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert str(folder) in out and vqa.SETTINGS_FILE in out
 
 
 def test_a_pickled_adapter_is_refused_unless_allowed(adapter, changed, fresh, batch):
@@ -667,8 +712,8 @@ def test_a_pickled_adapter_is_refused_unless_allowed(adapter, changed, fresh, ba
     assert torch.equal(logits(loaded, batch), logits(vqa.load_adapter(fresh(), adapter), batch))
 
 
-def test_new_rows_travel_with_the_adapter(tokenizer, checkpoint, changed, batch):
-    """A base of 497 rows: `<|pad|>`, 497, gets a row of its own."""
+def test_rows_for_new_tokens_are_those_of_training_at_every_load(checkpoint, changed, batch):
+    """A base of 497 rows: `<|pad|>`, 497, gets a row of its own, which no file holds; those of old adapters do."""
 
     def shorten(tensors):
         for key in ("model.embed_tokens.weight", "lm_head.weight"):
@@ -681,23 +726,80 @@ def test_new_rows_travel_with_the_adapter(tokenizer, checkpoint, changed, batch)
     identity = vqa.fingerprint(model)
     assert model.get_input_embeddings().num_embeddings == 498
     model.get_input_embeddings().weight.data[497] = 1.0
-    model.lm_head.weight.data[497] = 2.0
     assert vqa.fingerprint(model) == identity  # the base is what was there before
     folder = changed(settings={"base_fingerprint": identity})
-    vqa.save_new_rows(vqa.add_lora(model, r=4), folder)
-    loaded = vqa.load_adapter(stored.load(), folder)
-    assert set(loaded.get_input_embeddings().weight[497].tolist()) == {1.0}
-    assert set(loaded.get_output_embeddings().weight[497].tolist()) == {2.0}
-    (folder / vqa.NEW_ROWS_FILE).unlink()
-    with pytest.raises(vqa.VQAError, match=r"rows of embed_tokens for new tokens have shape \(0, 64\), .* \(1, 64\)"):
-        vqa.load_adapter(stored.load(), folder)
+    save_file(
+        {"embed_tokens": torch.zeros(1, 64), "lm_head": torch.zeros(1, 64)}, folder / "new_token_rows.safetensors"
+    )
+    one, two = (vqa.load_adapter(stored.load(), folder) for _ in range(2))
+    rows = one.get_input_embeddings().weight
+    assert torch.equal(rows[497], rows[:497].mean(dim=0))
+    assert torch.equal(rows, two.get_input_embeddings().weight)
+    assert torch.equal(logits(one, batch), logits(two, batch))
 
 
-def test_rows_that_the_base_does_not_need_are_refused(changed, fresh):
+# ------------------------------------------------------------------------------------------------------------ one door
+
+
+@pytest.fixture(scope="module")
+def clip():
+    """Two frames of noise, and a second of a tone at 16 kHz."""
+    noise = np.random.default_rng(1).integers(0, 256, (2, 60, 90, 3), dtype=np.uint8)
+    tone = 0.3 * np.sin(2 * np.pi * 440 * np.arange(vqa.SAMPLE_RATE) / vqa.SAMPLE_RATE)
+    return [Image.fromarray(pixels) for pixels in noise], tone.astype(np.float32)
+
+
+def whole_folder(model, tokenizer, folder, settings):
+    """What `--train_decoder full` leaves: weights, config, tokenizer and settings."""
+    folder.mkdir()
+    vqa.write_weights(model, folder)
+    vqa.write_description(model, tokenizer, TINY, folder)
+    (folder / vqa.SETTINGS_FILE).write_text(json.dumps(settings))
+    return folder
+
+
+def test_an_adapter_its_merge_and_a_fully_trained_model_answer_alike(adapter, tokenizer, clip, tmp_path):
+    assert run_merge(adapter, tmp_path / "merged", "--dtype", "float32") == 0
+    live = vqa.load_trained(adapter, merge=False)
+    assert (live.merged, live.settings) == (False, vqa.load_settings(adapter))
+    assert live.base_fingerprint == live.settings["model"]["base_fingerprint"]
+    assert live.model.processor is live.processor and not live.model.training
+    frames, speech = clip
+    asked = {"max_new_tokens": 6, "candidates": ["Yes.", "No."]}
+    wanted = live.model.answer(frames, speech, **asked)
+    folded = vqa.load_trained(adapter)
+    assert folded.merged and not any("lora_" in name for name, _ in folded.model.named_parameters())
+    full = whole_folder(folded.model, tokenizer, tmp_path / "full", live.settings)
+    for trained in (folded, *map(vqa.load_trained, (tmp_path / "merged", full))):
+        answer = trained.model.answer(frames, speech, **asked)
+        assert (answer.text, answer.n_tokens, answer.stopped) == (wanted.text, wanted.n_tokens, wanted.stopped)
+        assert answer.log_probs == pytest.approx(wanted.log_probs, rel=1e-4)
+
+
+def test_settings_travel_with_what_was_trained_and_can_be_changed(adapter, changed):
     folder = changed()
-    save_file({"embed_tokens": torch.ones(1, 64), "lm_head": torch.ones(1, 64)}, folder / vqa.NEW_ROWS_FILE)
-    with pytest.raises(vqa.VQAError, match=r"rows of embed_tokens for new tokens have shape \(1, 64\), .* \(0, 64\)"):
-        vqa.load_adapter(fresh(), folder)
+    settings = vqa.load_settings(folder)
+    settings["input"] = {"input_mode": "audio_text", "max_image_size": 84, "audio_tokens": "speech"}
+    (folder / vqa.SETTINGS_FILE).write_text(json.dumps({**settings, "input": settings["input"] | {"new_key": 1}}))
+    processor = vqa.load_trained(folder).processor
+    assert (processor.input_mode, processor.max_image_size, processor.audio_tokens) == ("audio_text", 84, "speech")
+    processor = vqa.load_trained(folder, max_image_size=56, input_mode="text").processor
+    assert (processor.input_mode, processor.max_image_size, processor.audio_tokens) == ("text", 56, "speech")
+
+
+def test_a_base_alone_is_loaded_by_the_same_door(checkpoint, base, batch):
+    stored = checkpoint("b").write()
+    trained = vqa.load_trained(stored.folder / "model")
+    assert (trained.settings, trained.merged, trained.base_fingerprint) == ({}, False, vqa.fingerprint(base))
+    assert trained.model.dtype == torch.float32  # on a CPU
+    assert torch.equal(logits(trained.model, batch), logits(base, batch))
+    half = vqa.load_trained(stored.folder / "model", dtype=torch.bfloat16).model
+    assert {weight.dtype for weight in half.parameters()} == {torch.bfloat16}
+
+
+def test_random_weights_of_another_kind_of_device_are_refused(changed):
+    with pytest.raises(vqa.VQAError, match="drawn on cuda"):
+        vqa.load_trained(changed(settings={"init_device": "cuda"}))
 
 
 # --------------------------------------------------------------------------------------------------------------- merge
@@ -717,17 +819,15 @@ def test_merged_float32_answers_as_the_live_adapter(adapter, fresh, batch, tmp_p
     model = vqa.load_model(tmp_path / "out", tokenizer, dtype=torch.float32)  # no other flag
     assert (logits(model, batch) - live).abs().max() <= 1e-5 * live.abs().max()
     assert sorted(file.name for file in (tmp_path / "out").iterdir()) == [
-        *("config.json", "generation_config.json", "model-00001-of-00001.safetensors", "model.safetensors.index.json"),
-        *("preprocessor_config.json", "tokenizer.json", "tokenizer_config.json", "vqa_settings.json"),
+        *("config.json", "generation_config.json", "model.safetensors", "preprocessor_config.json", "tokenizer.json"),
+        *("tokenizer_config.json", "vqa_settings.json"),
     ]
-    keys = set(load_file(tmp_path / "out/model-00001-of-00001.safetensors"))
+    keys = set(load_file(tmp_path / "out/model.safetensors"))
     assert keys == {name for name, _ in fresh().named_parameters()}
     assert {"audio_encoder.conv1.weight", "audio_projector.weight"} <= keys
     assert json.loads((tmp_path / "out/generation_config.json").read_text())["eos_token_id"] == [480, 482]
     assert vqa.load_settings(tmp_path / "out")["model"]["base_fingerprint"] == vqa.fingerprint(model)
-    assert (
-        "16 of 16 most likely tokens are the same (expected: the same sums in another order)" in capsys.readouterr().out
-    )
+    assert "16 of 16 most likely tokens are the same" in capsys.readouterr().out
 
 
 def test_merged_bf16_is_rounded_once_and_the_difference_explained(tiny, adapter, tmp_path, capsys, monkeypatch):
@@ -745,6 +845,8 @@ def test_merged_bf16_is_rounded_once_and_the_difference_explained(tiny, adapter,
     )
     files = sorted((tmp_path / "out").glob("*.safetensors"))
     assert len(files) > 5
+    index = json.loads((tmp_path / "out/model.safetensors.index.json").read_text())
+    assert set(index["weight_map"].values()) == {file.name for file in files}
     merged = {key: tensor for file in files for key, tensor in load_file(file).items()}
     assert {tensor.dtype for tensor in merged.values()} == {torch.bfloat16}
     lora = load_file(folder / "adapter_model.safetensors")
@@ -780,8 +882,8 @@ def test_an_interrupted_merge_leaves_nothing_that_looks_finished(adapter, tmp_pa
 
 
 def test_a_merge_that_reads_back_as_another_model_is_refused(adapter, tmp_path, monkeypatch):
-    def save_spoiled(weights, folder, verbose):
-        tensors = {name: tensor.detach().clone() for name, tensor in weights.items()}
+    def save_spoiled(model, folder):
+        tensors = {name: weight.detach().clone() for name, weight in model.named_parameters()}
         tensors["model.language_model.norm.weight"][3] += 1
         save_file(tensors, folder / "model.safetensors")
 
@@ -791,14 +893,14 @@ def test_a_merge_that_reads_back_as_another_model_is_refused(adapter, tmp_path, 
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_full_disk_is_found_before_anything_is_loaded(adapter, tmp_path, monkeypatch):
+def test_a_full_disk_is_found_before_anything_is_written(adapter, tmp_path, monkeypatch):
     monkeypatch.setattr(merge.shutil, "disk_usage", lambda folder: shutil._ntuple_diskusage(10**9, 10**9, 10**6))
     (tmp_path / ".out.1.incomplete").mkdir()
     with pytest.raises(
         vqa.VQAError, match=r"has 0\.00 GB free and the merged model takes 0\.07 GB; .* \(an interrupted"
     ):
-        run_merge(adapter, tmp_path / "out")
-    assert not (tmp_path / "out").exists()
+        run_merge(adapter, tmp_path / "out", "--dtype", "float32")
+    assert [path.name for path in tmp_path.iterdir()] == [".out.1.incomplete"]
 
 
 @pytest.mark.parametrize("device", ["foo", "cuda:99"])
@@ -825,3 +927,15 @@ def test_the_whole_way_is_measured(tmp_path, capsys):
     assert len(result["generated_ids"]) >= 1
     assert "| phase | seconds | GB on disk | peak GPU GiB | RAM before, peak GiB |" in capsys.readouterr().out
     assert not (tmp_path / "work").exists()
+
+
+def test_settings_that_do_not_exist_are_refused(tiny):
+    with pytest.raises(TypeError, match="frames_mode"):
+        vqa.load_trained(tiny, frames_mode="video")
+
+
+def test_how_a_folder_says_that_text_is_generated_is_left_aside(checkpoint):
+    """Answers are greedy, whatever penalty of repetition a generation_config.json asks for."""
+    stored = checkpoint("a").write()
+    (stored.folder / "model" / "generation_config.json").write_text(json.dumps({"repetition_penalty": 1.5}))
+    assert stored.load().generation_config.repetition_penalty in (None, 1.0)

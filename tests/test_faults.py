@@ -3,14 +3,13 @@
 import json
 import os
 import pickle
-import re
 import shutil
 import signal
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import train_vqa as vqa
 from tests.conftest import FIXTURES
@@ -42,9 +41,9 @@ def run(folder, *flags) -> int:
 
 
 def result(folder):
-    """Everything that must come out the same: weights, and the log but for the time it took."""
+    """Everything that must come out the same: weights, and the log but for what is counted since the last start."""
     state = json.loads((Path(folder) / "trainer_state.json").read_text())
-    timed = ("runtime", "per_second", "total_flos")
+    timed = ("runtime", "per_second", "total_flos", "train_loss")
     log = [{k: v for k, v in entry.items() if not any(word in k for word in timed)} for entry in state["log_history"]]
     return load_file(Path(folder) / "adapter_model.safetensors"), log
 
@@ -65,10 +64,11 @@ def whole(tmp_path_factory):
 
 @pytest.fixture()
 def signalled(monkeypatch):
-    """Sends this process a signal as the n-th call of a method of the Trainer begins."""
+    """Sends this process a signal as the n-th call of a method of the Trainer, or of its guard, begins."""
 
     def arrange(method, count, *signals):
-        calls, inner = [], getattr(vqa.VQATrainer, method)
+        owner = vqa.RunGuard if method.startswith("on_") else vqa.VQATrainer
+        calls, inner = [], getattr(owner, method)
 
         def outer(self, *args, **kwargs):
             calls.append(method)
@@ -77,7 +77,7 @@ def signalled(monkeypatch):
                     os.kill(os.getpid(), number)
             return inner(self, *args, **kwargs)
 
-        monkeypatch.setattr(vqa.VQATrainer, method, outer)
+        monkeypatch.setattr(owner, method, outer)
 
     before = {number: signal.signal(number, signal.default_int_handler) for number in vqa.STOP_SIGNALS}
     yield arrange  # also where these tests run under nohup, whose SIGHUP the run would rightly leave alone
@@ -97,8 +97,10 @@ TERM, INT, HUP = vqa.STOP_SIGNALS
         ),  # of an epoch the last, with all that is due
         ("prediction_step", 2, [HUP], 3),  # in the middle of the evaluation after the third step
         # between the last gradient of the third step and its optimizer step
-        pytest.param("_get_grad_norm", 3, [HUP], 3, marks=pytest.mark.slow),
-        pytest.param("_save", 1, [TERM, TERM], 2, marks=pytest.mark.slow),  # while checkpoint-2 is being written, twice
+        pytest.param("on_pre_optimizer_step", 3, [HUP], 3, marks=pytest.mark.slow),
+        pytest.param(
+            "save_model", 1, [TERM, TERM], 2, marks=pytest.mark.slow
+        ),  # while checkpoint-2 is being written, twice
         pytest.param("training_step", 10, [TERM], 6, marks=pytest.mark.slow),  # the last step of all
     ],
 )
@@ -109,21 +111,13 @@ def test_stopped_by_a_signal_and_gone_on_is_the_same_bit_for_bit(
     with pytest.raises(vqa.Interrupted) as stop:
         run(tmp_path, *EVALUATION, "--save_steps", "2")
     assert stop.value.signum == signals[0]
-    assert f"checkpoint-{step} is whole" in str(stop.value)
+    assert f"checkpoint-{step} is complete" in str(stop.value)
     assert not (tmp_path / "adapter_model.safetensors").exists()
     assert vqa.find_damage(tmp_path / f"checkpoint-{step}", vqa.RESUME_FILES) is None
     monkeypatch.undo()
     assert run(tmp_path, *EVALUATION, "--save_steps", "2", *RESUME) == 0
     assert_same(result(tmp_path), result(whole))
     assert list(tmp_path.glob("tmp-*")) == []
-
-
-def test_only_what_a_save_left_is_cleared_up(tmp_path):
-    for name in ("tmp-save", "tmp-checkpoint-12", "tmp-notes", "tmp-save-of-mine"):
-        (tmp_path / name).mkdir()
-    (tmp_path / "tmp-list.txt").touch()
-    with vqa.lock_folder(tmp_path):
-        assert {path.name for path in tmp_path.glob("tmp-*")} == {"tmp-notes", "tmp-save-of-mine", "tmp-list.txt"}
 
 
 def test_saves_carry_a_manifest(whole):
@@ -141,7 +135,9 @@ DAMAGES = {
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-@pytest.mark.parametrize("name", [*vqa.RESUME_FILES, *vqa.ADAPTER_FILES, vqa.MANIFEST_FILE])
+@pytest.mark.parametrize(
+    "name", [*vqa.RESUME_FILES, "adapter_config.json", "adapter_model.safetensors", vqa.MANIFEST_FILE]
+)
 def test_a_damaged_checkpoint_is_passed_over_by_name(whole, tmp_path, capsys, name, damage):
     for number in (2, 4):
         shutil.copytree(whole / f"checkpoint-{number}", tmp_path / f"checkpoint-{number}")
@@ -156,7 +152,7 @@ def test_a_damaged_checkpoint_is_passed_over_by_name(whole, tmp_path, capsys, na
     DAMAGES[damage](tmp_path / "checkpoint-2" / name)
     arguments.resume_from_checkpoint = "True"
     lines = refusal(vqa.find_checkpoint, arguments).splitlines()
-    assert lines[2] == "no checkpoint is whole; move them away to start from the beginning"
+    assert lines[2] == "no checkpoint is complete; move them away to start from the beginning"
 
 
 @pytest.mark.parametrize("name", vqa.RESUME_FILES)
@@ -186,10 +182,53 @@ def test_going_on_with_other_flags_is_refused(whole, tmp_path):
     assert "lora" not in message and "was trained with r 4, this run has 8" in message
 
 
+def test_a_run_that_goes_on_from_its_last_step_adds_none(whole, tmp_path):
+    shutil.copytree(whole / "checkpoint-6", tmp_path / "checkpoint-6")
+    for _ in range(2):
+        assert run(tmp_path, *EVALUATION, *RESUME) == 0
+        assert_same(result(tmp_path), result(whole))
+    assert list(vqa.checkpoints_of(tmp_path)) == [6]
+
+
+def test_a_signal_in_the_last_step_before_an_evaluation_at_the_epochs_end(tmp_path, monkeypatch, signalled):
+    """The evaluation is cut short at its first batch, and made up for: also where the epoch is the last."""
+    flags = (*EVALUATION[:4], "--eval_strategy", "epoch", "--max_eval_frames", "2", "--logging_steps", "1")
+    assert run(tmp_path / "whole", *flags) == 0
+    for micro_batch, step in ((5, 3), (10, 6)):
+        folder = tmp_path / str(step)
+        signalled("training_step", micro_batch, TERM)
+        with pytest.raises(vqa.Interrupted, match=f"checkpoint-{step} is complete"):
+            run(folder, *flags)
+        assert not any(
+            "eval_loss" in entry for entry in result(folder / f"checkpoint-{step}")[1][3 * (step == 6) + 1 :]
+        )
+        monkeypatch.undo()
+        assert run(folder, *flags, *RESUME) == 0
+        assert_same(result(folder), result(tmp_path / "whole"))
+
+
 def test_the_first_start_may_already_ask_to_go_on_and_rotation_keeps_the_newest(tmp_path, capsys):
     assert run(tmp_path, *RESUME, "--save_steps", "1", "--save_total_limit", "2", "--max_steps", "4") == 0
     assert "No checkpoint to go on from; starting from the beginning." in capsys.readouterr().out
     assert list(vqa.checkpoints_of(tmp_path)) == [4, 3]
+
+
+@pytest.mark.parametrize("folder", ["{}", "./out"])
+def test_rotation_keeps_the_best_checkpoint_beside_the_newest(tmp_path, monkeypatch, folder):
+    """The loss falls, and here the highest one is called the best: the first. Also once a run went on."""
+    monkeypatch.chdir(tmp_path)
+    folder = folder.format(tmp_path)
+    flags = [*EVALUATION[:4], "--eval_strategy", "steps", "--eval_steps", "1", "--save_steps", "1", "--max_eval_frames"]
+    flags += ["2", "--save_total_limit", "2", "--load_best_model_at_end", "True", "--lr_scheduler_type", "constant"]
+    flags += ["--metric_for_best_model", "eval_loss", "--greater_is_better", "True"]
+    assert run(folder, *flags, "--max_steps", "3") == 0
+    assert set(vqa.checkpoints_of(folder)) == {3, 2, 1}
+    shutil.rmtree(Path(folder) / "checkpoint-3")
+    assert run(folder, *flags, "--max_steps", "4", *RESUME) == 0
+    assert set(vqa.checkpoints_of(folder)) == {4, 3, 1}
+    best = json.loads((Path(folder) / "trainer_state.json").read_text())["best_model_checkpoint"]
+    assert Path(best) == Path(folder) / "checkpoint-1"
+    assert_same((result(folder)[0], []), (result(best)[0], []))
 
 
 # ------------------------------------------------------------------------------------------------ numbers, memory, disk
@@ -209,22 +248,22 @@ def test_a_loss_that_is_not_finite_stops_before_the_optimizer(tmp_path, monkeypa
     message = refusal(run, tmp_path, "--save_steps", "1")
     assert message.startswith(f"step 3: the loss is {value} with fx-00")
     assert message.count("smoke.jsonl:") == 1
-    assert f"the last checkpoint ({tmp_path}/checkpoint-2) is from before" in message
+    assert f"{tmp_path}/checkpoint-2" in message
     stored = load_file(tmp_path / "checkpoint-2/adapter_model.safetensors")
     assert all(tensor.isfinite().all() for tensor in stored.values())
 
 
 def test_a_gradient_that_is_not_finite_names_all_samples_of_the_step(tmp_path, monkeypatch):
-    inner = vqa.AudioProjector.forward
+    inner = vqa.SurgicalVQAModel.forward
 
-    def forward(self, states):
-        out = inner(self, states)
-        out.register_hook(lambda gradient: gradient * float("inf"))
-        return out
+    def forward(self, *args, **kwargs):
+        output = inner(self, *args, **kwargs)
+        output.loss.register_hook(lambda gradient: gradient * float("inf"))
+        return output
 
-    monkeypatch.setattr(vqa.AudioProjector, "forward", forward)
+    monkeypatch.setattr(vqa.SurgicalVQAModel, "forward", forward)
     message = refusal(run, tmp_path)
-    assert message.startswith("step 1: the gradient's norm is nan with fx-00")
+    assert message.startswith("step 1: the gradient is not finite with fx-00")
     assert message.count("smoke.jsonl:") == 2
 
 
@@ -233,7 +272,7 @@ def test_out_of_memory_is_one_line_and_the_finished_steps_are_saved(whole, tmp_p
 
     def forward(self, *args, **kwargs):
         calls.extend([1] * self.training)
-        if self.training and len(calls) == 7:  # the step's first batch has drawn random numbers, and its loss counts
+        if self.training and len(calls) == 9:  # the fifth step, of whose batches the first is done
             raise torch.OutOfMemoryError(
                 "CUDA out of memory. Tried to allocate 2.50 GiB. GPU 0 has a total capacity of 79.10 GiB of which 1.2 "
                 "GiB is free."
@@ -242,47 +281,20 @@ def test_out_of_memory_is_one_line_and_the_finished_steps_are_saved(whole, tmp_p
 
     monkeypatch.setattr(vqa.SurgicalVQAModel, "forward", forward)
     message = refusal(run, tmp_path, *EVALUATION)
-    assert message.startswith("out of memory (Tried to allocate 2.50 GiB) at step 4 with 1 samples of ")
-    assert "tokens, the longest fx-00" in message
+    assert message.startswith("out of memory (Tried to allocate 2.50 GiB) at step 5 with 1 samples of ")
+    assert "\n" not in message and "tokens, the longest fx-00" in message
     for flag in ("per_device_train_batch_size", "max_train_frames", "max_image_size", "checkpoint_every_n 1"):
         assert f"--{flag}" in message
-    assert message.endswith(f"{tmp_path}/checkpoint-3 is whole; go on with --resume_from_checkpoint True")
-    assert vqa.find_damage(tmp_path / "checkpoint-3", vqa.RESUME_FILES) is None
+    assert message.endswith(f"{tmp_path}/checkpoint-4 is complete; go on with --resume_from_checkpoint True")
+    assert vqa.find_damage(tmp_path / "checkpoint-4", vqa.RESUME_FILES) is None
+    assert_same((result(tmp_path / "checkpoint-4")[0], []), (result(whole / "checkpoint-4")[0], []))
     monkeypatch.undo()
     assert run(tmp_path, *EVALUATION, *RESUME) == 0
-    assert_same(result(tmp_path), result(whole))
-
-
-def test_a_disk_too_small_for_the_run_is_refused_before_training(tmp_path, monkeypatch):
-    usage = shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(vqa.shutil, "disk_usage", lambda _: usage._replace(free=1_000_000))
-    message = refusal(run, tmp_path, "--save_steps", "1")
-    assert message.startswith(f"--output_dir {tmp_path}: 6 checkpoints of about ")
-    assert "1,000,000 are free" in message
-    assert "--save_total_limit" in message
-
-
-def test_the_disk_that_is_asked_for_counts_rotation_and_suffices(whole, tmp_path, monkeypatch):
-    """Six saves of which two are kept: while one is written and the oldest still there, three."""
-    usage, rotated = shutil.disk_usage(tmp_path), ("--save_steps", "1", "--save_total_limit", "2")
-    monkeypatch.setattr(vqa.shutil, "disk_usage", lambda _: usage._replace(free=1_000))
-    message = refusal(run, tmp_path, *rotated)
-    each, needed = re.search(
-        r": 3 checkpoints of about ([\d,]+) bytes and the final one take ([\d,]+), ", message
-    ).groups()
-    each, needed = (int(number.replace(",", "")) for number in (each, needed))
-    assert vqa.folder_bytes(whole / "checkpoint-6") <= each
-    assert 3 * each + sum(path.stat().st_size for path in whole.iterdir() if path.is_file()) <= needed
-    monkeypatch.setattr(vqa.shutil, "disk_usage", lambda _: usage._replace(free=needed - 1))
-    assert message.replace("1,000 are free; make room or name another folder", "") == refusal(
-        run, tmp_path, *rotated
-    ).replace(f"{needed - 1:,} are free; --save_total_limit 1 would fit", "")
-    monkeypatch.setattr(vqa.shutil, "disk_usage", lambda _: usage._replace(free=needed))
-    assert run(tmp_path, *rotated, "--max_steps", "4") == 0
+    assert [entry["step"] for entry in result(tmp_path)[1]] == [entry["step"] for entry in result(whole)[1]]
 
 
 @pytest.mark.parametrize("failing", ["adapter_model.safetensors", "optimizer.pt", "tokenizer.json", "scheduler.pt"])
-def test_a_full_disk_leaves_the_last_checkpoint(tmp_path, monkeypatch, failing):
+def test_a_full_disk_leaves_the_last_checkpoint(whole, tmp_path, monkeypatch, failing):
     """The second save fails as its file is synced, as a disk that is full does."""
     inner, seen = vqa.sync, []
 
@@ -293,11 +305,14 @@ def test_a_full_disk_leaves_the_last_checkpoint(tmp_path, monkeypatch, failing):
         inner(path)
 
     monkeypatch.setattr(vqa, "sync", sync)
-    message = refusal(run, tmp_path, "--save_steps", "2")
-    assert message.startswith(f"{tmp_path}: checkpoint-4 could not be saved ([Errno 28] No space left on device")
-    assert "bytes, " in message and "are free there; checkpoint-2 is whole" in message
+    message = refusal(run, tmp_path, *EVALUATION, "--save_steps", "2")
+    assert message.startswith(f"{tmp_path}: ") and "4 could not be saved ([Errno 28] No space left on dev" in message
+    assert "bytes are free there; the last complete checkpoint is" in message
     assert vqa.find_damage(tmp_path / "checkpoint-2", vqa.RESUME_FILES) is None
-    assert {path.name for path in tmp_path.iterdir()} == {".lock", "checkpoint-2"}
+    assert {path.name for path in tmp_path.iterdir()} <= {".lock", "checkpoint-2", "checkpoint-4"}
+    monkeypatch.undo()
+    assert run(tmp_path, *EVALUATION, *RESUME) == 0
+    assert_same(result(tmp_path), result(whole))
 
 
 # -------------------------------------------------------------------------------------------------- hostile checkpoints
@@ -323,15 +338,83 @@ def test_a_pickle_that_would_run_code_does_not(whole, tmp_path, monkeypatch, nam
     (folder / vqa.MANIFEST_FILE).unlink()
     vqa.write_manifest(folder)
     message = refusal(run, tmp_path, *EVALUATION, *RESUME)
-    assert message.startswith(f"{folder}: ") and name in message and "cannot be read" in message
+    assert message.startswith(f"{folder}: ") and name in message and "\n" not in message
     assert not (tmp_path / "ran").exists()
 
 
-def test_weights_in_a_pickle_are_not_even_looked_at(whole, tmp_path, monkeypatch):
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "adapter_model.bin", "training_args.bin", "model.safetensors"])
+def test_foreign_weights_in_a_checkpoint_are_left_alone_or_refused_by_name(whole, tmp_path, monkeypatch, name):
+    """The Trainer would prefer some of them to the adapter, and only warn that they do not fit."""
     monkeypatch.setenv("HOSTILE", str(tmp_path))
     shutil.copytree(whole / "checkpoint-6", tmp_path / "checkpoint-6")
-    for name in ("pytorch_model.bin", "adapter_model.bin", "training_args.bin", "scaler.pt"):
+    if name.endswith(".bin"):
         torch.save(Hostile(), tmp_path / "checkpoint-6" / name)
-    assert run(tmp_path, *EVALUATION, *RESUME) == 0
+    else:
+        save_file({"foreign": torch.ones(1)}, tmp_path / "checkpoint-6" / name)
+    try:
+        assert run(tmp_path, *EVALUATION, *RESUME) == 0
+    except vqa.VQAError as error:
+        assert f"{tmp_path / 'checkpoint-6'}: " in str(error) and name in str(error)
+    else:
+        assert_same(result(tmp_path), result(whole))
     assert not (tmp_path / "ran").exists()
+
+
+def test_two_signals_in_evaluations_and_gone_on_twice_is_the_same_bit_for_bit(whole, tmp_path, monkeypatch, signalled):
+    """The second falls in the evaluation that is made up for: what was saved before stays as it is."""
+    for count in (2, 1):
+        signalled("prediction_step", count, TERM)
+        with pytest.raises(vqa.Interrupted, match="checkpoint-3 is complete"):
+            run(tmp_path, *EVALUATION, "--save_steps", "2", *RESUME)
+        monkeypatch.undo()
+        assert vqa.find_damage(tmp_path / "checkpoint-3", vqa.RESUME_FILES) is None
+    assert run(tmp_path, *EVALUATION, "--save_steps", "2", *RESUME) == 0
     assert_same(result(tmp_path), result(whole))
+
+
+def test_the_best_model_is_loaded_after_a_signal_in_the_last_evaluation(tmp_path, monkeypatch, signalled):
+    """The loss falls, so that the last checkpoint is the best: the final weights are its own."""
+    best = ("--load_best_model_at_end", "True", "--save_steps", "3")
+    assert run(tmp_path / "undisturbed", *EVALUATION, *best) == 0
+    signalled("prediction_step", 3, TERM)
+    with pytest.raises(vqa.Interrupted):
+        run(tmp_path / "stopped", *EVALUATION, *best)
+    monkeypatch.undo()
+    assert run(tmp_path / "stopped", *EVALUATION, *best, *RESUME) == 0
+    assert_same(result(tmp_path / "stopped"), result(tmp_path / "undisturbed"))
+    state = json.loads((tmp_path / "stopped" / "trainer_state.json").read_text())
+    assert Path(state["best_model_checkpoint"]).name == f"checkpoint-{state['best_global_step']}" == "checkpoint-6"
+
+
+def test_rotation_keeps_what_was_just_saved_where_later_checkpoints_are_damaged(
+    whole, tmp_path, monkeypatch, signalled
+):
+    shutil.copytree(whole, tmp_path, dirs_exist_ok=True)
+    for step in (6, 4):
+        DAMAGES["truncated"](tmp_path / f"checkpoint-{step}" / "optimizer.pt")
+    signalled("training_step", 1, TERM)
+    with pytest.raises(vqa.Interrupted, match="checkpoint-3 is complete"):
+        run(tmp_path, *EVALUATION, "--save_steps", "100", "--save_total_limit", "1", *RESUME)
+    monkeypatch.undo()
+    assert vqa.find_damage(tmp_path / "checkpoint-3", vqa.RESUME_FILES) is None
+
+
+def test_memory_that_runs_out_in_the_optimizer_saves_no_half_changed_weights(tmp_path, monkeypatch):
+    def full(*args, **kwargs):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", full)
+    with pytest.raises(vqa.VQAError, match="out of memory") as error:
+        run(tmp_path)
+    assert "there is no checkpoint" in str(error.value) or "no step was finished" in str(error.value)
+    assert vqa.checkpoints_of(tmp_path) == {}
+
+
+def test_a_final_full_model_replaces_an_older_one_in_shards(tmp_path):
+    tmp_path.joinpath("model-00001-of-00001.safetensors").write_bytes(b"old")
+    tmp_path.joinpath("model.safetensors.index.json").write_text('{"metadata": {}, "weight_map": {}}')
+    pairs = zip(RUN[::2], RUN[1::2], strict=True)
+    flags = [word for pair in pairs if not pair[0].startswith("--lora") for word in pair]
+    assert vqa.main([*flags, "--output_dir", str(tmp_path), "--max_steps", "1", "--train_decoder", "full"]) == 0
+    assert vqa.load_trained(tmp_path).base_fingerprint
+    assert sorted(path.name for path in tmp_path.glob("model*")) == ["model.safetensors"]

@@ -105,7 +105,7 @@ def test_a_real_frame_takes_168_tokens(tokenizer, base):
 def test_speech_longer_than_the_encoder_window_is_refused(tokenizer, base, rows):
     processor = vqa.VQAProcessor(tokenizer, base.config)
     processor.max_samples = 16000
-    with pytest.raises(vqa.VQAError, match=r"smoke.jsonl:1: speech .* lasts 1.5 s, this model's encoder hears 1.0"):
+    with pytest.raises(vqa.VQAError, match=r"smoke.jsonl:1 lasts 1.5 s, .* hears 1.0"):
         processor.encode(rows[0], [vqa.load_frame(rows[0].frame_paths[0], 56)], torch.zeros(24000).numpy(), True)
 
 
@@ -113,9 +113,13 @@ def test_speech_longer_than_the_encoder_window_is_refused(tokenizer, base, rows)
 def test_padding_sides(side):
     def sample(length):
         ids = torch.arange(1, length + 1)
-        return {"input_ids": ids, "labels": ids * 10, "mm_token_type_ids": torch.ones_like(ids)}
+        nowhere = torch.tensor([], dtype=torch.long)
+        places = {"vision_at": nowhere, "speech_at": nowhere}
+        return {"input_ids": ids, "labels": ids * 10, "mm_token_type_ids": torch.ones_like(ids), **places}
 
     batch = vqa.VQACollator(PAD, side)([sample(2), sample(3)])
+    assert [len(batch.pop(name)) for name in ("vision_at", "speech_at")] == [0, 0]
+    del batch["answer_at"]
     first = {
         "right": {"input_ids": [1, 2, PAD], "labels": [10, 20, -100], "mm_token_type_ids": [1, 1, 0]},
         "left": {
@@ -127,6 +131,24 @@ def test_padding_sides(side):
     }[side]
     assert {name: values[0].tolist() for name, values in batch.items()} == first
     assert batch["input_ids"][1].tolist() == [1, 2, 3]
+
+
+@pytest.mark.parametrize("frame_mode", vqa.FRAME_MODES)
+@pytest.mark.parametrize("mode", vqa.INPUT_MODES)
+@pytest.mark.parametrize(("side", "multiple"), [("right", 1), ("right", 16), ("left", 1), ("left", 16)])
+def test_places_point_at_frames_speech_and_answers(tokenizer, base, rows, side, multiple, mode, frame_mode):
+    """In the flattened batch: of samples that differ in frames, in speech and in their answers' length."""
+    processor = vqa.VQAProcessor(tokenizer, base.config, 56, mode, "speech", frame_mode)
+    samples = [vqa.SurgicalVQADataset([rows[i]], processor, max_train_frames=n)[0] for i, n in ((0, 3), (3, 1), (4, 2))]
+    assert len({len(sample["input_ids"]) for sample in samples}) == 3
+    batch = vqa.VQACollator(PAD, side, multiple)(samples)
+    ids, labels = batch["input_ids"].flatten(), batch["labels"].flatten()
+    image_or_video = VIDEO if frame_mode == "video" else IMAGE
+    assert batch["vision_at"].tolist() == (ids == image_or_video).nonzero()[:, 0].tolist() != []
+    assert batch["speech_at"].tolist() == (ids == AUDIO).nonzero()[:, 0].tolist()
+    assert (len(batch["speech_at"]) > 0) == (mode != "text")
+    assert (batch["answer_at"] + 1).tolist() == (labels != -100).nonzero()[:, 0].tolist() != []
+    assert torch.equal(labels[batch["answer_at"] + 1], ids[batch["answer_at"] + 1])
 
 
 # ------------------------------------------------------------------------------------------- fewer tokens per sample
@@ -154,7 +176,7 @@ def test_pairs_of_frames_become_temporal_patches(tokenizer, base):
     colours = [(250, 0, 0), (0, 250, 0), (0, 0, 250)]
     images = processor.image_processor(images=[Image.new("RGB", (56, 56), c) for c in colours], return_tensors="pt")
     frames = images["pixel_values"].view(3, 16, 3, 2, 196)
-    pixels, grid = processor.encode_frames(None, [Image.new("RGB", (56, 56), c) for c in colours])
+    pixels, grid = processor.encode_frames([Image.new("RGB", (56, 56), c) for c in colours])
     video, grid = vqa.pair_frames(pixels, grid)
     assert (video.shape, video.dtype, grid.tolist()) == ((32, 3 * 2 * 196), torch.uint8, [[2, 4, 4]])
     video = vqa.scale_pixels(video, 3 * 2 * 196, torch.float32).view(2, 16, 3, 2, 196)
@@ -189,7 +211,7 @@ def test_ids_types_and_positions_of_a_video(tokenizer, base, rows):
 def test_frames_of_two_sizes_cannot_be_paired(tokenizer, base, rows):
     processor = vqa.VQAProcessor(tokenizer, base.config, frame_mode="video")
     frames = [Image.new("RGB", (56, 56)), Image.new("RGB", (112, 56))]
-    with pytest.raises(vqa.VQAError, match=r"smoke.jsonl:1: the frames differ in size; --frame_mode video cannot pair"):
+    with pytest.raises(vqa.VQAError, match=r"smoke.jsonl:1 differ in size; --frame_mode video"):
         processor.encode(rows[0], frames, vqa.load_speech(rows[0].audio_path), True)
 
 
@@ -202,7 +224,7 @@ def test_patches_are_those_of_the_library_bit_for_bit(tokenizer, size, patch):
     noise = np.random.default_rng(0).integers(0, 256, (3, size[1], size[0], 3), dtype=np.uint8)
     frames = [Image.fromarray(pixels) for pixels in noise]
     library = processor.image_processor(images=frames, return_tensors="pt")
-    pixels, grid = processor.encode_frames(None, frames)
+    pixels, grid = processor.encode_frames(frames)
     assert pixels.dtype == torch.uint8 and torch.equal(grid, library["image_grid_thw"])
     for dtype in (torch.float32, torch.bfloat16):
         scaled = vqa.scale_pixels(pixels, library["pixel_values"].shape[1], dtype)
