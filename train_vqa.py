@@ -244,6 +244,11 @@ def raise_problems(problems: Sequence, meaning: str = "") -> None:
         raise VQAError("\n".join([*shown, meaning] if meaning else shown))
 
 
+def first_line(error: Exception) -> str:
+    """The first line of what an error says, or its kind."""
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Arguments
 # ----------------------------------------------------------------------------------------------------------------------
@@ -2859,8 +2864,8 @@ class FeatureStore:
         except (OSError, SafetensorError) as error:
             free = shutil.disk_usage(self.folder).free
             raise VQAError(
-                f"--cache_features {self.folder}: could not be written ({str(error).splitlines()[0]}), {free:,} bytes "
-                "are free; make room and start again: what is written is kept"
+                f"--cache_features {self.folder}: could not be written ({first_line(error)}), {free:,} bytes are free; "
+                "make room and start again: what is written is kept"
             ) from error
         self.files |= {medium: file for medium, file in named.items() if file and file.exists()}
         speech, new = (sum(isinstance(medium, Path) for medium in part) for part in (unique.values(), lacking))
@@ -3344,11 +3349,6 @@ class VQATrainer(Trainer):
     def get_eval_dataloader(self, *args, **kwargs):
         """As usual, with workers that leave signals to this process."""
         return let_workers_ignore_signals(super().get_eval_dataloader(*args, **kwargs))
-
-
-def first_line(error: Exception) -> str:
-    """The first line of what an error says, or its kind."""
-    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def let_workers_ignore_signals(loader: torch.utils.data.DataLoader) -> torch.utils.data.DataLoader:
