@@ -1,25 +1,15 @@
-"""The grafted model: names, positions, losses, gradients, LoRA, weights and adapters on disk."""
+"""The grafted model: names, positions, losses, gradients, LoRA, answers."""
 
 import itertools
-import json
-import shutil
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file, save_file
 from transformers import Qwen2VLForConditionalGeneration
 
 import train_vqa as vqa
-from tests.conftest import TINY
-
-
-@pytest.fixture(scope="module")
-def batch(processor, rows):
-    """Two training samples of different length, right-padded."""
-    dataset = vqa.SurgicalVQADataset(rows, processor, max_train_frames=2)
-    return vqa.VQACollator(497)([dataset[0], dataset[3]])
+from tests.conftest import PAD, TINY, refusal, stir
 
 
 # --------------------------------------------------------------------------------------------------- names and forward
@@ -221,125 +211,6 @@ def test_checkpointing_does_not_change_the_gradients(fresh, batch):
         gradients.append({name: p.grad for name, p in peft_model.named_parameters() if p.requires_grad})
     assert gradients[0].keys() == gradients[1].keys()
     assert all(torch.allclose(gradients[0][name], gradients[1][name], atol=1e-5) for name in gradients[0])
-
-
-# ------------------------------------------------------------------------------------------------------ weights on disk
-
-
-@pytest.fixture()
-def stored(base, tmp_path):
-    """The base model on disk in the layout of transformers 4.47, in two shards; returns a function to change it."""
-
-    def old_name(name):
-        return name.replace("model.visual.", "visual.").replace("model.language_model.", "model.")
-
-    def write(change=lambda tensors: None):
-        folder = tmp_path / "stored"
-        shutil.copytree(TINY, folder)
-        tensors = {old_name(name): p.detach().clone() for name, p in base.named_parameters()}
-        change(tensors)
-        names = sorted(tensors)
-        files = {"model-1.safetensors": names[::2], "model-2.safetensors": names[1::2]}
-        for file, part in files.items():
-            save_file({name: tensors[name] for name in part}, folder / file)
-        index = {"metadata": {}, "weight_map": {name: file for file, part in files.items() for name in part}}
-        (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-        return folder
-
-    return write
-
-
-def test_old_layout_is_loaded_bit_for_bit(stored, base, tokenizer):
-    model = vqa.load_model(stored(), tokenizer, dtype=torch.float32)
-    loaded = dict(model.named_parameters())
-    assert loaded.keys() == dict(base.named_parameters()).keys()
-    assert all(torch.equal(loaded[name], p) for name, p in base.named_parameters())
-    buffers = dict(model.named_buffers())
-    assert all(torch.equal(buffers[name], b) for name, b in base.named_buffers())
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (lambda t: t.pop("audio_projector.weight"), r"stored: tensor audio_projector\.weight is missing"),
-        (lambda t: t.pop("model.norm.weight"), r"stored: tensor model\.norm\.weight is missing"),
-        (lambda t: t.update(extra=torch.zeros(1)), r"unexpected tensor extra"),
-        (
-            lambda t: t.update({"lm_head.weight": torch.zeros(500, 64)}),
-            r"lm_head\.weight has shape \(500, 64\), the model wants \(512, 64\)",
-        ),
-    ],
-)
-def test_weights_that_do_not_fit_are_refused_by_name(stored, tokenizer, change, message):
-    with pytest.raises(vqa.VQAError, match=message):
-        vqa.load_model(stored(change), tokenizer, dtype=torch.float32)
-
-
-def test_a_folder_without_weights_is_refused(tokenizer):
-    with pytest.raises(vqa.VQAError, match=r"tiny_model/model\.safetensors: no such file"):
-        vqa.load_model(TINY, tokenizer, dtype=torch.float32)
-
-
-# ----------------------------------------------------------------------------------------------------- adapters on disk
-
-
-@pytest.fixture()
-def adapter(fresh, tmp_path):
-    """A saved adapter with random LoRA and projector weights, and the model it came from."""
-    model = vqa.add_lora(fresh(), r=4)
-    generator = torch.Generator().manual_seed(3)
-    with torch.no_grad():
-        for p in model.parameters():
-            if p.requires_grad:
-                p.copy_(torch.randn(p.shape, generator=generator))
-    model.save_pretrained(tmp_path / "adapter", save_embedding_layers=False)
-    return tmp_path / "adapter", model.eval()
-
-
-def test_adapter_file_holds_lora_and_projector_and_nothing_else(adapter):
-    stored = load_file(adapter[0] / "adapter_model.safetensors")
-    assert len(stored) == 2 * 14 + 1
-    assert "base_model.model.audio_projector.weight" in stored
-    assert "base_model.model.model.language_model.layers.0.self_attn.q_proj.lora_A.weight" in stored
-
-
-def test_adapter_is_loaded_bit_for_bit(adapter, fresh, batch):
-    path, trained = adapter
-    loaded = vqa.load_adapter(fresh(dtype=torch.float32), path)
-    wanted = {name: p for name, p in trained.named_parameters() if p.requires_grad}
-    found = dict(loaded.named_parameters())
-    assert all(torch.equal(found[name], p) for name, p in wanted.items())
-    with torch.no_grad():
-        assert torch.equal(loaded(**batch).loss, trained(**batch).loss)
-
-
-def test_fingerprint_is_that_of_the_base_with_or_without_adapter(adapter, base):
-    assert vqa.fingerprint(adapter[1]) == vqa.fingerprint(base)
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (lambda t: t.pop("base_model.model.audio_projector.weight"), "audio_projector.weight is missing"),
-        (lambda t: t.update(extra=torch.zeros(1)), "unexpected tensor .*extra"),
-        (
-            lambda t: t.update({"base_model.model.audio_projector.weight": torch.zeros(64, 32)}),
-            r"audio_projector.weight has shape \(64, 32\), the model wants \(64, 64\)",
-        ),
-    ],
-)
-def test_adapter_that_does_not_fit_is_refused_by_name(adapter, fresh, change, message):
-    file = adapter[0] / "adapter_model.safetensors"
-    tensors = load_file(file)
-    change(tensors)
-    save_file(tensors, file)
-    with pytest.raises(vqa.VQAError, match=message):
-        vqa.load_adapter(fresh(), adapter[0])
-
-
-def test_a_folder_without_an_adapter_is_refused(fresh, tmp_path):
-    with pytest.raises(vqa.VQAError, match="holds no adapter"):
-        vqa.load_adapter(fresh(), tmp_path)
 
 
 # ---------------------------------------------------------------------------------------------- fewer tokens per sample
