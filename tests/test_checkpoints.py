@@ -19,7 +19,7 @@ import train_vqa as vqa
 from benchmarks import checkpoint_roundtrip
 from benchmarks.checkpoint_roundtrip import old_name as old_key
 from tests.conftest import FULL_SIZE, TINY, edit_json, last_logits, refusal, same_tensors, small_disk, weights_of
-from tests.files import interrupted
+from tests.faults import interrupted
 
 needs_bitsandbytes = pytest.mark.skipif(
     importlib.util.find_spec("bitsandbytes") is None, reason="bitsandbytes, an optional package, is not installed"

@@ -1,5 +1,6 @@
 """The scoring rules, stated by literal cases: how models really phrase answers to the 20 question types."""
 
+import re
 from fractions import Fraction
 from math import comb
 
@@ -7,350 +8,193 @@ import pytest
 
 import evaluate_checkpoint as ev
 
-RIGHT, WRONG = True, False
+# Question type, option asked for, + right or - wrong by `choice`: predictions. "\\n" is where a generation ran past the
+# end of its turn.
+CHOICE = """\
+blue_dye_presence no + No, contrast is not visible on the mucosal surface. | No blue dye. |
+    There is no blue dye visible. | Not visible.
+blue_dye_presence no - The word "mucosal" is mentioned in the first image. | normal mucosa | Blue dye is present |
+    The mucosa is stained blue
+blue_dye_presence yes + The mucosa is stained blue
+endoscope_visibility no + The endoscope is not visible | no endoscope is seen | No endoscope |
+    I don't see the endoscope. | Cannot see any endoscope
+endoscope_visibility yes + The endoscope body is clearly visible in the frame
+endoscope_visibility no - Normal mucosa is visible
+endoscope_visibility yes - Normal mucosa is visible
+fluid_occlusion_level complete - not completely blocking | incomplete | The view is completely clear. |
+    almost completely blocked | completely absent | Severe. | Partially blocked, not completely. |
+    The mucosa is completely visible. | There is a full view.
+fluid_occlusion_level absent - not completely blocking | The fluid is not completely blocking the view. |
+    not absent | absent or complete
+fluid_occlusion_level complete + Fluid completely covers the lens. | Complete. |
+    The view is fully obscured by fluid. | Fluid completely obscures the clean mucosa. | Fluid covers the whole view.
+fluid_occlusion_level absent + No fluid. | none | There is no fluid occlusion. | The view is completely clear. |
+    completely absent | Fluid does not obscure the view | The view is free of fluid. | The view is clear of fluid. |
+    Clean mucosa stays visible without any fluid.
+flush_action no + There is no flushing observed. | There is no flushing | No flushing | The endoscopist isn’t flushing
+flush_action yes - Is the endoscope flushing the scene in these frames
+flush_action yes + The Endoscope is flushing the scene in these frames. |
+    Yes, the endoscopist appears to be flushing the scene in these frames.
+lesion_histology_extended adenoma + adenomatous | Tubular adenoma
+lesion_histology_extended adenoma - adenocarcinoma | non-adenomatous | Sessile serrated adenoma
+lesion_histology_extended hyperplastic + Hyperplastic polyp | Not adenoma, hyperplastic.
+lesion_histology_extended hyperplastic - hyperplastic or adenoma | not hyperplastic |
+    Histology corresponds to adenoma.
+lesion_motion_direction left - The lesion moves toward the upper-left. | upper-left | from left to right |
+    The lesion does not move left. | The lesion moves left or right
+lesion_motion_direction left + The lesion drifts to the left over the frames. | Leftward |
+    The lesion is still drifting left.
+lesion_motion_direction down + Downward. | downwards
+lesion_motion_direction up - up and to the left | It shows a close-up of the lesion
+lesion_motion_direction right + from left to right
+lesion_motion_direction stable + The lesion does not move. | No drift | Still.
+lesion_motion_direction stable - The lesion does not move left. | not stable
+lesion_motion_direction up + The lesion shifts upwards
+lesion_motion_direction right - bright
+lesion_screen_position upper-left + upper left | top-left corner
+lesion_screen_position upper-right + Right upper quadrant
+lesion_screen_position upper-left - left
+lesion_screen_position lower-left - The lesion appears in the right screen quadrant. | lower left or lower right |
+    lower-left/right | center
+lesion_screen_position lower-left + The lesion appears in the lower left quadrant. | bottom‑left
+lesion_screen_position lower-right + Not the upper-left but the lower-right quadrant.
+lesion_site sigma + sigmoid colon
+lesion_site sigma - rectosigmoid | Recto-sigmoid junction
+lesion_site ascending - The descending colon
+lesion_site descending + descending colon
+lesion_site rectum + rectal
+lesion_site rectum - Cecum | the sigma and the rectum
+lesion_site ascending + ascending colon
+lesion_size_range <5 + <5 mm | < 5mm | less than 5 mm | smaller than 5 millimetres | less than five millimeters |
+    ＜5 mm
+lesion_size_range <5 - 5-10 mm | The lesion size falls into the 5 to 9.9 millimeter bracket. | 10-20 mm. | <50 mm |
+    <5 cm | <5.5 mm | >5 mm | <5 or 5-10 | not less than 5 mm | 3 mm | ≤5 mm | 5 mm | 5–10 mm |
+    less than or equal to 5 mm | Into which millimeter bracket does the lesion size fall
+lighting_mode NBI +
+    The sequence is illuminated by Narrow Band Imaging (NBI), as indicated by the 'NBI' label in the corner. |
+    not WL but NBI
+lighting_mode NBI - White light. | NBI or white light | NBI/WL | NBI light is off
+mucosa_visibility no + The mucosa is obscured. | Clean mucosa is not visible | The mucosa cannot be seen clearly |
+    No — clean mucosa is not visible
+mucosa_visibility yes + Clean mucosa is visible | Yes, you can clearly observe clean mucosa in these frames. |
+    You can clearly see clean mucosa. | Yes, nothing blocks the view of the mucosa.
+mucosa_visibility no - Clean mucosa is not obscured | normal mucosa | No, clean mucosa is visible |
+    Is clean mucosa visible in this sequence?
+nbi_status no + white light | NBI is off. | No, these frames are not captured using NBI mode. |
+    No, white light instead of NBI. | WL rather than NBI | No NBI light.
+nbi_status yes + The frames were captured using NBI mode. | Narrow-band imaging
+nbi_status yes - The frames were captured using MBI mode. | No, NBI light is on.
+nbi_status no - Yes, WL light is on.
+occlusion_check no + No, it does not. | No, there is no obstruction blocking the field of view. |
+    The view is clear. | The view is not blocked | The view is unobstructed | Nothing blocks the view.
+occlusion_check yes + Yes, a close up obstruction blocks the field of view. | The view is obstructed
+occlusion_check no - The view is not completely blocked
+occlusion_check yes - The view is unobstructed
+scope_backward_motion yes + Yes, the scope is withdrawing. | The scope is pulled back.
+scope_backward_motion no + The scope is moving forward.
+scope_backward_motion yes - The scope is advancing and withdrawing.
+scope_forward_motion yes + The scope is advancing.
+scope_forward_motion no + The scope is not moving. | No the scope is withdrawing |
+    The scope moves neither forward nor backward.
+scope_forward_motion no - The scope is not withdrawing. | No, the scope is advancing.
+scope_forward_motion yes - The scope is not withdrawing.
+scope_motion yes + The scope is actively moving throughout this clip. | The scope is still moving. | It is. |
+    Is the scope moving? Yes. | The answer is yes | Yes yes
+scope_motion no - Yes, the scope is not moving | The scope is not advancing. | Yes or no | Yes/No |
+    No\\nassistant\\nYes | I can't tell if the scope is moving.
+scope_motion yes - Yes, the scope is not moving | Yes or no | Yes. No. |
+    It is difficult to see if the scope is moving.
+scope_motion no + The scope is stationary | There is no motion. | no | NO. | The scope isn't moving. |
+    The scope is still. | No, it is not. | It is not. | The answer is: no. | The scope isnt moving |
+    The scope doesn't move.
+scope_motion_type advancing - The scope is primarily advancing or withdrawing in this sequence. |
+    not only advancing but also withdrawing
+scope_motion_type withdrawing + Not advancing but withdrawing. | Withdrawing | The scope is being withdrawn.
+scope_motion_type withdrawing - not advancing
+scope_motion_type advancing + moving forward
+scope_outside no - Yes | normal | Nothing unusual is going on | I cannot tell whether the scope is outside. | Unknown
+scope_outside yes + The scope is positioned outside the patient here. | Yes, no longer inside the patient. |
+    The scope is out of the body.
+scope_outside yes - IS THE SCOPE POSITIONED OUTSIDE THE PATIENT
+scope_outside no + No, the scope is positioned inside the patient. | The scope is not outside the patient. |
+    The scope remains in the patient | **No** | It is inside, not outside.
+tool_catheter_check no + The tool is a forceps | Not a catheter | not a catheter but a snare |
+    There is no tool visible
+tool_catheter_check yes + It is a catheter | Yes, the catheter is visible; no forceps.
+tool_catheter_check yes - Yes, the tool is a snare
+tool_catheter_check no - The tool cannot be identified.
+tool_identification forceps + Endoscopic biopsy forceps | Forcep
+tool_identification forceps - An endoscope is present in this clip.
+tool_identification snare - Snare or forceps | Not a snare.
+tool_identification snare + no forceps, a snare
+tool_identification catheter + Catheters are visible
+"""
 
-# prediction, option asked for, right or wrong by `choice`. "\n" is where a generation ran past the end of its turn.
-CHOICE_CASES = {
-    "blue_dye_presence": [
-        ("No, contrast is not visible on the mucosal surface.", "no", RIGHT),
-        ('The word "mucosal" is mentioned in the first image.', "no", WRONG),
-        ("normal mucosa", "no", WRONG),
-        ("No blue dye.", "no", RIGHT),
-        ("Blue dye is present", "no", WRONG),
-        ("There is no blue dye visible.", "no", RIGHT),
-        ("Not visible.", "no", RIGHT),
-        ("The mucosa is stained blue", "no", WRONG),
-        ("The mucosa is stained blue", "yes", RIGHT),
-    ],
-    "endoscope_visibility": [
-        ("The endoscope is not visible", "no", RIGHT),
-        ("The endoscope body is clearly visible in the frame", "yes", RIGHT),
-        ("Normal mucosa is visible", "no", WRONG),
-        ("Normal mucosa is visible", "yes", WRONG),
-        ("no endoscope is seen", "no", RIGHT),
-        ("No endoscope", "no", RIGHT),
-        ("I don't see the endoscope.", "no", RIGHT),
-        ("Cannot see any endoscope", "no", RIGHT),
-    ],
-    "fluid_occlusion_level": [
-        ("not completely blocking", "complete", WRONG),
-        ("not completely blocking", "absent", WRONG),
-        ("The fluid is not completely blocking the view.", "absent", WRONG),
-        ("incomplete", "complete", WRONG),
-        ("Fluid completely covers the lens.", "complete", RIGHT),
-        ("Complete.", "complete", RIGHT),
-        ("No fluid.", "absent", RIGHT),
-        ("none", "absent", RIGHT),
-        ("There is no fluid occlusion.", "absent", RIGHT),
-        ("The view is completely clear.", "absent", RIGHT),
-        ("The view is completely clear.", "complete", WRONG),
-        ("almost completely blocked", "complete", WRONG),
-        ("not absent", "absent", WRONG),
-        ("completely absent", "absent", RIGHT),
-        ("completely absent", "complete", WRONG),
-        ("Severe.", "complete", WRONG),
-        ("absent or complete", "absent", WRONG),
-        ("Partially blocked, not completely.", "complete", WRONG),
-        ("Fluid does not obscure the view", "absent", RIGHT),
-        ("The view is free of fluid.", "absent", RIGHT),
-        ("The view is clear of fluid.", "absent", RIGHT),
-        ("The view is fully obscured by fluid.", "complete", RIGHT),
-        ("Clean mucosa stays visible without any fluid.", "absent", RIGHT),
-        ("Fluid completely obscures the clean mucosa.", "complete", RIGHT),
-        ("Fluid covers the whole view.", "complete", RIGHT),
-        ("The mucosa is completely visible.", "complete", WRONG),
-        ("There is a full view.", "complete", WRONG),
-    ],
-    "flush_action": [
-        ("There is no flushing observed.", "no", RIGHT),
-        ("There is no flushing", "no", RIGHT),
-        ("Is the endoscope flushing the scene in these frames", "yes", WRONG),
-        ("The Endoscope is flushing the scene in these frames.", "yes", RIGHT),
-        ("Yes, the endoscopist appears to be flushing the scene in these frames.", "yes", RIGHT),
-        ("No flushing", "no", RIGHT),
-        ("The endoscopist isn’t flushing", "no", RIGHT),
-    ],
-    "lesion_histology_extended": [
-        ("adenomatous", "adenoma", RIGHT),
-        ("Tubular adenoma", "adenoma", RIGHT),
-        ("adenocarcinoma", "adenoma", WRONG),
-        ("non-adenomatous", "adenoma", WRONG),
-        ("Sessile serrated adenoma", "adenoma", WRONG),
-        ("Hyperplastic polyp", "hyperplastic", RIGHT),
-        ("Not adenoma, hyperplastic.", "hyperplastic", RIGHT),
-        ("hyperplastic or adenoma", "hyperplastic", WRONG),
-        ("not hyperplastic", "hyperplastic", WRONG),
-        ("Histology corresponds to adenoma.", "hyperplastic", WRONG),
-    ],
-    "lesion_motion_direction": [
-        ("The lesion moves toward the upper-left.", "left", WRONG),
-        ("upper-left", "left", WRONG),
-        ("The lesion drifts to the left over the frames.", "left", RIGHT),
-        ("Downward.", "down", RIGHT),
-        ("downwards", "down", RIGHT),
-        ("up and to the left", "up", WRONG),
-        ("from left to right", "right", RIGHT),
-        ("from left to right", "left", WRONG),
-        ("The lesion does not move.", "stable", RIGHT),
-        ("The lesion does not move left.", "stable", WRONG),
-        ("The lesion does not move left.", "left", WRONG),
-        ("not stable", "stable", WRONG),
-        ("No drift", "stable", RIGHT),
-        ("It shows a close-up of the lesion", "up", WRONG),
-        ("The lesion shifts upwards", "up", RIGHT),
-        ("Leftward", "left", RIGHT),
-        ("bright", "right", WRONG),
-        ("The lesion moves left or right", "left", WRONG),
-        ("The lesion is still drifting left.", "left", RIGHT),
-        ("Still.", "stable", RIGHT),
-    ],
-    "lesion_screen_position": [
-        ("upper left", "upper-left", RIGHT),
-        ("top-left corner", "upper-left", RIGHT),
-        ("Right upper quadrant", "upper-right", RIGHT),
-        ("left", "upper-left", WRONG),
-        ("The lesion appears in the right screen quadrant.", "lower-left", WRONG),
-        ("The lesion appears in the lower left quadrant.", "lower-left", RIGHT),
-        ("bottom‑left", "lower-left", RIGHT),
-        ("lower left or lower right", "lower-left", WRONG),
-        ("lower-left/right", "lower-left", WRONG),
-        ("center", "lower-left", WRONG),
-        ("Not the upper-left but the lower-right quadrant.", "lower-right", RIGHT),
-    ],
-    "lesion_site": [
-        ("sigmoid colon", "sigma", RIGHT),
-        ("rectosigmoid", "sigma", WRONG),
-        ("Recto-sigmoid junction", "sigma", WRONG),
-        ("The descending colon", "ascending", WRONG),
-        ("descending colon", "descending", RIGHT),
-        ("rectal", "rectum", RIGHT),
-        ("Cecum", "rectum", WRONG),
-        ("the sigma and the rectum", "rectum", WRONG),
-        ("ascending colon", "ascending", RIGHT),
-    ],
-    "lesion_size_range": [
-        ("<5 mm", "<5", RIGHT),
-        ("< 5mm", "<5", RIGHT),
-        ("less than 5 mm", "<5", RIGHT),
-        ("smaller than 5 millimetres", "<5", RIGHT),
-        ("less than five millimeters", "<5", RIGHT),
-        ("＜5 mm", "<5", RIGHT),
-        ("5-10 mm", "<5", WRONG),
-        ("The lesion size falls into the 5 to 9.9 millimeter bracket.", "<5", WRONG),
-        ("10-20 mm.", "<5", WRONG),
-        ("<50 mm", "<5", WRONG),
-        ("<5 cm", "<5", WRONG),
-        ("<5.5 mm", "<5", WRONG),
-        (">5 mm", "<5", WRONG),
-        ("<5 or 5-10", "<5", WRONG),
-        ("not less than 5 mm", "<5", WRONG),
-        ("3 mm", "<5", WRONG),
-        ("≤5 mm", "<5", WRONG),
-        ("5 mm", "<5", WRONG),
-        ("5–10 mm", "<5", WRONG),
-        ("less than or equal to 5 mm", "<5", WRONG),
-        ("Into which millimeter bracket does the lesion size fall", "<5", WRONG),
-    ],
-    "lighting_mode": [
-        (
-            "The sequence is illuminated by Narrow Band Imaging (NBI), as indicated by the 'NBI' label in the corner.",
-            "NBI",
-            RIGHT,
-        ),
-        ("White light.", "NBI", WRONG),
-        ("NBI or white light", "NBI", WRONG),
-        ("NBI/WL", "NBI", WRONG),
-        ("NBI light is off", "NBI", WRONG),
-        ("not WL but NBI", "NBI", RIGHT),
-    ],
-    "mucosa_visibility": [
-        ("The mucosa is obscured.", "no", RIGHT),
-        ("Clean mucosa is visible", "yes", RIGHT),
-        ("Clean mucosa is not visible", "no", RIGHT),
-        ("Clean mucosa is not obscured", "no", WRONG),
-        ("The mucosa cannot be seen clearly", "no", RIGHT),
-        ("normal mucosa", "no", WRONG),
-        ("Yes, you can clearly observe clean mucosa in these frames.", "yes", RIGHT),
-        ("You can clearly see clean mucosa.", "yes", RIGHT),
-        ("No, clean mucosa is visible", "no", WRONG),
-        ("No — clean mucosa is not visible", "no", RIGHT),
-        ("Yes, nothing blocks the view of the mucosa.", "yes", RIGHT),
-        ("Is clean mucosa visible in this sequence?", "no", WRONG),
-    ],
-    "nbi_status": [
-        ("white light", "no", RIGHT),
-        ("NBI is off.", "no", RIGHT),
-        ("The frames were captured using NBI mode.", "yes", RIGHT),
-        ("The frames were captured using MBI mode.", "yes", WRONG),
-        ("No, these frames are not captured using NBI mode.", "no", RIGHT),
-        ("No, white light instead of NBI.", "no", RIGHT),
-        ("WL rather than NBI", "no", RIGHT),
-        ("Yes, WL light is on.", "no", WRONG),
-        ("No, NBI light is on.", "yes", WRONG),
-        ("Narrow-band imaging", "yes", RIGHT),
-        ("No NBI light.", "no", RIGHT),
-    ],
-    "occlusion_check": [
-        ("No, it does not.", "no", RIGHT),
-        ("No, there is no obstruction blocking the field of view.", "no", RIGHT),
-        ("Yes, a close up obstruction blocks the field of view.", "yes", RIGHT),
-        ("The view is clear.", "no", RIGHT),
-        ("The view is not blocked", "no", RIGHT),
-        ("The view is not completely blocked", "no", WRONG),
-        ("The view is unobstructed", "yes", WRONG),
-        ("The view is unobstructed", "no", RIGHT),
-        ("The view is obstructed", "yes", RIGHT),
-        ("Nothing blocks the view.", "no", RIGHT),
-    ],
-    "scope_backward_motion": [
-        ("Yes, the scope is withdrawing.", "yes", RIGHT),
-        ("The scope is moving forward.", "no", RIGHT),
-        ("The scope is pulled back.", "yes", RIGHT),
-        ("The scope is advancing and withdrawing.", "yes", WRONG),
-    ],
-    "scope_forward_motion": [
-        ("The scope is advancing.", "yes", RIGHT),
-        ("The scope is not moving.", "no", RIGHT),
-        ("The scope is not withdrawing.", "no", WRONG),
-        ("The scope is not withdrawing.", "yes", WRONG),
-        ("No, the scope is advancing.", "no", WRONG),
-        ("No the scope is withdrawing", "no", RIGHT),
-        ("The scope moves neither forward nor backward.", "no", RIGHT),
-    ],
-    "scope_motion": [
-        ("The scope is actively moving throughout this clip.", "yes", RIGHT),
-        ("Yes, the scope is not moving", "no", WRONG),
-        ("Yes, the scope is not moving", "yes", WRONG),
-        ("The scope is stationary", "no", RIGHT),
-        ("There is no motion.", "no", RIGHT),
-        ("no", "no", RIGHT),
-        ("NO.", "no", RIGHT),
-        ("The scope isn't moving.", "no", RIGHT),
-        ("The scope is still moving.", "yes", RIGHT),
-        ("The scope is still.", "no", RIGHT),
-        ("The scope is not advancing.", "no", WRONG),
-        ("Yes or no", "yes", WRONG),
-        ("Yes or no", "no", WRONG),
-        ("Yes/No", "no", WRONG),
-        ("No, it is not.", "no", RIGHT),
-        ("It is not.", "no", RIGHT),
-        ("It is.", "yes", RIGHT),
-        ("Yes. No.", "yes", WRONG),
-        ("Is the scope moving? Yes.", "yes", RIGHT),
-        ("The answer is yes", "yes", RIGHT),
-        ("The answer is: no.", "no", RIGHT),
-        ("No\nassistant\nYes", "no", WRONG),
-        ("Yes yes", "yes", RIGHT),
-        ("I can't tell if the scope is moving.", "no", WRONG),
-        ("It is difficult to see if the scope is moving.", "yes", WRONG),
-        ("The scope isnt moving", "no", RIGHT),
-        ("The scope doesn't move.", "no", RIGHT),
-    ],
-    "scope_motion_type": [
-        ("The scope is primarily advancing or withdrawing in this sequence.", "advancing", WRONG),
-        ("Not advancing but withdrawing.", "withdrawing", RIGHT),
-        ("not advancing", "withdrawing", WRONG),
-        ("Withdrawing", "withdrawing", RIGHT),
-        ("The scope is being withdrawn.", "withdrawing", RIGHT),
-        ("moving forward", "advancing", RIGHT),
-        ("not only advancing but also withdrawing", "advancing", WRONG),
-    ],
-    "scope_outside": [
-        ("Yes", "no", WRONG),
-        ("The scope is positioned outside the patient here.", "yes", RIGHT),
-        ("IS THE SCOPE POSITIONED OUTSIDE THE PATIENT", "yes", WRONG),
-        ("No, the scope is positioned inside the patient.", "no", RIGHT),
-        ("The scope is not outside the patient.", "no", RIGHT),
-        ("normal", "no", WRONG),
-        ("Nothing unusual is going on", "no", WRONG),
-        ("I cannot tell whether the scope is outside.", "no", WRONG),
-        ("The scope remains in the patient", "no", RIGHT),
-        ("Yes, no longer inside the patient.", "yes", RIGHT),
-        ("The scope is out of the body.", "yes", RIGHT),
-        ("**No**", "no", RIGHT),
-        ("It is inside, not outside.", "no", RIGHT),
-        ("Unknown", "no", WRONG),
-    ],
-    "tool_catheter_check": [
-        ("The tool is a forceps", "no", RIGHT),
-        ("It is a catheter", "yes", RIGHT),
-        ("Not a catheter", "no", RIGHT),
-        ("not a catheter but a snare", "no", RIGHT),
-        ("Yes, the tool is a snare", "yes", WRONG),
-        ("There is no tool visible", "no", RIGHT),
-        ("Yes, the catheter is visible; no forceps.", "yes", RIGHT),
-        ("The tool cannot be identified.", "no", WRONG),
-    ],
-    "tool_identification": [
-        ("Endoscopic biopsy forceps", "forceps", RIGHT),
-        ("Forcep", "forceps", RIGHT),
-        ("An endoscope is present in this clip.", "forceps", WRONG),
-        ("Snare or forceps", "snare", WRONG),
-        ("Not a snare.", "snare", WRONG),
-        ("no forceps, a snare", "snare", RIGHT),
-        ("Catheters are visible", "catheter", RIGHT),
-    ],
-}
+# Every wording of a gold answer in REAL-Colon-VQA: question type, then short answer = full answer.
+GOLD = """\
+blue_dye_presence: no = No, no dye is visible on the mucosa.
+endoscope_visibility: no = No, the endoscope body is not visible. |
+    yes = Yes, the endoscope body is visible in the frames.
+fluid_occlusion_level: absent = Fluid occlusion is absent and clean mucosa stays visible. |
+    complete = Fluid occlusion completely obscures the view.
+flush_action: no = No, there is no flushing observed. | yes = Yes, the endoscopist is flushing the scene.
+lesion_histology_extended: adenoma = Histology corresponds to adenoma. |
+    hyperplastic = Histology corresponds to hyperplastic.
+lesion_motion_direction: down = The lesion shifts downward across the frames. |
+    left = The lesion drifts toward the left side of the screen. |
+    right = The lesion drifts toward the right side of the screen. |
+    stable = The lesion stays stable without noticeable movement. | up = The lesion shifts upward across the frames.
+lesion_screen_position: lower-left = The lesion appears in the lower-left quadrant of the screen. |
+    lower-right = The lesion appears in the lower-right quadrant of the screen. |
+    upper-left = The lesion appears in the upper-left quadrant of the screen. |
+    upper-right = The lesion appears in the upper-right quadrant of the screen.
+lesion_site: ascending = The lesion is located in the ascending. |
+    descending = The lesion is located in the descending. | rectum = The lesion is located in the rectum. |
+    sigma = The lesion is located in the sigma.
+lesion_size_range: <5 = The lesion is <5 mm.
+lighting_mode: NBI = NBI light is on in this sequence.
+mucosa_visibility: no = No, clean mucosa is not consistently visible. |
+    yes = Yes, clean mucosa is visible across frames.
+nbi_status: no = No, WL light is on instead. | yes = Yes, NBI light is on in these frames.
+occlusion_check: no = No, clean mucosa stays visible without obstruction. |
+    yes = Yes, a close-up obstruction blocks the view.
+scope_backward_motion: no = No, the scope is advancing. | yes = Yes, the scope is withdrawing.
+scope_forward_motion: no = No, the scope is withdrawing. | yes = Yes, the scope is advancing.
+scope_motion: no = No, the scope is not moving in these frames. | yes = Yes, the scope is moving across the frames.
+scope_motion_type: advancing = The scope is primarily advancing. | withdrawing = The scope is primarily withdrawing.
+scope_outside: no = No, the scope stays within the patient. | yes = Yes, the scope is outside the patient.
+tool_catheter_check: no = No, the visible tool is not a catheter. | yes = Yes, the visible tool is a catheter.
+tool_identification: catheter = Catheter is visible on screen. | forceps = Forceps are visible on screen. |
+    snare = Snare is visible on screen.
+"""
 
-# Every wording of a gold answer in REAL-Colon-VQA: question type, short answer, full answer.
+
+def parsed(table):
+    """(head, parts) of each entry; lines that are indented go on."""
+    return [
+        (entry.split(" ", 1)[0].rstrip(":"), entry.split(" ", 1)[1])
+        for entry in re.sub(r"\n +", " ", table).splitlines()
+    ]
+
+
+CHOICE_CASES = [
+    (kind, gold, sign == "+", [text.strip().replace("\\n", "\n") for text in texts.split("|")])
+    for kind, entry in parsed(CHOICE)
+    for gold, sign, texts in [entry.split(" ", 2)]
+]
 GOLD_ANSWERS = [
-    ("blue_dye_presence", "no", "No, no dye is visible on the mucosa."),
-    ("endoscope_visibility", "no", "No, the endoscope body is not visible."),
-    ("endoscope_visibility", "yes", "Yes, the endoscope body is visible in the frames."),
-    ("fluid_occlusion_level", "absent", "Fluid occlusion is absent and clean mucosa stays visible."),
-    ("fluid_occlusion_level", "complete", "Fluid occlusion completely obscures the view."),
-    ("flush_action", "no", "No, there is no flushing observed."),
-    ("flush_action", "yes", "Yes, the endoscopist is flushing the scene."),
-    ("lesion_histology_extended", "adenoma", "Histology corresponds to adenoma."),
-    ("lesion_histology_extended", "hyperplastic", "Histology corresponds to hyperplastic."),
-    ("lesion_motion_direction", "down", "The lesion shifts downward across the frames."),
-    ("lesion_motion_direction", "left", "The lesion drifts toward the left side of the screen."),
-    ("lesion_motion_direction", "right", "The lesion drifts toward the right side of the screen."),
-    ("lesion_motion_direction", "stable", "The lesion stays stable without noticeable movement."),
-    ("lesion_motion_direction", "up", "The lesion shifts upward across the frames."),
-    ("lesion_screen_position", "lower-left", "The lesion appears in the lower-left quadrant of the screen."),
-    ("lesion_screen_position", "lower-right", "The lesion appears in the lower-right quadrant of the screen."),
-    ("lesion_screen_position", "upper-left", "The lesion appears in the upper-left quadrant of the screen."),
-    ("lesion_screen_position", "upper-right", "The lesion appears in the upper-right quadrant of the screen."),
-    ("lesion_site", "ascending", "The lesion is located in the ascending."),
-    ("lesion_site", "descending", "The lesion is located in the descending."),
-    ("lesion_site", "rectum", "The lesion is located in the rectum."),
-    ("lesion_site", "sigma", "The lesion is located in the sigma."),
-    ("lesion_size_range", "<5", "The lesion is <5 mm."),
-    ("lighting_mode", "NBI", "NBI light is on in this sequence."),
-    ("mucosa_visibility", "no", "No, clean mucosa is not consistently visible."),
-    ("mucosa_visibility", "yes", "Yes, clean mucosa is visible across frames."),
-    ("nbi_status", "no", "No, WL light is on instead."),
-    ("nbi_status", "yes", "Yes, NBI light is on in these frames."),
-    ("occlusion_check", "no", "No, clean mucosa stays visible without obstruction."),
-    ("occlusion_check", "yes", "Yes, a close-up obstruction blocks the view."),
-    ("scope_backward_motion", "no", "No, the scope is advancing."),
-    ("scope_backward_motion", "yes", "Yes, the scope is withdrawing."),
-    ("scope_forward_motion", "no", "No, the scope is withdrawing."),
-    ("scope_forward_motion", "yes", "Yes, the scope is advancing."),
-    ("scope_motion", "no", "No, the scope is not moving in these frames."),
-    ("scope_motion", "yes", "Yes, the scope is moving across the frames."),
-    ("scope_motion_type", "advancing", "The scope is primarily advancing."),
-    ("scope_motion_type", "withdrawing", "The scope is primarily withdrawing."),
-    ("scope_outside", "no", "No, the scope stays within the patient."),
-    ("scope_outside", "yes", "Yes, the scope is outside the patient."),
-    ("tool_catheter_check", "no", "No, the visible tool is not a catheter."),
-    ("tool_catheter_check", "yes", "Yes, the visible tool is a catheter."),
-    ("tool_identification", "catheter", "Catheter is visible on screen."),
-    ("tool_identification", "forceps", "Forceps are visible on screen."),
-    ("tool_identification", "snare", "Snare is visible on screen."),
+    (kind, *(word.strip() for word in part.split(" = "))) for kind, entry in parsed(GOLD) for part in entry.split("|")
 ]
 
 
 def make_row(number, kind="scope_motion", short="yes", answer=None, video="v1", question=None, **more):
     """An annotation row with the id q{number}."""
+    texts = {"question": question or f"About {kind}?", "answer": answer or short, "short_answer": short}
     return {
         "id": f"q{number}",
         "video_id": video,
         "question_type": kind,
-        "question": question or f"About {kind}?",
-        "answer": answer or short,
-        "short_answer": short,
+        **texts,
         "frames": [f"{video}_{number}"],
         **more,
     }
@@ -362,43 +206,36 @@ def scored(rows, texts, **fields):
     return ev.score_rows(rows, {ev.row_key(row): {"predicted_answer": text, **fields} for row, text in pairs})
 
 
-# --- choice ----------------------------------------------------------------------------------------------------------
+# --- choice, contains and strict -------------------------------------------------------------------------------------
 
 
 def test_the_table_has_the_20_types():
     assert sorted(ev.CLOSED_ANSWERS) == sorted({kind for kind, _, _ in GOLD_ANSWERS})
-    assert len(ev.CLOSED_ANSWERS) == 20
+    assert (len(ev.CLOSED_ANSWERS), sum(len(case[3]) for case in CHOICE_CASES), len(GOLD_ANSWERS)) == (20, 235, 45)
 
 
-@pytest.mark.parametrize("kind", CHOICE_CASES)
+@pytest.mark.parametrize("kind", sorted({kind for kind, *_ in CHOICE_CASES}))
 def test_choice_on_literal_predictions(kind):
-    found = [(text, gold, ev.choice_correct(text, kind, gold, "-")) for text, gold, _ in CHOICE_CASES[kind]]
-    assert found == CHOICE_CASES[kind]
+    cases = [(text, gold, right) for of, gold, right, texts in CHOICE_CASES if of == kind for text in texts]
+    assert [(text, gold, ev.judge(text, kind, gold, "-")["choice"]) for text, gold, _ in cases] == cases
 
 
-@pytest.mark.parametrize(("kind", "short", "answer"), GOLD_ANSWERS)
-def test_gold_answers_are_right_on_every_metric(kind, short, answer):
+def test_gold_answers_are_right_on_every_metric_and_wrong_for_every_other_answer_of_their_type():
     everything = dict.fromkeys(ev.METRICS, True)
-    for text in (answer, short, answer.upper(), f" {answer}\n", short.rstrip(".") + "."):
-        assert ev.judge(text, kind, short, answer) == everything
-
-
-@pytest.mark.parametrize(("kind", "short", "answer"), GOLD_ANSWERS)
-def test_gold_answers_are_wrong_for_every_other_answer_of_their_type(kind, short, answer):
-    for other in {gold for of, gold, _ in GOLD_ANSWERS if of == kind} - {short}:
-        assert not ev.choice_correct(answer, kind, other, "-")
+    for kind, short, answer in GOLD_ANSWERS:
+        for text in (answer, short, answer.upper(), f" {answer}\n", short.rstrip(".") + "."):
+            assert ev.judge(text, kind, short, answer) == everything, text
+        for other in {gold for of, gold, _ in GOLD_ANSWERS if of == kind} - {short}:
+            assert not ev.judge(answer, kind, other, "-")["choice"], (answer, other)
 
 
 def test_choice_is_strict_where_the_table_does_not_know_the_type_or_the_answer():
-    assert ev.choice_correct("Two.", "polyp_count", "two", "There are two.")
-    assert not ev.choice_correct("I see two", "polyp_count", "two", "There are two.")
-    assert ev.choice_correct("ileum", "lesion_site", "ileum", "-")
+    assert ev.judge("Two.", "polyp_count", "two", "There are two.")["choice"]
+    assert not ev.judge("I see two", "polyp_count", "two", "There are two.")["choice"]
+    assert ev.judge("ileum", "lesion_site", "ileum", "-")["choice"]
     rows = [make_row(1, "polyp_count", "two"), make_row(2, "lesion_site", "ileum"), make_row(3)]
     summary = ev.summarise(rows, scored(rows, ["two", "ileum", "yes"]))
     assert summary["types_without_options"] == ["lesion_site", "polyp_count"]
-
-
-# --- contains and strict ---------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -414,58 +251,32 @@ def test_choice_is_strict_where_the_table_does_not_know_the_type_or_the_answer()
     ],
 )
 def test_contains_is_the_seeds_rule(text, short, right):
-    assert ev.contains_correct(text, short) is right
+    assert ev.judge(text, "scope_motion", short, "-")["contains"] is right
 
 
-@pytest.mark.parametrize(
-    ("text", "right"),
-    [
-        ("upper-left", True),
-        ("Upper left.", True),
-        ("the lesion appears in the upper-left quadrant", True),
-        ("It is upper-left", False),
-        ("upper-left upper-left", False),
-        ("left", False),
-    ],
-)
-def test_strict_allows_case_punctuation_and_hyphens_only(text, right):
-    assert ev.strict_correct(text, "upper-left", "The lesion appears in the upper-left quadrant.") is right
+def test_strict_allows_case_punctuation_and_hyphens_only():
+    right = ["upper-left", "Upper left.", "the lesion appears in the upper-left quadrant"]
+    for text in (*right, "It is upper-left", "upper-left upper-left", "left"):
+        found = ev.judge(text, "lesion_screen_position", "upper-left", "The lesion appears in the upper-left quadrant.")
+        assert found["strict"] is (text in right), text
 
 
-@pytest.mark.parametrize(
-    ("text", "normal"),
-    [
-        ("Upper-Left.", "upper left"),
-        ("It isn’t; it can't.", "it is not it can not"),
-        ("5–10mm / < 5 MM", "5 to 10 mm or <5 mm"),
-        ("9.9 mm.", "9.9 mm"),
-        ("  two\nlines ", "two lines"),
-        ("No — never", "no never"),
-    ],
-)
-def test_normalise(text, normal):
-    assert ev.normalise(text) == normal
+def test_normalise():
+    cases = {
+        "Upper-Left.": "upper left",
+        "It isn’t; it can't.": "it is not it can not",
+        "5–10mm / < 5 MM": "5 to 10 mm or <5 mm",
+        "9.9 mm.": "9.9 mm",
+        "  two\nlines ": "two lines",
+        "No — never": "no never",
+    }
+    assert {text: ev.normalise(text) for text in cases} == cases
 
 
-# --- loops -----------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("text", "looping"),
-    [
-        ("ForCanBeConverted" * 4, True),
-        ("ForCanBeConverted" * 3, False),
-        ("no no no no", True),
-        ("no no no", False),
-        ("Yes, the scope is moving. " * 4, True),
-        ("!" * 10, True),
-        ("!" * 9, False),
-        ("No, the endoscope body is not visible.", False),
-        ("", False),
-    ],
-)
-def test_loops(text, looping):
-    assert ev.loops(text) is looping
+def test_loops():
+    looping = ["ForCanBeConverted" * 4, "no no no no", "Yes, the scope is moving. " * 4, "!" * 10]
+    not_yet = ["ForCanBeConverted" * 3, "no no no", "!" * 9, "No, the endoscope body is not visible.", ""]
+    assert [ev.loops(text) for text in (*looping, *not_yet)] == [True] * 4 + [False] * 5
 
 
 # --- intervals and tests ---------------------------------------------------------------------------------------------
@@ -483,30 +294,16 @@ def test_loops(text, looping):
 )
 def test_wilson_interval(right, n, low, high):
     assert ev.wilson_interval(right, n) == pytest.approx((low, high), abs=5e-5)
+    assert ev.wilson_interval(0, n)[0] == 0.0 and ev.wilson_interval(n, n)[1] == 1.0
 
 
-def test_wilson_interval_ends_exactly_at_0_and_1():
-    assert ev.wilson_interval(0, 7)[0] == 0.0
-    assert ev.wilson_interval(7, 7)[1] == 1.0
-
-
-@pytest.mark.parametrize(
-    ("only_a", "only_b", "p"),
-    [
-        (0, 0, 1.0),
-        (0, 3, 0.25),  # 2 * 1/8
-        (5, 5, 1.0),
-        (2, 12, 2 * (1 + 14 + 91) / 2**14),
-        (12, 2, 2 * (1 + 14 + 91) / 2**14),
-    ],
-)
-def test_mcnemar_exact(only_a, only_b, p):
-    assert ev.mcnemar_exact(only_a, only_b) == p
-
-
-def test_mcnemar_with_thousands_of_rows():
-    exact = Fraction(2 * sum(comb(5000, k) for k in range(2401)), 2**5000)
-    assert ev.mcnemar_exact(2400, 2600) == float(exact)
+def test_mcnemar():
+    cases = {(0, 0): 1.0, (0, 3): 2 * 1 / 8, (5, 5): 1.0, (2, 12): 2 * (1 + 14 + 91) / 2**14}
+    cases |= {
+        (12, 2): cases[2, 12],
+        (2400, 2600): float(Fraction(2 * sum(comb(5000, k) for k in range(2401)), 2**5000)),
+    }
+    assert {counts: ev.mcnemar_exact(*counts) for counts in cases} == cases
     assert 0 <= ev.mcnemar_exact(0, 5000) < 1e-300
 
 
@@ -541,15 +338,12 @@ def test_video_interval_needs_two_videos():
     assert ev.video_interval(scored(rows, ["yes"] * 20), "choice") == [1.0, 1.0]
 
 
-# --- reference lines -------------------------------------------------------------------------------------------------
-
-
-def test_majority_ties_go_to_the_first_in_the_alphabet():
-    pairs = [("a", "yes"), ("a", "no"), ("b", "left"), ("b", "left"), ("b", "down")]
-    assert ev.majority_answers(pairs) == {"a": "no", "b": "left"}
+# --- reference lines and warnings ------------------------------------------------------------------------------------
 
 
 def test_reference_lines():
+    pairs = [("a", "yes"), ("a", "no"), ("b", "left"), ("b", "left"), ("b", "down")]
+    assert ev.majority_answers(pairs) == {"a": "no", "b": "left"}  # ties go to the first in the alphabet
     rows = [make_row(n, "scope_motion", short) for n, short in enumerate(["yes", "yes", "no"])]
     rows += [make_row(9, "lighting_mode", "NBI"), make_row(10, "lesion_site", "sigma")]
     lines = ev.reference_lines(scored(rows, ["x"] * 5), {"scope_motion": "no", "lighting_mode": "nbi"})
@@ -562,35 +356,24 @@ def test_reference_lines():
     assert ev.reference_lines([], {}) == {"chance": None, "train_majority": None, "test_majority": None}
 
 
-# --- warnings --------------------------------------------------------------------------------------------------------
-
-
 def balanced_rows(n, shorts=("yes", "no"), kind="scope_motion"):
     return [make_row(i, kind, shorts[i % len(shorts)], video=f"v{i % 2}") for i in range(n)]
 
 
 def test_one_answer_for_a_balanced_type_is_mode_collapse():
-    rows = balanced_rows(20)
+    """Not where gold is lopsided, constant or rare."""
     nineteen = ["The scope is moving."] * 10 + ["Yes."] * 9 + ["no"]
-    eighteen = ["yes"] * 18 + ["no"] * 2
-    assert ev.collapse_warnings(scored(rows, nineteen)) == [
-        "mode collapse: scope_motion is answered 'yes' in 19 of 20 rows"
-    ]
-    assert ev.collapse_warnings(scored(rows, eighteen)) == []  # exactly 90 % is not over 90 %
-
-
-def test_one_answer_is_no_collapse_where_gold_is_lopsided_constant_or_rare():
-    lopsided = balanced_rows(20, ("yes", "yes", "yes", "no"))
-    assert ev.collapse_warnings(scored(lopsided, ["yes"] * 20)) == []
-    assert ev.collapse_warnings(scored(balanced_rows(20, ("yes",)), ["yes"] * 20)) == []
-    assert ev.collapse_warnings(scored(balanced_rows(9), ["yes"] * 9)) == []
+    (warning,) = ev.collapse_warnings(scored(balanced_rows(20), nineteen))
+    assert warning.startswith("mode collapse: scope_motion ") and "'yes' in 19 of 20 rows" in warning
+    assert ev.collapse_warnings(scored(balanced_rows(20), ["yes"] * 18 + ["no"] * 2)) == []  # 90 % is not over 90 %
+    for rows in (balanced_rows(20, ("yes", "yes", "yes", "no")), balanced_rows(20, ("yes",)), balanced_rows(9)):
+        assert ev.collapse_warnings(scored(rows, ["yes"] * len(rows))) == []
 
 
 def test_fewer_than_half_of_the_options_is_mode_collapse():
     rows = balanced_rows(20, ("left", "right", "up", "down", "stable"), "lesion_motion_direction")
-    assert ev.collapse_warnings(scored(rows, ["left", "up"] * 10)) == [
-        "mode collapse: lesion_motion_direction has 5 gold answers, of which 2 are ever given"
-    ]
+    (warning,) = ev.collapse_warnings(scored(rows, ["left", "up"] * 10))
+    assert warning.startswith("mode collapse: lesion_motion_direction has 5 gold answers") and "2" in warning
     assert ev.collapse_warnings(scored(rows, ["left", "up", "down", "left"] * 5)) == []
 
 
@@ -603,27 +386,23 @@ def test_answer_warnings():
     }
     found = ev.score_rows(rows, answers)
     assert ev.finish_counts(found) == {"eos": 1, "length": 1, "error": 1, "missing": 1, "unknown": 0, "loops": 1}
-    assert ev.answer_warnings(found) == [
-        "1 of 4 answers were cut at the length limit (--max_new_tokens)",
-        "1 of 4 answers are repetition loops",
-        "1 of 4 rows failed; they count as wrong",
-        "1 of 4 rows have no prediction; they count as wrong",
-    ]
+    warnings = ev.answer_warnings(found)
+    assert all(warning.startswith("1 of 4 ") for warning in warnings)
+    nouns = ("length limit", "repetition loops", "failed", "no prediction")
+    assert [noun in warning for noun, warning in zip(nouns, warnings, strict=True)] == [True] * 4
     assert ev.answer_warnings(ev.score_rows(rows[:1], answers))[-1].startswith("one video only")
 
 
 def test_overlap_counts_frames_and_ids_within_a_video():
-    train = [make_row(1, video="v1"), make_row(2, video="v2")]
-    train[1]["frames"] = ["v2_7", "v2_8"]
+    train = [make_row(1, video="v1"), make_row(2, video="v2", frames=["v2_7", "v2_8"])]
     rows = [
         make_row(1, video="v1"),  # same id and frame
         make_row(2, video="v3"),  # same id in another video: another sample
-        make_row(5, video="v2", question_type="x") | {"frames": ["v2_8", "v2_9"]},
+        make_row(5, video="v2", kind="x", frames=["v2_8", "v2_9"]),
     ]
-    assert ev.overlap_warnings(rows, train) == [
-        "not held out: 2 of 3 rows use a frame that training also used",
-        "not held out: 1 of 3 rows have a video and id that training also had",
-    ]
+    frames, ids = ev.overlap_warnings(rows, train)
+    assert frames.startswith("not held out: 2 of 3 rows") and "frame" in frames
+    assert ids.startswith("not held out: 1 of 3 rows") and "id" in ids
     assert ev.overlap_warnings(rows[1:2], train) == []
 
 
@@ -640,61 +419,42 @@ def test_summary_of_two_types():
         ev.row_key(rows[3]): {"predicted_answer": None},
     }
     summary = ev.summarise(rows, ev.score_rows(rows, predictions), train_rows=train, manifest={"device": "cpu"})
-
+    assert (summary["schema_version"], summary["manifest"]) == (1, {"device": "cpu"})
     assert (summary["n_total"], summary["n_scored"], summary["n_errors"], summary["n_missing"]) == (4, 2, 1, 1)
     assert summary["missing"] == ["v1/q2/scope_motion"]
     assert summary["failed"] == ["v1/q3/lighting_mode"]
+    assert set(summary["metrics"]) == {"contains", "strict", "choice"} and "arms" in summary
     choice = summary["metrics"]["choice"]
     assert (choice["accuracy"], choice["correct"], choice["n"]) == (1 / 4, 1, 4)
-    assert choice["ci95"] == list(ev.wilson_interval(1, 4))
+    assert (choice["ci95"], choice["ci95_videos"]) == (list(ev.wilson_interval(1, 4)), None)
     assert choice["macro"] == pytest.approx((1 / 3 + 0) / 2)
-    assert choice["ci95_videos"] is None
     assert summary["metrics"]["strict"]["accuracy"] == 0
-    assert (
-        summary["metrics"]["contains"]["accuracy"] == 1 / 4
-    )  # "no" in "normal"; "yes" is not in "The scope is moving."
+    assert summary["metrics"]["contains"]["accuracy"] == 1 / 4  # "no" in "normal"; "yes" is not in the first answer
+
+    def of(right):
+        return {"accuracy": right / 3, "ci95": list(ev.wilson_interval(right, 3)), "n": 3, "correct": right}
+
     assert summary["by_type"]["scope_motion"] == {
-        "n": 3,
-        "choice": {"accuracy": 1 / 3, "ci95": list(ev.wilson_interval(1, 3)), "n": 3, "correct": 1},
-        "strict": {"accuracy": 0.0, "ci95": list(ev.wilson_interval(0, 3)), "n": 3, "correct": 0},
-        "contains": {"accuracy": 1 / 3, "ci95": list(ev.wilson_interval(1, 3)), "n": 3, "correct": 1},
-        "chance": 0.5,
-        "train_majority": pytest.approx(2 / 3),
-        "test_majority": pytest.approx(2 / 3),
+        **{"n": 3, "choice": of(1), "strict": of(0), "contains": of(1), "chance": 0.5},
+        **{"train_majority": pytest.approx(2 / 3), "test_majority": pytest.approx(2 / 3)},
     }
     assert summary["by_type"]["lighting_mode"]["train_majority"] is None  # the training file has no such type
     assert summary["baselines"] == {"chance": 2.5 / 4, "train_majority": 2 / 4, "test_majority": 3 / 4}
-    assert summary["discriminative"]["n"] == 3
-    assert summary["discriminative"]["types"] == ["scope_motion"]
-    assert summary["discriminative"]["types_excluded"] == ["lighting_mode"]
-    assert summary["discriminative"]["baselines"]["chance"] == 0.5
+    part = summary["discriminative"]
+    assert (part["n"], part["types"], part["types_excluded"]) == (3, ["scope_motion"], ["lighting_mode"])
+    assert part["baselines"]["chance"] == 0.5
     assert summary["finish"] == {"eos": 1, "length": 1, "error": 1, "missing": 1, "unknown": 0, "loops": 0}
-    assert summary["manifest"] == {"device": "cpu"}
-    assert summary["warnings"][:2] == [
-        "below the training majority on all rows: one constant answer per question type scores 50.0 %, "
-        "this model 25.0 %",
-        "below the training majority on the discriminative rows: one constant answer per question type scores "
-        "66.7 %, this model 33.3 %",
-    ]
+    everywhere, discriminative = summary["warnings"][:2]
+    assert everywhere.startswith("below the training majority") and "50.0 %" in everywhere and "25.0 %" in everywhere
+    assert "discriminative" in discriminative and "66.7 %" in discriminative and "33.3 %" in discriminative
 
 
 def test_without_discriminative_types_their_figures_are_null():
     rows = [make_row(1), make_row(2)]
     part = ev.summarise(rows, scored(rows, ["yes", "no"]))["discriminative"]
-    assert part["n"] == 0
-    assert part["metrics"]["choice"] == {
-        "accuracy": None, "ci95": None, "n": 0, "correct": 0, "macro": None, "ci95_videos": None
-    }  # fmt: skip
+    figures = dict.fromkeys(("accuracy", "ci95", "macro", "ci95_videos")) | {"n": 0, "correct": 0}
+    assert (part["n"], part["metrics"]["choice"]) == (0, figures)
     assert part["baselines"] == {"chance": None, "train_majority": None, "test_majority": None}
-
-
-def test_summary_has_the_promised_fields():
-    rows = [make_row(1)]
-    summary = ev.summarise(rows, scored(rows, ["yes"]))
-    promised = "schema_version n_total n_scored n_errors metrics by_type baselines discriminative finish arms manifest"
-    assert set(promised.split()) <= summary.keys()
-    assert summary["schema_version"] == 1
-    assert set(summary["metrics"]) == {"contains", "strict", "choice"}
 
 
 def test_report_fits_80_columns_and_names_the_baseline():
@@ -704,9 +464,8 @@ def test_report_fits_80_columns_and_names_the_baseline():
     arms = ev.summarise_arms("audio", {"audio": found, "mismatched_audio": scored(rows, ["x"] * len(rows))}, FILES)
     report = ev.render_summary(ev.summarise(rows, found, train_rows=rows, arms=arms))
     assert max(map(len, report.splitlines())) <= 80
-    assert "135/135 correct = 100.0 %" in report
-    assert "135/135 stopped by themselves = 100.0 %" in report
-    assert "46 % baseline" in report
+    for figure in ("135/135 correct = 100.0 %", "135/135 stopped by themselves = 100.0 %", "46 % baseline"):
+        assert figure in report
 
 
 # --- arms ------------------------------------------------------------------------------------------------------------
@@ -715,7 +474,7 @@ FILES = dict.fromkeys(ev.ARMS, "x.jsonl")
 
 
 def arms_of(n, **right):
-    """Arms over n rows, of which the first `right[arm]` are right."""
+    """Arms over n rows, of which the first `right[arm]` are right, and their summary as text."""
     rows = balanced_rows(n)
     rows_of = {
         arm: scored(rows, [row["answer"] if i < k else "x" for i, row in enumerate(rows)]) for arm, k in right.items()
@@ -737,20 +496,17 @@ def test_arm_sentences():
         "(difference -50.0 points, 95 % -70.1 to -24.3; p = 0.002; n 20)."
     )
     assert see.startswith("Does it see? There is no sign of it: with black frames, choice goes from 100.0 % to 100.0 %")
-
-
-def test_arm_sentences_with_few_rows_or_without_the_arm():
     hear, see = ev.arm_sentences(arms_of(5, audio=5, mismatched_audio=2))
     assert hear.startswith("Does it hear? It may, but these rows are too few to tell: ")
     assert "p = 0.250; n 5" in hear
-    assert see == "Does it see? Not tested: add one of black_frames, shuffled_frames, first_frame to --arms."
+    assert "Not tested" in see and "black_frames, shuffled_frames, first_frame" in see
 
 
 def test_arms_table():
-    table = ev.render_arms(arms_of(20, audio=20, mismatched_audio=10)).splitlines()
-    assert table[0].split() == ["arm", "choice", "%", "95", "%", "diff", "95", "%", "interval", "p"]
-    assert table[1].split() == ["audio", "20/20", "100.0", "84-100"]
-    assert table[2].split()[:5] == ["mismatched_audio", "10/20", "50.0", "30-70", "-50.0"]
+    table = [line.split() for line in ev.render_arms(arms_of(20, audio=20, mismatched_audio=10)).splitlines()]
+    assert table[0] == ["arm", "choice", "%", "95", "%", "diff", "95", "%", "interval", "p"]
+    assert table[1] == ["audio", "20/20", "100.0", "84-100"]
+    assert table[2][:5] == ["mismatched_audio", "10/20", "50.0", "30-70", "-50.0"]
 
 
 def test_mismatched_audio_borrows_from_another_type_whatever_the_order():
@@ -760,38 +516,26 @@ def test_mismatched_audio_borrows_from_another_type_whatever_the_order():
     assert all(key[2] != other[2] for key, other in pairs.items())
     assert ev.pair_mismatched_audio(rows[::-1], seed=0) == pairs
     assert any(ev.pair_mismatched_audio(rows, seed=seed) != pairs for seed in range(1, 9))
-
-
-def test_mismatched_audio_does_not_borrow_the_same_words():
-    rows = [
-        make_row(1, "scope_motion", question="Is it moving?"),
-        make_row(2, "flush_action", question="is it moving"),
-        make_row(3, "lesion_site", question="Where?"),
-    ]
+    same = ("Is it moving?", "is it moving", "Where?")  # and not the same words
+    kinds = ("scope_motion", "flush_action", "lesion_site")
+    rows = [make_row(n, kind, question=words) for n, (kind, words) in enumerate(zip(kinds, same, strict=True))]
     assert ev.pair_mismatched_audio(rows)[ev.row_key(rows[0])] == ev.row_key(rows[2])
-
-
-def test_mismatched_audio_needs_two_types():
-    with pytest.raises(ev.InputError, match="v1/q1/scope_motion has no row of another question type"):
+    with pytest.raises(ev.InputError, match="v1/q1/scope_motion"):  # which has nowhere to borrow from
         ev.pair_mismatched_audio([make_row(1), make_row(2)])
 
 
-# --- leak gate -------------------------------------------------------------------------------------------------------
-
-INSTRUCTION = "Answer the question concisely based on the visual and audio evidence."
-
-
 @pytest.mark.parametrize(
-    ("prompt", "leaked"),
+    ("words", "leaked"),
     [
-        (f"<|im_start|>user\n<|audio_pad|>\n{INSTRUCTION}<|im_end|>", []),
-        (f"<|im_start|>user\nIs the scope moving?\n{INSTRUCTION}<|im_end|>", ["is", "moving", "scope", "the"]),
-        (f"<|im_start|>user\nMOVING\n{INSTRUCTION}<|im_end|>", ["moving"]),
-        (f"<|im_start|>user\nremoving\n{INSTRUCTION}<|im_end|>", []),
+        ("<|audio_pad|>\n", []),
+        ("Is the scope moving?\n", ["is", "moving", "scope", "the"]),
+        ("MOVING\n", ["moving"]),
+        ("removing\n", []),
     ],
 )
-def test_leaked_words(prompt, leaked):
-    constant = f"<|im_start|>user\n{INSTRUCTION}<|im_end|>"
+def test_leaked_words(words, leaked):
+    rest = "Answer the question concisely based on the visual and audio evidence.<|im_end|>"
+    prompt, constant = f"<|im_start|>user\n{words}{rest}", f"<|im_start|>user\n{rest}"
     assert ev.leaked_words(prompt, "Is the scope moving?", constant) == leaked
 
 
@@ -799,29 +543,11 @@ def test_leaked_words(prompt, leaked):
 
 
 def test_answer_row():
-    row = ev.answer_row(
-        make_row(1, "scope_motion", "no", "No, it rests."),
-        "normal",
-        finish_reason="eos",
-        n_tokens=2,
-        input_mode="audio",
-        audio_file="q1.mp3",
-        audio_of="v1/q2/lesion_site",
-    )
-    assert row == {
-        "id": "q1",
-        "video_id": "v1",
-        "question_type": "scope_motion",
-        "question": "About scope_motion?",
-        "ground_truth": "No, it rests.",
-        "short_answer": "no",
-        "predicted_answer": "normal",
-        "correct": True,
-        "strict_correct": False,
-        "choice_correct": False,
-        "finish_reason": "eos",
-        "n_tokens": 2,
-        "input_mode": "audio",
-        "audio_file": "q1.mp3",
-        "audio_of": "v1/q2/lesion_site",
-    }
+    given = {"finish_reason": "eos", "n_tokens": 2, "input_mode": "audio", "audio_file": "q1.mp3"}
+    given["audio_of"] = "v1/q2/lesion_site"
+    row = ev.answer_row(make_row(1, "scope_motion", "no", "No, it rests."), "normal", **given)
+    assert list(row.items()) == [
+        *(("id", "q1"), ("video_id", "v1"), ("question_type", "scope_motion"), ("question", "About scope_motion?")),
+        *(("ground_truth", "No, it rests."), ("short_answer", "no"), ("predicted_answer", "normal")),
+        *(("correct", True), ("strict_correct", False), ("choice_correct", False), *given.items()),
+    ]
