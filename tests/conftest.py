@@ -155,16 +155,16 @@ def batch(processor, rows):
 
 
 @pytest.fixture(scope="session")
-def flags(tiny):
+def argv(tiny):
     """Makes the flags of a small run of train_vqa.py from the tiny model's random weights."""
     small = (*TRAIN_DATA, "--model_name_or_path", str(tiny), "--init", "random", "--seed", "1", *SMALL)
     return lambda folder, *more: [*small, "--output_dir", str(folder), *map(str, more)]
 
 
 @pytest.fixture(scope="session")
-def train(flags):
+def train(argv):
     """Runs train_vqa.py so, in this process; returns its exit status."""
-    return lambda folder, *more: vqa.main(flags(folder, *more))
+    return lambda folder, *more: vqa.main(argv(folder, *more))
 
 
 @pytest.fixture(scope="session")

@@ -1,5 +1,6 @@
 """Rows, frames and speech, sound, damaged, hostile and unusual: read right, or refused by name before weights load."""
 
+import contextlib
 import gc
 import json
 import os
@@ -406,15 +407,16 @@ def test_a_cache_folder_that_is_full_or_cannot_be_written_does_no_harm(data, dec
         assert len(vqa.load_rows(*data.args)) == 5
     (tmp_path / "cache").unlink()
     with small_disk(tmp_path / "cache", 16):
-        (tmp_path / "cache/filler").write_bytes(bytes(12 * 1024))
+        with contextlib.suppress(OSError):
+            (tmp_path / "cache/filler").write_bytes(bytes(64 * 1024))
         assert len(vqa.load_rows(*data.args)) == 5
-        assert [path.name for path in memory(tmp_path) if path.stat().st_size == 0] == []
+        assert [path.name for path in memory(tmp_path)] == ["filler"]
 
 
 def test_memory_of_many_rows(tmp_path, monkeypatch):
     """No more than 6 kB a row, the rows themselves included, with eight frames of its own for each."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    count, frame, speech = 200, tmp_path / "f.png", tmp_path / "s.wav"
+    count, frame, speech = 120, tmp_path / "f.png", tmp_path / "s.wav"
     Image.new("RGB", (4, 4)).save(frame)
     soundfile.write(speech, TONE, 16000)
     (tmp_path / "frames/vid-01").mkdir(parents=True)

@@ -171,10 +171,10 @@ def test_the_best_model_is_loaded_after_a_signal_in_the_last_evaluation(train, t
 
 
 @pytest.mark.slow
-def test_killed_or_stopped_with_loader_workers(flags, train, tmp_path):
+def test_killed_or_stopped_with_loader_workers(argv, train, tmp_path):
     """SIGKILL to the main process, then going on: the same as a run nothing disturbed. And each signal to the group."""
     workers = (*SIX_STEPS, "--save_steps", "2", "--dataloader_num_workers", "2")
-    script = Script("train_vqa.py", flags(tmp_path / "out", *workers))
+    script = Script("train_vqa.py", argv(tmp_path / "out", *workers))
     script.wait_for(lambda: (tmp_path / "out/checkpoint-2").exists() and is_complete(tmp_path / "out/checkpoint-2"))
     script.send(signal.SIGKILL)
     assert script.end() == -signal.SIGKILL
@@ -184,9 +184,9 @@ def test_killed_or_stopped_with_loader_workers(flags, train, tmp_path):
     assert_same(tmp_path / "out", tmp_path / "undisturbed")
 
     long = (*workers, "--max_steps", "500", "--logging_steps", "1")
-    scripts = {n: Script("train_vqa.py", flags(tmp_path / n.name, *long)) for n, _ in SIGNALS}
+    scripts = {n: Script("train_vqa.py", argv(tmp_path / n.name, *long)) for n, _ in SIGNALS}
     # Python itself would wait without end for workers that live as it exits: in a process of its own
-    command = [sys.executable, ROOT / "train_vqa.py", *flags(tmp_path / "real", *long)]
+    command = [sys.executable, ROOT / "train_vqa.py", *argv(tmp_path / "real", *long)]
     with (tmp_path / "log").open("w") as log, subprocess.Popen(
         [*map(str, command), "--dataloader_persistent_workers", "True"],
         stdout=log, stderr=log, start_new_session=True, preexec_fn=default_signals
@@ -224,12 +224,12 @@ DAMAGES = {
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_a_damaged_checkpoint_is_passed_over_by_name(trained, copied, flags, capsys, damage):
+def test_a_damaged_checkpoint_is_passed_over_by_name(copied, argv, capsys, damage):
     """Each file of it, in turn."""
     folder = copied(2, 4)
     names = [*vqa.RESUME_FILES, "adapter_config.json", "adapter_model.safetensors", vqa.MANIFEST_FILE]
     for name in names[: len(vqa.RESUME_FILES)] if damage == "never saved" else names:
-        arguments = vqa.parse_arguments(flags(folder, *RUN, *RESUME))[2]
+        arguments = vqa.parse_arguments(argv(folder, *RUN, *RESUME))[2]
         for number in (4, 2):
             DAMAGES[damage](folder / f"checkpoint-{number}" / name)
             if damage == "never saved":
@@ -300,17 +300,17 @@ def test_rotation_keeps_what_was_just_saved_where_later_checkpoints_are_damaged(
     assert is_complete(folder / "checkpoint-3")
 
 
-def test_a_final_full_model_replaces_an_older_one_in_shards(train, flags, tmp_path):
+def test_a_final_full_model_replaces_an_older_one_in_shards(argv, tmp_path):
     (tmp_path / "model-00001-of-00001.safetensors").write_bytes(b"old")
     (tmp_path / "model.safetensors.index.json").write_text('{"metadata": {}, "weight_map": {}}')
-    assert vqa.main(without_lora(flags(tmp_path, *SIX_STEPS, "--max_steps", "1", "--train_decoder", "full"))) == 0
+    assert vqa.main(without_lora(argv(tmp_path, *SIX_STEPS, "--max_steps", "1", "--train_decoder", "full"))) == 0
     assert vqa.load_trained(tmp_path).base_fingerprint
     assert sorted(path.name for path in tmp_path.glob("model*")) == ["model.safetensors"]
 
 
-def without_lora(argv):
+def without_lora(words):
     """Flags without those of adapters, which full training refuses."""
-    return [word for pair in zip(argv[::2], argv[1::2], strict=True) if "--lora" not in pair[0] for word in pair]
+    return [word for pair in zip(words[::2], words[1::2], strict=True) if "--lora" not in pair[0] for word in pair]
 
 
 # --------------------------------------------------------------------------------------------- numbers, memory, disk
@@ -402,19 +402,19 @@ def test_a_full_disk_leaves_the_last_checkpoint(train, trained, tmp_path, share)
 
 @pytest.mark.slow
 @pytest.mark.parametrize("decoder", vqa.DECODER_TRAINING)
-def test_a_file_size_limit_leaves_the_last_checkpoint_and_ends_in_one_line(flags, tmp_path, decoder):
+def test_a_file_size_limit_leaves_the_last_checkpoint_and_ends_in_one_line(argv, tmp_path, decoder):
     """No file may grow beyond the limit: from the start, or once there is a checkpoint."""
 
-    def argv(folder, *more):
-        words = flags(folder, *RUN, "--train_decoder", decoder, *more)
+    def of_decoder(folder, *more):
+        words = argv(folder, *RUN, "--train_decoder", decoder, *more)
         return without_lora(words) if decoder == "full" else words
 
-    assert vqa.main(argv(tmp_path / "whole", "--max_steps", "2")) == 0
+    assert vqa.main(of_decoder(tmp_path / "whole", "--max_steps", "2")) == 0
     for limit, begun in ((100, True), (2_000, False), (20_000, True), (60_000, False), (120_000, True)):
         folder = tmp_path / str(limit)
         if begun:
             shutil.copytree(tmp_path / "whole/checkpoint-2", folder / "checkpoint-2")
-        script = Script("train_vqa.py", argv(folder, *RESUME), file_limit=limit)
+        script = Script("train_vqa.py", of_decoder(folder, *RESUME), file_limit=limit)
         assert script.end() == 1, script.said()
         message = script.said().splitlines()[-1]
         assert message.startswith(f"error: {folder}: ") and "Traceback" not in script.said()
@@ -428,11 +428,11 @@ def test_a_file_size_limit_leaves_the_last_checkpoint_and_ends_in_one_line(flags
 @pytest.mark.slow
 @pytest.mark.parametrize("decoder", vqa.DECODER_TRAINING)
 @pytest.mark.parametrize("earlier", [False, True])
-def test_what_a_kill_or_a_power_cut_leaves_at_any_file_boundary(flags, tmp_path, monkeypatch, decoder, earlier):
+def test_what_a_kill_or_a_power_cut_leaves_at_any_file_boundary(argv, tmp_path, monkeypatch, decoder, earlier):
     """The folder as each change of a file finds it, over two saves, a rotation and the final save: always a complete
     checkpoint from the first on, and no final model that is taken for one and is none; also over an earlier run's."""
     folder, found, notes = tmp_path / "out", [], []
-    words = flags(folder, *SIX_STEPS, "--save_steps", "2", "--save_total_limit", "1", "--train_decoder", decoder)
+    words = argv(folder, *SIX_STEPS, "--save_steps", "2", "--save_total_limit", "1", "--train_decoder", decoder)
     words = without_lora(words) if decoder == "full" else words
     if earlier:
         assert vqa.main([*words, "--max_steps", "2"]) == 0
