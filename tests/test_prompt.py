@@ -1,14 +1,16 @@
 """Ids, labels, token types, positions and batches, written out."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
 import train_vqa as vqa
-from tests.conftest import TINY
+from tests.conftest import AUDIO, IMAGE, PAD, TINY, VIDEO, refusal
 
-PAD, START, END, AUDIO, IMAGE, VIDEO, VISION_START, VISION_END = 497, 481, 482, 494, 492, 493, 489, 490
+START, END, VISION_START, VISION_END = 481, 482, 489, 490
 USER = [START, 429, 198]  # <|im_start|> user \n
 AUDIO_BOS, AUDIO_EOS = [311, 318, 479, 345], [311, 318, 396, 302, 467]  # pieces: these are no tokens of their own
 INSTRUCTION = [477, 281, 259, 472, 452, 463, 448, 403, 267, 259, 460, 349, 455, 436, 465, 13]
@@ -16,6 +18,17 @@ ASSISTANT = [END, 198, START, 459, 426, 198]  # <|im_end|> \n <|im_start|> assis
 ANSWER = [315, 11, 434, 291, 270, 267, 276, 356, 377, 13]  # Yes , NBI light is on in these frames .
 FRAME = [VISION_START, *[IMAGE] * 4, VISION_END]  # 56 x 56 px: 4 x 4 patches, merged 2 x 2
 PROMPT = [*USER, *AUDIO_BOS, *[AUDIO] * 1500, *AUDIO_EOS, *FRAME, *FRAME, *INSTRUCTION, *ASSISTANT]
+
+
+@pytest.fixture(scope="module")
+def config():
+    """Of the tiny model as it is on disk: its speech encoder hears 30 s, 1500 tokens."""
+    return vqa.load_config(TINY)
+
+
+@pytest.fixture(scope="module")
+def processor(tokenizer, config):
+    return vqa.VQAProcessor(tokenizer, config, max_image_size=56)
 
 
 @pytest.fixture(scope="module")
@@ -61,8 +74,8 @@ def test_the_prompt_alone_is_the_sample_without_its_answer(processor, rows):
 @pytest.mark.parametrize(
     ("mode", "spoken", "written"), [("audio", True, False), ("audio_text", True, True), ("text", False, True)]
 )
-def test_input_modes(tokenizer, base, mode, spoken, written):
-    processor = vqa.VQAProcessor(tokenizer, base.config, input_mode=mode)
+def test_input_modes(tokenizer, config, mode, spoken, written):
+    processor = vqa.VQAProcessor(tokenizer, config, input_mode=mode)
     ids = processor.build("Is NBI on?", [4], 1500, None)["input_ids"].tolist()
     assert ids.count(AUDIO) == (1500 if spoken else 0)
     text = tokenizer.decode(ids)
@@ -70,8 +83,8 @@ def test_input_modes(tokenizer, base, mode, spoken, written):
     assert ("<|vision_end|>Question: Is NBI on?\nAnswer the question" in text) == written
 
 
-def test_special_tokens_in_a_question_or_answer_are_plain_text(tokenizer, base):
-    processor = vqa.VQAProcessor(tokenizer, base.config, input_mode="audio_text")
+def test_special_tokens_in_a_question_or_answer_are_plain_text(tokenizer, config):
+    processor = vqa.VQAProcessor(tokenizer, config, input_mode="audio_text")
     sample = processor.build("<|im_end|><|image_pad|>", [4], 1500, "<|im_end|>")
     ids = sample["input_ids"].tolist()
     assert ids.count(IMAGE) == 4
@@ -79,34 +92,47 @@ def test_special_tokens_in_a_question_or_answer_are_plain_text(tokenizer, base):
     assert sample["labels"].tolist().count(END) == 1
 
 
-def test_unknown_input_mode_is_refused(tokenizer, base):
-    with pytest.raises(vqa.VQAError, match="--input_mode must be one of audio, audio_text, text, not 'speech'"):
-        vqa.VQAProcessor(tokenizer, base.config, input_mode="speech")
+def test_unknown_input_mode_is_refused(tokenizer, config):
+    message = refusal(vqa.VQAProcessor, tokenizer, config, input_mode="speech")
+    assert "--input_mode" in message and "audio, audio_text, text" in message and "'speech'" in message
 
 
-@pytest.mark.parametrize(("labels", "word"), [([-100, -100], "all"), ([5, 6], "none")])
-def test_labels_all_or_none_masked_are_refused(rows, labels, word):
-    with pytest.raises(vqa.VQAError, match=f"smoke.jsonl:1: {word} of the labels are masked"):
-        vqa.check_labels(torch.tensor(labels), rows[0])
+@pytest.mark.parametrize("labels", [[-100, -100], [5, 6]])
+def test_labels_all_or_none_masked_are_refused(rows, labels):
+    assert "smoke.jsonl:1: " in refusal(vqa.check_labels, torch.tensor(labels), rows[0])
 
 
-def test_token_count_from_headers_is_the_length_of_the_sample(tokenizer, base, rows):
+def test_pieces_of_prompts_are_the_same_from_many_threads_at_once(tokenizer, config, rows):
+    """A fast tokenizer keeps a call's settings in itself: a second thread would split the first one's tokens."""
+    questions = [f"{row.question} {n} <|im_end|>" for n in range(60) for row in rows]
+
+    def ids(processor, question):
+        return processor.build(question, [4], 3, question)["input_ids"].tolist()
+
+    alone, shared = (vqa.VQAProcessor(tokenizer, config, 56, "audio_text") for _ in range(2))
+    with ThreadPoolExecutor(8) as pool:
+        assert [*pool.map(lambda question: ids(shared, question), questions)] == [ids(alone, q) for q in questions]
+    assert ids(shared, questions[0]) == ids(alone, questions[0])  # from memory
+
+
+def test_token_count_from_headers_is_the_length_of_the_sample(tokenizer, config, rows):
     for size in (56, 112, 384):
-        dataset = vqa.SurgicalVQADataset(rows, vqa.VQAProcessor(tokenizer, base.config, max_image_size=size))
+        dataset = vqa.SurgicalVQADataset(rows, vqa.VQAProcessor(tokenizer, config, max_image_size=size))
         assert dataset.token_counts()[2] == len(dataset[2]["input_ids"])
 
 
-def test_a_real_frame_takes_168_tokens(tokenizer, base):
-    processor = vqa.VQAProcessor(tokenizer, base.config)
+def test_a_real_frame_takes_168_tokens(tokenizer, config):
+    processor = vqa.VQAProcessor(tokenizer, config)
     width, height = vqa.fit_size((1240, 1080), 384)
     assert processor.image_processor.get_number_of_image_patches(height, width, {}) == 24 * 28  # 392 x 336 px
 
 
-def test_speech_longer_than_the_encoder_window_is_refused(tokenizer, base, rows):
-    processor = vqa.VQAProcessor(tokenizer, base.config)
+def test_speech_longer_than_the_encoder_window_is_refused(tokenizer, config, rows):
+    processor = vqa.VQAProcessor(tokenizer, config)
     processor.max_samples = 16000
-    with pytest.raises(vqa.VQAError, match=r"smoke.jsonl:1 lasts 1.5 s, .* hears 1.0"):
-        processor.encode(rows[0], [vqa.load_frame(rows[0].frame_paths[0], 56)], torch.zeros(24000).numpy(), True)
+    frame, speech = vqa.load_frame(rows[0].frame_paths[0], 56), torch.zeros(24000).numpy()
+    message = refusal(processor.encode, rows[0], [frame], speech, True)
+    assert "smoke.jsonl:1" in message and "1.5 s" in message and "1.0" in message
 
 
 @pytest.mark.parametrize("side", ["right", "left"])
@@ -136,9 +162,9 @@ def test_padding_sides(side):
 @pytest.mark.parametrize("frame_mode", vqa.FRAME_MODES)
 @pytest.mark.parametrize("mode", vqa.INPUT_MODES)
 @pytest.mark.parametrize(("side", "multiple"), [("right", 1), ("right", 16), ("left", 1), ("left", 16)])
-def test_places_point_at_frames_speech_and_answers(tokenizer, base, rows, side, multiple, mode, frame_mode):
+def test_places_point_at_frames_speech_and_answers(tokenizer, config, rows, side, multiple, mode, frame_mode):
     """In the flattened batch: of samples that differ in frames, in speech and in their answers' length."""
-    processor = vqa.VQAProcessor(tokenizer, base.config, 56, mode, "speech", frame_mode)
+    processor = vqa.VQAProcessor(tokenizer, config, 56, mode, "speech", frame_mode)
     samples = [vqa.SurgicalVQADataset([rows[i]], processor, max_train_frames=n)[0] for i, n in ((0, 3), (3, 1), (4, 2))]
     assert len({len(sample["input_ids"]) for sample in samples}) == 3
     batch = vqa.VQACollator(PAD, side, multiple)(samples)
@@ -155,14 +181,14 @@ def test_places_point_at_frames_speech_and_answers(tokenizer, base, rows, side, 
 
 
 @pytest.mark.parametrize(("samples", "tokens"), [(1, 1), (320, 1), (321, 2), (48000, 150), (480000, 1500)])
-def test_speech_tokens_cover_20_ms_each(tokenizer, base, samples, tokens):
-    processor = vqa.VQAProcessor(tokenizer, base.config, audio_tokens="speech")
+def test_speech_tokens_cover_20_ms_each(tokenizer, config, samples, tokens):
+    processor = vqa.VQAProcessor(tokenizer, config, audio_tokens="speech")
     assert processor.speech_tokens(samples) == tokens
-    assert vqa.VQAProcessor(tokenizer, base.config).speech_tokens(samples) == 1500
+    assert vqa.VQAProcessor(tokenizer, config).speech_tokens(samples) == 1500
 
 
-def test_only_the_outputs_that_cover_speech_stand_in_the_prompt(tokenizer, base, rows):
-    processor = vqa.VQAProcessor(tokenizer, base.config, max_image_size=56, audio_tokens="speech")
+def test_only_the_outputs_that_cover_speech_stand_in_the_prompt(tokenizer, config, rows):
+    processor = vqa.VQAProcessor(tokenizer, config, max_image_size=56, audio_tokens="speech")
     dataset = vqa.SurgicalVQADataset(rows, processor, max_train_frames=2)
     sample = dataset[0]
     tokens = -(-len(vqa.load_speech(rows[0].audio_path)) // 320)
@@ -171,8 +197,8 @@ def test_only_the_outputs_that_cover_speech_stand_in_the_prompt(tokenizer, base,
     assert dataset.token_counts() == [len(dataset[i]["input_ids"]) for i in range(5)]
 
 
-def test_pairs_of_frames_become_temporal_patches(tokenizer, base):
-    processor = vqa.VQAProcessor(tokenizer, base.config)
+def test_pairs_of_frames_become_temporal_patches(tokenizer, config):
+    processor = vqa.VQAProcessor(tokenizer, config)
     colours = [(250, 0, 0), (0, 250, 0), (0, 0, 250)]
     images = processor.image_processor(images=[Image.new("RGB", (56, 56), c) for c in colours], return_tensors="pt")
     frames = images["pixel_values"].view(3, 16, 3, 2, 196)
@@ -185,8 +211,8 @@ def test_pairs_of_frames_become_temporal_patches(tokenizer, base):
         assert torch.equal(video[pair, :, :, 1], frames[second, :, :, 1])
 
 
-def test_ids_types_and_positions_of_a_video(tokenizer, base, rows):
-    processor = vqa.VQAProcessor(tokenizer, base.config, max_image_size=56, frame_mode="video", audio_tokens="speech")
+def test_ids_types_and_positions_of_a_video(tokenizer, base, config, rows):
+    processor = vqa.VQAProcessor(tokenizer, config, max_image_size=56, frame_mode="video", audio_tokens="speech")
     dataset = vqa.SurgicalVQADataset(rows, processor, max_train_frames=3)
     sample = dataset[0]
     tokens = sample["audio_lengths"].item()
@@ -208,11 +234,11 @@ def test_ids_types_and_positions_of_a_video(tokenizer, base, rows):
     assert dataset.token_counts()[0] == len(sample["input_ids"])
 
 
-def test_frames_of_two_sizes_cannot_be_paired(tokenizer, base, rows):
-    processor = vqa.VQAProcessor(tokenizer, base.config, frame_mode="video")
+def test_frames_of_two_sizes_cannot_be_paired(tokenizer, config, rows):
+    processor = vqa.VQAProcessor(tokenizer, config, frame_mode="video")
     frames = [Image.new("RGB", (56, 56)), Image.new("RGB", (112, 56))]
-    with pytest.raises(vqa.VQAError, match=r"smoke.jsonl:1 differ in size; --frame_mode video"):
-        processor.encode(rows[0], frames, vqa.load_speech(rows[0].audio_path), True)
+    message = refusal(processor.encode, rows[0], frames, vqa.load_speech(rows[0].audio_path), True)
+    assert "smoke.jsonl:1" in message and "--frame_mode video" in message
 
 
 @pytest.mark.parametrize("size", [(384, 334), (112, 96), (30, 400), (56, 57), (1, 1)])
