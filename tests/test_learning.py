@@ -14,9 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
-import learnability as world
-import make_media as media
+from benchmarks import learnability as world
 
 # One wording a type, as in the real annotations; theirs are longer.
 QUESTIONS = {
@@ -32,6 +30,7 @@ ANSWERS = {
     ("fluid_occlusion_level", "absent"): "Fluid occlusion is absent.",
     ("fluid_occlusion_level", "complete"): "Fluid occlusion is complete.",
 }
+pytestmark = pytest.mark.slow
 FRAMES, ROWS_OF_ANSWER, STEPS = 2, 16, 300
 ROWS = len(ANSWERS) * ROWS_OF_ANSWER
 CHANCE = 3 * (0.25 / ROWS) ** 0.5  # three standard deviations of a share of ROWS guesses: 0.15
@@ -83,7 +82,7 @@ def write_speech(folder: Path) -> None:
             for voice in voices
             for speed in speeds
         ):
-            media.save(folder / f"{name}.ogg", media.encode(sound, world.SPEECH_RATE, "ogg"))
+            world.media.save(folder / f"{name}.ogg", world.media.encode(sound, world.SPEECH_RATE, "ogg"))
 
 
 @pytest.fixture(scope="module")
@@ -120,7 +119,6 @@ def strict(results: Path, label: str) -> dict[str, float]:
     return {name: arm["metrics"]["strict"]["accuracy"] for name, arm in arms.items()}
 
 
-@pytest.mark.slow
 def test_a_tiny_model_learns_to_answer_by_ear_and_eye(results):
     """New clips, new voices. Always the commonest answer is right half of the time."""
     summary = json.loads((results / "answers" / "tiny-test-8.summary.json").read_text())
@@ -134,13 +132,11 @@ def test_a_tiny_model_learns_to_answer_by_ear_and_eye(results):
     assert seen["black_frames"] <= 1 / 2 + CHANCE
 
 
-@pytest.mark.slow
 def test_every_answer_stops_by_itself(results):
     finish = json.loads((results / "answers" / "tiny-test-8.summary.json").read_text())["finish"]
     assert (finish["eos"], finish["loops"]) == (ROWS, 0)
 
 
-@pytest.mark.slow
 def test_the_report_tells_it(results, flags, monkeypatch):
     """All but the picture, which needs matplotlib."""
     drawn = []
