@@ -47,7 +47,7 @@ import textwrap
 import time
 import unicodedata
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -1429,120 +1429,84 @@ def compare(path_a: str, path_b: str) -> int:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# With a model: what is loaded. torch and train_vqa are imported inside these functions.
+# With a model: what answers
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Subject:
-    """What answers, and from which inputs: the flags, else the checkpoint's settings, else train_vqa's defaults."""
+def load_libraries() -> None:
+    """Import what answering needs, torch and train_vqa. Scoring and comparing start at once without them."""
+    global torch, vqa
+    import torch
 
-    base: str  # folder or hub id of the model, without adapter
-    adapter: Path | None
-    init: str  # pretrained or random
-    init_seed: int
-    init_device: str | None  # device type that random weights are drawn on. None: the one that answers
+    import train_vqa as vqa
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What --checkpoint_path or --model_name_or_path names, and how it is to answer."""
+
+    path: Path | str  # for `load_trained`: folder of an adapter or of a model, or a hub id
+    adapter: bool
+    stored: Row  # what training saved in the folder, {} for a base model
+    model: Any  # train_vqa's ModelSettings and InputSettings, the flags applied
+    inputs: Any
+    changes: Row  # fields of these two that the flags set
     dtype: str  # to answer in
-    attn_implementation: str
-    input_mode: str
-    max_eval_frames: int | None  # None: all
-    max_image_size: int
-    audio_tokens: str  # full or speech
-    frame_mode: str  # images or video
-    settings: Row  # what train_vqa saved beside the adapter, {} for a base model
     merged: bool  # the adapter is folded into the weights
 
 
-def read_subject(args: argparse.Namespace, device_type: str) -> Subject:
-    """Find out what --checkpoint_path is, and resolve every setting that evaluation shares with training.
+def read_checkpoint(args: argparse.Namespace, device: Any) -> Checkpoint:
+    """Find out what is to answer, before any weights load.
 
-    Raises InputError for a folder without adapter or model, and for flags that contradict the checkpoint; VQAError for
-    unreadable settings, or an attention kernel that is none of ours.
+    Raises InputError for a folder without adapter or model and for flags that contradict it; VQAError for unreadable
+    settings, or an attention kernel that is not supported.
     """
-    import torch
-
-    import train_vqa as vqa
-
-    folder, adapter, settings = args.checkpoint_path and Path(args.checkpoint_path), None, {}
-    base = args.model_name_or_path
-    if folder:
-        if (folder / "adapter_config.json").is_file():
-            adapter, settings = folder, vqa.load_settings(folder)
-        elif not (folder / "config.json").is_file():
-            inside = ", ".join(sorted(path.name for path in folder.glob("checkpoint-*")))
+    path = args.checkpoint_path or args.model_name_or_path or vqa.DEFAULT_MODEL
+    adapter = (Path(path) / "adapter_config.json").is_file()
+    if args.checkpoint_path and not adapter:
+        if not (Path(path) / "config.json").is_file():
+            inside = ", ".join(sorted(folder.name for folder in Path(path).glob("checkpoint-*")))
             raise InputError(
-                f"--checkpoint_path {folder}: no adapter (adapter_config.json) and no model (config.json) there; "
+                f"--checkpoint_path {path}: no adapter (adapter_config.json) and no model (config.json) there; "
                 f"{f'it holds {inside}: name one of them' if inside else 'name a folder that training wrote'}"
             )
-        elif base:
-            raise InputError(f"--checkpoint_path {folder} is a whole model; leave --model_name_or_path out")
-        else:
-            base = str(folder)
-            settings = vqa.load_settings(folder) if (folder / vqa.SETTINGS_FILE).is_file() else {}
-        listed = (folder / vqa.MANIFEST_FILE).is_file()  # a merged model has no list of its files
-        damage = vqa.find_damage(folder) if adapter or listed else None
-        if damage and listed:
-            raise InputError(f"--checkpoint_path {folder}: {damage}; take a whole checkpoint-N")
-        if damage:
-            print(f"   {folder}: {damage}, or it is not from train_vqa.py; its files were not compared")
-    # A whole model has weights of its own, however the base that it was made from came about.
-    model, inputs = settings.get("model", {}) if adapter else {}, settings.get("input", {})
-    if folder and args.init not in (None, model.get("init", "pretrained")):
-        raise InputError(f"--init {args.init}: {folder} was not trained so; leave the flag out")
-    if inputs.get("instruction", vqa.INSTRUCTION) != vqa.INSTRUCTION:
-        raise InputError(
-            f"{folder}: trained with the instruction {inputs['instruction']!r}, this train_vqa.py asks "
-            f"{vqa.INSTRUCTION!r}; use the train_vqa.py that trained it"
-        )
+        if args.model_name_or_path:
+            raise InputError(f"--checkpoint_path {path} is a complete model; leave --model_name_or_path out")
+    stored = vqa.load_settings(path) if adapter else {}
+    if args.init not in (None, stored.get("model", {}).get("init", "pretrained")) and args.checkpoint_path:
+        raise InputError(f"--init {args.init}: {path} was not trained so; leave the flag out")
     if args.no_merge and not adapter:
         raise InputError("--no_merge: there is no adapter to keep apart; leave it out")
-    in_4bit = model.get("load_in_4bit", False)
-    if in_4bit and not args.no_merge:
-        print(f"   {folder}: the base is kept in 4 bits, which cannot take the adapter in; it stays apart")
-    whole = not adapter and settings.get("trained", {}).get("decoder") == "full"  # trained so, and not merged
-    computed = settings["model"] if whole else model
-    base_dtype = computed.get("dtype", "float32" if device_type == "cpu" else "bfloat16")
-    dtype = base_dtype if args.dtype == "auto" else args.dtype
-    attention = args.attn_implementation or computed.get("attn_implementation", "sdpa")
-    vqa.check_attention(attention, getattr(torch, dtype))
-    defaults = vqa.DataArguments()
-    frames = inputs.get("max_eval_frames", defaults.max_eval_frames)
-    return Subject(
-        base=base or model.get("model_name_or_path", vqa.DEFAULT_MODEL),
-        adapter=adapter,
-        init=model.get("init", args.init or "pretrained"),
-        init_seed=model.get("init_seed", args.seed),
-        init_device=model.get("init_device"),
-        dtype=dtype,
-        attn_implementation=attention,
-        input_mode=args.input_mode or inputs.get("input_mode", defaults.input_mode),
-        max_eval_frames=(frames if args.max_eval_frames is None else args.max_eval_frames) or None,
-        max_image_size=args.max_image_size or inputs.get("max_image_size", defaults.max_image_size),
-        audio_tokens=inputs.get("audio_tokens", defaults.audio_tokens),
-        frame_mode=inputs.get("frame_mode", defaults.frame_mode),
-        settings=settings,
-        merged=bool(adapter) and not in_4bit and not args.no_merge,
-    )
+    changes = {
+        "model_name_or_path": args.model_name_or_path if adapter else None,
+        "attn_implementation": args.attn_implementation,
+        "input_mode": args.input_mode,
+        "max_image_size": args.max_image_size,
+        **({} if adapter else {"init": args.init, "init_seed": args.seed}),
+    }
+    changes = {name: value for name, value in changes.items() if value is not None}
+    if args.max_eval_frames is not None:
+        changes["max_eval_frames"] = args.max_eval_frames or None
+    stored, model, inputs = vqa.trained_settings(path, device.type, changes)
+    dtype = model.dtype if args.dtype == "auto" else args.dtype
+    vqa.check_attention(model.attn_implementation, getattr(torch, dtype))
+    if adapter and model.load_in_4bit and not args.no_merge:
+        print(f"   {path}: the base is kept in 4 bits, which cannot take the adapter in; it stays unmerged")
+    merged = adapter and not model.load_in_4bit and not args.no_merge
+    return Checkpoint(path, adapter, stored, model, inputs, changes, dtype, merged)
 
 
-def load_subject(subject: Subject, device: Any) -> Any:
+def load_checkpoint(checkpoint: Checkpoint, device: Any) -> Any:
     """train_vqa's Trained: the model with its adapter in place, its processor, the fingerprint of its base."""
-    import torch
-
-    import train_vqa as vqa
-
-    kernel = vqa.ATTENTION_KERNELS[subject.attn_implementation]
-    precision = {"bfloat16": "BF16", "float32": "FP32"}[subject.dtype]
+    kernel = vqa.ATTENTION_KERNELS[checkpoint.model.attn_implementation]
+    precision = {"bfloat16": "BF16", "float32": "FP32"}[checkpoint.dtype]
     print(f"⏳ Loading merged {precision} model with {kernel} attention...", flush=True)
-    names = ("init", "init_seed", "init_device", "attn_implementation")
-    names += ("input_mode", "max_image_size", "audio_tokens", "frame_mode")
     trained = vqa.load_trained(
-        subject.adapter or subject.base,
+        checkpoint.path,
         device=device,
-        dtype=getattr(torch, subject.dtype),
-        merge=subject.merged,
-        model_name_or_path=subject.base,
-        **{name: getattr(subject, name) for name in names},
+        dtype=getattr(torch, checkpoint.dtype),
+        merge=checkpoint.merged,
+        **checkpoint.changes,
     )
     print(f"✓ Model loaded in full {precision}", flush=True)
     return trained
@@ -1553,118 +1517,124 @@ def load_subject(subject: Subject, device: Any) -> Any:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+def black_frames(frames: list[Any], speech: Any, draw: str) -> tuple[list[Any], Any]:
+    """Black frames of the same size, so that the prompt stays the same token for token."""
+    return [frame.point(lambda _: 0) for frame in frames], speech
+
+
+def silent_audio(frames: list[Any], speech: Any, draw: str) -> tuple[list[Any], Any]:
+    """Silence of the same length, so that the prompt stays the same token for token."""
+    return frames, speech * 0
+
+
+def first_frame(frames: list[Any], speech: Any, draw: str) -> tuple[list[Any], Any]:
+    """The first frame once: the prompt is shorter by the tokens of the others."""
+    return frames[:1], speech
+
+
+def shuffled_frames(frames: list[Any], speech: Any, draw: str) -> tuple[list[Any], Any]:
+    """The frames in another order than that in time, drawn from `draw`."""
+    order, generator = list(range(len(frames))), random.Random(draw)
+    while order == sorted(order) and len(order) > 1:
+        generator.shuffle(order)
+    return [frames[place] for place in order], speech
+
+
+# An arm is a function of frames (PIL images) and speech (float32 [n] or None) that gives them back changed. The last
+# two take the frames' paths as well, so that kept features serve them. Arms that are not listed change nothing here:
+# the input modes, and `mismatched_audio`, whose rows name another row's speech.
+CONTENT_ARMS = {"black_frames": black_frames, "silent_audio": silent_audio}
+ORDER_ARMS = {"first_frame": first_frame, "shuffled_frames": shuffled_frames}
+
+
 class ArmInputs:
-    """The rows of one arm as model inputs, decoded and changed as the arm says.
+    """The rows of one arm as model inputs.
 
     Args:
         arm: one of ARMS.
-        dataset: SurgicalVQADataset for generation; its processor has the arm's input mode.
-        heard: for each of its rows the VQARow whose speech is played.
+        dataset: SurgicalVQADataset for generation; its processor has the arm's input mode, and its rows the speech
+            that the arm plays.
         seed: of shuffled frames.
+        lenders: for rows that play another row's speech, that row.
     """
 
-    def __init__(self, arm: str, dataset: Any, heard: Sequence[Any], seed: int):
-        self.arm, self.dataset, self.heard, self.seed = arm, dataset, heard, seed
-        self.rows, self.processor = dataset.rows, dataset.processor
+    def __init__(self, arm: str, dataset: Any, seed: int = 0, lenders: Mapping[Key, Key] | None = None):
+        self.arm, self.dataset, self.seed, self.lenders = arm, dataset, seed, lenders or {}
         self.features: Any = None  # train_vqa's FeatureStore, once it is filled
         self.batch_size: int | None = None  # rows answered at a time; `answer_arm` sets it
 
-    def sample(self, index: int) -> Row | str:
-        """Model inputs of a row without a batch dimension, or what is wrong with its media; threads may call it."""
-        import train_vqa as vqa
+    @property
+    def rows(self) -> Sequence[Any]:
+        """train_vqa's VQARows."""
+        return self.dataset.rows
 
-        seen, heard = ((self.features and self.features.read(medium)) for medium in self.media_of(index))
-        try:
-            frames, speech = self.read(index, see=not seen, hear=not heard)
-            frames, speech = change_inputs(self.arm, frames, speech, f"{self.seed}/{self.rows[index].key}")
-            return self.encode(index, frames, speech, seen, heard and heard[0])
-        except vqa.VQAError as error:
-            return str(error)
+    @property
+    def processor(self) -> Any:
+        """train_vqa's VQAProcessor."""
+        return self.dataset.processor
 
-    def read(self, index: int, see: bool = True, hear: bool = True) -> tuple[list[Any], Any]:
-        """(selected frames as PIL images, speech float32 [n] or None); VQAError for media that cannot be used.
+    def key(self, index: int) -> Key:
+        """The identity of a row."""
+        return row_key(annotation_of(self.rows[index]))
 
-        Without `see` there are no frames, without `hear` there is no speech.
-        """
-        import train_vqa as vqa
+    def change(self, change: Any, index: int, frames: list[Any], speech: Any) -> tuple[list[Any], Any]:
+        """Frames and speech of a row after `change`, a function of the tables above, or None."""
+        return change(frames, speech, f"{self.seed}/{self.rows[index].key}") if change else (frames, speech)
 
-        row, speech = self.rows[index], self.speech_path(index)
+    def clip(self, index: int) -> tuple[Path, ...]:
+        """The files of the frames that a row shows, in the arm's order."""
+        frames, _ = self.dataset.media_of(index)
+        return tuple(self.change(ORDER_ARMS.get(self.arm), index, list(frames), None)[0])
+
+    def media_of(self, index: int) -> tuple[tuple[Path, ...] | None, Path | None]:
+        """The clip and the speech that the encoders get as they are in the files; None for what the arm changes."""
+        complete = len(self.rows[index].frame_paths) == len(self.rows[index].frames)
+        clip = self.clip(index) if complete and self.arm != "black_frames" else None
+        return clip, None if self.arm == "silent_audio" else self.dataset.media_of(index)[1]
+
+    def read(self, index: int, with_frames: bool = True, with_speech: bool = True) -> tuple[list[Any], Any]:
+        """(frames as PIL images in the arm's order, speech float32 [n] or None); VQAError where they cannot be used."""
+        row, speech = self.rows[index], self.dataset.media_of(index)[1]
         if len(row.frame_paths) < len(row.frames):
             raise vqa.VQAError(f"{row.where}: a frame is missing")
         if speech is None and self.processor.input_mode != "text":
-            raise vqa.VQAError(f"{self.heard[index].where}: the speech is missing")
-        shown = self.frame_paths(index) if see else ()
-        frames = [vqa.load_frame(path, self.processor.max_image_size) for path in shown]
-        return frames, vqa.load_speech(speech) if speech and hear else None
+            raise vqa.VQAError(f"{row.where}: the speech is missing")
+        clip = self.clip(index) if with_frames else ()
+        frames = [vqa.load_frame(path, self.processor.max_image_size) for path in clip]
+        return frames, vqa.load_speech(speech) if speech and with_speech else None
 
-    def encode(self, index: int, frames: list[Any], speech: Any, seen: Any = None, heard: Any = None) -> Row:
-        """Model inputs of a row with these frames and this speech, or with the features of either."""
-        return self.processor.encode(self.rows[index], frames, speech, False, seen, heard)
+    def sample(self, index: int) -> Row | str:
+        """Model inputs of a row without a batch dimension, or what is wrong with its media; threads may call it."""
+        vision, speech_features = ((self.features and self.features.read(medium)) for medium in self.media_of(index))
+        try:
+            media = self.read(index, with_frames=not vision, with_speech=not speech_features)
+            media = self.change(CONTENT_ARMS.get(self.arm), index, *media)
+            return self.encode(index, *media, vision, speech_features and speech_features[0])
+        except vqa.VQAError as error:
+            return str(error)
 
-    def media_of(self, index: int) -> tuple[tuple[Path, ...] | None, Path | None]:
-        """What the encoders get of a row as it is in the files: the frames in the order shown, and the speech.
-
-        None for what the arm changes, and in text mode for the speech.
-        """
-        row, speech = self.rows[index], self.speech_path(index)
-        if len(row.frame_paths) < len(row.frames):
-            return None, None  # `read` says so
-        frames = list(self.frame_paths(index))
-        if self.arm in ("first_frame", "shuffled_frames"):
-            frames, _ = change_inputs(self.arm, frames, None, f"{self.seed}/{self.rows[index].key}")
-        return (
-            None if self.arm == "black_frames" else tuple(frames),
-            None if self.arm == "silent_audio" else speech,
-        )
+    def encode(self, index: int, frames: list[Any], speech: Any, *features: Any) -> Row:
+        """Model inputs of a row with these frames and this speech, or with kept features of either."""
+        return self.processor.encode(self.rows[index], frames, speech, False, *features)
 
     def length(self, index: int) -> float:
         """Tokens of a row's prompt, from the headers of its media; infinite where these cannot be read."""
-        import train_vqa as vqa
-
-        asked = dataclasses.replace(self.rows[index], audio_path=self.speech_path(index), answer="")
-        frames = self.frame_paths(index)[: 1 if self.arm == "first_frame" else None]
+        asked = dataclasses.replace(self.rows[index], answer="")
         try:
-            return self.processor.count_tokens(asked, frames) - 1  # the answer's turn end
+            return self.processor.count_tokens(asked, self.clip(index)) - 1  # the answer's stop token
         except (OSError, RuntimeError, IndexError, TypeError, vqa.VQAError):
             return math.inf
 
-    def frame_paths(self, index: int) -> Sequence[Path]:
-        """The frames of a row that are shown."""
-        return self.dataset._select_frames(self.rows[index].frame_paths)
-
-    def speech_path(self, index: int) -> Path | None:
-        """The speech that is played; None in text mode, or where it was not found."""
-        return None if self.processor.input_mode == "text" else self.heard[index].audio_path
-
     def media_sha256(self, index: int) -> str:
         """Digest of the files behind a row's answer: a resumed run must not mix old files with new ones."""
-        paths = [*self.frame_paths(index), self.speech_path(index)]
-        return hashlib.sha256("".join(sha256_once(path) for path in paths if path).encode()).hexdigest()
+        frames, speech = self.dataset.media_of(index)
+        digests = (sha256_once(path) for path in (*frames, speech) if path)
+        return hashlib.sha256("".join(digests).encode()).hexdigest()
 
     def prompt(self, question: str, n_frames: int = 1) -> str:
         """The rendered prompt as it can be read: one placeholder a frame, none for speech."""
         ids = self.processor.build(question, [1] * n_frames, 0, None)["input_ids"].tolist()
         return self.processor.tokenizer.decode(ids)
-
-
-def change_inputs(arm: str, frames: list[Any], speech: Any, draw: str) -> tuple[list[Any], Any]:
-    """Frames (PIL images) and speech (float32 [n] or None) as an arm presents them; `draw` seeds a shuffle.
-
-    Black frames and silence keep size and length, so that the prompt stays the same token for token. The first frame is
-    shown once, so that its prompt is shorter by the tokens of the others.
-    """
-    if arm == "silent_audio":
-        return frames, speech * 0
-    if arm == "black_frames":
-        return [frame.point(lambda _: 0) for frame in frames], speech
-    if arm == "first_frame":
-        return frames[:1], speech
-    if arm == "shuffled_frames":
-        order, generator = list(range(len(frames))), random.Random(draw)
-        while order == sorted(order) and len(order) > 1:  # the order in time would test nothing
-            generator.shuffle(order)
-        return [frames[place] for place in order], speech
-    return frames, speech
 
 
 @functools.cache
@@ -1680,29 +1650,27 @@ def sha256_once(path: Path) -> str:
 
 def check_leaks(arms: Iterable[ArmInputs]) -> None:
     """Raise InputError if the prompt of any row in an audio arm holds words of its question."""
-    by_ear = [inputs for inputs in arms if inputs.processor.input_mode == "audio"]
-    for inputs in by_ear[:1]:  # the others differ in media, not in words
-        for index, row in enumerate(inputs.rows):
-            n_frames = len(inputs.frame_paths(index))
-            words = leaked_words(inputs.prompt(row.question, n_frames), row.question, inputs.prompt("", n_frames))
-            if words:
-                raise InputError(
-                    f"leak gate: in the arm {inputs.arm} the prompt of {row.key} holds words of its question "
-                    f"({', '.join(words)}), so its answer would not show that it was heard; no figure is given"
-                )
+    inputs = next((inputs for inputs in arms if inputs.processor.input_mode == "audio"), None)
+    if inputs is None:
+        return
+    for index, row in enumerate(inputs.rows):  # the other audio arms differ in media, not in words
+        n_frames = len(inputs.clip(index))
+        words = leaked_words(inputs.prompt(row.question, n_frames), row.question, inputs.prompt("", n_frames))
+        if words:
+            raise InputError(
+                f"leak gate: in the arm {inputs.arm} the prompt of {row.key} holds words of its question "
+                f"({', '.join(words)}), so its answer would not show that it was heard; no figure is given"
+            )
 
 
 def check_liveness(model: Any, inputs: ArmInputs) -> Row:
     """Do speech and frames reach the logits? {"speech", "frames"}: how far other ones move a logit at most.
 
     Speech is replaced by another row's at the same length (where there is none, by its own played backwards), frames by
-    their negatives: so the prompt stays as it is, and only what is heard or seen differs. `speech` is None in text
-    mode. Raises InputError if a path changes nothing, or if the same inputs give different logits.
+    their negatives: so the prompt stays as it is. `speech` is None in text mode. Raises InputError if one of them
+    changes nothing, or if the same inputs give different logits.
     """
     import numpy as np
-    import torch
-
-    import train_vqa as vqa
 
     collate = vqa.VQACollator(inputs.processor.tokenizer.pad_token_id, "left")
 
@@ -1731,11 +1699,11 @@ def check_liveness(model: Any, inputs: ArmInputs) -> Row:
         question = inputs.rows[index].question
         borrowed = (media[1] for other, media in readable() if inputs.rows[other].question != question)
         moved["speech"] = distance(frames, np.resize(next(borrowed, speech[::-1]), speech.shape))
-    dead = [path for path, by in moved.items() if by == 0]
+    dead = " and ".join(path for path, by in moved.items() if by == 0)
     if dead:
         raise InputError(
-            f"liveness gate: the path of {' and '.join(dead)} is dead: with other {' and '.join(dead)} every logit "
-            f"stays as it is; check the checkpoint, and that the files differ"
+            f"liveness gate: with other {dead} every logit stays as it is, so {dead} cannot reach an answer; check the "
+            f"checkpoint, and that the files differ"
         )
     return moved
 
@@ -1748,16 +1716,17 @@ def check_liveness(model: Any, inputs: ArmInputs) -> Row:
 def answer_batch(
     model: Any, samples: Iterable[Row], pad_token_id: int, stop_ids: Sequence[int], max_new_tokens: int
 ) -> list[tuple[list[int], str]]:
-    """Greedy answers of one sample or more: per row the new ids, turn end included, and `eos` or `length`.
+    """Greedy answers of any number of samples: per row the new ids, stop token included, and `eos` or `length`.
 
-    The prompts are read a group at a time (`read_prompts`), then all rows go on together, one token a step. Written out
-    because `generate` reads a whole batch at once, under a mask that keeps sdpa from its fast kernels.
+    Prefill goes by groups (`prefill`), then all rows decode together, one token a step. Written out because `generate`
+    prefills all rows at once, under a mask that keeps sdpa from its fast kernels.
     """
-    import torch
     from transformers import DynamicCache
 
     with torch.inference_mode():
-        lengths, ids, positions, layers = read_prompts(model, samples, pad_token_id)
+        lengths, ids, positions, layers = prefill(model, samples, pad_token_id)
+        if not lengths:
+            return []
         cache = DynamicCache()
         for index in range(len(layers)):
             cache.update(*layers[index], index)
@@ -1788,10 +1757,8 @@ def answer_batch(
     return answers
 
 
-def read_prompts(
-    model: Any, samples: Iterable[Row], pad_token_id: int
-) -> tuple[list[int], Any, Any, list[tuple[Any, Any]]]:
-    """Read prompts in groups of at most PREFILL_TOKENS with their padding.
+def prefill(model: Any, samples: Iterable[Row], pad_token_id: int) -> tuple[list[int], Any, Any, list[tuple[Any, Any]]]:
+    """Compute the keys and values of prompts, in groups of at most PREFILL_TOKENS with their padding.
 
     Padding is on the right, where causal attention never meets it, so that no mask is needed. The keys and values of
     each row are then moved to end where those of the longest row end.
@@ -1800,11 +1767,8 @@ def read_prompts(
         Tokens of each prompt; the first token of each answer, int64 [B], and its position, int64 [B]; per decoder layer
         keys and values [B, heads, longest prompt, head size], 0 in front of shorter prompts.
     """
-    import torch
     from torch.nn.functional import pad
     from transformers import DynamicCache
-
-    import train_vqa as vqa
 
     collate = vqa.VQACollator(pad_token_id)
     lengths, first, positions, caches = [], [], [], []
@@ -1823,10 +1787,11 @@ def read_prompts(
         positions.append(places[0].gather(1, last)[:, 0] + 1)  # a prompt ends in words: its three positions are one
         caches.append([(layer.keys, layer.values) for layer in output.past_key_values.layers])
         del output
+    if not lengths:
+        return [], None, None, []
 
     def aligned(layer: int, side: int) -> Any:
-        parts = [cache[layer][side] for cache in caches]
-        width = max(lengths)
+        parts, width = [cache[layer][side] for cache in caches], max(lengths)
         if min(lengths) == width:
             return torch.cat(parts)
         rows = zip(lengths, (row for part in parts for row in part), strict=True)
@@ -1853,64 +1818,38 @@ def grouped(samples: Iterable[Row]) -> Iterator[list[Row]]:
         yield group
 
 
-class Kept:
-    """The items of an iterator as they come, kept, so that they can be gone through again."""
-
-    def __init__(self, items: Iterator[Any]):
-        self._items, self._taken = items, []
-
-    def __iter__(self) -> Iterator[Any]:
-        for place in itertools.count():
-            if place == len(self._taken):
-                try:
-                    self._taken.append(next(self._items))
-                except StopIteration:
-                    return
-            yield self._taken[place]
+def on_device(batch: Row, device: Any) -> Row:
+    """The tensors of a collated batch that the model takes, on `device`."""
+    tensors = {name: tensor for name, tensor in batch.items() if name != "labels"}
+    if device.type == "cuda":  # from pinned memory the copy runs beside the computation
+        return {name: tensor.pin_memory().to(device, non_blocking=True) for name, tensor in tensors.items()}
+    return {name: tensor.to(device) for name, tensor in tensors.items()}
 
 
-class Answering:
-    """Answers batches of samples; with `--batch_size auto` in halves where a batch does not fit into memory.
+def answer_in_memory(
+    samples: Iterator[Row], size: int, may_halve: bool, answer: Callable[[Iterable[Row]], list[Any]]
+) -> tuple[list[Any], int]:
+    """Answers of `samples`, `size` at a time; with `may_halve` in halves where torch is out of memory.
 
-    Args:
-        model, pad_token_id, stop_ids, max_new_tokens: of `answer_batch`.
-        batch_size: rows at a time.
-        may_halve: go on with half of `batch_size` where torch is out of memory; False: raise OutOfMemoryError.
+    Returns the answers, and the size that fitted. Raises torch.OutOfMemoryError where halving is over or not wanted.
     """
-
-    def __init__(
-        self,
-        model: Any,
-        pad_token_id: int,
-        stop_ids: Sequence[int],
-        max_new_tokens: int,
-        batch_size: int,
-        may_halve: bool,
-    ):
-        self.model, self.decoding = model, (pad_token_id, stop_ids, max_new_tokens)
-        self.batch_size, self.may_halve = batch_size, may_halve
-
-    def __call__(self, samples: Iterable[Row | str]) -> list[tuple[list[int], str]]:
-        """Answers of the samples that are no message; `samples` may be gone through more than once."""
-        import torch
-
-        answers = []
-        while True:
-            sound = (sample for sample in samples if not isinstance(sample, str))
-            todo = itertools.islice(sound, len(answers), len(answers) + self.batch_size)
-            first = next(todo, None)
-            if first is None:
-                return answers
-            try:
-                answers += answer_batch(self.model, itertools.chain([first], todo), *self.decoding)
-                continue
-            except torch.OutOfMemoryError:
-                if not self.may_halve or self.batch_size == 1:
-                    raise
-            # Out of the handler, which holds on to the tensors of the failed batch.
-            self.batch_size = math.ceil(self.batch_size / 2)
+    (waiting,), answers = itertools.tee(samples, 1), []
+    while True:
+        try:
+            batch = answer(itertools.islice(copy.copy(waiting), size))  # a copy: what fails is gone through again
+        except torch.OutOfMemoryError:
+            if not may_halve or size == 1:
+                raise
+            batch = None
+        if batch is None:  # out of the handler, which holds on to the tensors of the failed batch
+            size = math.ceil(size / 2)
             torch.cuda.empty_cache()
-            print(f"   The GPU memory is full: going on with batches of {self.batch_size}", flush=True)
+            print(f"   The GPU memory is full: going on with batches of {size}", flush=True)
+        elif batch:
+            answers += batch
+            next(itertools.islice(waiting, len(batch) - 1, None))
+        else:
+            return answers, size
 
 
 def choose_batch_size(model: Any, longest: int, max_new_tokens: int, limit_gib: float) -> int:
@@ -1922,70 +1861,44 @@ def choose_batch_size(model: Any, longest: int, max_new_tokens: int, limit_gib: 
 
     An estimate from shapes alone, so that the same card, flags and data give the same batches.
     """
-    import torch
-
     if model.device.type != "cuda":
         return CPU_BATCH_SIZE
     total = limit_gib * 2**30 or torch.cuda.get_device_properties(model.device).total_memory
     weights = sum(weight.nbytes for weight in model.parameters())
-    return batch_that_fits(
-        USABLE_MEMORY * total - weights, model.config.text_config, model.dtype, longest, max_new_tokens
-    )
+    room = USABLE_MEMORY * total - weights
+    return batch_that_fits(room, model.config.text_config, model.dtype, longest, max_new_tokens)
 
 
 def batch_that_fits(room: float, text: Any, dtype: Any, longest: int, max_new_tokens: int) -> int:
-    """Rows whose keys and values fit into `room` bytes beside what reading the prompts takes: 1 to AUTO_BATCH_SIZE.
+    """Rows whose keys and values fit into `room` bytes beside what prefill takes: 1 to AUTO_BATCH_SIZE.
 
     Args:
-        room: bytes beside the weights.
         text: decoder config.
         dtype: of the activations.
         longest: tokens of the longest prompt.
     """
     head = text.hidden_size // text.num_attention_heads
-    # While a prompt is read: four activations of the MLP's width (gate, its SiLU, up, their product), and about sixteen
-    # of the hidden size, of which some are float32.
-    reading = max(PREFILL_TOKENS, longest) * dtype.itemsize * (4 * text.intermediate_size + 16 * text.hidden_size)
+    # In prefill: four activations of the MLP's width (gate, its SiLU, up, their product), and about sixteen of the
+    # hidden size, of which some are float32.
+    prefilling = max(PREFILL_TOKENS, longest) * dtype.itemsize * (4 * text.intermediate_size + 16 * text.hidden_size)
     # A token keeps a key and a value a layer; one layer is copied to grow, and, under a mask, repeated for every head.
     kept = 2 * head * text.num_key_value_heads * (text.num_hidden_layers + 2)
     repeated = 2 * head * text.num_attention_heads
     row = (longest + max_new_tokens) * dtype.itemsize * (kept + repeated)
-    return int(min(AUTO_BATCH_SIZE, max(1, (room - reading) // row)))
+    return int(min(AUTO_BATCH_SIZE, max(1, (room - prefilling) // row)))
 
 
-def on_device(batch: Row, device: Any) -> Row:
-    """The tensors of a collated batch that the model takes, on `device`."""
-    tensors = {name: tensor for name, tensor in batch.items() if name != "labels"}
-    if device.type == "cuda":  # from pinned memory the copy runs beside the computation
-        return {name: tensor.pin_memory().to(device, non_blocking=True) for name, tensor in tensors.items()}
-    return {name: tensor.to(device) for name, tensor in tensors.items()}
-
-
-def check_same_media(inputs: ArmInputs, annotations: Sequence[Row], file: RowFile) -> None:
-    """Raise InputError where a row of `file` was made from other frames or speech than are there now."""
-    for index, key in enumerate(map(row_key, annotations)):
-        if key in file.done and file.done[key].get("media_sha256") != inputs.media_sha256(index):
-            raise InputError(
-                f"{file.path}: the frames or speech of {key_text(key)} are not the ones that its row was made from; "
-                f"choose another --output_file, or start again with --overwrite"
-            )
-
-
-def answer_arm(
-    model: Any, inputs: ArmInputs, annotations: Sequence[Row], file: RowFile, args: argparse.Namespace, stop: Any = None
-) -> int:
+def answer_arm(model: Any, inputs: ArmInputs, file: RowFile, args: argparse.Namespace, stop: Any = None) -> int:
     """Answer the rows that `file` lacks, batch by batch, and append them; returns how many.
 
     Ends after the batch during which a signal came to `stop` (train_vqa's StopSignal; None: there is none).
 
-    Batches are fixed slices of the data, the longest prompts first, answered whole even where a killed run left only
+    Batches are fixed slices of the data, the longest prompts first, answered complete even where a killed run left only
     part of one to do: so a resumed run computes exactly what an uninterrupted one does.
     """
     from tqdm.auto import tqdm
 
-    import train_vqa as vqa
-
-    keys = [row_key(annotation) for annotation in annotations]
+    keys = [inputs.key(index) for index in range(len(inputs.rows))]
     lengths = [inputs.length(index) for index in range(len(keys))]
     order = sorted(range(len(keys)), key=lambda index: -lengths[index])  # of equal ones, in the order of the data
     size, auto = args.batch_size, args.batch_size == "auto"
@@ -1995,43 +1908,57 @@ def answer_arm(
     slices = [order[i : i + size] for i in range(0, len(order), size)]
     slices = [part for part in slices if any(keys[index] not in file.done for index in part)]
     tokenizer = copy.deepcopy(inputs.processor.tokenizer)  # the other one is busy in the threads below
-    answer = Answering(model, tokenizer.pad_token_id, vqa.turn_end_ids(tokenizer), args.max_new_tokens, size, auto)
+    decoding = tokenizer.pad_token_id, vqa.turn_end_ids(tokenizer), args.max_new_tokens
     decoded = vqa.ahead(inputs.sample, itertools.chain(*slices), 2 * size)
     answered, already = 0, sum(key in file.done for key in keys)
     with contextlib.closing(decoded), tqdm(total=len(keys), initial=already, desc=inputs.arm, unit="row") as bar:
         for part in slices:
-            samples = Kept(itertools.islice(decoded, len(part)))  # read while the rest is still being decoded
-            answers = iter(answer(samples))
-            for index, sample in zip(part, samples, strict=True):
-                failed = isinstance(sample, str)
-                ids, finish = ([], "error") if failed else next(answers)
+            # Two iterators over one slice: prefill begins while the rest of it is still being decoded.
+            samples, again = itertools.tee(itertools.islice(decoded, len(part)))
+            usable = (sample for sample in samples if not isinstance(sample, str))
+            answers, size = answer_in_memory(usable, size, auto, lambda batch: answer_batch(model, batch, *decoding))
+            waiting = iter(answers)
+            for index, sample in zip(part, again, strict=True):
+                error = sample if isinstance(sample, str) else None
+                ids, finish = ([], "error") if error else next(waiting)
                 if keys[index] in file.done:
                     continue
-                speech, heard = inputs.speech_path(index), inputs.heard[index]
-                file.append(
-                    answer_row(
-                        annotations[index],
-                        None if failed else tokenizer.decode(ids, skip_special_tokens=True).strip(),
-                        finish_reason=finish,
-                        n_tokens=len(ids),
-                        input_mode=inputs.processor.input_mode,
-                        audio_file=None if speech is None else str(speech),
-                        **({"audio_of": heard.key} if heard is not inputs.rows[index] else {}),
-                        media_sha256=inputs.media_sha256(index),
-                        **({"error": sample} if failed else {}),
-                    )
-                )
+                text = None if error else tokenizer.decode(ids, skip_special_tokens=True).strip()
+                file.append(written_row(inputs, index, text, finish, len(ids), error))
                 answered += 1
                 bar.update()
-            inputs.batch_size = answer.batch_size
+            inputs.batch_size = size
             if stop and stop.signum:
                 break
     return answered
 
 
+def written_row(
+    inputs: ArmInputs, index: int, text: str | None, finish_reason: str, n_tokens: int, error: str | None
+) -> Row:
+    """One row of the output file of an arm."""
+    speech, lender = inputs.dataset.media_of(index)[1], inputs.lenders.get(inputs.key(index))
+    return answer_row(
+        annotation_of(inputs.rows[index]),
+        text,
+        finish_reason=finish_reason,
+        n_tokens=n_tokens,
+        input_mode=inputs.processor.input_mode,
+        audio_file=None if speech is None else str(speech),
+        **({"audio_of": key_text(lender)} if lender else {}),
+        media_sha256=inputs.media_sha256(index),
+        **({"error": error} if error else {}),
+    )
+
+
 # ---------------------------------------------------------------------------------------------------------------------
-# With a model: the whole run
+# With a model: the complete run
 # ---------------------------------------------------------------------------------------------------------------------
+
+
+def annotation_of(row: Any) -> Row:
+    """A VQARow of train_vqa, whose reader reads question files wherever a model runs, as scoring takes it."""
+    return {name: getattr(row, name) for name in (*KEY_FIELDS, *GOLD_FIELDS, "frames")}
 
 
 def generate(args: argparse.Namespace) -> int:
@@ -2041,14 +1968,11 @@ def generate(args: argparse.Namespace) -> int:
 
     Raises InputError for whatever the user can mend.
     """
-    import torch
-
-    import train_vqa as vqa
-
+    load_libraries()
     stop = vqa.StopSignal("finishing the batch", "no row was answered; run the same command again")
     try:
         with stop:
-            return _generate(args, stop)
+            return answer_and_score(args, stop)
     except vqa.Interrupted as stopped:
         print(f"\n{stopped}", file=sys.stderr)
         return 128 + stopped.signum
@@ -2061,166 +1985,200 @@ def generate(args: argparse.Namespace) -> int:
         ) from error
 
 
-def _generate(args: argparse.Namespace, stop: Any) -> int:
-    import torch
-
-    import train_vqa as vqa
-
+def answer_and_score(args: argparse.Namespace, stop: Any) -> int:
+    """The steps of `generate`: settings, data, model, gates, answers, figures."""
     # 1. What answers, in which arms
     sha256_once.cache_clear()
     target = summary_path(args.output_file)
     vqa.limit_gpu_memory(args.gpu_memory_limit_gib or None)
     device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
-    subject = read_subject(args, device.type)
-    main_arm = subject.input_mode
-    modes = {arm: arm if arm in INPUT_MODES else main_arm for arm in (main_arm, *(args.arms or ()))}
-    deaf = [arm for arm, mode in modes.items() if arm in HEARING_ARMS and mode == "text"]
-    if deaf:
-        raise InputError(f"--arms {','.join(deaf)}: in text mode the model hears nothing; drop the arm")
-    by_ear = set(modes.values()) != {"text"}
-    if by_ear and not args.audio_dir:
-        raise InputError("--audio_dir must be given: the questions are spoken (or use --input_mode text)")
+    checkpoint = read_checkpoint(args, device)
+    main_arm = checkpoint.inputs.input_mode
+    modes = choose_arms(args, main_arm)
 
     # 2. Data: everything is found and decoded once before the weights load
-    print(f"📁 Loading Eval Data: {args.eval_data_path}")
-    all_annotations = read_annotations(args.eval_data_path)
-    annotations = all_annotations[: args.limit or None]
-    train_rows = read_annotations(args.train_data_path) if args.train_data_path else None
-    row_of = {row.key: row for row in vqa.read_rows(args.eval_data_path)}
-    rows = [row_of[key_text(row_key(annotation))] for annotation in annotations]
-    heard = dict.fromkeys(modes, rows)
-    if "mismatched_audio" in modes:  # paired over the whole file: a larger --limit later leaves the pairs as they are
-        pairs = pair_mismatched_audio(all_annotations, args.seed)
-        heard["mismatched_audio"] = [row_of[key_text(pairs[row_key(annotation)])] for annotation in annotations]
-    find_and_check_media({row.key: row for part in heard.values() for row in part}.values(), args, by_ear)
-    limit = subject.max_eval_frames
-    if limit and any(len(row.frames) > limit for row in rows):
-        print(f"   Using {limit} frames (evenly sampled) to reduce eval memory")
+    rows_of, lenders, train_rows = read_data(args, modes, checkpoint.inputs.max_eval_frames)
+    annotations = [annotation_of(row) for row in rows_of[main_arm]]
 
     # 3. Model
-    trained = load_subject(subject, device)
-    model, identity, arms = trained.model, trained.base_fingerprint, {}
+    trained = load_checkpoint(checkpoint, device)
+    arms = {}
     for arm, mode in modes.items():
         processor = trained.processor.with_mode(mode)
-        dataset = vqa.SurgicalVQADataset(rows, processor, max_eval_frames=limit, is_eval=True, with_answer=False)
-        arms[arm] = ArmInputs(arm, dataset, heard[arm], args.seed)
-    trained_tokens = subject.settings.get("input", {}).get("encoder_tokens", processor.encoder_tokens)
-    if trained_tokens != processor.encoder_tokens:
-        raise InputError(
-            f"{args.checkpoint_path}: trained with {trained_tokens} audio tokens a question, this base makes "
-            f"{processor.encoder_tokens}; name the base of the training run with --model_name_or_path"
+        limit = checkpoint.inputs.max_eval_frames
+        dataset = vqa.SurgicalVQADataset(
+            rows_of[arm], processor, max_eval_frames=limit, is_eval=True, with_answer=False
         )
+        arms[arm] = ArmInputs(arm, dataset, args.seed, lenders if arm == "mismatched_audio" else {})
 
     # 4. Gates
     check_leaks(arms.values())
-    moved = check_liveness(model, next((part for arm, part in arms.items() if modes[arm] != "text"), arms[main_arm]))
+    moved = check_liveness(
+        trained.model, next((part for arm, part in arms.items() if modes[arm] != "text"), arms[main_arm])
+    )
     figures = ", ".join(f"other {path} by {by:.3g}" for path, by in moved.items() if by is not None)
     leaks = "no prompt gives its question away; " if "audio" in modes.values() else ""
     print(_wrap(f"Gates passed: {leaks}logits move with {figures}"))
 
     # 5. Answers
-    files = {arm: arm_path(args.output_file, arm, main_arm) for arm in arms}
-    fingerprints = {arm: run_fingerprint(args, subject, inputs, identity) for arm, inputs in arms.items()}
-    answered, start = 0, time.monotonic()
-    with contextlib.ExitStack() as stack:  # all of them first, so that none is refused after hours of answering another
-        rows_of = {
-            arm: stack.enter_context(RowFile(path, fingerprints[arm], overwrite=args.overwrite))
-            for arm, path in files.items()
-        }
-        for arm, inputs in arms.items():
-            check_same_media(inputs, annotations, rows_of[arm])
-        target.unlink(missing_ok=True)  # the figures of fewer rows, or of other ones
-        if args.cache_features:  # after the gates, whose changed frames and speech are encoded as they come
-            store = vqa.FeatureStore(args.cache_features, model, trained.processor)
-            store.fill(list(arms.values()), args.allow_errors)
-            for inputs in arms.values():
-                inputs.features = store
-        stop.saves = True
-        for arm, inputs in arms.items():
-            answered += answer_arm(model, inputs, annotations, rows_of[arm], args, stop)
-            if stop.signum:
-                there = sum(row_key(row) in file.done for file in rows_of.values() for row in annotations)
-                whole = len(annotations) * len(arms)
-                again = "the same command" + " without --overwrite" * args.overwrite
-                raise vqa.Interrupted(stop.signum, f"{there} of {whole} rows are answered; {again} goes on")
-    scored = {arm: score_rows(annotations, file.done) for arm, file in rows_of.items()}
+    fingerprints = {
+        arm: run_fingerprint(args, checkpoint, inputs, trained.base_fingerprint) for arm, inputs in arms.items()
+    }
+    start = time.monotonic()
+    done, answered = answer_arms(args, trained, arms, fingerprints, stop)
     seconds = time.monotonic() - start
+    scored = {arm: score_rows(annotations, done[arm]) for arm in arms}
     peak = torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else None
 
     # 6. Figures
-    manifest = run_manifest(args, subject, arms[main_arm], fingerprints[main_arm], device)
+    manifest = run_manifest(args, checkpoint, arms[main_arm], fingerprints[main_arm], device)
     manifest["gates"] = moved
     manifest["runtime"] = {"seconds": seconds, "rows_answered": answered, "peak_gpu_memory_gib": peak}
     manifest["runtime"]["batch_size"] = {arm: inputs.batch_size for arm, inputs in arms.items()}
-    summary = summarise(
-        annotations,
-        scored[main_arm],
-        train_rows=train_rows,
-        arms=summarise_arms(main_arm, scored, {arm: path.name for arm, path in files.items()}),
-        manifest=manifest,
-    )
+    files = {arm: arm_path(args.output_file, arm, main_arm) for arm in arms}
+    in_arms = summarise_arms(main_arm, scored, {arm: path.name for arm, path in files.items()})
+    summary = summarise(annotations, scored[main_arm], train_rows=train_rows, arms=in_arms, manifest=manifest)
     write_json(target, summary)
     print(render_summary(summary))
     memory = "" if peak is None else f", peak GPU memory {peak:.1f} GiB"
     print(f"\nAnswered {answered} rows in {seconds:.1f} s ({answered / seconds:.2f} samples/s{memory})")
     print(*(f"Rows: {path}" for path in files.values()), f"Summary: {target}", sep="\n")
     if stop.signum:
-        raise vqa.Interrupted(stop.signum, f"all rows are answered, and {target} is whole")
+        raise vqa.Interrupted(stop.signum, f"all rows are answered, and {target} is complete")
     return 1 if any(row.prediction is None for part in scored.values() for row in part) else 0
 
 
-def find_and_check_media(rows: Iterable[Any], args: argparse.Namespace, by_ear: bool) -> None:
-    """Find and decode the media of VQARows; with --allow_errors what is missing or broken is only said.
+def choose_arms(args: argparse.Namespace, main_arm: str) -> dict[str, str]:
+    """Each arm's input mode, the main arm first. Raises InputError for arms that need speech which is not there."""
+    modes = {arm: arm if arm in INPUT_MODES else main_arm for arm in (main_arm, *(args.arms or ()))}
+    without_speech = [arm for arm, mode in modes.items() if arm in HEARING_ARMS and mode == "text"]
+    if without_speech:
+        raise InputError(f"--arms {','.join(without_speech)}: in text mode the model hears nothing; drop the arm")
+    if set(modes.values()) != {"text"} and not args.audio_dir:
+        raise InputError("--audio_dir must be given: the questions are spoken (or use --input_mode text)")
+    return modes
 
-    Raises VQAError otherwise, and always where one speech file would have to serve different questions.
+
+def read_data(
+    args: argparse.Namespace, modes: Mapping[str, str], max_eval_frames: int | None
+) -> tuple[dict[str, list[Any]], dict[Key, Key], list[Row] | None]:
+    """Read the question files, and find and decode the media of every arm.
+
+    Returns:
+        Each arm's VQARows; for `mismatched_audio` whose speech a row plays; the training annotations, if any.
+
+    Raises VQAError for what is missing or broken, which --allow_errors only says, and always where one speech file
+    would have to serve different questions.
     """
-    import train_vqa as vqa
-
-    rows = list(rows)
-    problems = vqa.find_media(rows, args.frames_dir, args.audio_dir if by_ear else None, args.allow_symlinks)
-    vqa.raise_problems(vqa.find_shared_speech(rows))
-    problems += vqa.check_media(rows)
+    print(f"📁 Loading Eval Data: {args.eval_data_path}")
+    every = {row_key(annotation_of(row)): row for row in vqa.read_rows(args.eval_data_path)}
+    rows = dict(itertools.islice(every.items(), args.limit or None))
+    train_rows = None
+    if args.train_data_path:
+        train_rows = [annotation_of(row) for row in vqa.read_rows(args.train_data_path)]
+    lenders = {}
+    if "mismatched_audio" in modes:  # paired over the whole file: a larger --limit later leaves the pairs as they are
+        pairs = pair_mismatched_audio([annotation_of(row) for row in every.values()], args.seed)
+        lenders = {key: pairs[key] for key in rows}
+    needed = [every[key] for key in dict.fromkeys((*rows, *lenders.values()))]
+    by_ear = set(modes.values()) != {"text"}
+    problems = vqa.find_media(needed, args.frames_dir, args.audio_dir if by_ear else None, args.allow_symlinks)
+    vqa.raise_problems(vqa.find_shared_speech(needed))
+    problems += vqa.check_media(needed)
     if not args.allow_errors:
         vqa.raise_problems(problems)
     for problem in problems:
         print(f"{problem} (--allow_errors: counted as wrong)", file=sys.stderr)
+    rows_of = {arm: list(rows.values()) for arm in modes}
+    if lenders:
+        rows_of["mismatched_audio"] = [
+            dataclasses.replace(row, audio_path=every[lenders[key]].audio_path) for key, row in rows.items()
+        ]
+    if max_eval_frames and any(len(row.frames) > max_eval_frames for row in rows.values()):
+        print(f"   Using {max_eval_frames} frames (evenly sampled) to reduce eval memory")
+    return rows_of, lenders, train_rows
 
 
-def run_fingerprint(args: argparse.Namespace, subject: Subject, inputs: ArmInputs, identity: str) -> Row:
+def answer_arms(
+    args: argparse.Namespace, trained: Any, arms: Mapping[str, ArmInputs], fingerprints: Mapping[str, Row], stop: Any
+) -> tuple[dict[str, dict[Key, Row]], int]:
+    """Each arm's rows as they stand in its file, and how many of them were answered now.
+
+    Raises InputError for files of another run or media that changed, and Interrupted where a signal left rows undone.
+    """
+    main_arm, *_ = arms
+    target, answered = summary_path(args.output_file), 0
+    with contextlib.ExitStack() as stack:  # all of them first, so that none is refused after hours of answering another
+        files = {}
+        for arm, inputs in arms.items():
+            path = arm_path(args.output_file, arm, main_arm)
+            files[arm] = stack.enter_context(RowFile(path, fingerprints[arm], overwrite=args.overwrite))
+            check_same_media(inputs, files[arm])
+        target.unlink(missing_ok=True)  # the figures of fewer rows, or of other ones
+        if args.cache_features:  # after the gates, whose changed frames and speech are encoded as they come
+            store = vqa.FeatureStore(args.cache_features, trained.model, trained.processor)
+            store.fill(list(arms.values()), args.allow_errors)
+            for inputs in arms.values():
+                inputs.features = store
+        stop.saves = True
+        for arm, inputs in arms.items():
+            answered += answer_arm(trained.model, inputs, files[arm], args, stop)
+            if stop.signum:
+                keys = [inputs.key(index) for index in range(len(inputs.rows))]
+                there = sum(key in file.done for file in files.values() for key in keys)
+                if there < len(keys) * len(arms):
+                    again = "the same command" + " without --overwrite" * args.overwrite
+                    text = f"{there} of {len(keys) * len(arms)} rows are answered; {again} goes on"
+                    raise vqa.Interrupted(stop.signum, text)
+    return {arm: file.done for arm, file in files.items()}, answered
+
+
+def check_same_media(inputs: ArmInputs, file: RowFile) -> None:
+    """Raise InputError where a row of `file` was made from other frames or speech than are there now."""
+    for index in range(len(inputs.rows)):
+        key = inputs.key(index)
+        if key in file.done and file.done[key].get("media_sha256") != inputs.media_sha256(index):
+            raise InputError(
+                f"{file.path}: the frames or speech of {key_text(key)} are not the ones that its row was made from; "
+                f"choose another --output_file, or start again with --overwrite"
+            )
+
+
+def run_fingerprint(args: argparse.Namespace, checkpoint: Checkpoint, inputs: ArmInputs, base_fingerprint: str) -> Row:
     """What the answers of an arm depend on, as flat JSON: rows made with other values are never mixed with them."""
-    import train_vqa as vqa
+    folder, processor = Path(checkpoint.path), inputs.processor
 
-    listed = Path(subject.base) / vqa.MANIFEST_FILE  # of a whole model that was trained
+    def digest(name: str, wanted: bool = True) -> str | None:
+        return sha256_once(folder / name) if wanted and (folder / name).is_file() else None
+
     return {
         "arm": inputs.arm,
-        "input_mode": inputs.processor.input_mode,
-        "base_fingerprint": identity,
-        "adapter_sha256": subject.adapter and sha256_once(subject.adapter / "adapter_model.safetensors"),
-        "adapter_config_sha256": subject.adapter and sha256_once(subject.adapter / "adapter_config.json"),
-        # The fingerprint samples the weights: too few to tell neighbouring checkpoints of a whole model apart.
-        "manifest_sha256": sha256_once(listed) if listed.is_file() else None,
-        "adapter_merged": subject.merged,
-        "dtype": subject.dtype,
-        "attn_implementation": subject.attn_implementation,
+        "input_mode": processor.input_mode,
+        "base_fingerprint": base_fingerprint,
+        "adapter_sha256": digest("adapter_model.safetensors", checkpoint.adapter),
+        "adapter_config_sha256": digest("adapter_config.json", checkpoint.adapter),
+        # The fingerprint samples the weights: too few to tell neighbouring checkpoints of a full model apart.
+        "manifest_sha256": digest(vqa.MANIFEST_FILE, not checkpoint.adapter),
+        "adapter_merged": checkpoint.merged,
+        "dtype": checkpoint.dtype,
+        "attn_implementation": checkpoint.model.attn_implementation,
         "eval_data_sha256": sha256_once(Path(args.eval_data_path)),
         "prompt_sha256": hashlib.sha256(inputs.prompt("{question}").encode()).hexdigest(),
-        "audio_tokens": inputs.processor.audio_tokens,
-        "encoder_tokens": inputs.processor.encoder_tokens,
-        "frame_mode": inputs.processor.frame_mode,
-        "max_eval_frames": subject.max_eval_frames,
-        "max_image_size": subject.max_image_size,
+        "audio_tokens": processor.audio_tokens,
+        "encoder_tokens": processor.encoder_tokens,
+        "frame_mode": processor.frame_mode,
+        "max_eval_frames": checkpoint.inputs.max_eval_frames,
+        "max_image_size": checkpoint.inputs.max_image_size,
         "max_new_tokens": args.max_new_tokens,
         "seed": args.seed if inputs.arm in ("mismatched_audio", "shuffled_frames") else None,
     }
 
 
-def run_manifest(args: argparse.Namespace, subject: Subject, inputs: ArmInputs, fingerprint: Row, device: Any) -> Row:
+def run_manifest(
+    args: argparse.Namespace, checkpoint: Checkpoint, inputs: ArmInputs, fingerprint: Row, device: Any
+) -> Row:
     """What a reader needs to repeat the run: `base_manifest`, and how the main arm was answered."""
-    import torch
-
-    import train_vqa as vqa
-
-    manifest, tokenizer = base_manifest(args), inputs.processor.tokenizer
+    manifest, tokenizer, model = base_manifest(args), inputs.processor.tokenizer, checkpoint.model
     manifest["sha256"] |= {
         "adapter": fingerprint["adapter_sha256"],
         "prompt": fingerprint["prompt_sha256"],
@@ -2233,16 +2191,16 @@ def run_manifest(args: argparse.Namespace, subject: Subject, inputs: ArmInputs, 
         "versions": {name: importlib.metadata.version(name) for name in packages},
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "model": {
-            "base": subject.base,
+            "base": model.model_name_or_path,
             "base_fingerprint": fingerprint["base_fingerprint"],
-            "init": subject.init,
-            "adapter": subject.adapter and str(subject.adapter),
-            "adapter_merged": subject.merged,
-            "dtype": subject.dtype,
-            "attn_implementation": subject.attn_implementation,
+            "init": model.init,
+            "adapter": str(checkpoint.path) if checkpoint.adapter else None,
+            "adapter_merged": checkpoint.merged,
+            "dtype": checkpoint.dtype,
+            "attn_implementation": model.attn_implementation,
         },
         "input": {name: fingerprint[name] for name in shown} | {"prompt": inputs.prompt("{question}")},
-        "seeds": {"arms": args.seed, "init": subject.init_seed if subject.init == "random" else None},
+        "seeds": {"arms": args.seed, "init": model.init_seed if model.init == "random" else None},
         "decoding": {
             "method": "greedy",
             "max_new_tokens": args.max_new_tokens,

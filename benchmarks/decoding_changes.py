@@ -7,10 +7,12 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from transformers import GenerationConfig
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import evaluate_checkpoint as ev
+import train_vqa as vqa
 
 
 @contextlib.contextmanager
@@ -63,7 +65,7 @@ class GraphStep:
         self.warm, self.graph = False, None
 
     def load(self, lengths: Sequence[int], ids: torch.Tensor, positions: torch.Tensor, layers: list) -> None:
-        """Take over what `read_prompts` returns; empties `layers`."""
+        """Take over what `prefill` returns; empties `layers`."""
         filled, places = max(lengths), torch.arange(self.width, device=ids.device)
         self.ids.copy_(ids)
         self.positions.copy_(positions)
@@ -114,10 +116,31 @@ class GraphDecoder:
     ) -> list[tuple[list[int], str]]:
         """As `answer_batch`, for answers that all have `max_new_tokens` tokens (no `stop_ids`)."""
         with torch.inference_mode(), grouped_attention():
-            lengths, ids, positions, layers = ev.read_prompts(model, samples, pad_token_id)
+            lengths, ids, positions, layers = ev.prefill(model, samples, pad_token_id)
             step = self.steps.get(len(lengths))
             if step is None or step.width < max(lengths) + max_new_tokens:
                 step = self.steps[len(lengths)] = GraphStep(model, layers, max(lengths) + max_new_tokens)
             step.load(lengths, ids, positions, layers)
             produced = [ids, *(step() for _ in range(max_new_tokens - 1))]
         return [(tokens, "length") for tokens in torch.stack(produced, dim=1).tolist()]
+
+
+def answer_by_library(
+    model, samples: Iterable[dict], pad_token_id: int, stop_ids: Sequence[int], max_new_tokens: int
+) -> list[tuple[list[int], str]]:
+    """As `answer_batch`, by transformers' `generate` on one batch that is padded on the left."""
+    if not (samples := list(samples)):
+        return []
+    batch = vqa.VQACollator(pad_token_id, "left")(samples)
+    with torch.inference_mode():
+        inputs = ev.on_device(batch, model.device)
+        stops = list(stop_ids) or None
+        decoding = GenerationConfig(
+            do_sample=False, max_new_tokens=max_new_tokens, eos_token_id=stops, pad_token_id=pad_token_id
+        )
+        new = model.generate(**inputs, generation_config=decoding)[:, inputs["input_ids"].shape[1] :].tolist()
+    answers = []
+    for ids in new:
+        end = next((place for place, token in enumerate(ids) if token in stop_ids), None)
+        answers.append((ids, "length") if end is None else (ids[: end + 1], "eos"))
+    return answers

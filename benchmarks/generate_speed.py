@@ -4,13 +4,14 @@
         --data_path test_set/in_002-001.jsonl --frames_dir dataset/frames --audio_dir audio/in_002-001 \\
         --gpu_memory_limit_gib 38.5 --output speed.json
 
-seed: batches of one, the adapter apart from the weights, transformers' `generate`. ours: `answer_arm` of
-evaluate_checkpoint.py with its defaults, the adapter folded in, on the same tokens. fast: the same with
-`audio_tokens speech` and `frame_mode video`. Between seed and ours, each with one thing changed: apart (batches, the
-adapter apart), merged (batches of one, the adapter folded in), grouped and graphs (ours with `grouped_attention`, and
-with `GraphDecoder` too, of `decoding_changes.py`). All on one model in one process, with random weights, so that no
-answer ends by itself: the ids that end a turn are taken away, and every answer has `--max_new_tokens` tokens. Rows are
-repeated under other keys where the data have fewer than `--rows`. Media are decoded ahead in threads in all of them.
+seed: batches of one, the adapter unmerged, transformers' `generate`. ours: `answer_arm` of evaluate_checkpoint.py with
+its defaults, the adapter merged, on the same tokens. fast: the same with `audio_tokens speech` and `frame_mode video`.
+Between seed and ours, each with one thing changed: apart (batches, the adapter unmerged), merged (batches of one, the
+adapter merged). Ours with other ways to decode, from `decoding_changes.py`: library (`generate` on the same batches),
+grouped (`grouped_attention`) and graphs (with `GraphDecoder` too). All on one model in one process, with random
+weights, so that no answer ends by itself: the stop tokens are taken away, and every answer has `--max_new_tokens`
+tokens. Rows are repeated under other keys where the data have fewer than `--rows`. Media are decoded ahead in threads
+in all of them.
 
 With `--cache_features` ours and fast are measured three times: encoding as rows come; `cold`, the folder empty and the
 time to fill it counted; and `warm`, everything kept and only the time to answer counted (`filling` says how long it
@@ -34,7 +35,7 @@ from transformers import GenerationConfig
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import evaluate_checkpoint as ev
 import train_vqa as vqa
-from benchmarks.decoding_changes import GraphDecoder, grouped_attention
+from benchmarks.decoding_changes import GraphDecoder, answer_by_library, grouped_attention
 from benchmarks.speed_common import machine, matmul_ceiling, synchronize
 
 SAME, FEWER = ("full", "images"), ("speech", "video")
@@ -45,20 +46,17 @@ DESIGNS = {
     "merged": (SAME, False, True),
     "ours": (SAME, True, True),
     "fast": (FEWER, True, True),
+    "library": (SAME, True, True),
     "grouped": (SAME, True, True),
     "graphs": (SAME, True, True),
 }
 WARM_UP = 2  # rows answered before the clock starts: kernels are loaded and chosen at their first use
 
 
-def repeated(annotations: list[dict], rows: list, count: int) -> tuple[list[dict], list]:
-    """`count` annotations and VQARows, gone through again under other ids where there are fewer."""
+def repeated(rows: list, count: int) -> list:
+    """`count` VQARows, gone through again under other ids where there are fewer."""
     turns = [divmod(n, len(rows)) for n in range(count)]
-    ids = [annotations[place]["id"] + (f"_{turn}" if turn else "") for turn, place in turns]
-    return (
-        [{**annotations[place], "id": name} for (_, place), name in zip(turns, ids, strict=True)],
-        [dataclasses.replace(rows[place], id=name) for (_, place), name in zip(turns, ids, strict=True)],
-    )
+    return [dataclasses.replace(rows[n], id=rows[n].id + (f"_{turn}" if turn else "")) for turn, n in turns]
 
 
 class Clocked:
@@ -112,10 +110,10 @@ def answer_plainly(model, inputs: ev.ArmInputs, max_new_tokens: int) -> int:
     return tokens
 
 
-def answer_ours(model, inputs: ev.ArmInputs, annotations: list[dict], args: argparse.Namespace) -> int:
+def answer_ours(model, inputs: ev.ArmInputs, args: argparse.Namespace) -> int:
     """Answer the rows of `inputs` with `answer_arm`, into a file as in a run; returns the number of new tokens."""
     with tempfile.TemporaryDirectory() as folder, ev.RowFile(Path(folder) / "rows.jsonl", {}) as file:
-        ev.answer_arm(model, inputs, annotations, file, args)
+        ev.answer_arm(model, inputs, file, args)
         failed = [row for row in file.done.values() if "error" in row]
         if failed:
             raise SystemExit(f"generate_speed.py: error: {failed[0]['error']}")
@@ -126,31 +124,28 @@ def measure(
     design: str,
     model,
     tokenizer,
-    data: tuple[list[dict], list],
+    rows: list,
     args: argparse.Namespace,
     cache: str = "",
     folder: str | None = None,
 ) -> dict:
-    """Answer all rows of `data` in one design; figures of the run. `cache`: `cold` or `warm`, kept in `folder`."""
-    annotations, rows = data
+    """Answer all `rows` in one design; figures of the run. `cache`: `cold` or `warm`, kept in `folder`."""
     tokens, batched, _ = DESIGNS[design]
     processor = vqa.VQAProcessor(tokenizer, model.config, args.max_image_size, "audio", *tokens)
     dataset = vqa.SurgicalVQADataset(rows, processor, max_eval_frames=args.frames, is_eval=True, with_answer=False)
-    inputs = ev.ArmInputs("audio", dataset, rows, 0)
+    inputs = ev.ArmInputs("audio", dataset)
 
     def answer() -> int:
         if not batched:
             return answer_plainly(model, inputs, args.max_new_tokens)
         with grouped_attention() if design == "grouped" else contextlib.nullcontext():
-            return answer_ours(model, inputs, annotations, args)
+            return answer_ours(model, inputs, args)
 
-    answer_batch = GraphDecoder() if design == "graphs" else ev.answer_batch
-    inputs.rows = dataset.rows = rows[:WARM_UP]
-    annotations = data[0][:WARM_UP]
+    answer_batch = {"graphs": GraphDecoder(), "library": answer_by_library}.get(design, ev.answer_batch)
+    dataset.rows = rows[:WARM_UP]
     with patch.object(ev, "answer_batch", answer_batch):
         answer()
-    inputs.rows = dataset.rows = rows
-    annotations = data[0]
+    dataset.rows = rows
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
@@ -163,10 +158,10 @@ def measure(
     filling = time.perf_counter() - start
     if cache == "warm":
         start += filling
-    reading, batches = Timed(ev.read_prompts), Timed(answer_batch)
+    reading, batches = Timed(ev.prefill), Timed(answer_batch)
     with (
         patch.object(vqa, "ahead", clock),
-        patch.object(ev, "read_prompts", reading),
+        patch.object(ev, "prefill", reading),
         patch.object(ev, "answer_batch", batches),
     ):
         tokens = answer()
@@ -194,8 +189,7 @@ def measure(
         result["peak_allocated_gib"] = torch.cuda.max_memory_allocated() / 2**30
         result["peak_reserved_gib"] = torch.cuda.max_memory_reserved() / 2**30
     if args.profile:
-        inputs.rows = dataset.rows = rows[: args.profile]
-        annotations = data[0][: args.profile]
+        dataset.rows = rows[: args.profile]
         print(f"\n{design}: where {args.profile} rows spend their time")
         with patch.object(ev, "answer_batch", answer_batch):
             print(profiled(answer))
@@ -216,13 +210,13 @@ def profiled(answer) -> str:
         return call
 
     def timed(*args):  # reading ends when the GPU has done it, so that the rest is decoding
-        output = read_prompts(*args)
+        output = prefill(*args)
         synchronize()
         return output
 
-    read_prompts = ev.read_prompts
+    prefill = ev.prefill
     with (
-        patch.object(ev, "read_prompts", named("## read prompts", timed)),
+        patch.object(ev, "prefill", named("## prefill", timed)),
         patch.object(ev, "answer_batch", named("## a batch", ev.answer_batch)),
         torch.profiler.profile(activities=activities) as profile,
     ):
@@ -274,7 +268,7 @@ def main(argv: list[str] | None = None) -> None:
     vqa.limit_gpu_memory(args.gpu_memory_limit_gib or None)
     cuda = torch.cuda.is_available()
     device, dtype = ("cuda", torch.bfloat16) if cuda else ("cpu", torch.float32)
-    annotations = ev.read_annotations(args.data_path)
+    ev.load_libraries()
     rows = vqa.load_rows(args.data_path, args.frames_dir, args.audio_dir)
     ceiling = matmul_ceiling()
     tokenizer = vqa.load_tokenizer(args.model_name_or_path)
@@ -290,15 +284,15 @@ def main(argv: list[str] | None = None) -> None:
             _, batched, folded = DESIGNS[design]
             if folded and adapted is not None:
                 model, adapted = vqa.fold_adapter(adapted), None
-            data = repeated(annotations, rows, args.rows if batched else args.seed_rows)
+            asked = repeated(rows, args.rows if batched else args.seed_rows)
             try:
-                results.append(measure(design, model, tokenizer, data, args))
+                results.append(measure(design, model, tokenizer, asked, args))
                 print(json.dumps(results[-1]), flush=True)
                 if args.cache_features and design in ("ours", "fast"):
                     args.cache_features.mkdir(parents=True, exist_ok=True)
                     with tempfile.TemporaryDirectory(dir=args.cache_features) as folder:
                         for state in ("cold", "warm"):
-                            results.append(measure(design, model, tokenizer, data, args, state, folder))
+                            results.append(measure(design, model, tokenizer, asked, args, state, folder))
                             print(json.dumps(results[-1]), flush=True)
             except RuntimeError as error:  # memory, or a graph: the other designs go on
                 failed[design] = f"{type(error).__name__}: {error}".splitlines()[0]
