@@ -1560,22 +1560,10 @@ class ArmInputs:
 
     def __init__(self, arm: str, dataset: Any, seed: int = 0, lenders: Mapping[Key, Key] | None = None):
         self.arm, self.dataset, self.seed, self.lenders = arm, dataset, seed, lenders or {}
+        self.rows, self.processor = dataset.rows, dataset.processor
+        self.keys = [row_key(annotation_of(row)) for row in self.rows]
         self.features: Any = None  # train_vqa's FeatureStore, once it is filled
         self.batch_size: int | None = None  # rows answered at a time; `answer_arm` sets it
-
-    @property
-    def rows(self) -> Sequence[Any]:
-        """train_vqa's VQARows."""
-        return self.dataset.rows
-
-    @property
-    def processor(self) -> Any:
-        """train_vqa's VQAProcessor."""
-        return self.dataset.processor
-
-    def key(self, index: int) -> Key:
-        """The identity of a row."""
-        return row_key(annotation_of(self.rows[index]))
 
     def change(self, change: Any, index: int, frames: list[Any], speech: Any) -> tuple[list[Any], Any]:
         """Frames and speech of a row after `change`, a function of the tables above, or None."""
@@ -1853,39 +1841,27 @@ def answer_in_memory(
 
 
 def choose_batch_size(model: Any, longest: int, max_new_tokens: int, limit_gib: float) -> int:
-    """Rows that fit into the GPU memory at a time, for --batch_size auto; CPU_BATCH_SIZE without a CUDA GPU.
+    """Rows that fit into the GPU memory at a time, 1 to AUTO_BATCH_SIZE; CPU_BATCH_SIZE without a CUDA GPU.
+
+    An estimate from shapes alone, so that the same card, flags and data give the same batches.
 
     Args:
         longest: tokens of the longest prompt.
         limit_gib: hard cap in GiB. 0: all that the card has.
-
-    An estimate from shapes alone, so that the same card, flags and data give the same batches.
     """
     if model.device.type != "cuda":
         return CPU_BATCH_SIZE
     total = limit_gib * 2**30 or torch.cuda.get_device_properties(model.device).total_memory
     weights = sum(weight.nbytes for weight in model.parameters())
-    room = USABLE_MEMORY * total - weights
-    return batch_that_fits(room, model.config.text_config, model.dtype, longest, max_new_tokens)
-
-
-def batch_that_fits(room: float, text: Any, dtype: Any, longest: int, max_new_tokens: int) -> int:
-    """Rows whose keys and values fit into `room` bytes beside what prefill takes: 1 to AUTO_BATCH_SIZE.
-
-    Args:
-        text: decoder config.
-        dtype: of the activations.
-        longest: tokens of the longest prompt.
-    """
+    text, item = model.config.text_config, model.dtype.itemsize
     head = text.hidden_size // text.num_attention_heads
     # In prefill: four activations of the MLP's width (gate, its SiLU, up, their product), and about sixteen of the
     # hidden size, of which some are float32.
-    prefilling = max(PREFILL_TOKENS, longest) * dtype.itemsize * (4 * text.intermediate_size + 16 * text.hidden_size)
+    prefilling = max(PREFILL_TOKENS, longest) * item * (4 * text.intermediate_size + 16 * text.hidden_size)
     # A token keeps a key and a value a layer; one layer is copied to grow, and, under a mask, repeated for every head.
     kept = 2 * head * text.num_key_value_heads * (text.num_hidden_layers + 2)
-    repeated = 2 * head * text.num_attention_heads
-    row = (longest + max_new_tokens) * dtype.itemsize * (kept + repeated)
-    return int(min(AUTO_BATCH_SIZE, max(1, (room - prefilling) // row)))
+    row = (longest + max_new_tokens) * item * (kept + 2 * head * text.num_attention_heads)
+    return int(min(AUTO_BATCH_SIZE, max(1, (USABLE_MEMORY * total - weights - prefilling) // row)))
 
 
 def answer_arm(model: Any, inputs: ArmInputs, file: RowFile, args: argparse.Namespace, stop: Any = None) -> int:
@@ -1898,7 +1874,7 @@ def answer_arm(model: Any, inputs: ArmInputs, file: RowFile, args: argparse.Name
     """
     from tqdm.auto import tqdm
 
-    keys = [inputs.key(index) for index in range(len(inputs.rows))]
+    keys = inputs.keys
     lengths = [inputs.length(index) for index in range(len(keys))]
     order = sorted(range(len(keys)), key=lambda index: -lengths[index])  # of equal ones, in the order of the data
     size, auto = args.batch_size, args.batch_size == "auto"
@@ -1937,7 +1913,7 @@ def written_row(
     inputs: ArmInputs, index: int, text: str | None, finish_reason: str, n_tokens: int, error: str | None
 ) -> Row:
     """One row of the output file of an arm."""
-    speech, lender = inputs.dataset.media_of(index)[1], inputs.lenders.get(inputs.key(index))
+    speech, lender = inputs.dataset.media_of(index)[1], inputs.lenders.get(inputs.keys[index])
     return answer_row(
         annotation_of(inputs.rows[index]),
         text,
@@ -2124,19 +2100,17 @@ def answer_arms(
         for arm, inputs in arms.items():
             answered += answer_arm(trained.model, inputs, files[arm], args, stop)
             if stop.signum:
-                keys = [inputs.key(index) for index in range(len(inputs.rows))]
-                there = sum(key in file.done for file in files.values() for key in keys)
-                if there < len(keys) * len(arms):
+                there = sum(key in file.done for file in files.values() for key in inputs.keys)
+                if there < len(inputs.keys) * len(arms):
                     again = "the same command" + " without --overwrite" * args.overwrite
-                    text = f"{there} of {len(keys) * len(arms)} rows are answered; {again} goes on"
+                    text = f"{there} of {len(inputs.keys) * len(arms)} rows are answered; {again} goes on"
                     raise vqa.Interrupted(stop.signum, text)
     return {arm: file.done for arm, file in files.items()}, answered
 
 
 def check_same_media(inputs: ArmInputs, file: RowFile) -> None:
     """Raise InputError where a row of `file` was made from other frames or speech than are there now."""
-    for index in range(len(inputs.rows)):
-        key = inputs.key(index)
+    for index, key in enumerate(inputs.keys):
         if key in file.done and file.done[key].get("media_sha256") != inputs.media_sha256(index):
             raise InputError(
                 f"{file.path}: the frames or speech of {key_text(key)} are not the ones that its row was made from; "

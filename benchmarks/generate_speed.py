@@ -26,6 +26,7 @@ import json
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 from unittest.mock import patch
 
@@ -132,20 +133,23 @@ def measure(
     """Answer all `rows` in one design; figures of the run. `cache`: `cold` or `warm`, kept in `folder`."""
     tokens, batched, _ = DESIGNS[design]
     processor = vqa.VQAProcessor(tokenizer, model.config, args.max_image_size, "audio", *tokens)
-    dataset = vqa.SurgicalVQADataset(rows, processor, max_eval_frames=args.frames, is_eval=True, with_answer=False)
-    inputs = ev.ArmInputs("audio", dataset)
 
-    def answer() -> int:
+    def present(rows: list) -> ev.ArmInputs:
+        limit = args.frames
+        return ev.ArmInputs(
+            "audio", vqa.SurgicalVQADataset(rows, processor, max_eval_frames=limit, is_eval=True, with_answer=False)
+        )
+
+    def answer(inputs: ev.ArmInputs) -> int:
         if not batched:
             return answer_plainly(model, inputs, args.max_new_tokens)
         with grouped_attention() if design == "grouped" else contextlib.nullcontext():
             return answer_ours(model, inputs, args)
 
     answer_batch = {"graphs": GraphDecoder(), "library": answer_by_library}.get(design, ev.answer_batch)
-    dataset.rows = rows[:WARM_UP]
     with patch.object(ev, "answer_batch", answer_batch):
-        answer()
-    dataset.rows = rows
+        answer(present(rows[:WARM_UP]))
+    inputs = present(rows)
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
@@ -164,7 +168,7 @@ def measure(
         patch.object(ev, "prefill", reading),
         patch.object(ev, "answer_batch", batches),
     ):
-        tokens = answer()
+        tokens = answer(inputs)
     synchronize()
     seconds = time.perf_counter() - start
     if tokens != len(rows) * args.max_new_tokens:
@@ -189,10 +193,9 @@ def measure(
         result["peak_allocated_gib"] = torch.cuda.max_memory_allocated() / 2**30
         result["peak_reserved_gib"] = torch.cuda.max_memory_reserved() / 2**30
     if args.profile:
-        dataset.rows = rows[: args.profile]
         print(f"\n{design}: where {args.profile} rows spend their time")
         with patch.object(ev, "answer_batch", answer_batch):
-            print(profiled(answer))
+            print(profiled(partial(answer, present(rows[: args.profile]))))
     return result
 
 
