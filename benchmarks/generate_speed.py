@@ -269,7 +269,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     args.designs = args.designs.split(",")
     unknown = [name for name in args.designs if name not in DESIGNS]
     if unknown:
-        parser.error(f"--designs: {', '.join(map(repr, unknown))} is not among {', '.join(DESIGNS)}")
+        parser.error(f"--designs: {', '.join(map(repr, unknown))} is none of {', '.join(DESIGNS)}")
     if min(args.rows, args.seed_rows, args.frames, args.max_new_tokens) < 1:
         parser.error("--rows, --seed_rows, --frames and --max_new_tokens must be 1 or more")
     return args
