@@ -1,4 +1,4 @@
-"""Ways to decode that `answer_batch` of evaluate_checkpoint.py does not take; generate_speed.py measures them."""
+"""Ways to decode that evaluate_checkpoint.py does not use; generate_speed.py measures them."""
 
 import contextlib
 import sys
@@ -17,9 +17,9 @@ import train_vqa as vqa
 
 @contextlib.contextmanager
 def grouped_attention() -> Iterator[None]:
-    """For one new token the query heads that share a key head become queries of one head.
+    """Compute the query heads that share a key head as several queries of one head, for one new token.
 
-    Under a mask transformers' sdpa repeats keys and values for every query head, at each step and layer; this does not.
+    With a mask, transformers' sdpa repeats keys and values for every query head, at each step and layer; this does not.
     """
     attend = ALL_ATTENTION_FUNCTIONS["sdpa"]
 
@@ -40,7 +40,8 @@ def grouped_attention() -> Iterator[None]:
 
 
 class FixedCache:
-    """Keys and values in buffers [rows, heads, width, head size], a pair a layer; a new token's go to `place`."""
+    """Keys and values in buffers [rows, heads, width, head size], one pair per layer; those of a new token go to
+    `place`."""
 
     def __init__(self, like: Sequence[tuple[torch.Tensor, torch.Tensor]], width: int):
         rows, heads, _, size = like[0][0].shape
@@ -48,14 +49,14 @@ class FixedCache:
         self.place = torch.zeros(1, dtype=torch.long, device=like[0][0].device)
 
     def update(self, keys: torch.Tensor, values: torch.Tensor, layer: int, *args) -> tuple[torch.Tensor, torch.Tensor]:
-        """Write the keys and values [rows, heads, 1, head size] of a new token; returns the whole buffers."""
+        """Write the keys and values [rows, heads, 1, head size] of a new token; returns the full buffers."""
         for buffer, new in zip(self.layers[layer], (keys, values), strict=True):
             buffer.index_copy_(2, self.place, new)
         return self.layers[layer]
 
 
 class GraphStep:
-    """One step of decoding on fixed buffers: on a GPU a CUDA graph from its second run on."""
+    """One step of decoding on fixed buffers; on a GPU a CUDA graph from its second run on."""
 
     def __init__(self, model, layers: Sequence[tuple[torch.Tensor, torch.Tensor]], width: int):
         self.model, self.cache, self.width = model, FixedCache(layers, width), width
@@ -106,7 +107,7 @@ class GraphStep:
 
 
 class GraphDecoder:
-    """`answer_batch` with a `GraphStep` for each number of rows, made for the first batch, which is the longest."""
+    """`answer_batch` with one `GraphStep` per number of rows, made for the first batch, which is the longest."""
 
     def __init__(self):
         self.steps: dict[int, GraphStep] = {}
