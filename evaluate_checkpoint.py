@@ -1,22 +1,15 @@
 """Evaluate a checkpoint by letting it answer, and score answers that already exist.
 
-Generate and score (settings that training chose are read from the checkpoint):
+Generate and score (settings that training chose are read from the checkpoint), or score and compare what is there,
+with the standard library alone:
 
-    python evaluate_checkpoint.py \\
-        --checkpoint_path ./checkpoints/surgical_vqa_50samples \\
-        --eval_data_path test_set/out_002-001.jsonl \\
-        --frames_dir dataset/frames --audio_dir audio/out_002-001 \\
-        --train_data_path test_set/in_002-001.jsonl \\
-        --output_file results/eval_out.jsonl
-
-Does it hear, does it see? The same with `--arms audio,mismatched_audio,black_frames`.
-
-Without a model, with the standard library alone:
-
-    python evaluate_checkpoint.py --score_only \\
-        --output_file predictions.jsonl --eval_data_path test_set/out_002-001.jsonl
+    python evaluate_checkpoint.py --checkpoint_path ./checkpoints/surgical_vqa_50samples \\
+        --eval_data_path test_set/out_002-001.jsonl --train_data_path test_set/in_002-001.jsonl \\
+        --frames_dir dataset/frames --audio_dir audio/out_002-001 --output_file results/eval_out.jsonl
+    python evaluate_checkpoint.py --score_only --output_file X.jsonl --eval_data_path test_set/out_002-001.jsonl
     python evaluate_checkpoint.py --compare results/a.jsonl results/b.jsonl
 
+Does it hear, does it see? Add `--arms audio,mismatched_audio,black_frames`.
 `X.jsonl` gets one row a sample, `X.summary.json` the figures. docs/EVAL_STRATEGY.md explains every figure.
 Exit status: 0 all rows answered, 1 some rows failed (they count as wrong), 2 nothing was measured, 143, 130 or 129
 stopped by SIGTERM, SIGINT or SIGHUP (the same command goes on).
@@ -139,15 +132,12 @@ def _require(row: Row, names: Iterable[str], where: str) -> None:
 
 
 def _keyed_rows(path: str | Path, fields: Sequence[str]) -> dict[Key, Row]:
-    rows: dict[Key, Row] = {}
-    lines: dict[Key, int] = {}
+    rows, lines = {}, {}
     for number, row in read_jsonl(path):
         _require(row, (*KEY_FIELDS, *fields), f"{path}:{number}")
         key = row_key(row)
-        if key in rows:
-            raise InputError(
-                f"{path}:{number}: the row {key_text(key)} stands already on line {lines[key]}; remove one"
-            )
+        if first := lines.get(key):
+            raise InputError(f"{path}:{number}: the row {key_text(key)} stands already on line {first}; remove one")
         rows[key], lines[key] = row, number
     return rows
 
@@ -183,35 +173,32 @@ def match_predictions(annotations: Sequence[Row], path: str | Path) -> dict[Key,
     for annotation in annotations:
         by_id[annotation["id"]].append(annotation)
 
-    matched: dict[Key, Row] = {}
-    lines: dict[Key, int] = {}
+    matched, lines = {}, {}
     for number, row in read_jsonl(path):
         where = f"{path}:{number}"
         row["id"] = row.get("id", row.get("question_id"))
         given = {name: row[name] for name in KEY_FIELDS if name == "id" or row.get(name) is not None}
         _require(row, ("predicted_answer", *given), where)
         fitting = [found for found in by_id[row["id"]] if all(found[name] == given[name] for name in given)]
+        keys = [row_key(found) for found in fitting]
         if not fitting:
             raise InputError(
                 f"{where}: no row of --eval_data_path has {', '.join(f'{k} {v!r}' for k, v in given.items())}; "
                 f"remove the prediction or give the file it was made from"
             )
-        key = row_key(fitting[0])
         if len(fitting) > 1:
-            lacking = " and ".join(name for name in KEY_FIELDS if name not in given)
             raise InputError(
-                f"{where}: id {row['id']!r} stands for {len(fitting)} rows, e.g. {key_text(key)} and "
-                f"{key_text(row_key(fitting[1]))}; add {lacking} to the prediction rows"
+                f"{where}: id {row['id']!r} stands for {len(keys)} rows, e.g. {' and '.join(map(key_text, keys[:2]))}; "
+                f"add {' and '.join(name for name in KEY_FIELDS if name not in given)} to the prediction rows"
             )
-        if key in matched:
-            raise InputError(
-                f"{where}: a second prediction for {key_text(key)}, first on line {lines[key]}; remove one"
-            )
-        for name in ("question", "short_answer"):
-            theirs, ours = row.get(name), fitting[0][name]
+        key, name = keys[0], key_text(keys[0])
+        if first := lines.get(key):
+            raise InputError(f"{where}: a second prediction for {name}, first on line {first}; remove one")
+        for part in ("question", "short_answer"):
+            theirs, ours = row.get(part), fitting[0][part]
             if isinstance(theirs, str) and normalise(theirs) != normalise(ours):
                 raise InputError(
-                    f"{where}: the {name} of {key_text(key)} is {theirs!r} here but {ours!r} in --eval_data_path; "
+                    f"{where}: the {part} of {name} is {theirs!r} here but {ours!r} in --eval_data_path; "
                     f"give the file that the predictions were made from"
                 )
         matched[key], lines[key] = row, number
@@ -295,91 +282,64 @@ _MM = r"(?: ?(?:mm|milli\w+))?(?! ?(?:cm|centi\w+)|\.?\d)"
 
 # Options come from the REAL-Colon-VQA annotations, except those marked (+): plausible answers of the same kind that no
 # row of the published files has. They are here so that naming one beside the right option counts as naming two.
+# fmt: off
 CLOSED_ANSWERS: dict[str, ClosedAnswers] = {
     "blue_dye_presence": _yes_no(
-        r"dye[sd]?|stain(?:s|ed|ing)?|contrast|indigo carmine|methylene blue|chromoendoscopy", denied=_VISIBLE
-    ),
+        r"dye[sd]?|stain(?:s|ed|ing)?|contrast|indigo carmine|methylene blue|chromoendoscopy", denied=_VISIBLE),
     "endoscope_visibility": _yes_no(
         rf"{_SCOPE}(?: \w+){{0,4}}? (?:{_VISIBLE})|see\w*(?: \w+){{0,2}} {_SCOPE}|^(?:{_VISIBLE})$",
-        no=r"hidden|invisible|out of (?:view|sight)",
-        denied=rf"{_VISIBLE}|{_SCOPE}",
-    ),
-    "fluid_occlusion_level": ClosedAnswers(
-        {
-            "absent": rf"(?:{_WHOLLY} )?(?:clear|free|unobstructed|unobscured)|{_WHOLLY} visible"
-            r"|mucosa(?: \w+){0,2}? visible",
-            "partial": rf"partial(?:ly)?|partly|(?:nearly|almost) {_WHOLLY}",  # (+)
-            "complete": _WHOLLY,
-            OTHER: r"(?:full|complete) (?:view|visibility)",  # of what is seen, or of what is blocked?
-        },
-        denied={
-            "absent": rf"(?:{_WHOLLY} )?(?:absent|absence|none|nothing)"
-            r"|(?:no|any|without|lack of|free of|free from)(?: \w+){0,3}? (?:fluid|liquid|water|occlusion)"
-            rf"|{_BLOCK}"
-        },
-    ),
+        no=r"hidden|invisible|out of (?:view|sight)", denied=rf"{_VISIBLE}|{_SCOPE}"),
+    "fluid_occlusion_level": ClosedAnswers({
+        "absent": rf"(?:{_WHOLLY} )?(?:clear|free|unobstructed|unobscured)|{_WHOLLY} visible"
+                  r"|mucosa(?: \w+){0,2}? visible",
+        "partial": rf"partial(?:ly)?|partly|(?:nearly|almost) {_WHOLLY}",  # (+)
+        "complete": _WHOLLY,
+        OTHER: r"(?:full|complete) (?:view|visibility)",  # of what is seen, or of what is blocked?
+    }, denied={
+        "absent": rf"(?:{_WHOLLY} )?(?:absent|absence|none|nothing)"
+                  r"|(?:no|any|without|lack of|free of|free from)(?: \w+){0,3}? (?:fluid|liquid|water|occlusion)"
+                  rf"|{_BLOCK}",
+    }),
     "flush_action": _yes_no(r"flush\w*|irrigat\w*|rins\w*|wash\w*|spray\w*"),
-    "lesion_histology_extended": ClosedAnswers(
-        {
-            "adenoma": r"adenomas?|adenomatous",
-            "hyperplastic": r"hyperplastic|hyperplasia",
-            "serrated": r"serrated(?: (?:adenomas?|lesion|polyp))?",  # (+)
-            "carcinoma": r"adenocarcinoma|carcinoma|cancer(?:ous)?",  # (+)
-        }
-    ),
-    "lesion_motion_direction": ClosedAnswers(
-        {
-            "left": r"(?:from )?(?:the )?right to (?:the )?left|left(?:wards?)?",
-            "right": r"(?:from )?(?:the )?left to (?:the )?right|right(?:wards?)?",
-            "up": r"(?:from )?(?:the )?bottom to (?:the )?top|towards? the top|(?<!close )up(?:wards?)?",
-            "down": r"(?:from )?(?:the )?top to (?:the )?bottom|towards? the bottom|down(?:wards?)?",
-            "stable": rf"stable|unchanged|fixed|^still$|same (?:place|position|location)|{_REST}",
-            OTHER: r"(?:upper|lower|top|bottom) (?:left|right)|(?:left|right) (?:upper|lower|top|bottom)",
-        },
-        denied={"stable": rf"{_MOVE}|drift\w*|shift\w*|displac\w*"},
-    ),
+    "lesion_histology_extended": ClosedAnswers({
+        "adenoma": r"adenomas?|adenomatous",
+        "hyperplastic": r"hyperplastic|hyperplasia",
+        "serrated": r"serrated(?: (?:adenomas?|lesion|polyp))?",  # (+)
+        "carcinoma": r"adenocarcinoma|carcinoma|cancer(?:ous)?",  # (+)
+    }),
+    "lesion_motion_direction": ClosedAnswers({
+        "left": r"(?:from )?(?:the )?right to (?:the )?left|left(?:wards?)?",
+        "right": r"(?:from )?(?:the )?left to (?:the )?right|right(?:wards?)?",
+        "up": r"(?:from )?(?:the )?bottom to (?:the )?top|towards? the top|(?<!close )up(?:wards?)?",
+        "down": r"(?:from )?(?:the )?top to (?:the )?bottom|towards? the bottom|down(?:wards?)?",
+        "stable": rf"stable|unchanged|fixed|^still$|same (?:place|position|location)|{_REST}",
+        OTHER: r"(?:upper|lower|top|bottom) (?:left|right)|(?:left|right) (?:upper|lower|top|bottom)",
+    }, denied={"stable": rf"{_MOVE}|drift\w*|shift\w*|displac\w*"}),
     "lesion_screen_position": ClosedAnswers(
-        {
-            "upper": "upper|top",
-            "lower": "lower|bottom",
-            "left": "left",
-            "right": "right",
-            OTHER: "cent(?:er|re|ral)|middle",
-        },
-        compose={f"{v}-{h}": frozenset({v, h}) for v in ("upper", "lower") for h in ("left", "right")},
-    ),
-    "lesion_site": ClosedAnswers(
-        {
-            "rectum": "rectum|rectal",
-            "sigma": "sigma|sigmoid",
-            "descending": "descending",
-            "transverse": "transverse",  # (+)
-            "ascending": "ascending",
-            "cecum": "ca?ecum|ca?ecal",  # (+)
-            OTHER: r"recto ?sigmoid\w*|flexure",
-        }
-    ),
-    "lesion_size_range": ClosedAnswers(
-        {
-            "<5": rf"(?:<|(?:less|smaller|fewer) than |(?:under|below) )(?:5|five){_MM}",
-            "5-10": rf"(?:5|five) (?:to|and) (?:10|9|9\.9|ten|nine){_MM}",  # (+)
-            ">10": rf"(?:>|(?:more|larger|greater|bigger) than |(?:over|above) )(?:10|ten){_MM}",  # (+)
-            OTHER: r"[<>=≤≥]*\d+(?:\.\d+)?",
-        }
-    ),
+        {"upper": "upper|top", "lower": "lower|bottom", "left": "left", "right": "right",
+         OTHER: "cent(?:er|re|ral)|middle"},
+        compose={f"{v}-{h}": frozenset({v, h}) for v in ("upper", "lower") for h in ("left", "right")}),
+    "lesion_site": ClosedAnswers({
+        "rectum": "rectum|rectal", "sigma": "sigma|sigmoid", "descending": "descending", "ascending": "ascending",
+        "transverse": "transverse", "cecum": "ca?ecum|ca?ecal",  # (+)
+        OTHER: r"recto ?sigmoid\w*|flexure",
+    }),
+    "lesion_size_range": ClosedAnswers({
+        "<5": rf"(?:<|(?:less|smaller|fewer) than |(?:under|below) )(?:5|five){_MM}",
+        "5-10": rf"(?:5|five) (?:to|and) (?:10|9|9\.9|ten|nine){_MM}",  # (+)
+        ">10": rf"(?:>|(?:more|larger|greater|bigger) than |(?:over|above) )(?:10|ten){_MM}",  # (+)
+        OTHER: r"[<>=≤≥]*\d+(?:\.\d+)?",
+    }),
     "lighting_mode": ClosedAnswers({"NBI": _NBI, "WL": _WHITE}),  # WL (+)
     "mucosa_visibility": _yes_no(
         rf"mucosa(?: \w+){{0,4}}? (?:{_VISIBLE}|clear|clean)|(?:see|observe)(?: \w+){{0,3}} mucosa"
         rf"|^(?:clearly )?(?:{_VISIBLE}|clear|clean)$",
-        no=rf"hidden|invisible|dirty|{_BLOCK}",
-        denied=rf"mucosa|{_VISIBLE}|clear|clean|see|observe",
-    ),
+        no=rf"hidden|invisible|dirty|{_BLOCK}", denied=rf"mucosa|{_VISIBLE}|clear|clean|see|observe"),
     "nbi_status": _yes_no(_NBI, no=_WHITE),
     "occlusion_check": _yes_no(
         _BLOCK,
         no=r"un(?:obstructed|occluded|blocked|obscured)|clear (?:view|field)"
-        r"|(?:mucosa|view|field)(?: \w+){0,4}? (?:visible|clear|open)",
-    ),
+           r"|(?:mucosa|view|field)(?: \w+){0,4}? (?:visible|clear|open)"),
     "scope_backward_motion": _yes_no(_WITHDRAW, no=rf"{_ADVANCE}|{_REST}", denied=_MOVE),
     "scope_forward_motion": _yes_no(_ADVANCE, no=rf"{_WITHDRAW}|{_REST}", denied=_MOVE),
     # "not advancing" leaves withdrawing, so only a denied movement means no
@@ -387,11 +347,11 @@ CLOSED_ANSWERS: dict[str, ClosedAnswers] = {
     "scope_motion_type": ClosedAnswers({"advancing": _ADVANCE, "withdrawing": _WITHDRAW}),
     "scope_outside": _yes_no(
         r"outside|out of (?:the )?(?:patient|body)|external\w*",
-        no=r"inside|within|internal\w*|in (?:the |a )?(?:patient|body|colon|lumen)",
-    ),
+        no=r"inside|within|internal\w*|in (?:the |a )?(?:patient|body|colon|lumen)"),
     "tool_catheter_check": _yes_no("catheters?", no="forceps?|snares?", denied="tool|instrument"),
     "tool_identification": ClosedAnswers({"catheter": "catheters?", "forceps": "forceps?", "snare": "snares?"}),
 }
+# fmt: on
 
 _SENTENCE_END = re.compile(r"(?<=[!?;])|\.(?!\d)")
 _ECHO = re.compile(  # a question, with or without its mark: zero-shot models often repeat what they heard
@@ -529,29 +489,20 @@ class Scored:
     label: str | None  # predicted_label; None without a prediction
 
 
-def _score(annotation: Row, found: Row | None) -> Scored:
-    kind, short = annotation["question_type"], annotation["short_answer"]
-    text, finish = found and found["predicted_answer"], "missing"
-    if found:
-        finish = "error" if text is None else found.get("finish_reason") or "unknown"
-    return Scored(
-        key=row_key(annotation),
-        question_type=kind,
-        gold=normalise(short),
-        has_options=gold_option(kind, short) is not None,
-        prediction=text,
-        correct=judge(text, kind, short, annotation["answer"]),
-        finish_reason=finish,
-        label=None if text is None else predicted_label(text, kind),
-    )
-
-
 def score_rows(annotations: Sequence[Row], predictions: Mapping[Key, Row]) -> list[Scored]:
     """Score every annotation row, in file order. A row without a prediction, or with null as one, is wrong.
 
     The text alone is judged: what a rows file says of right and wrong may come from an older table of options.
     """
-    return [_score(row, predictions.get(row_key(row))) for row in annotations]
+    scored = []
+    for key, row in ((row_key(row), row) for row in annotations):
+        kind, short, found = row["question_type"], row["short_answer"], predictions.get(key)
+        text, finish, label = found and found["predicted_answer"], "error" if found else "missing", None
+        if text is not None:
+            finish, label = found.get("finish_reason") or "unknown", predicted_label(text, kind)
+        correct, known = judge(text, kind, short, row["answer"]), gold_option(kind, short) is not None
+        scored.append(Scored(key, kind, normalise(short), known, text, correct, finish, label))
+    return scored
 
 
 def answer_row(annotation: Row, predicted_answer: str | None, **how: Any) -> Row:
@@ -747,12 +698,12 @@ def overlap_warnings(annotations: Sequence[Row], train_rows: Sequence[Row]) -> l
     def frames(row: Row) -> set[tuple[str, str]]:
         return {(row["video_id"], str(frame)) for frame in row.get("frames") or ()}
 
-    def identity(row: Row) -> set[tuple[str, str]]:
+    def ids(row: Row) -> set[tuple[str, str]]:
         return {(row["video_id"], row["id"])}
 
+    texts = {frames: "use a frame that training also used", ids: "have a video and id that training also had"}
     lines = []
-    what = {frames: "use a frame that training also used", identity: "have a video and id that training also had"}
-    for parts, text in what.items():
+    for parts, text in texts.items():
         trained = set().union(*map(parts, train_rows))
         if count := sum(not parts(row).isdisjoint(trained) for row in annotations):
             lines.append(f"not held out: {count} of {len(annotations)} rows {text}")
@@ -776,16 +727,15 @@ def answer_warnings(rows: Sequence[Scored]) -> list[str]:
 
 def below_majority_warnings(figures: Mapping[str, Row]) -> list[str]:
     """Lines for the sets of rows, by their names, whose `choice` is below their training majority."""
-    pairs = {
-        name: (part["baselines"]["train_majority"], part["metrics"]["choice"]["accuracy"])
-        for name, part in figures.items()
-    }
-    return [
-        f"below the training majority on {name}: one constant answer per question type scores "
-        f"{_show(constant)} %, this model {_show(choice)} %"
-        for name, (constant, choice) in pairs.items()
-        if constant is not None and choice < constant
-    ]
+    lines = []
+    for name, part in figures.items():
+        choice, constant = part["metrics"]["choice"]["accuracy"], part["baselines"]["train_majority"]
+        if constant is not None and choice < constant:
+            lines.append(
+                f"below the training majority on {name}: one constant answer per question type scores "
+                f"{_show(constant)} %, this model {_show(choice)} %"
+            )
+    return lines
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -899,10 +849,8 @@ def pair_mismatched_audio(annotations: Sequence[Row], seed: int = 0) -> dict[Key
     for key, question in asked.items():
         others, name = partners(key[2], question), key_text(key)
         if not others:
-            raise InputError(
-                f"--arms mismatched_audio: {name} has no row of another question type to borrow speech from; "
-                f"evaluate more question types or drop the arm"
-            )
+            what = f"{name} has no row of another question type to borrow speech from"
+            raise InputError(f"--arms mismatched_audio: {what}; evaluate more question types or drop the arm")
         digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
         pairs[key] = others[int.from_bytes(digest[:8], "big") % len(others)]
     return pairs
@@ -1012,10 +960,7 @@ def reference_table(summary: Row) -> Table:
     subset = summary["discriminative"]
     rows = [
         (name, n, part["metrics"]["choice"]["accuracy"], *(part["baselines"][line] for line in REFERENCES))
-        for name, n, part in (
-            ("all rows", summary["n_total"], summary),
-            ("discriminative rows", subset["n"], subset),
-        )
+        for name, n, part in (("all rows", summary["n_total"], summary), ("discriminative rows", subset["n"], subset))
     ]
     return ("", "n", "choice", "chance", "train majority", "test majority"), rows
 
