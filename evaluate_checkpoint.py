@@ -143,9 +143,9 @@ def _keyed_rows(path: str | Path, fields: Sequence[str]) -> dict[Key, Row]:
 
 
 def read_annotations(path: str | Path) -> list[Row]:
-    """Read a file in the REAL-Colon-VQA schema; every row has the key and gold fields, and every key is unique.
+    """Read a file in the REAL-Colon-VQA schema: rows with unique keys and all key and gold fields, at least one.
 
-    Raises InputError naming file and line otherwise, or if the file holds no rows.
+    Raises InputError, naming file and line, for any other.
     """
     rows = _keyed_rows(path, GOLD_FIELDS)
     if not rows:
@@ -154,9 +154,9 @@ def read_annotations(path: str | Path) -> list[Row]:
 
 
 def read_answer_rows(path: str | Path) -> dict[Key, Row]:
-    """Read a rows file that this script wrote (key, gold and prediction in every row), keyed by the row key.
+    """Read a rows file that this script wrote, keyed by the row key: unique keys, gold and prediction in every row.
 
-    Raises InputError naming file and line for a row without these fields or a repeated key.
+    Raises InputError, naming file and line, for any other.
     """
     return _keyed_rows(path, ("short_answer", "ground_truth", "predicted_answer"))
 
@@ -451,10 +451,8 @@ def judge(prediction: str | None, question_type: str, short_answer: str, answer:
     """
     if prediction is None:
         return dict.fromkeys(METRICS, False)
-    strict, option = (
-        normalise(prediction) in map(normalise, (short_answer, answer)),
-        gold_option(question_type, short_answer),
-    )
+    option = gold_option(question_type, short_answer)
+    strict = normalise(prediction) in map(normalise, (short_answer, answer))
     choice = strict if option is None else named_options(prediction, CLOSED_ANSWERS[question_type]) == {option}
     return {"choice": choice, "strict": strict, "contains": short_answer.lower() in prediction.lower()}
 
@@ -482,11 +480,9 @@ class Scored:
     key: Key
     question_type: str
     gold: str  # normalised short answer
-    has_options: bool
     prediction: str | None
     correct: dict[str, bool]
     finish_reason: str  # eos, length, error, missing, or unknown where the prediction file does not say
-    label: str | None  # predicted_label; None without a prediction
 
 
 def score_rows(annotations: Sequence[Row], predictions: Mapping[Key, Row]) -> list[Scored]:
@@ -495,13 +491,13 @@ def score_rows(annotations: Sequence[Row], predictions: Mapping[Key, Row]) -> li
     The text alone is judged: what a rows file says of right and wrong may come from an older table of options.
     """
     scored = []
-    for key, row in ((row_key(row), row) for row in annotations):
-        kind, short, found = row["question_type"], row["short_answer"], predictions.get(key)
-        text, finish, label = found and found["predicted_answer"], "error" if found else "missing", None
+    for row in annotations:
+        key, kind, short = row_key(row), row["question_type"], row["short_answer"]
+        found = predictions.get(key)
+        text, finish = found and found["predicted_answer"], "error" if found else "missing"
         if text is not None:
-            finish, label = found.get("finish_reason") or "unknown", predicted_label(text, kind)
-        correct, known = judge(text, kind, short, row["answer"]), gold_option(kind, short) is not None
-        scored.append(Scored(key, kind, normalise(short), known, text, correct, finish, label))
+            finish = found.get("finish_reason") or "unknown"
+        scored.append(Scored(key, kind, normalise(short), text, judge(text, kind, short, row["answer"]), finish))
     return scored
 
 
@@ -597,7 +593,7 @@ def paired_comparison(a: Sequence[Scored], b: Sequence[Scored], metric: str) -> 
 
 
 def video_interval(rows: Sequence[Scored], metric: str) -> list[float] | None:
-    """95 % percentile interval of the accuracy when whole videos are drawn again (seeded); None with one video.
+    """95 % percentile interval of the accuracy when videos are drawn again (seeded); None with one video.
 
     Rows of a video resemble each other, so this is the interval that speaks about other videos; Wilson's does not.
     """
@@ -681,7 +677,7 @@ def collapse_warnings(rows: Sequence[Scored]) -> list[str]:
     lines = []
     for kind, group in group_by_type(rows).items():
         n, gold = len(group), Counter(row.gold for row in group)
-        given = Counter(row.label for row in group if row.label is not None)
+        given = Counter(predicted_label(row.prediction, kind) for row in group if row.prediction is not None)
         if n < COLLAPSE_MIN_ROWS or len(gold) < 2 or not given:
             continue
         (top, count), both = given.most_common(1)[0], len(gold.keys() & given.keys())
@@ -695,17 +691,14 @@ def collapse_warnings(rows: Sequence[Scored]) -> list[str]:
 def overlap_warnings(annotations: Sequence[Row], train_rows: Sequence[Row]) -> list[str]:
     """Lines for evaluated rows whose frames, or ids within their video, also stand in the training file."""
 
-    def frames(row: Row) -> set[tuple[str, str]]:
-        return {(row["video_id"], str(frame)) for frame in row.get("frames") or ()}
+    def parts(row: Row) -> tuple[set[tuple[str, str]], set[tuple[str, str]]]:
+        video = row["video_id"]
+        return {(video, str(frame)) for frame in row.get("frames") or ()}, {(video, row["id"])}
 
-    def ids(row: Row) -> set[tuple[str, str]]:
-        return {(row["video_id"], row["id"])}
-
-    texts = {frames: "use a frame that training also used", ids: "have a video and id that training also had"}
     lines = []
-    for parts, text in texts.items():
-        trained = set().union(*map(parts, train_rows))
-        if count := sum(not parts(row).isdisjoint(trained) for row in annotations):
+    for i, text in enumerate(("use a frame that training also used", "have a video and id that training also had")):
+        trained = set().union(*(parts(row)[i] for row in train_rows))
+        if count := sum(not parts(row)[i].isdisjoint(trained) for row in annotations):
             lines.append(f"not held out: {count} of {len(annotations)} rows {text}")
     return lines
 
@@ -780,6 +773,9 @@ def summarise(
         return {"metrics": accuracies(part), "baselines": reference_lines(part, majority)}
 
     groups, finish, everything = group_by_type(rows), finish_counts(rows), figures(rows)
+    unknown = {
+        row["question_type"] for row in annotations if not gold_option(row["question_type"], row["short_answer"])
+    }
     varied = [kind for kind, group in groups.items() if len({row.gold for row in group}) > 1]
     subset = [row for row in rows if row.question_type in varied]
     discriminative = {
@@ -812,7 +808,7 @@ def summarise(
             *answer_warnings(rows),
             *(overlap_warnings(annotations, train_rows) if train_rows is not None else ()),
         ],
-        "types_without_options": sorted({row.question_type for row in rows if not row.has_options}),
+        "types_without_options": sorted(unknown),
         "missing": [key_text(row.key) for row in rows if row.finish_reason == "missing"],
         "failed": [key_text(row.key) for row in rows if row.finish_reason == "error"],
         "arms": arms or {},
@@ -914,15 +910,11 @@ def arm_sentences(arms: Row) -> list[str]:
 Table = tuple[Sequence[str], list[Sequence[Any]]]  # header and rows; cells: text, counts, shares, intervals, None
 
 
-def _show(cell: Any) -> str:
+def _show(cell: Any, between: str = " to ", digits: int = 1) -> str:
     """A share in %, an interval of shares as "25.5 to 36.6", None as a dash, all else as it is."""
     if isinstance(cell, list | tuple):
-        return " to ".join(map(_show, cell))
-    return "-" if cell is None else f"{100 * cell:.1f}" if isinstance(cell, float) else str(cell)
-
-
-def _short_interval(ci95: Sequence[float]) -> str:
-    return f"{100 * ci95[0]:.0f}-{100 * ci95[1]:.0f}"
+        return between.join(_show(end, digits=digits) for end in cell)
+    return "-" if cell is None else f"{100 * cell:.{digits}f}" if isinstance(cell, float) else str(cell)
 
 
 def _points(*values: float) -> str:
@@ -970,7 +962,7 @@ def types_table(by_type: Row) -> Table:
     rows = []
     for kind, part in by_type.items():
         choice, contains = part["choice"], part["contains"]["accuracy"]
-        cells = (kind[:25], part["n"], choice["accuracy"], _short_interval(choice["ci95"]), contains)
+        cells = (kind[:25], part["n"], choice["accuracy"], _show(choice["ci95"], "-", 0), contains)
         rows.append((*cells, *(part[line] for line in REFERENCES)))
     return ("question type", "n", "choice", "95 %", "contains", "chance", "train", "test"), rows
 
@@ -984,7 +976,7 @@ def arms_table(arms: Row) -> Table:
             pair = part["versus"]["choice"]
             versus = _points(pair["difference"]), _points(*pair["ci95"]), _p_text(pair["p"])
         right = f"{choice['correct']}/{choice['n']}"
-        rows.append((arm, right, choice["accuracy"], _short_interval(choice["ci95"]), *versus))
+        rows.append((arm, right, choice["accuracy"], _show(choice["ci95"], "-", 0), *versus))
     return ("arm", "choice", "%", "95 %", "diff", "95 % interval", "p"), rows
 
 
@@ -1072,10 +1064,7 @@ def _writing(path: Path, content: bytes, advice: str) -> Iterator[None]:
 
 
 def write_json(path: str | Path, content: Row) -> None:
-    """Write a JSON file so that a reader finds the old one or the new one complete, also after a crash.
-
-    Raises InputError where the disk does not take it.
-    """
+    """Replace a file: a reader, or a crash, finds the old or the new one complete. InputError if the disk is full."""
     path, data = Path(path), json.dumps(content, indent=2, allow_nan=False).encode() + b"\n"
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_name(f"{path.name}.{os.getpid()}.tmp")
@@ -1091,54 +1080,45 @@ def write_json(path: str | Path, content: Row) -> None:
 
 
 class RowFile(contextlib.AbstractContextManager):
-    """A rows file that a killed run can be resumed from: opened for one writer, each row flushed as it comes.
+    """A rows file that a killed run can be resumed from: for one writer, each row flushed as it comes.
 
-    with RowFile(path, fingerprint, overwrite=False) as rows:
-        rows.done      # key -> row: what an earlier run of the same fingerprint has written, and what is appended
-        rows.repaired  # bytes of a torn last line that were cut
-        rows.append(row)
-
-    The fingerprint (flat, JSON values: model, data, prompt, decoding) is kept in the companion X.jsonl.run.json.
-    Rows of another fingerprint, or without a companion, raise InputError; so does a second writer.
+    `done` maps key -> row, of earlier runs with the same fingerprint and as appended; `repaired` is the number of bytes
+    of a torn last line that were cut. The fingerprint (flat, JSON values: model, data, prompt, decoding) is kept in the
+    companion X.jsonl.run.json. Raises InputError for rows of another one or without one, and for a second writer.
     """
 
     def __init__(self, path: str | Path, fingerprint: Row, *, overwrite: bool = False):
         self.path, self.companion = Path(path), Path(f"{path}.run.json")
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = open(self.path, "ab")  # noqa: SIM115  closed in __exit__
-        try:
-            self._open(json.loads(json.dumps(fingerprint, allow_nan=False)), overwrite)  # as it will be read back
-        except BaseException:
-            self._file.close()
-            raise
-
-    def _open(self, fingerprint: Row, overwrite: bool) -> None:
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise InputError(f"{self.path}: another run is writing it; wait for it or choose another name") from error
-        if overwrite:  # before the companion changes: a run killed in between must not leave rows under a new one
-            self._file.truncate(0)
-        content = self.path.read_bytes()
-        if content:
-            self._check(fingerprint)
-        else:
-            write_json(self.companion, fingerprint)
-        # A row is written with its newline in one go: what lacks one is incomplete, and its sample is done again.
-        complete = content.rfind(b"\n") + 1
-        self._file.truncate(complete)
-        self.repaired = len(content) - complete
-        self.done = read_answer_rows(self.path)
+        with contextlib.ExitStack() as closing:  # of the file, if it cannot be gone on with
+            self._file = closing.enter_context(open(self.path, "ab"))
+            try:
+                fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                busy = f"{self.path}: another run is writing it; wait for it or choose another name"
+                raise InputError(busy) from error
+            if overwrite:  # before the companion changes: a run killed in between leaves no rows under a new one
+                self._file.truncate(0)
+            content = self.path.read_bytes()
+            if content:
+                self._check(fingerprint)
+            else:
+                write_json(self.companion, fingerprint)
+            # A row is written with its newline in one go: what lacks one is incomplete, and is done again.
+            complete = content.rfind(b"\n") + 1
+            self._file.truncate(complete)
+            self.repaired = len(content) - complete
+            self.done = read_answer_rows(self.path)
+            self._closing = closing.pop_all()
 
     def _check(self, fingerprint: Row) -> None:
+        fingerprint = json.loads(json.dumps(fingerprint, allow_nan=False))  # as the stored one was read back
         again = "choose another --output_file, or start again with --overwrite"
         try:
             stored = json.loads(self.companion.read_bytes())
         except FileNotFoundError as error:
-            name = self.companion.name
-            raise InputError(
-                f"{self.path}: rows without {name}, so nothing tells which run made them; {again}"
-            ) from error
+            what = f"rows without {self.companion.name}, so nothing tells which run made them"
+            raise InputError(f"{self.path}: {what}; {again}") from error
         except ValueError as error:
             raise InputError(f"{self.companion}: not JSON ({error}); {again}") from error
         differing = [
@@ -1147,15 +1127,11 @@ class RowFile(contextlib.AbstractContextManager):
             if stored.get(name) != fingerprint.get(name)
         ]
         if differing:
-            raise InputError(
-                f"{self.path}: its rows come from another run; {'; '.join(differing)}. {again.capitalize()}"
-            )
+            differences = "; ".join(differing)
+            raise InputError(f"{self.path}: its rows come from another run; {differences}. {again.capitalize()}")
 
     def append(self, row: Row) -> None:
-        """Add one row at the end of the file, completely or not at all; it survives this process being killed.
-
-        Raises InputError where the disk does not take it, naming what was needed and what is free.
-        """
+        """Add a row at the end, completely or not at all; it survives a kill. InputError where the disk is full."""
         line, size = json.dumps(row, allow_nan=False).encode() + b"\n", self.path.stat().st_size
         advice = f"the {len(self.done)} rows before it are kept; make room, then the same command goes on"
         with _writing(self.path, line, advice):
@@ -1169,7 +1145,7 @@ class RowFile(contextlib.AbstractContextManager):
         self.done[row_key(row)] = row
 
     def __exit__(self, *exc: object) -> None:
-        self._file.close()
+        self._closing.close()
 
 
 def sha256_file(path: str | Path) -> str:
@@ -2091,7 +2067,7 @@ def _at_least(minimum: int) -> Callable[[str], int]:
             raise argparse.ArgumentTypeError(f"must be {minimum} or more, found {value}")
         return value
 
-    number.__name__ = "whole number"  # argparse names the type in its message
+    number.__name__ = "integer"  # argparse names the type in its message
     return number
 
 
@@ -2099,7 +2075,7 @@ def _batch_size(text: str) -> int | str:
     return text if text == "auto" else _at_least(1)(text)
 
 
-_batch_size.__name__ = "whole number, or auto"
+_batch_size.__name__ = "integer, or auto"
 
 
 def _arm_list(text: str) -> list[str]:
