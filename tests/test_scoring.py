@@ -372,7 +372,7 @@ def test_the_table_has_the_20_types():
 
 @pytest.mark.parametrize("kind", CHOICE_CASES)
 def test_choice_on_literal_predictions(kind):
-    found = [(text, gold, ev.choice_correct(text, kind, gold, "-")) for text, gold, _ in CHOICE_CASES[kind]]
+    found = [(text, gold, ev.judge(text, kind, gold, "-")["choice"]) for text, gold, _ in CHOICE_CASES[kind]]
     assert found == CHOICE_CASES[kind]
 
 
@@ -386,13 +386,13 @@ def test_gold_answers_are_right_on_every_metric(kind, short, answer):
 @pytest.mark.parametrize(("kind", "short", "answer"), GOLD_ANSWERS)
 def test_gold_answers_are_wrong_for_every_other_answer_of_their_type(kind, short, answer):
     for other in {gold for of, gold, _ in GOLD_ANSWERS if of == kind} - {short}:
-        assert not ev.choice_correct(answer, kind, other, "-")
+        assert not ev.judge(answer, kind, other, "-")["choice"]
 
 
 def test_choice_is_strict_where_the_table_does_not_know_the_type_or_the_answer():
-    assert ev.choice_correct("Two.", "polyp_count", "two", "There are two.")
-    assert not ev.choice_correct("I see two", "polyp_count", "two", "There are two.")
-    assert ev.choice_correct("ileum", "lesion_site", "ileum", "-")
+    assert ev.judge("Two.", "polyp_count", "two", "There are two.")["choice"]
+    assert not ev.judge("I see two", "polyp_count", "two", "There are two.")["choice"]
+    assert ev.judge("ileum", "lesion_site", "ileum", "-")["choice"]
     rows = [make_row(1, "polyp_count", "two"), make_row(2, "lesion_site", "ileum"), make_row(3)]
     summary = ev.summarise(rows, scored(rows, ["two", "ileum", "yes"]))
     assert summary["types_without_options"] == ["lesion_site", "polyp_count"]
@@ -414,7 +414,7 @@ def test_choice_is_strict_where_the_table_does_not_know_the_type_or_the_answer()
     ],
 )
 def test_contains_is_the_seeds_rule(text, short, right):
-    assert ev.contains_correct(text, short) is right
+    assert ev.judge(text, "scope_motion", short, "-")["contains"] is right
 
 
 @pytest.mark.parametrize(
@@ -429,7 +429,8 @@ def test_contains_is_the_seeds_rule(text, short, right):
     ],
 )
 def test_strict_allows_case_punctuation_and_hyphens_only(text, right):
-    assert ev.strict_correct(text, "upper-left", "The lesion appears in the upper-left quadrant.") is right
+    answer = "The lesion appears in the upper-left quadrant."
+    assert ev.judge(text, "lesion_screen_position", "upper-left", answer)["strict"] is right
 
 
 @pytest.mark.parametrize(
