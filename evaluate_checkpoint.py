@@ -1249,12 +1249,11 @@ class Checkpoint:
 
     path: Path | str  # for `load_trained`: folder of an adapter or of a model, or a hub id
     adapter: bool
-    stored: Row  # what training saved in the folder, {} for a base model
     model: Any  # train_vqa's ModelSettings and InputSettings, the flags applied
     inputs: Any
     changes: Row  # fields of these two that the flags set
     dtype: str  # to answer in
-    merged: bool  # the adapter is folded into the weights
+    merged: bool  # the adapter goes into the weights
 
 
 def read_checkpoint(args: argparse.Namespace, device: Any) -> Checkpoint:
@@ -1278,7 +1277,7 @@ def read_checkpoint(args: argparse.Namespace, device: Any) -> Checkpoint:
     if args.init not in (None, stored.get("model", {}).get("init", "pretrained")) and args.checkpoint_path:
         raise InputError(f"--init {args.init}: {path} was not trained so; leave the flag out")
     if args.no_merge and not adapter:
-        raise InputError("--no_merge: there is no adapter to keep apart; leave it out")
+        raise InputError("--no_merge: there is no adapter to keep unmerged; leave it out")
     changes = {
         "model_name_or_path": args.model_name_or_path if adapter else None,
         "attn_implementation": args.attn_implementation,
@@ -1289,13 +1288,13 @@ def read_checkpoint(args: argparse.Namespace, device: Any) -> Checkpoint:
     changes = {name: value for name, value in changes.items() if value is not None}
     if args.max_eval_frames is not None:
         changes["max_eval_frames"] = args.max_eval_frames or None
-    stored, model, inputs = vqa.trained_settings(path, device.type, changes)
+    _, model, inputs = vqa.trained_settings(path, device.type, changes)
     dtype = model.dtype if args.dtype == "auto" else args.dtype
     vqa.check_attention(model.attn_implementation, getattr(torch, dtype))
     if adapter and model.load_in_4bit and not args.no_merge:
         print(f"   {path}: the base is kept in 4 bits, which cannot take the adapter in; it stays unmerged")
     merged = adapter and not model.load_in_4bit and not args.no_merge
-    return Checkpoint(path, adapter, stored, model, inputs, changes, dtype, merged)
+    return Checkpoint(path, adapter, model, inputs, changes, dtype, merged)
 
 
 def load_checkpoint(checkpoint: Checkpoint, device: Any) -> Any:
@@ -1780,10 +1779,9 @@ def answer_and_score(args: argparse.Namespace, stop: Any) -> int:
 
     # 3. Model
     trained = load_checkpoint(checkpoint, device)
-    arms = {}
+    arms, limit = {}, checkpoint.inputs.max_eval_frames
     for arm, mode in modes.items():
         processor = trained.processor.with_mode(mode)
-        limit = checkpoint.inputs.max_eval_frames
         dataset = vqa.SurgicalVQADataset(
             rows_of[arm], processor, max_eval_frames=limit, is_eval=True, with_answer=False
         )
@@ -1791,9 +1789,8 @@ def answer_and_score(args: argparse.Namespace, stop: Any) -> int:
 
     # 4. Gates
     check_leaks(arms.values())
-    moved = check_liveness(
-        trained.model, next((part for arm, part in arms.items() if modes[arm] != "text"), arms[main_arm])
-    )
+    by_ear = [inputs for arm, inputs in arms.items() if modes[arm] != "text"]
+    moved = check_liveness(trained.model, (by_ear or [arms[main_arm]])[0])
     figures = ", ".join(f"other {path} by {by:.3g}" for path, by in moved.items() if by is not None)
     leaks = "no prompt gives its question away; " if "audio" in modes.values() else ""
     print(_wrap(f"Gates passed: {leaks}logits move with {figures}"))
@@ -1855,7 +1852,7 @@ def read_data(
     if args.train_data_path:
         train_rows = [annotation_of(row) for row in vqa.read_rows(args.train_data_path)]
     lenders = {}
-    if "mismatched_audio" in modes:  # paired over the whole file: a larger --limit later leaves the pairs as they are
+    if "mismatched_audio" in modes:  # paired over the complete file: a larger --limit later leaves the pairs as they are
         pairs = pair_mismatched_audio([annotation_of(row) for row in every.values()], args.seed)
         lenders = {key: pairs[key] for key in rows}
     needed = [every[key] for key in dict.fromkeys((*rows, *lenders.values()))]
