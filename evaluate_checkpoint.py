@@ -1,22 +1,15 @@
 """Evaluate a checkpoint by letting it answer, and score answers that already exist.
 
-Generate and score (settings that training chose are read from the checkpoint):
+Generate and score (settings that training chose are read from the checkpoint), or score and compare what is there,
+with the standard library alone:
 
-    python evaluate_checkpoint.py \\
-        --checkpoint_path ./checkpoints/surgical_vqa_50samples \\
-        --eval_data_path test_set/out_002-001.jsonl \\
-        --frames_dir dataset/frames --audio_dir audio/out_002-001 \\
-        --train_data_path test_set/in_002-001.jsonl \\
-        --output_file results/eval_out.jsonl
-
-Does it hear, does it see? The same with `--arms audio,mismatched_audio,black_frames`.
-
-Without a model, with the standard library alone:
-
-    python evaluate_checkpoint.py --score_only \\
-        --output_file predictions.jsonl --eval_data_path test_set/out_002-001.jsonl
+    python evaluate_checkpoint.py --checkpoint_path ./checkpoints/surgical_vqa_50samples \\
+        --eval_data_path test_set/out_002-001.jsonl --train_data_path test_set/in_002-001.jsonl \\
+        --frames_dir dataset/frames --audio_dir audio/out_002-001 --output_file results/eval_out.jsonl
+    python evaluate_checkpoint.py --score_only --output_file X.jsonl --eval_data_path test_set/out_002-001.jsonl
     python evaluate_checkpoint.py --compare results/a.jsonl results/b.jsonl
 
+Does it hear, does it see? Add `--arms audio,mismatched_audio,black_frames`.
 `X.jsonl` gets one row a sample, `X.summary.json` the figures. docs/EVAL_STRATEGY.md explains every figure.
 Exit status: 0 all rows answered, 1 some rows failed (they count as wrong), 2 nothing was measured, 143, 130 or 129
 stopped by SIGTERM, SIGINT or SIGHUP (the same command goes on).
@@ -47,8 +40,8 @@ import textwrap
 import time
 import unicodedata
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -126,102 +119,90 @@ def read_jsonl(path: str | Path) -> Iterator[tuple[int, Row]]:
             yield number, row
 
 
-def _require_text(row: Row, names: Iterable[str], where: str) -> None:
+def _require(row: Row, names: Iterable[str], where: str) -> None:
+    """Raise InputError unless each field holds a text that is not empty; `predicted_answer` may be empty or null."""
     for name in names:
         value = row.get(name)
-        if not isinstance(value, str) or not value.strip():
+        if name == "predicted_answer" and name not in row:
+            raise InputError(f"{where}: '{name}' is missing; give the model's text, or null where it failed")
+        if name == "predicted_answer" and not isinstance(value, str | None):
+            raise InputError(f"{where}: '{name}' must be a text or null, found {value!r}")
+        if name != "predicted_answer" and not (isinstance(value, str) and value.strip()):
             raise InputError(f"{where}: '{name}' must be a text that is not empty, found {value!r}")
 
 
-def read_annotations(path: str | Path) -> list[Row]:
-    """Read a file in the REAL-Colon-VQA schema; every row has the key and gold fields, and every key is unique.
-
-    Raises InputError naming file and line otherwise, or if the file holds no rows.
-    """
-    rows, seen = [], {}
+def _keyed_rows(path: str | Path, fields: Sequence[str]) -> dict[Key, Row]:
+    rows, lines = {}, {}
     for number, row in read_jsonl(path):
-        where = f"{path}:{number}"
-        _require_text(row, KEY_FIELDS + GOLD_FIELDS, where)
-        first = seen.setdefault(row_key(row), number)
-        if first != number:
-            raise InputError(f"{where}: the row {key_text(row_key(row))} stands already on line {first}; remove one")
-        rows.append(row)
-    if not rows:
-        raise InputError(f"{path}: no rows; give a file with at least one")
+        _require(row, (*KEY_FIELDS, *fields), f"{path}:{number}")
+        key = row_key(row)
+        if first := lines.get(key):
+            raise InputError(f"{path}:{number}: the row {key_text(key)} stands already on line {first}; remove one")
+        rows[key], lines[key] = row, number
     return rows
 
 
-def _check_prediction(row: Row, where: str) -> None:
-    if "predicted_answer" not in row:
-        raise InputError(f"{where}: 'predicted_answer' is missing; give the model's text, or null where it failed")
-    if not isinstance(row["predicted_answer"], str | None):
-        raise InputError(f"{where}: 'predicted_answer' must be a text or null, found {row['predicted_answer']!r}")
+def read_annotations(path: str | Path) -> list[Row]:
+    """Read a file in the REAL-Colon-VQA schema: rows with unique keys and all key and gold fields, at least one.
+
+    Raises InputError, naming file and line, for any other.
+    """
+    rows = _keyed_rows(path, GOLD_FIELDS)
+    if not rows:
+        raise InputError(f"{path}: no rows; give a file with at least one")
+    return list(rows.values())
+
+
+def read_answer_rows(path: str | Path) -> dict[Key, Row]:
+    """Read a rows file that this script wrote, keyed by the row key: unique keys, gold and prediction in every row.
+
+    Raises InputError, naming file and line, for any other.
+    """
+    return _keyed_rows(path, ("short_answer", "ground_truth", "predicted_answer"))
 
 
 def match_predictions(annotations: Sequence[Row], path: str | Path) -> dict[Key, Row]:
     """Read a prediction file and assign its rows to `annotations`, keyed by the full row key.
 
     A prediction row carries `id` (or `question_id`) and `predicted_answer`; `video_id` and `question_type` are used
-    where present and needed where the id alone does not tell two annotation rows apart.
+    where present, and needed where several annotations share the id.
     Raises InputError for a row that fits no annotation or several, for two predictions of one row, and for a row whose
     own question or short answer, where it has one, is not the annotation's.
     """
-    index: dict[tuple, list[Key]] = defaultdict(list)
-    for key in map(row_key, annotations):
-        parts = list(zip(KEY_FIELDS, key, strict=True))
-        for size in range(1, len(parts) + 1):
-            for subset in itertools.combinations(parts, size):
-                index[subset].append(key)
+    by_id: dict[str, list[Row]] = defaultdict(list)
+    for annotation in annotations:
+        by_id[annotation["id"]].append(annotation)
 
-    annotation_of = {row_key(row): row for row in annotations}
     matched, lines = {}, {}
     for number, row in read_jsonl(path):
         where = f"{path}:{number}"
-        _check_prediction(row, where)
-        row = {**row, "id": row.get("id", row.get("question_id"))}
-        names = [name for name in KEY_FIELDS if name == "id" or row.get(name) is not None]
-        _require_text(row, names, where)
-        given = tuple((name, row[name]) for name in names)
-        keys = index.get(given, [])
-        if not keys:
+        row["id"] = row.get("id", row.get("question_id"))
+        given = {name: row[name] for name in KEY_FIELDS if name == "id" or row.get(name) is not None}
+        _require(row, ("predicted_answer", *given), where)
+        fitting = [found for found in by_id[row["id"]] if all(found[name] == given[name] for name in given)]
+        keys = [row_key(found) for found in fitting]
+        if not fitting:
             raise InputError(
-                f"{where}: no row of --eval_data_path has {', '.join(f'{k} {v!r}' for k, v in given)}; "
+                f"{where}: no row of --eval_data_path has {', '.join(f'{k} {v!r}' for k, v in given.items())}; "
                 f"remove the prediction or give the file it was made from"
             )
-        if len(keys) > 1:
-            lacking = " and ".join(name for name in KEY_FIELDS if name not in names)
+        if len(fitting) > 1:
             raise InputError(
-                f"{where}: id {row['id']!r} stands for {len(keys)} rows, e.g. {key_text(keys[0])} and "
-                f"{key_text(keys[1])}; add {lacking} to the prediction rows"
+                f"{where}: id {row['id']!r} stands for {len(keys)} rows, e.g. {' and '.join(map(key_text, keys[:2]))}; "
+                f"add {' and '.join(name for name in KEY_FIELDS if name not in given)} to the prediction rows"
             )
-        first = lines.setdefault(keys[0], number)
-        if first != number:
-            raise InputError(f"{where}: a second prediction for {key_text(keys[0])}, first on line {first}; remove one")
-        for name in ("question", "short_answer"):
-            theirs, ours = row.get(name), annotation_of[keys[0]][name]
+        key, name = keys[0], key_text(keys[0])
+        if first := lines.get(key):
+            raise InputError(f"{where}: a second prediction for {name}, first on line {first}; remove one")
+        for part in ("question", "short_answer"):
+            theirs, ours = row.get(part), fitting[0][part]
             if isinstance(theirs, str) and normalise(theirs) != normalise(ours):
                 raise InputError(
-                    f"{where}: the {name} of {key_text(keys[0])} is {theirs!r} here but {ours!r} in --eval_data_path; "
+                    f"{where}: the {part} of {name} is {theirs!r} here but {ours!r} in --eval_data_path; "
                     f"give the file that the predictions were made from"
                 )
-        matched[keys[0]] = row
+        matched[key], lines[key] = row, number
     return matched
-
-
-def read_answer_rows(path: str | Path) -> dict[Key, Row]:
-    """Read a rows file that this script wrote (key, gold and prediction in every row), keyed by the row key.
-
-    Raises InputError naming file and line for a row without these fields or a repeated key.
-    """
-    rows: dict[Key, Row] = {}
-    for number, row in read_jsonl(path):
-        where = f"{path}:{number}"
-        _require_text(row, (*KEY_FIELDS, "short_answer", "ground_truth"), where)
-        _check_prediction(row, where)
-        if row_key(row) in rows:
-            raise InputError(f"{where}: a second row for {key_text(row_key(row))}; remove one, or use --overwrite")
-        rows[row_key(row)] = row
-    return rows
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -256,43 +237,35 @@ def normalise(text: str) -> str:
 OTHER = "(another answer)"  # of the kind asked for, but no option: a quadrant where a direction is asked
 
 
-def _forms(*alternatives: str) -> re.Pattern[str]:
-    """Whole-word pattern over simplified text; write the longer alternative first."""
-    return re.compile(rf"(?<![\w<>])(?:{'|'.join(alternatives)})(?!\w)")
-
-
-@dataclass(frozen=True)
 class ClosedAnswers:
-    """How the options of one question type are worded.
+    """How the options of one question type are worded: regular expressions over simplified text, matched at words.
 
-    asserted: option (or part, see `compose`) -> words that name it in a clause without a negation.
-    denied: option -> words that name it when the clause denies them: "no fluid" names `absent`.
-    polar: a bare "yes" or "no" is an answer.
-    compose: option -> the parts that must all be named, where an answer has two: upper + left.
+    Args:
+        asserted: option (or part, see `compose`) -> words that name it in a clause without a negation, longer ones
+            before shorter ones.
+        denied: option -> words that name it when the clause denies them: "no fluid" names `absent`.
+        polar: a bare "yes" or "no" is an answer.
+        compose: option -> the parts that must all be named, where an answer has two: upper + left.
     """
 
-    asserted: dict[str, re.Pattern[str]]
-    denied: dict[str, re.Pattern[str]] = field(default_factory=dict)
-    polar: bool = False
-    compose: dict[str, frozenset[str]] = field(default_factory=dict)
-
-    def option_of(self, short_answer: str) -> str | None:
-        """The option that a gold short answer is, or None if the table does not know it."""
-        names = self.compose or [name for name in self.asserted if name != OTHER]
-        return next((name for name in names if normalise(name) == normalise(short_answer)), None)
+    def __init__(self, asserted: Row, denied: Row | None = None, polar: bool = False, compose: Row | None = None):
+        self.asserted, self.denied = (
+            {name: re.compile(rf"(?<![\w<>])(?:{words})(?!\w)") for name, words in part.items()}
+            for part in (asserted, denied or {})
+        )
+        self.polar, self.compose = polar, compose or {}
+        self.options = list(compose or (name for name in asserted if name != OTHER))
 
 
-def _yes_no(yes: str, no: str = "", denied: str = "") -> ClosedAnswers:
+_NOTHING = r"(?!)"  # matches nowhere
+
+
+def _yes_no(yes: str, no: str = _NOTHING, denied: str = _NOTHING) -> ClosedAnswers:
     """A yes/no type. `yes`: words that say yes, and no when denied; `no`: words that say no; `denied`: no when denied.
 
     Denying a `no` word says nothing: a scope that is "not withdrawing" may stand still.
     """
-    nothing = r"(?!)"  # matches nowhere
-    return ClosedAnswers(
-        asserted={"yes": _forms(yes), "no": _forms(no or nothing)},
-        denied={"no": _forms(yes, denied or nothing)},
-        polar=True,
-    )
+    return ClosedAnswers({"yes": yes, "no": no}, {"no": f"{yes}|{denied}"}, polar=True)
 
 
 _ADVANCE = r"advanc\w*|forwards?|push\w*|insert\w*"
@@ -301,7 +274,7 @@ _MOVE = r"mov(?:e|es|ed|ing|ements?)|motion"
 _REST = r"stationary|static|motionless|immobile|at rest|in place|(?:is|stays?|remains?) still(?! \w+ing| in motion)"
 _BLOCK = r"obstruct\w*|occlu\w*|block\w*|obscur\w*|cover(?:s|ed|ing)?"
 _WHOLLY = r"(?:(?:complete|entire|total)(?:ly)?|fully?|whole|wholly)"
-_SEEN = r"visible|seen|present|observed|observable|apparent|in view"
+_VISIBLE = r"visible|seen|present|observed|observable|apparent|in view"
 _SCOPE = r"(?:endoscope|scope)(?: body)?"
 _NBI = r"nbi|narrow ?band(?: imaging)?"
 _WHITE = r"wli?|white ?light"
@@ -309,115 +282,76 @@ _MM = r"(?: ?(?:mm|milli\w+))?(?! ?(?:cm|centi\w+)|\.?\d)"
 
 # Options come from the REAL-Colon-VQA annotations, except those marked (+): plausible answers of the same kind that no
 # row of the published files has. They are here so that naming one beside the right option counts as naming two.
+# fmt: off
 CLOSED_ANSWERS: dict[str, ClosedAnswers] = {
     "blue_dye_presence": _yes_no(
-        r"dye[sd]?|stain(?:s|ed|ing)?|contrast|indigo carmine|methylene blue|chromoendoscopy", denied=_SEEN
-    ),
+        r"dye[sd]?|stain(?:s|ed|ing)?|contrast|indigo carmine|methylene blue|chromoendoscopy", denied=_VISIBLE),
     "endoscope_visibility": _yes_no(
-        rf"{_SCOPE}(?: \w+){{0,4}}? (?:{_SEEN})|see\w*(?: \w+){{0,2}} {_SCOPE}|^(?:{_SEEN})$",
-        no=r"hidden|invisible|out of (?:view|sight)",
-        denied=rf"{_SEEN}|{_SCOPE}",
-    ),
-    "fluid_occlusion_level": ClosedAnswers(
-        asserted={
-            "absent": _forms(
-                rf"(?:{_WHOLLY} )?(?:clear|free|unobstructed|unobscured)|{_WHOLLY} visible",
-                r"mucosa(?: \w+){0,2}? visible",
-            ),
-            "partial": _forms(rf"partial(?:ly)?|partly|(?:nearly|almost) {_WHOLLY}"),  # (+)
-            "complete": _forms(_WHOLLY),
-            OTHER: _forms(r"(?:full|complete) (?:view|visibility)"),  # of what is seen, or of what is blocked?
-        },
-        denied={
-            "absent": _forms(
-                rf"(?:{_WHOLLY} )?(?:absent|absence|none|nothing)",
-                r"(?:no|any|without|lack of|free of|free from)(?: \w+){0,3}? (?:fluid|liquid|water|occlusion)",
-                _BLOCK,
-            )
-        },
-    ),
+        rf"{_SCOPE}(?: \w+){{0,4}}? (?:{_VISIBLE})|see\w*(?: \w+){{0,2}} {_SCOPE}|^(?:{_VISIBLE})$",
+        no=r"hidden|invisible|out of (?:view|sight)", denied=rf"{_VISIBLE}|{_SCOPE}"),
+    "fluid_occlusion_level": ClosedAnswers({
+        "absent": rf"(?:{_WHOLLY} )?(?:clear|free|unobstructed|unobscured)|{_WHOLLY} visible"
+                  r"|mucosa(?: \w+){0,2}? visible",
+        "partial": rf"partial(?:ly)?|partly|(?:nearly|almost) {_WHOLLY}",  # (+)
+        "complete": _WHOLLY,
+        OTHER: r"(?:full|complete) (?:view|visibility)",  # of what is seen, or of what is blocked?
+    }, denied={
+        "absent": rf"(?:{_WHOLLY} )?(?:absent|absence|none|nothing)"
+                  r"|(?:no|any|without|lack of|free of|free from)(?: \w+){0,3}? (?:fluid|liquid|water|occlusion)"
+                  rf"|{_BLOCK}",
+    }),
     "flush_action": _yes_no(r"flush\w*|irrigat\w*|rins\w*|wash\w*|spray\w*"),
-    "lesion_histology_extended": ClosedAnswers(
-        {
-            "adenoma": _forms(r"adenomas?|adenomatous"),
-            "hyperplastic": _forms(r"hyperplastic|hyperplasia"),
-            "serrated": _forms(r"serrated(?: (?:adenomas?|lesion|polyp))?"),  # (+)
-            "carcinoma": _forms(r"adenocarcinoma|carcinoma|cancer(?:ous)?"),  # (+)
-        }
-    ),
-    "lesion_motion_direction": ClosedAnswers(
-        asserted={
-            "left": _forms(r"(?:from )?(?:the )?right to (?:the )?left|left(?:wards?)?"),
-            "right": _forms(r"(?:from )?(?:the )?left to (?:the )?right|right(?:wards?)?"),
-            "up": _forms(r"(?:from )?(?:the )?bottom to (?:the )?top|towards? the top|(?<!close )up(?:wards?)?"),
-            "down": _forms(r"(?:from )?(?:the )?top to (?:the )?bottom|towards? the bottom|down(?:wards?)?"),
-            "stable": _forms(rf"stable|unchanged|fixed|^still$|same (?:place|position|location)|{_REST}"),
-            OTHER: _forms(r"(?:upper|lower|top|bottom) (?:left|right)|(?:left|right) (?:upper|lower|top|bottom)"),
-        },
-        denied={"stable": _forms(rf"{_MOVE}|drift\w*|shift\w*|displac\w*")},
-    ),
+    "lesion_histology_extended": ClosedAnswers({
+        "adenoma": r"adenomas?|adenomatous",
+        "hyperplastic": r"hyperplastic|hyperplasia",
+        "serrated": r"serrated(?: (?:adenomas?|lesion|polyp))?",  # (+)
+        "carcinoma": r"adenocarcinoma|carcinoma|cancer(?:ous)?",  # (+)
+    }),
+    "lesion_motion_direction": ClosedAnswers({
+        "left": r"(?:from )?(?:the )?right to (?:the )?left|left(?:wards?)?",
+        "right": r"(?:from )?(?:the )?left to (?:the )?right|right(?:wards?)?",
+        "up": r"(?:from )?(?:the )?bottom to (?:the )?top|towards? the top|(?<!close )up(?:wards?)?",
+        "down": r"(?:from )?(?:the )?top to (?:the )?bottom|towards? the bottom|down(?:wards?)?",
+        "stable": rf"stable|unchanged|fixed|^still$|same (?:place|position|location)|{_REST}",
+        OTHER: r"(?:upper|lower|top|bottom) (?:left|right)|(?:left|right) (?:upper|lower|top|bottom)",
+    }, denied={"stable": rf"{_MOVE}|drift\w*|shift\w*|displac\w*"}),
     "lesion_screen_position": ClosedAnswers(
-        asserted={
-            "upper": _forms("upper|top"),
-            "lower": _forms("lower|bottom"),
-            "left": _forms("left"),
-            "right": _forms("right"),
-            OTHER: _forms(r"cent(?:er|re|ral)|middle"),
-        },
-        compose={
-            f"{vertical}-{side}": frozenset({vertical, side})
-            for vertical in ("upper", "lower")
-            for side in ("left", "right")
-        },
-    ),
-    "lesion_site": ClosedAnswers(
-        {
-            "rectum": _forms("rectum|rectal"),
-            "sigma": _forms("sigma|sigmoid"),
-            "descending": _forms("descending"),
-            "transverse": _forms("transverse"),  # (+)
-            "ascending": _forms("ascending"),
-            "cecum": _forms("ca?ecum|ca?ecal"),  # (+)
-            OTHER: _forms(r"recto ?sigmoid\w*|flexure"),
-        }
-    ),
-    "lesion_size_range": ClosedAnswers(
-        {
-            "<5": _forms(rf"(?:<|(?:less|smaller|fewer) than |(?:under|below) )(?:5|five){_MM}"),
-            "5-10": _forms(rf"(?:5|five) (?:to|and) (?:10|9|9\.9|ten|nine){_MM}"),  # (+)
-            ">10": _forms(rf"(?:>|(?:more|larger|greater|bigger) than |(?:over|above) )(?:10|ten){_MM}"),  # (+)
-            OTHER: _forms(r"[<>=≤≥]*\d+(?:\.\d+)?"),
-        }
-    ),
-    "lighting_mode": ClosedAnswers({"NBI": _forms(_NBI), "WL": _forms(_WHITE)}),  # WL (+)
+        {"upper": "upper|top", "lower": "lower|bottom", "left": "left", "right": "right",
+         OTHER: "cent(?:er|re|ral)|middle"},
+        compose={f"{v}-{h}": frozenset({v, h}) for v in ("upper", "lower") for h in ("left", "right")}),
+    "lesion_site": ClosedAnswers({
+        "rectum": "rectum|rectal", "sigma": "sigma|sigmoid", "descending": "descending", "ascending": "ascending",
+        "transverse": "transverse", "cecum": "ca?ecum|ca?ecal",  # (+)
+        OTHER: r"recto ?sigmoid\w*|flexure",
+    }),
+    "lesion_size_range": ClosedAnswers({
+        "<5": rf"(?:<|(?:less|smaller|fewer) than |(?:under|below) )(?:5|five){_MM}",
+        "5-10": rf"(?:5|five) (?:to|and) (?:10|9|9\.9|ten|nine){_MM}",  # (+)
+        ">10": rf"(?:>|(?:more|larger|greater|bigger) than |(?:over|above) )(?:10|ten){_MM}",  # (+)
+        OTHER: r"[<>=≤≥]*\d+(?:\.\d+)?",
+    }),
+    "lighting_mode": ClosedAnswers({"NBI": _NBI, "WL": _WHITE}),  # WL (+)
     "mucosa_visibility": _yes_no(
-        rf"mucosa(?: \w+){{0,4}}? (?:{_SEEN}|clear|clean)|(?:see|observe)(?: \w+){{0,3}} mucosa"
-        rf"|^(?:clearly )?(?:{_SEEN}|clear|clean)$",
-        no=rf"hidden|invisible|dirty|{_BLOCK}",
-        denied=rf"mucosa|{_SEEN}|clear|clean|see|observe",
-    ),
+        rf"mucosa(?: \w+){{0,4}}? (?:{_VISIBLE}|clear|clean)|(?:see|observe)(?: \w+){{0,3}} mucosa"
+        rf"|^(?:clearly )?(?:{_VISIBLE}|clear|clean)$",
+        no=rf"hidden|invisible|dirty|{_BLOCK}", denied=rf"mucosa|{_VISIBLE}|clear|clean|see|observe"),
     "nbi_status": _yes_no(_NBI, no=_WHITE),
     "occlusion_check": _yes_no(
         _BLOCK,
         no=r"un(?:obstructed|occluded|blocked|obscured)|clear (?:view|field)"
-        r"|(?:mucosa|view|field)(?: \w+){0,4}? (?:visible|clear|open)",
-    ),
+           r"|(?:mucosa|view|field)(?: \w+){0,4}? (?:visible|clear|open)"),
     "scope_backward_motion": _yes_no(_WITHDRAW, no=rf"{_ADVANCE}|{_REST}", denied=_MOVE),
     "scope_forward_motion": _yes_no(_ADVANCE, no=rf"{_WITHDRAW}|{_REST}", denied=_MOVE),
     # "not advancing" leaves withdrawing, so only a denied movement means no
-    "scope_motion": ClosedAnswers(
-        {"yes": _forms(_MOVE, _ADVANCE, _WITHDRAW), "no": _forms(_REST)}, {"no": _forms(_MOVE)}, polar=True
-    ),
-    "scope_motion_type": ClosedAnswers({"advancing": _forms(_ADVANCE), "withdrawing": _forms(_WITHDRAW)}),
+    "scope_motion": ClosedAnswers({"yes": rf"{_MOVE}|{_ADVANCE}|{_WITHDRAW}", "no": _REST}, {"no": _MOVE}, polar=True),
+    "scope_motion_type": ClosedAnswers({"advancing": _ADVANCE, "withdrawing": _WITHDRAW}),
     "scope_outside": _yes_no(
         r"outside|out of (?:the )?(?:patient|body)|external\w*",
-        no=r"inside|within|internal\w*|in (?:the |a )?(?:patient|body|colon|lumen)",
-    ),
+        no=r"inside|within|internal\w*|in (?:the |a )?(?:patient|body|colon|lumen)"),
     "tool_catheter_check": _yes_no("catheters?", no="forceps?|snares?", denied="tool|instrument"),
-    "tool_identification": ClosedAnswers(
-        {"catheter": _forms("catheters?"), "forceps": _forms("forceps?"), "snare": _forms("snares?")}
-    ),
+    "tool_identification": ClosedAnswers({"catheter": "catheters?", "forceps": "forceps?", "snare": "snares?"}),
 }
+# fmt: on
 
 _SENTENCE_END = re.compile(r"(?<=[!?;])|\.(?!\d)")
 _ECHO = re.compile(  # a question, with or without its mark: zero-shot models often repeat what they heard
@@ -476,7 +410,8 @@ def _named_in_clause(clause: str, closed: ClosedAnswers) -> set[str]:
     return named
 
 
-def named_options(prediction: str, closed: ClosedAnswers) -> set[str]:
+@functools.cache  # a text is judged once: when it is written, scored and counted, the answer is here
+def named_options(prediction: str, closed: ClosedAnswers) -> frozenset[str]:
     """The options of a question type that a prediction names; OTHER stands for an answer of the kind that is none.
 
     Questions echoed back, clauses that leave the matter open and clauses with two negations name nothing.
@@ -487,14 +422,12 @@ def named_options(prediction: str, closed: ClosedAnswers) -> set[str]:
             continue
         for clause in map(str.strip, _CLAUSE_START.split(sentence)):
             if closed.polar:
-                named |= {"yes"} if _YES.search(clause) else set()
-                named |= {"no"} if _NO.search(clause) else set()
+                named |= {name for name, form in (("yes", _YES), ("no", _NO)) if form.search(clause)}
                 clause = _NO.sub("", _YES.sub("", clause)).strip()
             named |= _named_in_clause(clause, closed)
     if closed.compose:
-        whole = {option for option, parts in closed.compose.items() if parts <= named}
-        return whole | ({OTHER} & named)
-    return named
+        named = {option for option, parts in closed.compose.items() if parts <= named} | ({OTHER} & named)
+    return frozenset(named)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -502,36 +435,33 @@ def named_options(prediction: str, closed: ClosedAnswers) -> set[str]:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def contains_correct(prediction: str, short_answer: str) -> bool:
-    """The seed's rule: the short answer occurs in the prediction, case aside. "normal" is right where "no" is asked."""
-    return short_answer.lower() in prediction.lower()
+def gold_option(question_type: str, short_answer: str) -> str | None:
+    """The option that a gold short answer is; None if the table does not know the type or the answer."""
+    options = CLOSED_ANSWERS[question_type].options if question_type in CLOSED_ANSWERS else ()
+    return next((option for option in options if normalise(option) == normalise(short_answer)), None)
 
 
-def strict_correct(prediction: str, short_answer: str, answer: str) -> bool:
-    """The normalised prediction is the short or the full gold answer and nothing else."""
-    return normalise(prediction) in {normalise(short_answer), normalise(answer)}
+def judge(prediction: str | None, question_type: str, short_answer: str, answer: str) -> dict[str, bool]:
+    """Right or wrong per metric. No prediction is wrong by all of them.
 
-
-def has_options(question_type: str, short_answer: str) -> bool:
-    """Does the table know the type and this gold answer? If not, `choice` falls back to `strict`."""
-    return question_type in CLOSED_ANSWERS and CLOSED_ANSWERS[question_type].option_of(short_answer) is not None
-
-
-def choice_correct(prediction: str, question_type: str, short_answer: str, answer: str) -> bool:
-    """The prediction names exactly one option of its question type, and it is the gold one."""
-    if not has_options(question_type, short_answer):
-        return strict_correct(prediction, short_answer, answer)
-    closed = CLOSED_ANSWERS[question_type]
-    return named_options(prediction, closed) == {closed.option_of(short_answer)}
+    choice: the prediction names exactly one option of its question type, and it is the gold one; `strict` where the
+    table does not know the type or the gold answer.
+    strict: the normalised prediction is the short or the full gold answer and nothing else.
+    contains: the seed's rule, the short answer occurs in it, case aside. "normal" is right where "no" is asked.
+    """
+    if prediction is None:
+        return dict.fromkeys(METRICS, False)
+    option = gold_option(question_type, short_answer)
+    strict = normalise(prediction) in map(normalise, (short_answer, answer))
+    choice = strict if option is None else named_options(prediction, CLOSED_ANSWERS[question_type]) == {option}
+    return {"choice": choice, "strict": strict, "contains": short_answer.lower() in prediction.lower()}
 
 
 def predicted_label(prediction: str, question_type: str) -> str:
     """What a prediction amounts to, for counting answers: the one option it names, else its normalised text."""
-    if question_type in CLOSED_ANSWERS:
-        named = named_options(prediction, CLOSED_ANSWERS[question_type])
-        if len(named) == 1 and OTHER not in named:
-            return normalise(named.pop())
-    return normalise(prediction)
+    closed = CLOSED_ANSWERS.get(question_type)
+    named = named_options(prediction, closed) if closed else ()
+    return normalise(*named if len(named) == 1 and OTHER not in named else [prediction])
 
 
 def loops(prediction: str) -> bool:
@@ -550,77 +480,43 @@ class Scored:
     key: Key
     question_type: str
     gold: str  # normalised short answer
-    has_options: bool
     prediction: str | None
     correct: dict[str, bool]
     finish_reason: str  # eos, length, error, missing, or unknown where the prediction file does not say
-    label: str | None  # predicted_label; None without a prediction
-
-
-def judge(prediction: str | None, question_type: str, short_answer: str, answer: str) -> dict[str, bool]:
-    """Right or wrong per metric. No prediction is wrong by all of them."""
-    if prediction is None:
-        return dict.fromkeys(METRICS, False)
-    return {
-        "choice": choice_correct(prediction, question_type, short_answer, answer),
-        "strict": strict_correct(prediction, short_answer, answer),
-        "contains": contains_correct(prediction, short_answer),
-    }
 
 
 def score_rows(annotations: Sequence[Row], predictions: Mapping[Key, Row]) -> list[Scored]:
-    """Score every annotation row, in file order. A row without a prediction, or with null as one, is wrong."""
+    """Score every annotation row, in file order. A row without a prediction, or with null as one, is wrong.
+
+    The text alone is judged: what a rows file says of right and wrong may come from an older table of options.
+    """
     scored = []
     for row in annotations:
-        found = predictions.get(row_key(row))
-        text = found["predicted_answer"] if found else None
-        finish = (found or {}).get("finish_reason") or "unknown"
-        if text is None:
-            finish = "error" if found else "missing"
-        kind, short = row["question_type"], row["short_answer"]
-        scored.append(
-            Scored(
-                key=row_key(row),
-                question_type=kind,
-                gold=normalise(short),
-                has_options=has_options(kind, short),
-                prediction=text,
-                correct=judge(text, kind, short, row["answer"]),
-                finish_reason=finish,
-                label=None if text is None else predicted_label(text, kind),
-            )
-        )
+        key, kind, short = row_key(row), row["question_type"], row["short_answer"]
+        found = predictions.get(key)
+        text, finish = found and found["predicted_answer"], "error" if found else "missing"
+        if text is not None:
+            finish = found.get("finish_reason") or "unknown"
+        scored.append(Scored(key, kind, normalise(short), text, judge(text, kind, short, row["answer"]), finish))
     return scored
 
 
-def answer_row(
-    annotation: Row,
-    predicted_answer: str | None,
-    *,
-    finish_reason: str,
-    n_tokens: int,
-    input_mode: str,
-    audio_file: str | None,
-    **more: Any,
-) -> Row:
-    """One row of the output file. `correct` is the seed's rule; `more` takes `error` and `audio_of`, for instance."""
+def answer_row(annotation: Row, predicted_answer: str | None, **how: Any) -> Row:
+    """One row of the output file. `correct` is the seed's rule.
+
+    `how` goes into the row as it is: finish_reason (eos, length or error), n_tokens, input_mode, audio_file (None: no
+    speech), and where they apply audio_of (key of the row that the speech was borrowed from), media_sha256, error.
+    """
     judged = judge(predicted_answer, annotation["question_type"], annotation["short_answer"], annotation["answer"])
     return {
-        "id": annotation["id"],
-        "video_id": annotation["video_id"],
-        "question_type": annotation["question_type"],
-        "question": annotation["question"],
+        **{name: annotation[name] for name in ("id", "video_id", "question_type", "question")},
         "ground_truth": annotation["answer"],
         "short_answer": annotation["short_answer"],
         "predicted_answer": predicted_answer,
         "correct": judged["contains"],
         "strict_correct": judged["strict"],
         "choice_correct": judged["choice"],
-        "finish_reason": finish_reason,
-        "n_tokens": n_tokens,
-        "input_mode": input_mode,
-        "audio_file": audio_file,
-        **more,
+        **how,
     }
 
 
@@ -634,9 +530,8 @@ def wilson_interval(right: int, n: int) -> tuple[float, float]:
     p, z2 = right / n, Z95 * Z95
     centre = (p + z2 / (2 * n)) / (1 + z2 / n)
     half = Z95 / (1 + z2 / n) * math.sqrt(p * (1 - p) / n + z2 / (4 * n * n))
-    low = 0.0 if right == 0 else centre - half  # exactly, not up to rounding
-    high = 1.0 if right == n else centre + half
-    return low, high
+    # the ends are exactly 0 and 1, not up to rounding
+    return 0.0 if right == 0 else centre - half, 1.0 if right == n else centre + half
 
 
 def mcnemar_exact(only_a: int, only_b: int) -> float:
@@ -659,23 +554,20 @@ def paired_difference_interval(both: int, only_a: int, only_b: int, neither: int
     Newcombe's score method for paired proportions with continuity-corrected phi (method 10 of Newcombe, Statistics in
     Medicine 17, 1998, 2635-2650): unlike Wald's it does not shrink to a point when the two agree everywhere.
     """
-    n = both + only_a + only_b + neither
-    p_a, p_b = (both + only_a) / n, (both + only_b) / n
-    (low_a, high_a), (low_b, high_b) = wilson_interval(both + only_a, n), wilson_interval(both + only_b, n)
-    product = (both + only_a) * (only_b + neither) * (both + only_b) * (only_a + neither)
+    right_a, right_b, n = both + only_a, both + only_b, both + only_a + only_b + neither
+    p_a, p_b, difference = right_a / n, right_b / n, right_b / n - right_a / n
+    (low_a, high_a), (low_b, high_b) = wilson_interval(right_a, n), wilson_interval(right_b, n)
     determinant = both * neither - only_a * only_b
     if determinant > 0:
         determinant = max(determinant - n / 2, 0)
+    product = right_a * (n - right_a) * right_b * (n - right_b)
     phi = determinant / math.sqrt(product) if product else 0.0
 
     def distance(x: float, y: float) -> float:
         return math.sqrt(max(x * x - 2 * phi * x * y + y * y, 0.0))
 
-    difference = p_b - p_a
-    return (
-        max(difference - distance(p_b - low_b, high_a - p_a), -1.0),
-        min(difference + distance(high_b - p_b, p_a - low_a), 1.0),
-    )
+    low, high = difference - distance(p_b - low_b, high_a - p_a), difference + distance(high_b - p_b, p_a - low_a)
+    return max(low, -1.0), min(high, 1.0)
 
 
 def paired_comparison(a: Sequence[Scored], b: Sequence[Scored], metric: str) -> Row:
@@ -686,10 +578,8 @@ def paired_comparison(a: Sequence[Scored], b: Sequence[Scored], metric: str) -> 
     right_a, right_b = ({row.key: row.correct[metric] for row in rows} for rows in (a, b))
     if right_a.keys() != right_b.keys():
         raise ValueError("the two sides do not hold the same rows")
-    counts = Counter((right_a[key], right_b[key]) for key in right_a)
-    both, only_a = counts[True, True], counts[True, False]
-    only_b, neither = counts[False, True], counts[False, False]
-    n = len(right_a)
+    n, counts = len(right_a), Counter((right_a[key], right_b[key]) for key in right_a)
+    both, only_a, only_b, neither = (counts[pair] for pair in itertools.product((True, False), repeat=2))
     return {
         "n": n,
         "accuracy_a": (both + only_a) / n,
@@ -703,19 +593,18 @@ def paired_comparison(a: Sequence[Scored], b: Sequence[Scored], metric: str) -> 
 
 
 def video_interval(rows: Sequence[Scored], metric: str) -> list[float] | None:
-    """95 % percentile interval of the accuracy when whole videos are drawn again (seeded); None with one video.
+    """95 % percentile interval of the accuracy when videos are drawn again (seeded); None with one video.
 
     Rows of a video resemble each other, so this is the interval that speaks about other videos; Wilson's does not.
     """
-    counts: dict[str, list[int]] = defaultdict(lambda: [0, 0])
+    by_video: dict[str, list[bool]] = defaultdict(list)
     for row in rows:
-        counts[row.key[0]][0] += row.correct[metric]
-        counts[row.key[0]][1] += 1
-    if len(counts) < 2:
+        by_video[row.key[0]].append(row.correct[metric])
+    if len(by_video) < 2:
         return None
-    videos, draw, accuracies = [counts[video] for video in sorted(counts)], random.Random(0), []
+    counts, draw, accuracies = [(sum(right), len(right)) for _, right in sorted(by_video.items())], random.Random(0), []
     for _ in range(VIDEO_RESAMPLES):
-        sample = draw.choices(videos, k=len(videos))
+        sample = draw.choices(counts, k=len(counts))
         accuracies.append(sum(right for right, _ in sample) / sum(n for _, n in sample))
     cuts = statistics.quantiles(accuracies, n=40, method="inclusive")  # 39 cut points, 2.5 % apart
     return [cuts[0], cuts[-1]]
@@ -724,6 +613,16 @@ def video_interval(rows: Sequence[Scored], metric: str) -> list[float] | None:
 # ---------------------------------------------------------------------------------------------------------------------
 # Reference lines: what a model without ears and eyes would score
 # ---------------------------------------------------------------------------------------------------------------------
+
+REFERENCES = ("chance", "train_majority", "test_majority")
+
+
+def group_by_type(rows: Iterable[Scored]) -> dict[str, list[Scored]]:
+    """Rows per question type, types in alphabetical order."""
+    groups: dict[str, list[Scored]] = defaultdict(list)
+    for row in rows:
+        groups[row.question_type].append(row)
+    return dict(sorted(groups.items()))
 
 
 def majority_answers(pairs: Iterable[tuple[str, str]]) -> dict[str, str]:
@@ -746,16 +645,14 @@ def reference_lines(rows: Sequence[Scored], train_majority: Mapping[str, str] | 
     test_majority: knows the commonest answer in `rows` themselves, an oracle.
     """
     if not rows:
-        return {"chance": None, "train_majority": None, "test_majority": None}
-    golds: dict[str, set[str]] = defaultdict(set)
-    for row in rows:
-        golds[row.question_type].add(row.gold)
+        return dict.fromkeys(REFERENCES)
+    n_golds = {kind: len({row.gold for row in group}) for kind, group in group_by_type(rows).items()}
 
     def share(majority: Mapping[str, str]) -> float:
         return sum(majority.get(row.question_type) == row.gold for row in rows) / len(rows)
 
     return {
-        "chance": math.fsum(1 / len(golds[row.question_type]) for row in rows) / len(rows),
+        "chance": math.fsum(1 / n_golds[row.question_type] for row in rows) / len(rows),
         "train_majority": None if train_majority is None else share(train_majority),
         "test_majority": share(majority_answers((row.question_type, row.gold) for row in rows)),
     }
@@ -766,20 +663,11 @@ def reference_lines(rows: Sequence[Scored], train_majority: Mapping[str, str] | 
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def group_by_type(rows: Iterable[Scored]) -> dict[str, list[Scored]]:
-    """Rows per question type, types in alphabetical order."""
-    groups: dict[str, list[Scored]] = defaultdict(list)
-    for row in rows:
-        groups[row.question_type].append(row)
-    return dict(sorted(groups.items()))
-
-
 def finish_counts(rows: Sequence[Scored]) -> Row:
     """How the answers ended. `loops` counts repetition loops, whichever way they ended."""
     counts = Counter(row.finish_reason for row in rows)
     looping = sum(loops(row.prediction) for row in rows if row.prediction is not None)
-    reasons = ("eos", "length", "error", "missing", "unknown")
-    return {reason: counts[reason] for reason in reasons} | {"loops": looping}
+    return {reason: counts[reason] for reason in ("eos", "length", "error", "missing", "unknown")} | {"loops": looping}
 
 
 def collapse_warnings(rows: Sequence[Scored]) -> list[str]:
@@ -788,68 +676,59 @@ def collapse_warnings(rows: Sequence[Scored]) -> list[str]:
     """
     lines = []
     for kind, group in group_by_type(rows).items():
-        gold = Counter(row.gold for row in group)
-        given = Counter(row.label for row in group if row.label is not None)
-        if len(group) < COLLAPSE_MIN_ROWS or len(gold) < 2 or not given:
+        n, gold = len(group), Counter(row.gold for row in group)
+        given = Counter(predicted_label(row.prediction, kind) for row in group if row.prediction is not None)
+        if n < COLLAPSE_MIN_ROWS or len(gold) < 2 or not given:
             continue
-        top, count = given.most_common(1)[0]
-        balanced = max(gold.values()) / len(group) <= BALANCE_SLACK / len(gold)
-        if balanced and count / len(group) > COLLAPSE_SHARE:
-            lines.append(f"mode collapse: {kind} is answered '{top[:40]}' in {count} of {len(group)} rows")
-        elif 2 * len(gold.keys() & given.keys()) < len(gold):
-            lines.append(
-                f"mode collapse: {kind} has {len(gold)} gold answers, "
-                f"of which {len(gold.keys() & given.keys())} are ever given"
-            )
+        (top, count), both = given.most_common(1)[0], len(gold.keys() & given.keys())
+        if max(gold.values()) / n <= BALANCE_SLACK / len(gold) and count / n > COLLAPSE_SHARE:
+            lines.append(f"mode collapse: {kind} is answered '{top[:40]}' in {count} of {n} rows")
+        elif 2 * both < len(gold):
+            lines.append(f"mode collapse: {kind} has {len(gold)} gold answers, of which {both} are ever given")
     return lines
 
 
 def overlap_warnings(annotations: Sequence[Row], train_rows: Sequence[Row]) -> list[str]:
     """Lines for evaluated rows whose frames, or ids within their video, also stand in the training file."""
 
-    def frames(row: Row) -> set[tuple[str, str]]:
-        return {(row["video_id"], str(frame)) for frame in row.get("frames") or ()}
+    def parts(row: Row) -> tuple[set[tuple[str, str]], set[tuple[str, str]]]:
+        video = row["video_id"]
+        return {(video, str(frame)) for frame in row.get("frames") or ()}, {(video, row["id"])}
 
-    train_frames = set().union(*map(frames, train_rows))
-    train_ids = {(row["video_id"], row["id"]) for row in train_rows}
-    n = len(annotations)
-    shared = {
-        "use a frame that training also used": sum(not frames(row).isdisjoint(train_frames) for row in annotations),
-        "have a video and id that training also had": sum(
-            (row["video_id"], row["id"]) in train_ids for row in annotations
-        ),
-    }
-    return [f"not held out: {count} of {n} rows {what}" for what, count in shared.items() if count]
+    lines = []
+    for i, text in enumerate(("use a frame that training also used", "have a video and id that training also had")):
+        trained = set().union(*(parts(row)[i] for row in train_rows))
+        if count := sum(not parts(row)[i].isdisjoint(trained) for row in annotations):
+            lines.append(f"not held out: {count} of {len(annotations)} rows {text}")
+    return lines
 
 
 def answer_warnings(rows: Sequence[Scored]) -> list[str]:
     """Lines for answers cut at the length limit, repetition loops, failed or missing rows, and a single video."""
-    n, finish, lines = len(rows), finish_counts(rows), []
-    if finish["length"]:
-        lines.append(f"{finish['length']} of {n} answers were cut at the length limit (--max_new_tokens)")
-    if finish["loops"]:
-        lines.append(f"{finish['loops']} of {n} answers are repetition loops")
-    if finish["error"]:
-        lines.append(f"{finish['error']} of {n} rows failed; they count as wrong")
-    if finish["missing"]:
-        lines.append(f"{finish['missing']} of {n} rows have no prediction; they count as wrong")
+    counts = finish_counts(rows)
+    texts = {
+        "length": "answers were cut at the length limit (--max_new_tokens)",
+        "loops": "answers are repetition loops",
+        "error": "rows failed; they count as wrong",
+        "missing": "rows have no prediction; they count as wrong",
+    }
+    lines = [f"{counts[name]} of {len(rows)} {text}" for name, text in texts.items() if counts[name]]
     if len({row.key[0] for row in rows}) == 1:
         lines.append("one video only: nothing here says how other videos would fare, so no interval over videos")
     return lines
 
 
-def below_majority_warnings(choice: float, baselines: Row, discriminative: Row) -> list[str]:
-    """Lines that say that `choice` is below the training majority, on all rows or on the discriminative ones."""
-    cases = [("all rows", choice, baselines["train_majority"])]
-    if discriminative["n"]:
-        subset_choice = discriminative["metrics"]["choice"]["accuracy"]
-        cases.append(("the discriminative rows", subset_choice, discriminative["baselines"]["train_majority"]))
-    return [
-        f"below the training majority on {name}: one constant answer per question type scores "
-        f"{100 * line:.1f} %, this model {100 * model:.1f} %"
-        for name, model, line in cases
-        if line is not None and model < line
-    ]
+def below_majority_warnings(figures: Mapping[str, Row]) -> list[str]:
+    """Lines for the sets of rows, by their names, whose `choice` is below their training majority."""
+    lines = []
+    for name, part in figures.items():
+        choice, constant = part["metrics"]["choice"]["accuracy"], part["baselines"]["train_majority"]
+        if constant is not None and choice < constant:
+            lines.append(
+                f"below the training majority on {name}: one constant answer per question type scores "
+                f"{_show(constant)} %, this model {_show(choice)} %"
+            )
+    return lines
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -860,9 +739,8 @@ def below_majority_warnings(choice: float, baselines: Row, discriminative: Row) 
 def accuracy(rows: Sequence[Scored], metric: str) -> Row:
     """{"accuracy", "ci95", "n", "correct"} of one metric; accuracy and interval are None with no rows."""
     n, right = len(rows), sum(row.correct[metric] for row in rows)
-    if n == 0:
-        return {"accuracy": None, "ci95": None, "n": 0, "correct": 0}
-    return {"accuracy": right / n, "ci95": list(wilson_interval(right, n)), "n": n, "correct": right}
+    share, interval = (right / n, list(wilson_interval(right, n))) if n else (None, None)
+    return {"accuracy": share, "ci95": interval, "n": n, "correct": right}
 
 
 def accuracies(rows: Sequence[Scored]) -> Row:
@@ -887,48 +765,50 @@ def summarise(
     manifest: Row | None = None,
 ) -> Row:
     """The content of X.summary.json. `rows` are the scored `annotations`; `arms` comes from `summarise_arms`."""
-    train_majority = None
+    majority = None
     if train_rows is not None:
-        pairs = ((row["question_type"], normalise(row["short_answer"])) for row in train_rows)
-        train_majority = majority_answers(pairs)
-    groups = group_by_type(rows)
+        majority = majority_answers((row["question_type"], normalise(row["short_answer"])) for row in train_rows)
+
+    def figures(part: Sequence[Scored]) -> Row:
+        return {"metrics": accuracies(part), "baselines": reference_lines(part, majority)}
+
+    groups, finish, everything = group_by_type(rows), finish_counts(rows), figures(rows)
+    unknown = {
+        row["question_type"] for row in annotations if not gold_option(row["question_type"], row["short_answer"])
+    }
     varied = [kind for kind, group in groups.items() if len({row.gold for row in group}) > 1]
     subset = [row for row in rows if row.question_type in varied]
-    finish = finish_counts(rows)
-    metrics, baselines = accuracies(rows), reference_lines(rows, train_majority)
     discriminative = {
         "n": len(subset),
         "types": varied,
         "types_excluded": [kind for kind in groups if kind not in varied],
-        "metrics": accuracies(subset),
-        "baselines": reference_lines(subset, train_majority),
+        **figures(subset),
     }
-    warnings = (
-        below_majority_warnings(metrics["choice"]["accuracy"], baselines, discriminative)
-        + collapse_warnings(rows)
-        + answer_warnings(rows)
-        + (overlap_warnings(annotations, train_rows) if train_rows is not None else [])
-    )
     return {
         "schema_version": SCHEMA_VERSION,
         "n_total": len(rows),
         "n_scored": len(rows) - finish["error"] - finish["missing"],
         "n_errors": finish["error"],
         "n_missing": finish["missing"],
-        "metrics": metrics,
+        "metrics": everything["metrics"],
         "by_type": {
             kind: {
                 "n": len(group),
                 **{metric: accuracy(group, metric) for metric in METRICS},
-                **reference_lines(group, train_majority if train_majority and kind in train_majority else None),
+                **reference_lines(group, majority if majority and kind in majority else None),
             }
             for kind, group in groups.items()
         },
-        "baselines": baselines,
+        "baselines": everything["baselines"],
         "discriminative": discriminative,
         "finish": finish,
-        "warnings": warnings,
-        "types_without_options": sorted({row.question_type for row in rows if not row.has_options}),
+        "warnings": [
+            *below_majority_warnings({"all rows": everything, "the discriminative rows": discriminative}),
+            *collapse_warnings(rows),
+            *answer_warnings(rows),
+            *(overlap_warnings(annotations, train_rows) if train_rows is not None else ()),
+        ],
+        "types_without_options": sorted(unknown),
         "missing": [key_text(row.key) for row in rows if row.finish_reason == "missing"],
         "failed": [key_text(row.key) for row in rows if row.finish_reason == "error"],
         "arms": arms or {},
@@ -955,25 +835,20 @@ def pair_mismatched_audio(annotations: Sequence[Row], seed: int = 0) -> dict[Key
     The choice depends on the seed, the row and the set of rows, not on their order: a hash of seed and key picks among
     the rows of other types with another question, sorted by key. Raises InputError if a row has no such partner.
     """
-    ordered = sorted(annotations, key=row_key)
-    by_question: dict[tuple[str, str], list[Key]] = {}
+    asked = {row_key(row): normalise(row["question"]) for row in annotations}
+
+    @functools.cache
+    def partners(kind: str, question: str) -> list[Key]:
+        return [key for key in sorted(asked) if key[2] != kind and asked[key] != question]
+
     pairs = {}
-    for row in annotations:
-        kind, question = row["question_type"], normalise(row["question"])
-        if (kind, question) not in by_question:
-            by_question[kind, question] = [
-                row_key(other)
-                for other in ordered
-                if other["question_type"] != kind and normalise(other["question"]) != question
-            ]
-        others = by_question[kind, question]
+    for key, question in asked.items():
+        others, name = partners(key[2], question), key_text(key)
         if not others:
-            raise InputError(
-                f"--arms mismatched_audio: {key_text(row_key(row))} has no row of another question type to borrow "
-                f"speech from; evaluate more question types or drop the arm"
-            )
-        digest = hashlib.sha256(f"{seed}/{key_text(row_key(row))}".encode()).digest()
-        pairs[row_key(row)] = others[int.from_bytes(digest[:8], "big") % len(others)]
+            what = f"{name} has no row of another question type to borrow speech from"
+            raise InputError(f"--arms mismatched_audio: {what}; evaluate more question types or drop the arm")
+        digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
+        pairs[key] = others[int.from_bytes(digest[:8], "big") % len(others)]
     return pairs
 
 
@@ -1007,48 +882,44 @@ def summarise_arms(main: str, rows_of: Mapping[str, Sequence[Scored]], files: Ma
     }
 
 
-def _arm_sentence(arms: Row, candidates: Mapping[str, str], verb: str) -> str:
-    arm = next((name for name in candidates if name in arms and arms[name]["versus"]), None)
-    if arm is None:
-        return f"Does it {verb}? Not tested: add one of {', '.join(candidates)} to --arms."
-    pair = arms[arm]["versus"]["choice"]
-    low, high = pair["ci95"]
-    figures = (
-        f"with {candidates[arm]}, choice goes from {100 * pair['accuracy_a']:.1f} % to "
-        f"{100 * pair['accuracy_b']:.1f} % (difference {_points(pair['difference'])} points, "
-        f"95 % {_points(low)} to {_points(high)}; p {_p_text(pair['p'])}; n {pair['n']})."
-    )
-    if pair["difference"] < 0 and pair["p"] < SIGNIFICANCE:
-        return f"Does it {verb}? Yes: {figures}"
-    if pair["difference"] < 0:
-        return f"Does it {verb}? It may, but these rows are too few to tell: {figures}"
-    return f"Does it {verb}? There is no sign of it: {figures}"
-
-
 def arm_sentences(arms: Row) -> list[str]:
     """Does it hear? Does it see? One sentence each with the figures it rests on, from `summarise_arms`."""
-    return [_arm_sentence(arms, HEARING_ARMS, "hear"), _arm_sentence(arms, SEEING_ARMS, "see")]
+    sentences = []
+    for verb, candidates in (("hear", HEARING_ARMS), ("see", SEEING_ARMS)):
+        pairs = {arm: arms[arm]["versus"]["choice"] for arm in candidates if arms.get(arm, {}).get("versus")}
+        if not pairs:
+            sentences.append(f"Does it {verb}? Not tested: add one of {', '.join(candidates)} to --arms.")
+            continue
+        arm, pair = next(iter(pairs.items()))
+        if pair["difference"] >= 0:
+            verdict = "There is no sign of it"
+        else:
+            verdict = "Yes" if pair["p"] < SIGNIFICANCE else "It may, but these rows are too few to tell"
+        sentences.append(
+            f"Does it {verb}? {verdict}: with {candidates[arm]}, choice goes from {_show(pair['accuracy_a'])} % to "
+            f"{_show(pair['accuracy_b'])} % (difference {_points(pair['difference'])} points, "
+            f"95 % {_points(*pair['ci95'])}; p {_p_text(pair['p'])}; n {pair['n']})."
+        )
+    return sentences
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Tables for the terminal, at most WIDTH columns
 # ---------------------------------------------------------------------------------------------------------------------
 
-
-def _percent(value: float | None) -> str:
-    return "-" if value is None else f"{100 * value:.1f}"
+Table = tuple[Sequence[str], list[Sequence[Any]]]  # header and rows; cells: text, counts, shares, intervals, None
 
 
-def _range(ci95: Sequence[float] | None) -> str:
-    return "-" if ci95 is None else f"{100 * ci95[0]:.1f} to {100 * ci95[1]:.1f}"
+def _show(cell: Any, between: str = " to ", digits: int = 1) -> str:
+    """A share in %, an interval of shares as "25.5 to 36.6", None as a dash, all else as it is."""
+    if isinstance(cell, list | tuple):
+        return between.join(_show(end, digits=digits) for end in cell)
+    return "-" if cell is None else f"{100 * cell:.{digits}f}" if isinstance(cell, float) else str(cell)
 
 
-def _rounded(ci95: Sequence[float]) -> str:
-    return f"{100 * ci95[0]:.0f}-{100 * ci95[1]:.0f}"
-
-
-def _points(value: float) -> str:
-    return f"{round(100 * value, 1) + 0.0:+.1f}"  # + 0.0: a difference of -0.04 points is +0.0, not -0.0
+def _points(*values: float) -> str:
+    """Differences of shares in points; -0.04 points are +0.0, not -0.0."""
+    return " to ".join(f"{round(100 * value, 1) + 0.0:+.1f}" for value in values)
 
 
 def _p_text(p: float) -> str:
@@ -1059,66 +930,69 @@ def _wrap(text: str) -> str:
     return textwrap.fill(text, WIDTH, subsequent_indent="  ", break_on_hyphens=False)
 
 
-def _table(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+def render_table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
     """Columns as wide as their content, two spaces apart; the first to the left, figures to the right."""
-    widths = [max(len(line[i]) for line in (header, *lines)) for i in range(len(header))]
+    columns = [list(map(_show, column)) for column in zip(header, *rows, strict=True)]
+    widths = [max(map(len, column)) for column in columns]
     return "\n".join(
-        "  ".join(
-            cell.ljust(width) if i == 0 else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(line, widths, strict=True))
-        ).rstrip()
-        for line in (header, *lines)
+        "  ".join([first.ljust(widths[0]), *map(str.rjust, figures, widths[1:])]).rstrip()
+        for first, *figures in zip(*columns, strict=True)
     )
 
 
-REFERENCES = ("chance", "train_majority", "test_majority")
+def metrics_table(metrics: Row) -> Table:
+    """Every metric over all rows, from the summary's `metrics`."""
+    names = ("correct", "n", "accuracy", "ci95", "macro", "ci95_videos")
+    rows = [(metric, *(part[name] for name in names)) for metric, part in metrics.items()]
+    return ("metric", "right", "n", "accuracy", "95 % interval", "macro", "over videos"), rows
 
 
-def _metrics_table(metrics: Row) -> str:
-    lines = [
-        (
-            name,
-            str(part["correct"]),
-            str(part["n"]),
-            _percent(part["accuracy"]),
-            _range(part["ci95"]),
-            _percent(part["macro"]),
-            _range(part["ci95_videos"]),
-        )
-        for name, part in metrics.items()
+def reference_table(summary: Row) -> Table:
+    """`choice` beside the reference lines, over all rows and over the discriminative ones."""
+    subset = summary["discriminative"]
+    rows = [
+        (name, n, part["metrics"]["choice"]["accuracy"], *(part["baselines"][line] for line in REFERENCES))
+        for name, n, part in (("all rows", summary["n_total"], summary), ("discriminative rows", subset["n"], subset))
     ]
-    return _table(("metric", "right", "n", "accuracy", "95 % interval", "macro", "over videos"), lines)
+    return ("", "n", "choice", "chance", "train majority", "test majority"), rows
 
 
-def _reference_table(summary: Row) -> str:
-    lines = [
-        (
-            name,
-            str(n),
-            _percent(part["metrics"]["choice"]["accuracy"]),
-            *(_percent(part["baselines"][line]) for line in REFERENCES),
-        )
-        for name, n, part in (
-            ("all rows", summary["n_total"], summary),
-            ("discriminative rows", summary["discriminative"]["n"], summary["discriminative"]),
-        )
-    ]
-    return _table(("", "n", "choice", "chance", "train majority", "test majority"), lines)
+def types_table(by_type: Row) -> Table:
+    """`choice`, `contains` and the reference lines of each question type, from the summary's `by_type`."""
+    rows = []
+    for kind, part in by_type.items():
+        choice, contains = part["choice"], part["contains"]["accuracy"]
+        cells = (kind[:25], part["n"], choice["accuracy"], _show(choice["ci95"], "-", 0), contains)
+        rows.append((*cells, *(part[line] for line in REFERENCES)))
+    return ("question type", "n", "choice", "95 %", "contains", "chance", "train", "test"), rows
 
 
-def _types_table(by_type: Row) -> str:
-    lines = [
-        (
-            kind[:25],
-            str(part["n"]),
-            _percent(part["choice"]["accuracy"]),
-            _rounded(part["choice"]["ci95"]),
-            _percent(part["contains"]["accuracy"]),
-            *(_percent(part[line]) for line in REFERENCES),
-        )
-        for kind, part in by_type.items()
-    ]
-    return _table(("question type", "n", "choice", "95 %", "contains", "chance", "train", "test"), lines)
+def arms_table(arms: Row) -> Table:
+    """`choice` of each arm, its paired difference to the main arm and McNemar's p, from `summarise_arms`."""
+    rows = []
+    for arm, part in arms.items():
+        choice, versus = part["metrics"]["choice"], ("", "", "")
+        if part["versus"]:
+            pair = part["versus"]["choice"]
+            versus = _points(pair["difference"]), _points(*pair["ci95"]), _p_text(pair["p"])
+        right = f"{choice['correct']}/{choice['n']}"
+        rows.append((arm, right, choice["accuracy"], _show(choice["ci95"], "-", 0), *versus))
+    return ("arm", "choice", "%", "95 %", "diff", "95 % interval", "p"), rows
+
+
+def comparison_table(pairs: Row) -> Table:
+    """Metric -> `paired_comparison`, a line a metric."""
+    rows = []
+    for metric, pair in pairs.items():
+        difference, ends = _points(pair["difference"]), _points(*pair["ci95"])
+        counts = (pair["only_a"], pair["only_b"], _p_text(pair["p"]))
+        rows.append((metric, pair["accuracy_a"], pair["accuracy_b"], difference, ends, *counts))
+    return ("metric", "A", "B", "B - A", "95 % interval", "only A", "only B", "p"), rows
+
+
+def render_arms(arms: Row) -> str:
+    """The table of the arms, and two sentences on it."""
+    return "\n".join([render_table(*arms_table(arms)), *map(_wrap, arm_sentences(arms))])
 
 
 def render_summary(summary: Row) -> str:
@@ -1126,32 +1000,29 @@ def render_summary(summary: Row) -> str:
     n, finish, seeds = summary["n_total"], summary["finish"], summary["metrics"]["contains"]
     parts = [
         f"Accuracy in %, of all {n} rows ({summary['n_errors']} failed, {summary['n_missing']} missing: wrong)",
-        _metrics_table(summary["metrics"]),
+        render_table(*metrics_table(summary["metrics"])),
         "",
         "choice beside what needs neither ears nor eyes",
-        _reference_table(summary),
+        render_table(*reference_table(summary)),
     ]
-    if summary["discriminative"]["types_excluded"]:
-        excluded = ", ".join(summary["discriminative"]["types_excluded"])
-        parts.append(_wrap(f"not discriminative (one gold answer): {excluded}"))
+    if excluded := summary["discriminative"]["types_excluded"]:
+        parts.append(_wrap(f"not discriminative (one gold answer): {', '.join(excluded)}"))
     unknown = f"; for {finish['unknown']} the file does not say" if finish["unknown"] else ""
     parts += [
         "",
-        _types_table(summary["by_type"]),
+        render_table(*types_table(summary["by_type"])),
         "",
         _wrap(
-            f"By the seed's rule (contains): {seeds['correct']}/{n} correct = {_percent(seeds['accuracy'])} %, "
-            f"95 % {_range(seeds['ci95'])}, beside the {100 * SEED_BASELINE:.0f} % baseline "
+            f"By the seed's rule (contains): {seeds['correct']}/{n} correct = {_show(seeds['accuracy'])} %, "
+            f"95 % {_show(seeds['ci95'])}, beside the {100 * SEED_BASELINE:.0f} % baseline "
             f"(audio + image, zero-shot, the 50 clips of 002-001)."
         ),
-        _wrap(f"{finish['eos']}/{n} stopped by themselves = {_percent(finish['eos'] / n)} %{unknown}."),
+        _wrap(f"{finish['eos']}/{n} stopped by themselves = {_show(finish['eos'] / n)} %{unknown}."),
     ]
-    if summary["types_without_options"]:
-        names = ", ".join(summary["types_without_options"])
+    if names := ", ".join(summary["types_without_options"]):
         parts.append(_wrap(f"No table of options covers every answer of {names}: choice is strict there."))
     for name in ("missing", "failed"):
-        keys = summary[name]
-        if keys:
+        if keys := summary[name]:
             more = f" and {len(keys) - LISTED} more" if len(keys) > LISTED else ""
             parts.append(_wrap(f"{name.capitalize()}: {', '.join(keys[:LISTED])}{more}"))
     if summary["arms"]:
@@ -1159,28 +1030,6 @@ def render_summary(summary: Row) -> str:
     if summary["warnings"]:
         parts += ["", *(_wrap(f"Warning: {line}") for line in summary["warnings"])]
     return "\n".join(parts)
-
-
-def render_arms(arms: Row) -> str:
-    """The arms side by side on `choice`, with paired difference to the main arm and McNemar's p, and two sentences."""
-    lines = []
-    for arm, part in arms.items():
-        choice, pair = part["metrics"]["choice"], part["versus"] and part["versus"]["choice"]
-        lines.append(
-            (
-                arm,
-                f"{choice['correct']}/{choice['n']}",
-                _percent(choice["accuracy"]),
-                _rounded(choice["ci95"]),
-                *(
-                    (_points(pair["difference"]), " to ".join(map(_points, pair["ci95"])), _p_text(pair["p"]))
-                    if pair
-                    else ("", "", "")
-                ),
-            )
-        )
-    table = _table(("arm", "choice", "%", "95 %", "diff", "95 % interval", "p"), lines)
-    return "\n".join([table, *map(_wrap, arm_sentences(arms))])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1202,129 +1051,101 @@ def arm_path(rows_path: str | Path, arm: str, main: str) -> Path:
     return path if arm == main else path.with_suffix(f".{arm}.jsonl")
 
 
-def write_json(path: str | Path, content: Row) -> None:
-    """Write a JSON file so that a reader, or a crash, finds the old one or the new one whole.
+@contextlib.contextmanager
+def _writing(path: Path, content: bytes, advice: str) -> Iterator[None]:
+    """Turn an OSError, of a full disk above all, into one line that names what was needed and what is free."""
+    try:
+        yield
+    except OSError as error:
+        free = shutil.disk_usage(path.parent).free
+        raise InputError(
+            f"{path}: {len(content):,} bytes could not be written ({error.strerror}), {free:,} are free there; {advice}"
+        ) from error
 
-    Raises InputError where the disk does not take it.
-    """
-    path, text = Path(path), json.dumps(content, indent=2, allow_nan=False) + "\n"
+
+def write_json(path: str | Path, content: Row) -> None:
+    """Replace a file: a reader, or a crash, finds the old or the new one complete. InputError if the disk is full."""
+    path, data = Path(path), json.dumps(content, indent=2, allow_nan=False).encode() + b"\n"
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
-        with open(draft, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(draft, path)
-    except OSError as error:
-        advice = "make room and run the same command again; no row is lost"
-        raise InputError(disk_trouble(path, len(text.encode()), error, advice)) from error
+        with _writing(path, data, "make room and run the same command again; no row is lost"):
+            with open(draft, "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(draft, path)
     finally:
         draft.unlink(missing_ok=True)
 
 
-def disk_trouble(path: Path, needed: int, error: OSError, advice: str) -> str:
-    """One line for a write of `needed` bytes to `path` that failed."""
-    free = shutil.disk_usage(path.parent).free
-    return f"{path}: {needed:,} bytes could not be written ({error.strerror}), {free:,} are free there; {advice}"
+class RowFile(contextlib.AbstractContextManager):
+    """A rows file that a killed run can be resumed from: for one writer, each row flushed as it comes.
 
-
-def repair_torn_line(path: str | Path) -> int:
-    """Cut what a killed run left after the last newline of a rows file; return the number of bytes cut.
-
-    A row is written with its newline in one go, so whatever lacks one is incomplete and its sample is done again.
-    """
-    with open(path, "rb+") as file:
-        content = file.read()
-        whole = content.rfind(b"\n") + 1
-        file.truncate(whole)
-    return len(content) - whole
-
-
-class RowFile:
-    """A rows file that a killed run can be resumed from: opened for one writer, each row flushed as it comes.
-
-    with RowFile(path, fingerprint, overwrite=False) as rows:
-        rows.done      # key -> row: what an earlier run of the same fingerprint has written, and what is appended
-        rows.repaired  # bytes of a torn last line that were cut
-        rows.append(row)
-
-    The fingerprint (flat, JSON values: model, data, prompt, decoding) is kept in the companion X.jsonl.run.json.
-    Rows of another fingerprint, or without a companion, raise InputError; so does a second writer.
+    `done` maps key -> row, of earlier runs with the same fingerprint and as appended; `repaired` is the number of bytes
+    of a torn last line that were cut. The fingerprint (flat, JSON values: model, data, prompt, decoding) is kept in the
+    companion X.jsonl.run.json. Raises InputError for rows of another one or without one, and for a second writer.
     """
 
     def __init__(self, path: str | Path, fingerprint: Row, *, overwrite: bool = False):
         self.path, self.companion = Path(path), Path(f"{path}.run.json")
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = open(self.path, "ab")  # noqa: SIM115  closed in close()
-        try:
-            self._lock()
-            if overwrite:
+        with contextlib.ExitStack() as closing:  # of the file, if it cannot be gone on with
+            self._file = closing.enter_context(open(self.path, "ab"))
+            try:
+                fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                busy = f"{self.path}: another run is writing it; wait for it or choose another name"
+                raise InputError(busy) from error
+            if overwrite:  # before the companion changes: a run killed in between leaves no rows under a new one
                 self._file.truncate(0)
-            self._check(fingerprint)
-            self.repaired = repair_torn_line(self.path)
+            content = self.path.read_bytes()
+            if content:
+                self._check(fingerprint)
+            else:
+                write_json(self.companion, fingerprint)
+            # A row is written with its newline in one go: what lacks one is incomplete, and is done again.
+            complete = content.rfind(b"\n") + 1
+            self._file.truncate(complete)
+            self.repaired = len(content) - complete
             self.done = read_answer_rows(self.path)
-        except BaseException:
-            self.close()
-            raise
-
-    def _lock(self) -> None:
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise InputError(f"{self.path}: another run is writing it; wait for it or choose another name") from error
+            self._closing = closing.pop_all()
 
     def _check(self, fingerprint: Row) -> None:
-        fingerprint = json.loads(json.dumps(fingerprint, allow_nan=False))  # compared as it will be read back
-        if self.path.stat().st_size == 0:
-            write_json(self.companion, fingerprint)
-            return
-        if not self.companion.exists():
-            raise InputError(
-                f"{self.path}: rows without {self.companion.name}, so nothing tells which run made them; "
-                f"choose another --output_file, or start again with --overwrite"
-            )
+        fingerprint = json.loads(json.dumps(fingerprint, allow_nan=False))  # as the stored one was read back
+        again = "choose another --output_file, or start again with --overwrite"
         try:
-            stored = json.loads(self.companion.read_text(encoding="utf-8"))
+            stored = json.loads(self.companion.read_bytes())
+        except FileNotFoundError as error:
+            what = f"rows without {self.companion.name}, so nothing tells which run made them"
+            raise InputError(f"{self.path}: {what}; {again}") from error
         except ValueError as error:
-            raise InputError(f"{self.companion}: not JSON ({error}); start again with --overwrite") from error
+            raise InputError(f"{self.companion}: not JSON ({error}); {again}") from error
         differing = [
             f"{name} ({stored.get(name)!r} then, {fingerprint.get(name)!r} now)"
             for name in sorted(stored.keys() | fingerprint.keys())
             if stored.get(name) != fingerprint.get(name)
         ]
         if differing:
-            raise InputError(
-                f"{self.path}: its rows come from another run; {'; '.join(differing)}. "
-                f"Choose another --output_file, or start again with --overwrite"
-            )
+            differences = "; ".join(differing)
+            raise InputError(f"{self.path}: its rows come from another run; {differences}. {again.capitalize()}")
 
     def append(self, row: Row) -> None:
-        """Add one row at the end of the file, whole or not at all; it survives this process being killed.
-
-        Raises InputError where the disk does not take it, naming what was needed and what is free.
-        """
-        line = json.dumps(row, allow_nan=False).encode() + b"\n"
-        size, handle = self.path.stat().st_size, self._file.fileno()
-        try:
-            written = os.write(handle, line)
-            while written < len(line):  # a disk that has just become full says so when asked for the rest
-                written += os.write(handle, line[written:])
-        except OSError as error:
-            self._file.truncate(size)
-            advice = f"the {len(self.done)} rows before it are kept; make room, then the same command goes on"
-            raise InputError(disk_trouble(self.path, len(line), error, advice)) from error
+        """Add a row at the end, completely or not at all; it survives a kill. InputError where the disk is full."""
+        line, size = json.dumps(row, allow_nan=False).encode() + b"\n", self.path.stat().st_size
+        advice = f"the {len(self.done)} rows before it are kept; make room, then the same command goes on"
+        with _writing(self.path, line, advice):
+            try:
+                written = 0
+                while written < len(line):  # a disk that has just become full says so when asked for the rest
+                    written += os.write(self._file.fileno(), line[written:])
+            except OSError:
+                self._file.truncate(size)
+                raise
         self.done[row_key(row)] = row
 
-    def close(self) -> None:
-        """Release the file. Needed before another writer may open it."""
-        self._file.close()
-
-    def __enter__(self) -> "RowFile":
-        return self
-
     def __exit__(self, *exc: object) -> None:
-        self.close()
+        self._closing.close()
 
 
 def sha256_file(path: str | Path) -> str:
@@ -1349,10 +1170,10 @@ def git_state(folder: str | Path) -> Row:
 def base_manifest(args: argparse.Namespace) -> Row:
     """What can be said of any run without a model: flags, data and script hashes, Python, git state."""
     files = {name: getattr(args, name) for name in ("eval_data_path", "train_data_path")}
+    files["evaluate_checkpoint.py"] = __file__
     return {
         "flags": vars(args),
-        "sha256": {name: sha256_file(path) for name, path in files.items() if path}
-        | {"evaluate_checkpoint.py": sha256_file(__file__)},
+        "sha256": {name: sha256_file(path) for name, path in files.items() if path},
         "python": platform.python_version(),
         "git": git_state(Path(__file__).resolve().parent),
     }
@@ -1377,8 +1198,7 @@ def score_only(args: argparse.Namespace) -> int:
     manifest["sha256"]["output_file"] = sha256_file(args.output_file)
     summary = summarise(annotations, score_rows(annotations, predictions), train_rows=train_rows, manifest=manifest)
     write_json(target, summary)
-    print(render_summary(summary))
-    print(f"\nSummary: {target}")
+    print(render_summary(summary), f"\nSummary: {target}", sep="\n")
     return 1 if summary["n_errors"] else 0
 
 
@@ -1387,162 +1207,107 @@ def compare(path_a: str, path_b: str) -> int:
 
     Raises InputError, with examples, if the two do not hold the same rows with the same gold answers.
     """
-    rows_a, rows_b = read_answer_rows(path_a), read_answer_rows(path_b)
-    for here, there, rows, others in ((path_a, path_b, rows_a, rows_b), (path_b, path_a, rows_b, rows_a)):
-        lacking = sorted(rows.keys() - others.keys())
-        if lacking:
-            raise InputError(
-                f"--compare: {len(lacking)} rows of {here} are not in {there}, e.g. "
-                f"{', '.join(map(key_text, lacking[:3]))}; compare runs over the same data"
-            )
+    (rows_a, rows_b), same = (read_answer_rows(path_a), read_answer_rows(path_b)), "compare runs over the same data"
+    sides = (path_a, rows_a), (path_b, rows_b)
+    for (here, rows), (there, others) in (sides, sides[::-1]):
+        if lacking := sorted(rows.keys() - others.keys()):
+            some = ", ".join(map(key_text, lacking[:3]))
+            raise InputError(f"--compare: {len(lacking)} rows of {here} are not in {there}, e.g. {some}; {same}")
     if not rows_a:
         raise InputError(f"--compare: {path_a} and {path_b} hold no rows")
-    for key, row in rows_a.items():
-        for name in ("short_answer", "ground_truth"):
-            if row[name] != rows_b[key][name]:
-                raise InputError(
-                    f"--compare: {key_text(key)} has the {name} {row[name]!r} in {path_a} but "
-                    f"{rows_b[key][name]!r} in {path_b}; compare runs over the same data"
-                )
-
-    gold = [{**row, "answer": row["ground_truth"]} for row in rows_a.values()]
-    scored_a, scored_b = score_rows(gold, rows_a), score_rows(gold, rows_b)
-    lines = []
-    for metric in METRICS:
-        pair = paired_comparison(scored_a, scored_b, metric)
-        lines.append(
-            (
-                metric,
-                _percent(pair["accuracy_a"]),
-                _percent(pair["accuracy_b"]),
-                _points(pair["difference"]),
-                " to ".join(map(_points, pair["ci95"])),
-                str(pair["only_a"]),
-                str(pair["only_b"]),
-                _p_text(pair["p"]),
+    for key, name in itertools.product(rows_a, ("short_answer", "ground_truth")):
+        gold_a, gold_b = rows_a[key][name], rows_b[key][name]
+        if gold_a != gold_b:
+            raise InputError(
+                f"--compare: {key_text(key)} has the {name} {gold_a!r} in {path_a} but {gold_b!r} in {path_b}; {same}"
             )
-        )
-    print(f"A  {path_a}\nB  {path_b}\nAccuracy in % over the same {len(gold)} rows; difference is B - A\n")
-    print(_table(("metric", "A", "B", "B - A", "95 % interval", "only A", "only B", "p"), lines))
+    annotations = [{**row, "answer": row["ground_truth"]} for row in rows_a.values()]
+    scored_a, scored_b = score_rows(annotations, rows_a), score_rows(annotations, rows_b)
+    pairs = {metric: paired_comparison(scored_a, scored_b, metric) for metric in METRICS}
+    print(f"A  {path_a}\nB  {path_b}\nAccuracy in % over the same {len(annotations)} rows; difference is B - A\n")
+    print(render_table(*comparison_table(pairs)))
     print("\nonly A, only B: rows that just one has right. p: exact McNemar test, two-sided.")
     return 0
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# With a model: what is loaded. torch and train_vqa are imported inside these functions.
+# With a model: what answers
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Subject:
-    """What answers, and from which inputs: the flags, else the checkpoint's settings, else train_vqa's defaults."""
-
-    base: str  # folder or hub id of the model, without adapter
-    adapter: Path | None
-    init: str  # pretrained or random
-    init_seed: int
-    init_device: str | None  # device type that random weights are drawn on. None: the one that answers
-    dtype: str  # to answer in
-    attn_implementation: str
-    input_mode: str
-    max_eval_frames: int | None  # None: all
-    max_image_size: int
-    audio_tokens: str  # full or speech
-    frame_mode: str  # images or video
-    settings: Row  # what train_vqa saved beside the adapter, {} for a base model
-    merged: bool  # the adapter is folded into the weights
-
-
-def read_subject(args: argparse.Namespace, device_type: str) -> Subject:
-    """Find out what --checkpoint_path is, and resolve every setting that evaluation shares with training.
-
-    Raises InputError for a folder without adapter or model, and for flags that contradict the checkpoint; VQAError for
-    unreadable settings, or an attention kernel that is none of ours.
-    """
+def load_libraries() -> None:
+    """Import what answering needs, torch and train_vqa. Scoring and comparing start at once without them."""
+    global torch, vqa
     import torch
 
     import train_vqa as vqa
 
-    folder, adapter, settings = args.checkpoint_path and Path(args.checkpoint_path), None, {}
-    base = args.model_name_or_path
-    if folder:
-        if (folder / "adapter_config.json").is_file():
-            adapter, settings = folder, vqa.load_settings(folder)
-        elif not (folder / "config.json").is_file():
-            inside = ", ".join(sorted(path.name for path in folder.glob("checkpoint-*")))
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What --checkpoint_path or --model_name_or_path names, and how it is to answer."""
+
+    path: Path | str  # for `load_trained`: folder of an adapter or of a model, or a hub id
+    adapter: bool
+    model: Any  # train_vqa's ModelSettings and InputSettings, the flags applied
+    inputs: Any
+    changes: Row  # fields of these two that the flags set
+    dtype: str  # to answer in
+    merged: bool  # the adapter goes into the weights
+
+
+def read_checkpoint(args: argparse.Namespace, device: Any) -> Checkpoint:
+    """Find out what is to answer, before any weights load.
+
+    Raises InputError for a folder without adapter or model and for flags that contradict it; VQAError for unreadable
+    settings, or an attention kernel that is not supported.
+    """
+    path = args.checkpoint_path or args.model_name_or_path or vqa.DEFAULT_MODEL
+    adapter = (Path(path) / "adapter_config.json").is_file()
+    if args.checkpoint_path and not adapter:
+        if not (Path(path) / "config.json").is_file():
+            inside = ", ".join(sorted(folder.name for folder in Path(path).glob("checkpoint-*")))
             raise InputError(
-                f"--checkpoint_path {folder}: no adapter (adapter_config.json) and no model (config.json) there; "
+                f"--checkpoint_path {path}: no adapter (adapter_config.json) and no model (config.json) there; "
                 f"{f'it holds {inside}: name one of them' if inside else 'name a folder that training wrote'}"
             )
-        elif base:
-            raise InputError(f"--checkpoint_path {folder} is a whole model; leave --model_name_or_path out")
-        else:
-            base = str(folder)
-            settings = vqa.load_settings(folder) if (folder / vqa.SETTINGS_FILE).is_file() else {}
-        listed = (folder / vqa.MANIFEST_FILE).is_file()  # a merged model has no list of its files
-        damage = vqa.find_damage(folder) if adapter or listed else None
-        if damage and listed:
-            raise InputError(f"--checkpoint_path {folder}: {damage}; take a whole checkpoint-N")
-        if damage:
-            print(f"   {folder}: {damage}, or it is not from train_vqa.py; its files were not compared")
-    # A whole model has weights of its own, however the base that it was made from came about.
-    model, inputs = settings.get("model", {}) if adapter else {}, settings.get("input", {})
-    if folder and args.init not in (None, model.get("init", "pretrained")):
-        raise InputError(f"--init {args.init}: {folder} was not trained so; leave the flag out")
-    if inputs.get("instruction", vqa.INSTRUCTION) != vqa.INSTRUCTION:
-        raise InputError(
-            f"{folder}: trained with the instruction {inputs['instruction']!r}, this train_vqa.py asks "
-            f"{vqa.INSTRUCTION!r}; use the train_vqa.py that trained it"
-        )
+        if args.model_name_or_path:
+            raise InputError(f"--checkpoint_path {path} is a complete model; leave --model_name_or_path out")
+    stored = vqa.load_settings(path) if adapter else {}
+    if args.init not in (None, stored.get("model", {}).get("init", "pretrained")) and args.checkpoint_path:
+        raise InputError(f"--init {args.init}: {path} was not trained so; leave the flag out")
     if args.no_merge and not adapter:
-        raise InputError("--no_merge: there is no adapter to keep apart; leave it out")
-    in_4bit = model.get("load_in_4bit", False)
-    if in_4bit and not args.no_merge:
-        print(f"   {folder}: the base is kept in 4 bits, which cannot take the adapter in; it stays apart")
-    whole = not adapter and settings.get("trained", {}).get("decoder") == "full"  # trained so, and not merged
-    computed = settings["model"] if whole else model
-    base_dtype = computed.get("dtype", "float32" if device_type == "cpu" else "bfloat16")
-    dtype = base_dtype if args.dtype == "auto" else args.dtype
-    attention = args.attn_implementation or computed.get("attn_implementation", "sdpa")
-    vqa.check_attention(attention, getattr(torch, dtype))
-    defaults = vqa.DataArguments()
-    frames = inputs.get("max_eval_frames", defaults.max_eval_frames)
-    return Subject(
-        base=base or model.get("model_name_or_path", vqa.DEFAULT_MODEL),
-        adapter=adapter,
-        init=model.get("init", args.init or "pretrained"),
-        init_seed=model.get("init_seed", args.seed),
-        init_device=model.get("init_device"),
-        dtype=dtype,
-        attn_implementation=attention,
-        input_mode=args.input_mode or inputs.get("input_mode", defaults.input_mode),
-        max_eval_frames=(frames if args.max_eval_frames is None else args.max_eval_frames) or None,
-        max_image_size=args.max_image_size or inputs.get("max_image_size", defaults.max_image_size),
-        audio_tokens=inputs.get("audio_tokens", defaults.audio_tokens),
-        frame_mode=inputs.get("frame_mode", defaults.frame_mode),
-        settings=settings,
-        merged=bool(adapter) and not in_4bit and not args.no_merge,
-    )
+        raise InputError("--no_merge: there is no adapter to keep unmerged; leave it out")
+    changes = {
+        "model_name_or_path": args.model_name_or_path if adapter else None,
+        "attn_implementation": args.attn_implementation,
+        "input_mode": args.input_mode,
+        "max_image_size": args.max_image_size,
+        **({} if adapter else {"init": args.init, "init_seed": args.seed}),
+    }
+    changes = {name: value for name, value in changes.items() if value is not None}
+    if args.max_eval_frames is not None:
+        changes["max_eval_frames"] = args.max_eval_frames or None
+    _, model, inputs = vqa.trained_settings(path, device.type, changes)
+    dtype = model.dtype if args.dtype == "auto" else args.dtype
+    vqa.check_attention(model.attn_implementation, getattr(torch, dtype))
+    if adapter and model.load_in_4bit and not args.no_merge:
+        print(f"   {path}: the base is kept in 4 bits, which cannot take the adapter in; it stays unmerged")
+    merged = adapter and not model.load_in_4bit and not args.no_merge
+    return Checkpoint(path, adapter, model, inputs, changes, dtype, merged)
 
 
-def load_subject(subject: Subject, device: Any) -> Any:
+def load_checkpoint(checkpoint: Checkpoint, device: Any) -> Any:
     """train_vqa's Trained: the model with its adapter in place, its processor, the fingerprint of its base."""
-    import torch
-
-    import train_vqa as vqa
-
-    kernel = vqa.ATTENTION_KERNELS[subject.attn_implementation]
-    precision = {"bfloat16": "BF16", "float32": "FP32"}[subject.dtype]
+    kernel = vqa.ATTENTION_KERNELS[checkpoint.model.attn_implementation]
+    precision = {"bfloat16": "BF16", "float32": "FP32"}[checkpoint.dtype]
     print(f"⏳ Loading merged {precision} model with {kernel} attention...", flush=True)
-    names = ("init", "init_seed", "init_device", "attn_implementation")
-    names += ("input_mode", "max_image_size", "audio_tokens", "frame_mode")
     trained = vqa.load_trained(
-        subject.adapter or subject.base,
+        checkpoint.path,
         device=device,
-        dtype=getattr(torch, subject.dtype),
-        merge=subject.merged,
-        model_name_or_path=subject.base,
-        **{name: getattr(subject, name) for name in names},
+        dtype=getattr(torch, checkpoint.dtype),
+        merge=checkpoint.merged,
+        **checkpoint.changes,
     )
     print(f"✓ Model loaded in full {precision}", flush=True)
     return trained
@@ -1553,118 +1318,112 @@ def load_subject(subject: Subject, device: Any) -> Any:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+def black_frames(frames: list[Any], speech: Any, draw: str) -> tuple[list[Any], Any]:
+    """Black frames of the same size, so that the prompt stays the same token for token."""
+    return [frame.point(lambda _: 0) for frame in frames], speech
+
+
+def silent_audio(frames: list[Any], speech: Any, draw: str) -> tuple[list[Any], Any]:
+    """Silence of the same length, so that the prompt stays the same token for token."""
+    return frames, speech * 0
+
+
+def first_frame(frames: list[Any], speech: Any, draw: str) -> tuple[list[Any], Any]:
+    """The first frame once: the prompt is shorter by the tokens of the others."""
+    return frames[:1], speech
+
+
+def shuffled_frames(frames: list[Any], speech: Any, draw: str) -> tuple[list[Any], Any]:
+    """The frames in another order than that in time, drawn from `draw`."""
+    order, generator = list(range(len(frames))), random.Random(draw)
+    while order == sorted(order) and len(order) > 1:
+        generator.shuffle(order)
+    return [frames[place] for place in order], speech
+
+
+# An arm is a function of frames (PIL images) and speech (float32 [n] or None) that gives them back changed. The last
+# two take the frames' paths as well, so that kept features serve them. Arms that are not listed change nothing here:
+# the input modes, and `mismatched_audio`, whose rows name another row's speech.
+CONTENT_ARMS = {"black_frames": black_frames, "silent_audio": silent_audio}
+ORDER_ARMS = {"first_frame": first_frame, "shuffled_frames": shuffled_frames}
+
+
 class ArmInputs:
-    """The rows of one arm as model inputs, decoded and changed as the arm says.
+    """The rows of one arm as model inputs.
 
     Args:
         arm: one of ARMS.
-        dataset: SurgicalVQADataset for generation; its processor has the arm's input mode.
-        heard: for each of its rows the VQARow whose speech is played.
+        dataset: SurgicalVQADataset for generation; its processor has the arm's input mode, and its rows the speech
+            that the arm plays.
         seed: of shuffled frames.
+        lenders: for rows that play another row's speech, that row.
     """
 
-    def __init__(self, arm: str, dataset: Any, heard: Sequence[Any], seed: int):
-        self.arm, self.dataset, self.heard, self.seed = arm, dataset, heard, seed
+    def __init__(self, arm: str, dataset: Any, seed: int = 0, lenders: Mapping[Key, Key] | None = None):
+        self.arm, self.dataset, self.seed, self.lenders = arm, dataset, seed, lenders or {}
         self.rows, self.processor = dataset.rows, dataset.processor
+        self.keys = [row_key(annotation_of(row)) for row in self.rows]
         self.features: Any = None  # train_vqa's FeatureStore, once it is filled
         self.batch_size: int | None = None  # rows answered at a time; `answer_arm` sets it
 
-    def sample(self, index: int) -> Row | str:
-        """Model inputs of a row without a batch dimension, or what is wrong with its media; threads may call it."""
-        import train_vqa as vqa
+    def change(self, change: Any, index: int, frames: list[Any], speech: Any) -> tuple[list[Any], Any]:
+        """Frames and speech of a row after `change`, a function of the tables above, or None."""
+        return change(frames, speech, f"{self.seed}/{self.rows[index].key}") if change else (frames, speech)
 
-        seen, heard = ((self.features and self.features.read(medium)) for medium in self.media_of(index))
-        try:
-            frames, speech = self.read(index, see=not seen, hear=not heard)
-            frames, speech = change_inputs(self.arm, frames, speech, f"{self.seed}/{self.rows[index].key}")
-            return self.encode(index, frames, speech, seen, heard and heard[0])
-        except vqa.VQAError as error:
-            return str(error)
+    def clip(self, index: int) -> tuple[Path, ...]:
+        """The files of the frames that a row shows, in the arm's order."""
+        frames, _ = self.dataset.media_of(index)
+        return tuple(self.change(ORDER_ARMS.get(self.arm), index, list(frames), None)[0])
 
-    def read(self, index: int, see: bool = True, hear: bool = True) -> tuple[list[Any], Any]:
-        """(selected frames as PIL images, speech float32 [n] or None); VQAError for media that cannot be used.
+    def media_of(self, index: int) -> tuple[tuple[Path, ...] | None, Path | None]:
+        """The clip and the speech that the encoders get as they are in the files; None for what the arm changes."""
+        complete = len(self.rows[index].frame_paths) == len(self.rows[index].frames)
+        clip = self.clip(index) if complete and self.arm != "black_frames" else None
+        return clip, None if self.arm == "silent_audio" else self.dataset.media_of(index)[1]
 
-        Without `see` there are no frames, without `hear` there is no speech.
-        """
-        import train_vqa as vqa
-
-        row, speech = self.rows[index], self.speech_path(index)
+    def read(self, index: int, with_frames: bool = True, with_speech: bool = True) -> tuple[list[Any], Any]:
+        """(frames as PIL images in the arm's order, speech float32 [n] or None); VQAError where they cannot be used."""
+        row, speech = self.rows[index], self.dataset.media_of(index)[1]
         if len(row.frame_paths) < len(row.frames):
             raise vqa.VQAError(f"{row.where}: a frame is missing")
         if speech is None and self.processor.input_mode != "text":
-            raise vqa.VQAError(f"{self.heard[index].where}: the speech is missing")
-        shown = self.frame_paths(index) if see else ()
-        frames = [vqa.load_frame(path, self.processor.max_image_size) for path in shown]
-        return frames, vqa.load_speech(speech) if speech and hear else None
+            raise vqa.VQAError(f"{row.where}: the speech is missing")
+        clip = self.clip(index) if with_frames else ()
+        frames = [vqa.load_frame(path, self.processor.max_image_size) for path in clip]
+        return frames, vqa.load_speech(speech) if speech and with_speech else None
 
-    def encode(self, index: int, frames: list[Any], speech: Any, seen: Any = None, heard: Any = None) -> Row:
-        """Model inputs of a row with these frames and this speech, or with the features of either."""
-        return self.processor.encode(self.rows[index], frames, speech, False, seen, heard)
+    def sample(self, index: int) -> Row | str:
+        """Model inputs of a row without a batch dimension, or what is wrong with its media; threads may call it."""
+        vision, speech_features = ((self.features and self.features.read(medium)) for medium in self.media_of(index))
+        try:
+            media = self.read(index, with_frames=not vision, with_speech=not speech_features)
+            media = self.change(CONTENT_ARMS.get(self.arm), index, *media)
+            return self.encode(index, *media, vision, speech_features and speech_features[0])
+        except vqa.VQAError as error:
+            return str(error)
 
-    def media_of(self, index: int) -> tuple[tuple[Path, ...] | None, Path | None]:
-        """What the encoders get of a row as it is in the files: the frames in the order shown, and the speech.
-
-        None for what the arm changes, and in text mode for the speech.
-        """
-        row, speech = self.rows[index], self.speech_path(index)
-        if len(row.frame_paths) < len(row.frames):
-            return None, None  # `read` says so
-        frames = list(self.frame_paths(index))
-        if self.arm in ("first_frame", "shuffled_frames"):
-            frames, _ = change_inputs(self.arm, frames, None, f"{self.seed}/{self.rows[index].key}")
-        return (
-            None if self.arm == "black_frames" else tuple(frames),
-            None if self.arm == "silent_audio" else speech,
-        )
+    def encode(self, index: int, frames: list[Any], speech: Any, *features: Any) -> Row:
+        """Model inputs of a row with these frames and this speech, or with kept features of either."""
+        return self.processor.encode(self.rows[index], frames, speech, False, *features)
 
     def length(self, index: int) -> float:
         """Tokens of a row's prompt, from the headers of its media; infinite where these cannot be read."""
-        import train_vqa as vqa
-
-        asked = dataclasses.replace(self.rows[index], audio_path=self.speech_path(index), answer="")
-        frames = self.frame_paths(index)[: 1 if self.arm == "first_frame" else None]
+        asked = dataclasses.replace(self.rows[index], answer="")
         try:
-            return self.processor.count_tokens(asked, frames) - 1  # the answer's turn end
+            return self.processor.count_tokens(asked, self.clip(index)) - 1  # the answer's stop token
         except (OSError, RuntimeError, IndexError, TypeError, vqa.VQAError):
             return math.inf
 
-    def frame_paths(self, index: int) -> Sequence[Path]:
-        """The frames of a row that are shown."""
-        return self.dataset._select_frames(self.rows[index].frame_paths)
-
-    def speech_path(self, index: int) -> Path | None:
-        """The speech that is played; None in text mode, or where it was not found."""
-        return None if self.processor.input_mode == "text" else self.heard[index].audio_path
-
     def media_sha256(self, index: int) -> str:
         """Digest of the files behind a row's answer: a resumed run must not mix old files with new ones."""
-        paths = [*self.frame_paths(index), self.speech_path(index)]
-        return hashlib.sha256("".join(sha256_once(path) for path in paths if path).encode()).hexdigest()
+        frames, speech = self.dataset.media_of(index)
+        digests = (sha256_once(path) for path in (*frames, speech) if path)
+        return hashlib.sha256("".join(digests).encode()).hexdigest()
 
     def prompt(self, question: str, n_frames: int = 1) -> str:
         """The rendered prompt as it can be read: one placeholder a frame, none for speech."""
         ids = self.processor.build(question, [1] * n_frames, 0, None)["input_ids"].tolist()
         return self.processor.tokenizer.decode(ids)
-
-
-def change_inputs(arm: str, frames: list[Any], speech: Any, draw: str) -> tuple[list[Any], Any]:
-    """Frames (PIL images) and speech (float32 [n] or None) as an arm presents them; `draw` seeds a shuffle.
-
-    Black frames and silence keep size and length, so that the prompt stays the same token for token. The first frame is
-    shown once, so that its prompt is shorter by the tokens of the others.
-    """
-    if arm == "silent_audio":
-        return frames, speech * 0
-    if arm == "black_frames":
-        return [frame.point(lambda _: 0) for frame in frames], speech
-    if arm == "first_frame":
-        return frames[:1], speech
-    if arm == "shuffled_frames":
-        order, generator = list(range(len(frames))), random.Random(draw)
-        while order == sorted(order) and len(order) > 1:  # the order in time would test nothing
-            generator.shuffle(order)
-        return [frames[place] for place in order], speech
-    return frames, speech
 
 
 @functools.cache
@@ -1680,29 +1439,27 @@ def sha256_once(path: Path) -> str:
 
 def check_leaks(arms: Iterable[ArmInputs]) -> None:
     """Raise InputError if the prompt of any row in an audio arm holds words of its question."""
-    by_ear = [inputs for inputs in arms if inputs.processor.input_mode == "audio"]
-    for inputs in by_ear[:1]:  # the others differ in media, not in words
-        for index, row in enumerate(inputs.rows):
-            n_frames = len(inputs.frame_paths(index))
-            words = leaked_words(inputs.prompt(row.question, n_frames), row.question, inputs.prompt("", n_frames))
-            if words:
-                raise InputError(
-                    f"leak gate: in the arm {inputs.arm} the prompt of {row.key} holds words of its question "
-                    f"({', '.join(words)}), so its answer would not show that it was heard; no figure is given"
-                )
+    inputs = next((inputs for inputs in arms if inputs.processor.input_mode == "audio"), None)
+    if inputs is None:
+        return
+    for index, row in enumerate(inputs.rows):  # the other audio arms differ in media, not in words
+        n_frames = len(inputs.clip(index))
+        words = leaked_words(inputs.prompt(row.question, n_frames), row.question, inputs.prompt("", n_frames))
+        if words:
+            raise InputError(
+                f"leak gate: in the arm {inputs.arm} the prompt of {row.key} holds words of its question "
+                f"({', '.join(words)}), so its answer would not show that it was heard; no figure is given"
+            )
 
 
 def check_liveness(model: Any, inputs: ArmInputs) -> Row:
     """Do speech and frames reach the logits? {"speech", "frames"}: how far other ones move a logit at most.
 
     Speech is replaced by another row's at the same length (where there is none, by its own played backwards), frames by
-    their negatives: so the prompt stays as it is, and only what is heard or seen differs. `speech` is None in text
-    mode. Raises InputError if a path changes nothing, or if the same inputs give different logits.
+    their negatives: so the prompt stays as it is. `speech` is None in text mode. Raises InputError if one of them
+    changes nothing, or if the same inputs give different logits.
     """
     import numpy as np
-    import torch
-
-    import train_vqa as vqa
 
     collate = vqa.VQACollator(inputs.processor.tokenizer.pad_token_id, "left")
 
@@ -1731,11 +1488,11 @@ def check_liveness(model: Any, inputs: ArmInputs) -> Row:
         question = inputs.rows[index].question
         borrowed = (media[1] for other, media in readable() if inputs.rows[other].question != question)
         moved["speech"] = distance(frames, np.resize(next(borrowed, speech[::-1]), speech.shape))
-    dead = [path for path, by in moved.items() if by == 0]
+    dead = " and ".join(path for path, by in moved.items() if by == 0)
     if dead:
         raise InputError(
-            f"liveness gate: the path of {' and '.join(dead)} is dead: with other {' and '.join(dead)} every logit "
-            f"stays as it is; check the checkpoint, and that the files differ"
+            f"liveness gate: with other {dead} every logit stays as it is, so {dead} cannot reach an answer; check the "
+            f"checkpoint, and that the files differ"
         )
     return moved
 
@@ -1748,16 +1505,17 @@ def check_liveness(model: Any, inputs: ArmInputs) -> Row:
 def answer_batch(
     model: Any, samples: Iterable[Row], pad_token_id: int, stop_ids: Sequence[int], max_new_tokens: int
 ) -> list[tuple[list[int], str]]:
-    """Greedy answers of one sample or more: per row the new ids, turn end included, and `eos` or `length`.
+    """Greedy answers of any number of samples: per row the new ids, stop token included, and `eos` or `length`.
 
-    The prompts are read a group at a time (`read_prompts`), then all rows go on together, one token a step. Written out
-    because `generate` reads a whole batch at once, under a mask that keeps sdpa from its fast kernels.
+    Prefill goes by groups (`prefill`), then all rows decode together, one token a step. Written out because `generate`
+    prefills all rows at once, under a mask that keeps sdpa from its fast kernels.
     """
-    import torch
     from transformers import DynamicCache
 
     with torch.inference_mode():
-        lengths, ids, positions, layers = read_prompts(model, samples, pad_token_id)
+        lengths, ids, positions, layers = prefill(model, samples, pad_token_id)
+        if not lengths:
+            return []
         cache = DynamicCache()
         for index in range(len(layers)):
             cache.update(*layers[index], index)
@@ -1788,10 +1546,8 @@ def answer_batch(
     return answers
 
 
-def read_prompts(
-    model: Any, samples: Iterable[Row], pad_token_id: int
-) -> tuple[list[int], Any, Any, list[tuple[Any, Any]]]:
-    """Read prompts in groups of at most PREFILL_TOKENS with their padding.
+def prefill(model: Any, samples: Iterable[Row], pad_token_id: int) -> tuple[list[int], Any, Any, list[tuple[Any, Any]]]:
+    """Compute the keys and values of prompts, in groups of at most PREFILL_TOKENS with their padding.
 
     Padding is on the right, where causal attention never meets it, so that no mask is needed. The keys and values of
     each row are then moved to end where those of the longest row end.
@@ -1800,11 +1556,8 @@ def read_prompts(
         Tokens of each prompt; the first token of each answer, int64 [B], and its position, int64 [B]; per decoder layer
         keys and values [B, heads, longest prompt, head size], 0 in front of shorter prompts.
     """
-    import torch
     from torch.nn.functional import pad
     from transformers import DynamicCache
-
-    import train_vqa as vqa
 
     collate = vqa.VQACollator(pad_token_id)
     lengths, first, positions, caches = [], [], [], []
@@ -1823,10 +1576,11 @@ def read_prompts(
         positions.append(places[0].gather(1, last)[:, 0] + 1)  # a prompt ends in words: its three positions are one
         caches.append([(layer.keys, layer.values) for layer in output.past_key_values.layers])
         del output
+    if not lengths:
+        return [], None, None, []
 
     def aligned(layer: int, side: int) -> Any:
-        parts = [cache[layer][side] for cache in caches]
-        width = max(lengths)
+        parts, width = [cache[layer][side] for cache in caches], max(lengths)
         if min(lengths) == width:
             return torch.cat(parts)
         rows = zip(lengths, (row for part in parts for row in part), strict=True)
@@ -1853,106 +1607,6 @@ def grouped(samples: Iterable[Row]) -> Iterator[list[Row]]:
         yield group
 
 
-class Kept:
-    """The items of an iterator as they come, kept, so that they can be gone through again."""
-
-    def __init__(self, items: Iterator[Any]):
-        self._items, self._taken = items, []
-
-    def __iter__(self) -> Iterator[Any]:
-        for place in itertools.count():
-            if place == len(self._taken):
-                try:
-                    self._taken.append(next(self._items))
-                except StopIteration:
-                    return
-            yield self._taken[place]
-
-
-class Answering:
-    """Answers batches of samples; with `--batch_size auto` in halves where a batch does not fit into memory.
-
-    Args:
-        model, pad_token_id, stop_ids, max_new_tokens: of `answer_batch`.
-        batch_size: rows at a time.
-        may_halve: go on with half of `batch_size` where torch is out of memory; False: raise OutOfMemoryError.
-    """
-
-    def __init__(
-        self,
-        model: Any,
-        pad_token_id: int,
-        stop_ids: Sequence[int],
-        max_new_tokens: int,
-        batch_size: int,
-        may_halve: bool,
-    ):
-        self.model, self.decoding = model, (pad_token_id, stop_ids, max_new_tokens)
-        self.batch_size, self.may_halve = batch_size, may_halve
-
-    def __call__(self, samples: Iterable[Row | str]) -> list[tuple[list[int], str]]:
-        """Answers of the samples that are no message; `samples` may be gone through more than once."""
-        import torch
-
-        answers = []
-        while True:
-            sound = (sample for sample in samples if not isinstance(sample, str))
-            todo = itertools.islice(sound, len(answers), len(answers) + self.batch_size)
-            first = next(todo, None)
-            if first is None:
-                return answers
-            try:
-                answers += answer_batch(self.model, itertools.chain([first], todo), *self.decoding)
-                continue
-            except torch.OutOfMemoryError:
-                if not self.may_halve or self.batch_size == 1:
-                    raise
-            # Out of the handler, which holds on to the tensors of the failed batch.
-            self.batch_size = math.ceil(self.batch_size / 2)
-            torch.cuda.empty_cache()
-            print(f"   The GPU memory is full: going on with batches of {self.batch_size}", flush=True)
-
-
-def choose_batch_size(model: Any, longest: int, max_new_tokens: int, limit_gib: float) -> int:
-    """Rows that fit into the GPU memory at a time, for --batch_size auto; CPU_BATCH_SIZE without a CUDA GPU.
-
-    Args:
-        longest: tokens of the longest prompt.
-        limit_gib: hard cap in GiB. 0: all that the card has.
-
-    An estimate from shapes alone, so that the same card, flags and data give the same batches.
-    """
-    import torch
-
-    if model.device.type != "cuda":
-        return CPU_BATCH_SIZE
-    total = limit_gib * 2**30 or torch.cuda.get_device_properties(model.device).total_memory
-    weights = sum(weight.nbytes for weight in model.parameters())
-    return batch_that_fits(
-        USABLE_MEMORY * total - weights, model.config.text_config, model.dtype, longest, max_new_tokens
-    )
-
-
-def batch_that_fits(room: float, text: Any, dtype: Any, longest: int, max_new_tokens: int) -> int:
-    """Rows whose keys and values fit into `room` bytes beside what reading the prompts takes: 1 to AUTO_BATCH_SIZE.
-
-    Args:
-        room: bytes beside the weights.
-        text: decoder config.
-        dtype: of the activations.
-        longest: tokens of the longest prompt.
-    """
-    head = text.hidden_size // text.num_attention_heads
-    # While a prompt is read: four activations of the MLP's width (gate, its SiLU, up, their product), and about sixteen
-    # of the hidden size, of which some are float32.
-    reading = max(PREFILL_TOKENS, longest) * dtype.itemsize * (4 * text.intermediate_size + 16 * text.hidden_size)
-    # A token keeps a key and a value a layer; one layer is copied to grow, and, under a mask, repeated for every head.
-    kept = 2 * head * text.num_key_value_heads * (text.num_hidden_layers + 2)
-    repeated = 2 * head * text.num_attention_heads
-    row = (longest + max_new_tokens) * dtype.itemsize * (kept + repeated)
-    return int(min(AUTO_BATCH_SIZE, max(1, (room - reading) // row)))
-
-
 def on_device(batch: Row, device: Any) -> Row:
     """The tensors of a collated batch that the model takes, on `device`."""
     tensors = {name: tensor for name, tensor in batch.items() if name != "labels"}
@@ -1961,31 +1615,67 @@ def on_device(batch: Row, device: Any) -> Row:
     return {name: tensor.to(device) for name, tensor in tensors.items()}
 
 
-def check_same_media(inputs: ArmInputs, annotations: Sequence[Row], file: RowFile) -> None:
-    """Raise InputError where a row of `file` was made from other frames or speech than are there now."""
-    for index, key in enumerate(map(row_key, annotations)):
-        if key in file.done and file.done[key].get("media_sha256") != inputs.media_sha256(index):
-            raise InputError(
-                f"{file.path}: the frames or speech of {key_text(key)} are not the ones that its row was made from; "
-                f"choose another --output_file, or start again with --overwrite"
-            )
+def answer_in_memory(
+    samples: Iterator[Row], size: int, may_halve: bool, answer: Callable[[Iterable[Row]], list[Any]]
+) -> tuple[list[Any], int]:
+    """Answers of `samples`, `size` at a time; with `may_halve` in halves where torch is out of memory.
+
+    Returns the answers, and the size that fitted. Raises torch.OutOfMemoryError where halving is over or not wanted.
+    """
+    (waiting,), answers = itertools.tee(samples, 1), []
+    while True:
+        try:
+            batch = answer(itertools.islice(copy.copy(waiting), size))  # a copy: what fails is gone through again
+        except torch.OutOfMemoryError:
+            if not may_halve or size == 1:
+                raise
+            batch = None
+        if batch is None:  # out of the handler, which holds on to the tensors of the failed batch
+            size = math.ceil(size / 2)
+            torch.cuda.empty_cache()
+            print(f"   The GPU memory is full: going on with batches of {size}", flush=True)
+        elif batch:
+            answers += batch
+            next(itertools.islice(waiting, len(batch) - 1, None))
+        else:
+            return answers, size
 
 
-def answer_arm(
-    model: Any, inputs: ArmInputs, annotations: Sequence[Row], file: RowFile, args: argparse.Namespace, stop: Any = None
-) -> int:
+def choose_batch_size(model: Any, longest: int, max_new_tokens: int, limit_gib: float) -> int:
+    """Rows that fit into the GPU memory at a time, 1 to AUTO_BATCH_SIZE; CPU_BATCH_SIZE without a CUDA GPU.
+
+    An estimate from shapes alone, so that the same card, flags and data give the same batches.
+
+    Args:
+        longest: tokens of the longest prompt.
+        limit_gib: hard cap in GiB. 0: all that the card has.
+    """
+    if model.device.type != "cuda":
+        return CPU_BATCH_SIZE
+    total = limit_gib * 2**30 or torch.cuda.get_device_properties(model.device).total_memory
+    weights = sum(weight.nbytes for weight in model.parameters())
+    text, item = model.config.text_config, model.dtype.itemsize
+    head = text.hidden_size // text.num_attention_heads
+    # In prefill: four activations of the MLP's width (gate, its SiLU, up, their product), and about sixteen of the
+    # hidden size, of which some are float32.
+    prefilling = max(PREFILL_TOKENS, longest) * item * (4 * text.intermediate_size + 16 * text.hidden_size)
+    # A token keeps a key and a value a layer; one layer is copied to grow, and, under a mask, repeated for every head.
+    kept = 2 * head * text.num_key_value_heads * (text.num_hidden_layers + 2)
+    row = (longest + max_new_tokens) * item * (kept + 2 * head * text.num_attention_heads)
+    return int(min(AUTO_BATCH_SIZE, max(1, (USABLE_MEMORY * total - weights - prefilling) // row)))
+
+
+def answer_arm(model: Any, inputs: ArmInputs, file: RowFile, args: argparse.Namespace, stop: Any = None) -> int:
     """Answer the rows that `file` lacks, batch by batch, and append them; returns how many.
 
     Ends after the batch during which a signal came to `stop` (train_vqa's StopSignal; None: there is none).
 
-    Batches are fixed slices of the data, the longest prompts first, answered whole even where a killed run left only
+    Batches are fixed slices of the data, the longest prompts first, answered complete even where a killed run left only
     part of one to do: so a resumed run computes exactly what an uninterrupted one does.
     """
     from tqdm.auto import tqdm
 
-    import train_vqa as vqa
-
-    keys = [row_key(annotation) for annotation in annotations]
+    keys = inputs.keys
     lengths = [inputs.length(index) for index in range(len(keys))]
     order = sorted(range(len(keys)), key=lambda index: -lengths[index])  # of equal ones, in the order of the data
     size, auto = args.batch_size, args.batch_size == "auto"
@@ -1995,43 +1685,57 @@ def answer_arm(
     slices = [order[i : i + size] for i in range(0, len(order), size)]
     slices = [part for part in slices if any(keys[index] not in file.done for index in part)]
     tokenizer = copy.deepcopy(inputs.processor.tokenizer)  # the other one is busy in the threads below
-    answer = Answering(model, tokenizer.pad_token_id, vqa.turn_end_ids(tokenizer), args.max_new_tokens, size, auto)
+    decoding = tokenizer.pad_token_id, vqa.turn_end_ids(tokenizer), args.max_new_tokens
     decoded = vqa.ahead(inputs.sample, itertools.chain(*slices), 2 * size)
     answered, already = 0, sum(key in file.done for key in keys)
     with contextlib.closing(decoded), tqdm(total=len(keys), initial=already, desc=inputs.arm, unit="row") as bar:
         for part in slices:
-            samples = Kept(itertools.islice(decoded, len(part)))  # read while the rest is still being decoded
-            answers = iter(answer(samples))
-            for index, sample in zip(part, samples, strict=True):
-                failed = isinstance(sample, str)
-                ids, finish = ([], "error") if failed else next(answers)
+            # Two iterators over one slice: prefill begins while the rest of it is still being decoded.
+            samples, again = itertools.tee(itertools.islice(decoded, len(part)))
+            usable = (sample for sample in samples if not isinstance(sample, str))
+            answers, size = answer_in_memory(usable, size, auto, lambda batch: answer_batch(model, batch, *decoding))
+            waiting = iter(answers)
+            for index, sample in zip(part, again, strict=True):
+                error = sample if isinstance(sample, str) else None
+                ids, finish = ([], "error") if error else next(waiting)
                 if keys[index] in file.done:
                     continue
-                speech, heard = inputs.speech_path(index), inputs.heard[index]
-                file.append(
-                    answer_row(
-                        annotations[index],
-                        None if failed else tokenizer.decode(ids, skip_special_tokens=True).strip(),
-                        finish_reason=finish,
-                        n_tokens=len(ids),
-                        input_mode=inputs.processor.input_mode,
-                        audio_file=None if speech is None else str(speech),
-                        **({"audio_of": heard.key} if heard is not inputs.rows[index] else {}),
-                        media_sha256=inputs.media_sha256(index),
-                        **({"error": sample} if failed else {}),
-                    )
-                )
+                text = None if error else tokenizer.decode(ids, skip_special_tokens=True).strip()
+                file.append(written_row(inputs, index, text, finish, len(ids), error))
                 answered += 1
                 bar.update()
-            inputs.batch_size = answer.batch_size
+            inputs.batch_size = size
             if stop and stop.signum:
                 break
     return answered
 
 
+def written_row(
+    inputs: ArmInputs, index: int, text: str | None, finish_reason: str, n_tokens: int, error: str | None
+) -> Row:
+    """One row of the output file of an arm."""
+    speech, lender = inputs.dataset.media_of(index)[1], inputs.lenders.get(inputs.keys[index])
+    return answer_row(
+        annotation_of(inputs.rows[index]),
+        text,
+        finish_reason=finish_reason,
+        n_tokens=n_tokens,
+        input_mode=inputs.processor.input_mode,
+        audio_file=None if speech is None else str(speech),
+        **({"audio_of": key_text(lender)} if lender else {}),
+        media_sha256=inputs.media_sha256(index),
+        **({"error": error} if error else {}),
+    )
+
+
 # ---------------------------------------------------------------------------------------------------------------------
-# With a model: the whole run
+# With a model: the complete run
 # ---------------------------------------------------------------------------------------------------------------------
+
+
+def annotation_of(row: Any) -> Row:
+    """A VQARow of train_vqa, whose reader reads question files wherever a model runs, as scoring takes it."""
+    return {name: getattr(row, name) for name in (*KEY_FIELDS, *GOLD_FIELDS, "frames")}
 
 
 def generate(args: argparse.Namespace) -> int:
@@ -2041,14 +1745,11 @@ def generate(args: argparse.Namespace) -> int:
 
     Raises InputError for whatever the user can mend.
     """
-    import torch
-
-    import train_vqa as vqa
-
+    load_libraries()
     stop = vqa.StopSignal("finishing the batch", "no row was answered; run the same command again")
     try:
         with stop:
-            return _generate(args, stop)
+            return answer_and_score(args, stop)
     except vqa.Interrupted as stopped:
         print(f"\n{stopped}", file=sys.stderr)
         return 128 + stopped.signum
@@ -2061,166 +1762,196 @@ def generate(args: argparse.Namespace) -> int:
         ) from error
 
 
-def _generate(args: argparse.Namespace, stop: Any) -> int:
-    import torch
-
-    import train_vqa as vqa
-
+def answer_and_score(args: argparse.Namespace, stop: Any) -> int:
+    """The steps of `generate`: settings, data, model, gates, answers, figures."""
     # 1. What answers, in which arms
     sha256_once.cache_clear()
     target = summary_path(args.output_file)
     vqa.limit_gpu_memory(args.gpu_memory_limit_gib or None)
     device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
-    subject = read_subject(args, device.type)
-    main_arm = subject.input_mode
-    modes = {arm: arm if arm in INPUT_MODES else main_arm for arm in (main_arm, *(args.arms or ()))}
-    deaf = [arm for arm, mode in modes.items() if arm in HEARING_ARMS and mode == "text"]
-    if deaf:
-        raise InputError(f"--arms {','.join(deaf)}: in text mode the model hears nothing; drop the arm")
-    by_ear = set(modes.values()) != {"text"}
-    if by_ear and not args.audio_dir:
-        raise InputError("--audio_dir must be given: the questions are spoken (or use --input_mode text)")
+    checkpoint = read_checkpoint(args, device)
+    main_arm = checkpoint.inputs.input_mode
+    modes = choose_arms(args, main_arm)
 
     # 2. Data: everything is found and decoded once before the weights load
-    print(f"📁 Loading Eval Data: {args.eval_data_path}")
-    all_annotations = read_annotations(args.eval_data_path)
-    annotations = all_annotations[: args.limit or None]
-    train_rows = read_annotations(args.train_data_path) if args.train_data_path else None
-    row_of = {row.key: row for row in vqa.read_rows(args.eval_data_path)}
-    rows = [row_of[key_text(row_key(annotation))] for annotation in annotations]
-    heard = dict.fromkeys(modes, rows)
-    if "mismatched_audio" in modes:  # paired over the whole file: a larger --limit later leaves the pairs as they are
-        pairs = pair_mismatched_audio(all_annotations, args.seed)
-        heard["mismatched_audio"] = [row_of[key_text(pairs[row_key(annotation)])] for annotation in annotations]
-    find_and_check_media({row.key: row for part in heard.values() for row in part}.values(), args, by_ear)
-    limit = subject.max_eval_frames
-    if limit and any(len(row.frames) > limit for row in rows):
-        print(f"   Using {limit} frames (evenly sampled) to reduce eval memory")
+    rows_of, lenders, train_rows = read_data(args, modes, checkpoint.inputs.max_eval_frames)
+    annotations = [annotation_of(row) for row in rows_of[main_arm]]
 
     # 3. Model
-    trained = load_subject(subject, device)
-    model, identity, arms = trained.model, trained.base_fingerprint, {}
+    trained = load_checkpoint(checkpoint, device)
+    arms, limit = {}, checkpoint.inputs.max_eval_frames
     for arm, mode in modes.items():
         processor = trained.processor.with_mode(mode)
-        dataset = vqa.SurgicalVQADataset(rows, processor, max_eval_frames=limit, is_eval=True, with_answer=False)
-        arms[arm] = ArmInputs(arm, dataset, heard[arm], args.seed)
-    trained_tokens = subject.settings.get("input", {}).get("encoder_tokens", processor.encoder_tokens)
-    if trained_tokens != processor.encoder_tokens:
-        raise InputError(
-            f"{args.checkpoint_path}: trained with {trained_tokens} audio tokens a question, this base makes "
-            f"{processor.encoder_tokens}; name the base of the training run with --model_name_or_path"
+        dataset = vqa.SurgicalVQADataset(
+            rows_of[arm], processor, max_eval_frames=limit, is_eval=True, with_answer=False
         )
+        arms[arm] = ArmInputs(arm, dataset, args.seed, lenders if arm == "mismatched_audio" else {})
 
     # 4. Gates
     check_leaks(arms.values())
-    moved = check_liveness(model, next((part for arm, part in arms.items() if modes[arm] != "text"), arms[main_arm]))
+    by_ear = [inputs for arm, inputs in arms.items() if modes[arm] != "text"]
+    moved = check_liveness(trained.model, (by_ear or [arms[main_arm]])[0])
     figures = ", ".join(f"other {path} by {by:.3g}" for path, by in moved.items() if by is not None)
     leaks = "no prompt gives its question away; " if "audio" in modes.values() else ""
     print(_wrap(f"Gates passed: {leaks}logits move with {figures}"))
 
     # 5. Answers
-    files = {arm: arm_path(args.output_file, arm, main_arm) for arm in arms}
-    fingerprints = {arm: run_fingerprint(args, subject, inputs, identity) for arm, inputs in arms.items()}
-    answered, start = 0, time.monotonic()
-    with contextlib.ExitStack() as stack:  # all of them first, so that none is refused after hours of answering another
-        rows_of = {
-            arm: stack.enter_context(RowFile(path, fingerprints[arm], overwrite=args.overwrite))
-            for arm, path in files.items()
-        }
-        for arm, inputs in arms.items():
-            check_same_media(inputs, annotations, rows_of[arm])
-        target.unlink(missing_ok=True)  # the figures of fewer rows, or of other ones
-        if args.cache_features:  # after the gates, whose changed frames and speech are encoded as they come
-            store = vqa.FeatureStore(args.cache_features, model, trained.processor)
-            store.fill(list(arms.values()), args.allow_errors)
-            for inputs in arms.values():
-                inputs.features = store
-        stop.saves = True
-        for arm, inputs in arms.items():
-            answered += answer_arm(model, inputs, annotations, rows_of[arm], args, stop)
-            if stop.signum:
-                there = sum(row_key(row) in file.done for file in rows_of.values() for row in annotations)
-                whole = len(annotations) * len(arms)
-                again = "the same command" + " without --overwrite" * args.overwrite
-                raise vqa.Interrupted(stop.signum, f"{there} of {whole} rows are answered; {again} goes on")
-    scored = {arm: score_rows(annotations, file.done) for arm, file in rows_of.items()}
+    fingerprints = {
+        arm: run_fingerprint(args, checkpoint, inputs, trained.base_fingerprint) for arm, inputs in arms.items()
+    }
+    start = time.monotonic()
+    done, answered = answer_arms(args, trained, arms, fingerprints, stop)
     seconds = time.monotonic() - start
+    scored = {arm: score_rows(annotations, done[arm]) for arm in arms}
     peak = torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else None
 
     # 6. Figures
-    manifest = run_manifest(args, subject, arms[main_arm], fingerprints[main_arm], device)
+    manifest = run_manifest(args, checkpoint, arms[main_arm], fingerprints[main_arm], device)
     manifest["gates"] = moved
     manifest["runtime"] = {"seconds": seconds, "rows_answered": answered, "peak_gpu_memory_gib": peak}
     manifest["runtime"]["batch_size"] = {arm: inputs.batch_size for arm, inputs in arms.items()}
-    summary = summarise(
-        annotations,
-        scored[main_arm],
-        train_rows=train_rows,
-        arms=summarise_arms(main_arm, scored, {arm: path.name for arm, path in files.items()}),
-        manifest=manifest,
-    )
+    files = {arm: arm_path(args.output_file, arm, main_arm) for arm in arms}
+    in_arms = summarise_arms(main_arm, scored, {arm: path.name for arm, path in files.items()})
+    summary = summarise(annotations, scored[main_arm], train_rows=train_rows, arms=in_arms, manifest=manifest)
     write_json(target, summary)
     print(render_summary(summary))
     memory = "" if peak is None else f", peak GPU memory {peak:.1f} GiB"
     print(f"\nAnswered {answered} rows in {seconds:.1f} s ({answered / seconds:.2f} samples/s{memory})")
     print(*(f"Rows: {path}" for path in files.values()), f"Summary: {target}", sep="\n")
     if stop.signum:
-        raise vqa.Interrupted(stop.signum, f"all rows are answered, and {target} is whole")
+        raise vqa.Interrupted(stop.signum, f"all rows are answered, and {target} is complete")
     return 1 if any(row.prediction is None for part in scored.values() for row in part) else 0
 
 
-def find_and_check_media(rows: Iterable[Any], args: argparse.Namespace, by_ear: bool) -> None:
-    """Find and decode the media of VQARows; with --allow_errors what is missing or broken is only said.
+def choose_arms(args: argparse.Namespace, main_arm: str) -> dict[str, str]:
+    """Each arm's input mode, the main arm first. Raises InputError for arms that need speech which is not there."""
+    modes = {arm: arm if arm in INPUT_MODES else main_arm for arm in (main_arm, *(args.arms or ()))}
+    without_speech = [arm for arm, mode in modes.items() if arm in HEARING_ARMS and mode == "text"]
+    if without_speech:
+        raise InputError(f"--arms {','.join(without_speech)}: in text mode the model hears nothing; drop the arm")
+    if set(modes.values()) != {"text"} and not args.audio_dir:
+        raise InputError("--audio_dir must be given: the questions are spoken (or use --input_mode text)")
+    return modes
 
-    Raises VQAError otherwise, and always where one speech file would have to serve different questions.
+
+def read_data(
+    args: argparse.Namespace, modes: Mapping[str, str], max_eval_frames: int | None
+) -> tuple[dict[str, list[Any]], dict[Key, Key], list[Row] | None]:
+    """Read the question files, and find and decode the media of every arm.
+
+    Returns:
+        Each arm's VQARows; for `mismatched_audio` whose speech a row plays; the training annotations, if any.
+
+    Raises VQAError for what is missing or broken, which --allow_errors only says, and always where one speech file
+    would have to serve different questions.
     """
-    import train_vqa as vqa
-
-    rows = list(rows)
-    problems = vqa.find_media(rows, args.frames_dir, args.audio_dir if by_ear else None, args.allow_symlinks)
-    vqa.raise_problems(vqa.find_shared_speech(rows))
-    problems += vqa.check_media(rows)
+    print(f"📁 Loading Eval Data: {args.eval_data_path}")
+    every = {row_key(annotation_of(row)): row for row in vqa.read_rows(args.eval_data_path)}
+    rows = dict(itertools.islice(every.items(), args.limit or None))
+    train_rows = None
+    if args.train_data_path:
+        train_rows = [annotation_of(row) for row in vqa.read_rows(args.train_data_path)]
+    lenders = {}
+    if "mismatched_audio" in modes:  # paired over the complete file: a larger --limit later leaves the pairs as they are
+        pairs = pair_mismatched_audio([annotation_of(row) for row in every.values()], args.seed)
+        lenders = {key: pairs[key] for key in rows}
+    needed = [every[key] for key in dict.fromkeys((*rows, *lenders.values()))]
+    by_ear = set(modes.values()) != {"text"}
+    problems = vqa.find_media(needed, args.frames_dir, args.audio_dir if by_ear else None, args.allow_symlinks)
+    vqa.raise_problems(vqa.find_shared_speech(needed))
+    problems += vqa.check_media(needed)
     if not args.allow_errors:
         vqa.raise_problems(problems)
     for problem in problems:
         print(f"{problem} (--allow_errors: counted as wrong)", file=sys.stderr)
+    rows_of = {arm: list(rows.values()) for arm in modes}
+    if lenders:
+        rows_of["mismatched_audio"] = [
+            dataclasses.replace(row, audio_path=every[lenders[key]].audio_path) for key, row in rows.items()
+        ]
+    if max_eval_frames and any(len(row.frames) > max_eval_frames for row in rows.values()):
+        print(f"   Using {max_eval_frames} frames (evenly sampled) to reduce eval memory")
+    return rows_of, lenders, train_rows
 
 
-def run_fingerprint(args: argparse.Namespace, subject: Subject, inputs: ArmInputs, identity: str) -> Row:
+def answer_arms(
+    args: argparse.Namespace, trained: Any, arms: Mapping[str, ArmInputs], fingerprints: Mapping[str, Row], stop: Any
+) -> tuple[dict[str, dict[Key, Row]], int]:
+    """Each arm's rows as they stand in its file, and how many of them were answered now.
+
+    Raises InputError for files of another run or media that changed, and Interrupted where a signal left rows undone.
+    """
+    main_arm, *_ = arms
+    target, answered = summary_path(args.output_file), 0
+    with contextlib.ExitStack() as stack:  # all of them first, so that none is refused after hours of answering another
+        files = {}
+        for arm, inputs in arms.items():
+            path = arm_path(args.output_file, arm, main_arm)
+            files[arm] = stack.enter_context(RowFile(path, fingerprints[arm], overwrite=args.overwrite))
+            check_same_media(inputs, files[arm])
+        target.unlink(missing_ok=True)  # the figures of fewer rows, or of other ones
+        if args.cache_features:  # after the gates, whose changed frames and speech are encoded as they come
+            store = vqa.FeatureStore(args.cache_features, trained.model, trained.processor)
+            store.fill(list(arms.values()), args.allow_errors)
+            for inputs in arms.values():
+                inputs.features = store
+        stop.saves = True
+        for arm, inputs in arms.items():
+            answered += answer_arm(trained.model, inputs, files[arm], args, stop)
+            if stop.signum:
+                there = sum(key in file.done for file in files.values() for key in inputs.keys)
+                if there < len(inputs.keys) * len(arms):
+                    again = "the same command" + " without --overwrite" * args.overwrite
+                    text = f"{there} of {len(inputs.keys) * len(arms)} rows are answered; {again} goes on"
+                    raise vqa.Interrupted(stop.signum, text)
+    return {arm: file.done for arm, file in files.items()}, answered
+
+
+def check_same_media(inputs: ArmInputs, file: RowFile) -> None:
+    """Raise InputError where a row of `file` was made from other frames or speech than are there now."""
+    for index, key in enumerate(inputs.keys):
+        if key in file.done and file.done[key].get("media_sha256") != inputs.media_sha256(index):
+            raise InputError(
+                f"{file.path}: the frames or speech of {key_text(key)} are not the ones that its row was made from; "
+                f"choose another --output_file, or start again with --overwrite"
+            )
+
+
+def run_fingerprint(args: argparse.Namespace, checkpoint: Checkpoint, inputs: ArmInputs, base_fingerprint: str) -> Row:
     """What the answers of an arm depend on, as flat JSON: rows made with other values are never mixed with them."""
-    import train_vqa as vqa
+    folder, processor = Path(checkpoint.path), inputs.processor
 
-    listed = Path(subject.base) / vqa.MANIFEST_FILE  # of a whole model that was trained
+    def digest(name: str, wanted: bool = True) -> str | None:
+        return sha256_once(folder / name) if wanted and (folder / name).is_file() else None
+
     return {
         "arm": inputs.arm,
-        "input_mode": inputs.processor.input_mode,
-        "base_fingerprint": identity,
-        "adapter_sha256": subject.adapter and sha256_once(subject.adapter / "adapter_model.safetensors"),
-        "adapter_config_sha256": subject.adapter and sha256_once(subject.adapter / "adapter_config.json"),
-        # The fingerprint samples the weights: too few to tell neighbouring checkpoints of a whole model apart.
-        "manifest_sha256": sha256_once(listed) if listed.is_file() else None,
-        "adapter_merged": subject.merged,
-        "dtype": subject.dtype,
-        "attn_implementation": subject.attn_implementation,
+        "input_mode": processor.input_mode,
+        "base_fingerprint": base_fingerprint,
+        "adapter_sha256": digest("adapter_model.safetensors", checkpoint.adapter),
+        "adapter_config_sha256": digest("adapter_config.json", checkpoint.adapter),
+        # The fingerprint samples the weights: too few to tell neighbouring checkpoints of a full model apart.
+        "manifest_sha256": digest(vqa.MANIFEST_FILE, not checkpoint.adapter),
+        "adapter_merged": checkpoint.merged,
+        "dtype": checkpoint.dtype,
+        "attn_implementation": checkpoint.model.attn_implementation,
         "eval_data_sha256": sha256_once(Path(args.eval_data_path)),
         "prompt_sha256": hashlib.sha256(inputs.prompt("{question}").encode()).hexdigest(),
-        "audio_tokens": inputs.processor.audio_tokens,
-        "encoder_tokens": inputs.processor.encoder_tokens,
-        "frame_mode": inputs.processor.frame_mode,
-        "max_eval_frames": subject.max_eval_frames,
-        "max_image_size": subject.max_image_size,
+        "audio_tokens": processor.audio_tokens,
+        "encoder_tokens": processor.encoder_tokens,
+        "frame_mode": processor.frame_mode,
+        "max_eval_frames": checkpoint.inputs.max_eval_frames,
+        "max_image_size": checkpoint.inputs.max_image_size,
         "max_new_tokens": args.max_new_tokens,
         "seed": args.seed if inputs.arm in ("mismatched_audio", "shuffled_frames") else None,
     }
 
 
-def run_manifest(args: argparse.Namespace, subject: Subject, inputs: ArmInputs, fingerprint: Row, device: Any) -> Row:
+def run_manifest(
+    args: argparse.Namespace, checkpoint: Checkpoint, inputs: ArmInputs, fingerprint: Row, device: Any
+) -> Row:
     """What a reader needs to repeat the run: `base_manifest`, and how the main arm was answered."""
-    import torch
-
-    import train_vqa as vqa
-
-    manifest, tokenizer = base_manifest(args), inputs.processor.tokenizer
+    manifest, tokenizer, model = base_manifest(args), inputs.processor.tokenizer, checkpoint.model
     manifest["sha256"] |= {
         "adapter": fingerprint["adapter_sha256"],
         "prompt": fingerprint["prompt_sha256"],
@@ -2233,16 +1964,16 @@ def run_manifest(args: argparse.Namespace, subject: Subject, inputs: ArmInputs, 
         "versions": {name: importlib.metadata.version(name) for name in packages},
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "model": {
-            "base": subject.base,
+            "base": model.model_name_or_path,
             "base_fingerprint": fingerprint["base_fingerprint"],
-            "init": subject.init,
-            "adapter": subject.adapter and str(subject.adapter),
-            "adapter_merged": subject.merged,
-            "dtype": subject.dtype,
-            "attn_implementation": subject.attn_implementation,
+            "init": model.init,
+            "adapter": str(checkpoint.path) if checkpoint.adapter else None,
+            "adapter_merged": checkpoint.merged,
+            "dtype": checkpoint.dtype,
+            "attn_implementation": model.attn_implementation,
         },
         "input": {name: fingerprint[name] for name in shown} | {"prompt": inputs.prompt("{question}")},
-        "seeds": {"arms": args.seed, "init": subject.init_seed if subject.init == "random" else None},
+        "seeds": {"arms": args.seed, "init": model.init_seed if model.init == "random" else None},
         "decoding": {
             "method": "greedy",
             "max_new_tokens": args.max_new_tokens,
@@ -2258,14 +1989,14 @@ def run_manifest(args: argparse.Namespace, subject: Subject, inputs: ArmInputs, 
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def _at_least(minimum: int):
+def _at_least(minimum: int) -> Callable[[str], int]:
     def number(text: str) -> int:
         value = int(text)
         if value < minimum:
             raise argparse.ArgumentTypeError(f"must be {minimum} or more, found {value}")
         return value
 
-    number.__name__ = "whole number"  # argparse names the type in its message
+    number.__name__ = "integer"  # argparse names the type in its message
     return number
 
 
@@ -2273,16 +2004,14 @@ def _batch_size(text: str) -> int | str:
     return text if text == "auto" else _at_least(1)(text)
 
 
-_batch_size.__name__ = "whole number, or auto"
+_batch_size.__name__ = "integer, or auto"
 
 
 def _arm_list(text: str) -> list[str]:
     arms = text.split(",")
-    unknown = [arm for arm in arms if arm not in ARMS]
+    unknown = [repr(arm) for arm in arms if arm not in ARMS]
     if unknown or len(set(arms)) < len(arms):
-        raise argparse.ArgumentTypeError(
-            f"{', '.join(map(repr, unknown)) or text}: give each arm once, of {', '.join(ARMS)}"
-        )
+        raise argparse.ArgumentTypeError(f"{', '.join(unknown) or text}: give each arm once, of {', '.join(ARMS)}")
     return arms
 
 
@@ -2293,102 +2022,52 @@ def build_parser() -> argparse.ArgumentParser:
         usage="%(prog)s [--flag value ...]  (all flags: --help)",
         allow_abbrev=False,
     )
-    data = parser.add_argument_group("data")
-    data.add_argument("--eval_data_path", help="JSONL in the REAL-Colon-VQA schema; its rows are the denominator")
-    data.add_argument("--frames_dir", help="folder with {video_id}/{frame}.jpg or .png")
-    data.add_argument("--audio_dir", help="folder with the spoken questions")
-    data.add_argument(
-        "--train_data_path",
-        help="the training JSONL, for its majority answers and for rows not held "
-        "out. None: no train majority, no check",
-    )
-    data.add_argument(
-        "--output_file",
-        help="X.jsonl, one row a sample; the figures go to X.summary.json. With --score_only: the existing predictions",
-    )
-    data.add_argument("--limit", type=_at_least(0), default=0, help="evaluate the first N rows. 0: all of them")
-    data.add_argument(
-        "--overwrite",
-        action="store_true",
-        help="start again where --output_file holds rows; "
-        "without it, rows of the same run are kept and the rest is done",
-    )
-    data.add_argument(
-        "--allow_errors",
-        action="store_true",
-        help="a row whose files cannot be read counts as wrong; "
-        "without it, such a row stops the run before the model loads",
-    )
+    data, model, answers = (parser.add_argument_group(title).add_argument for title in ("data", "model", "answers"))
+    switch = {"action": "store_true"}
+    # fmt: off
+    data("--eval_data_path", help="JSONL in the REAL-Colon-VQA schema; its rows are the denominator")
+    data("--frames_dir", help="folder with {video_id}/{frame}.jpg or .png")
+    data("--audio_dir", help="folder with the spoken questions")
+    data("--train_data_path", help="the training JSONL, for its majority answers and for rows not held out. None: no "
+         "train majority, no check")
+    data("--output_file", help="X.jsonl, one row a sample; the figures go to X.summary.json. With --score_only: the "
+         "existing predictions")
+    data("--limit", type=_at_least(0), default=0, help="evaluate the first N rows. 0: all of them")
+    data("--overwrite", **switch, help="start again where --output_file holds rows; without it, rows of the same run "
+         "are kept and the rest is done")
+    data("--allow_errors", **switch, help="a row whose files cannot be read counts as wrong; without it, such a row "
+         "stops the run before the model loads")
+    data("--allow_symlinks", **switch, help="links may lead out of --frames_dir and --audio_dir")
 
-    data.add_argument(
-        "--allow_symlinks", action="store_true", help="links may lead out of --frames_dir and --audio_dir"
-    )
+    model("--checkpoint_path", help="final folder, checkpoint-N or merged model. None: the base model, zero-shot")
+    model("--model_name_or_path", help="base model. None: the one the adapter was trained on")
+    model("--input_mode", choices=INPUT_MODES, help="how the question reaches the model. None: as in training")
+    model("--max_eval_frames", type=_at_least(0), help="frames a clip, evenly spaced. 0: all; None: as in training")
+    model("--max_image_size", type=_at_least(1), help="longer side of a frame in pixels. None: as in training")
+    model("--dtype", choices=("auto", "bfloat16", "float32"), default="auto", help="weights and activations. auto: as "
+          "in training; for a base model bfloat16 on a GPU, float32 without")
+    model("--attn_implementation", help="attention: sdpa, eager or flash_attention_2. None: as in training")
+    model("--init", choices=("pretrained", "random"), help="random: the base with weights drawn from --seed, to "
+          "rehearse. None: as in training, else pretrained")
+    model("--no_merge", **switch, help="keep the adapter apart from the weights: slower; without it, it is folded in "
+          "once the weights are loaded")
+    model("--gpu_memory_limit_gib", type=float, default=0.0, help="hard cap on this process's GPU memory, to rehearse "
+          "a smaller card. 0: none")
+    model("--cache_features", help="folder in which the outputs of the two encoders are kept, for other arms, "
+          "evaluations and training of the same base: up to 11.2 MB a clip of 8 frames and 3.8 MB a speech in "
+          "bfloat16. Each clip is then encoded alone: in float32 at --batch_size 1 that changes nothing, else a near "
+          "tie may tip. Black frames and silence are never kept. None: encode for every answer")
 
-    model = parser.add_argument_group("model")
-    model.add_argument(
-        "--checkpoint_path", help="final folder, checkpoint-N or merged model. None: the base model, zero-shot"
-    )
-    model.add_argument("--model_name_or_path", help="base model. None: the one the adapter was trained on")
-    model.add_argument(
-        "--input_mode", choices=INPUT_MODES, help="how the question reaches the model. None: as in training"
-    )
-    model.add_argument(
-        "--max_eval_frames", type=_at_least(0), help="frames a clip, evenly spaced. 0: all; None: as in training"
-    )
-    model.add_argument(
-        "--max_image_size", type=_at_least(1), help="longer side of a frame in pixels. None: as in training"
-    )
-    model.add_argument(
-        "--dtype",
-        choices=("auto", "bfloat16", "float32"),
-        default="auto",
-        help="weights and activations. auto: as in training; for a base model bfloat16 on a GPU, float32 without",
-    )
-    model.add_argument(
-        "--attn_implementation", help="attention: sdpa, eager or flash_attention_2. None: as in training"
-    )
-    model.add_argument(
-        "--init",
-        choices=("pretrained", "random"),
-        help="random: the base with weights drawn from --seed, to rehearse. None: as in training, else pretrained",
-    )
-    model.add_argument(
-        "--no_merge",
-        action="store_true",
-        help="keep the adapter apart from the weights: slower; without it, it is folded in once the weights are loaded",
-    )
-    model.add_argument(
-        "--gpu_memory_limit_gib",
-        type=float,
-        default=0.0,
-        help="hard cap on this process's GPU memory, to rehearse a smaller card. 0: none",
-    )
+    answers("--batch_size", type=_batch_size, default="auto", help="samples answered at a time; in bfloat16 another "
+            "number may tip a near tie to another answer. auto: as many as the GPU or --gpu_memory_limit_gib has room "
+            f"for, up to {AUTO_BATCH_SIZE}, halved where they do not fit; without a GPU {CPU_BATCH_SIZE}")
+    answers("--max_new_tokens", type=_at_least(1), default=32, help="tokens after which an answer is cut")
+    answers("--arms", type=_arm_list, help=f"comma-separated, of {', '.join(ARMS)}. None: the input mode alone")
+    answers("--seed", type=int, default=0, help="for borrowed speech, shuffled frames and --init random")
 
-    model.add_argument(
-        "--cache_features",
-        help="folder in which the outputs of the two encoders are kept, for other arms, evaluations and training of "
-        "the same base: up to 11.2 MB a clip of 8 frames and 3.8 MB a speech in bfloat16. Each clip is then encoded "
-        "alone: in float32 at --batch_size 1 that changes nothing, else a near tie may tip. Black frames and silence "
-        "are never kept. None: encode for every answer",
-    )
-
-    answers = parser.add_argument_group("answers")
-    answers.add_argument(
-        "--batch_size",
-        type=_batch_size,
-        default="auto",
-        help="samples answered at a time; in bfloat16 another number may tip a near tie to another answer. auto: as "
-        f"many as the GPU or --gpu_memory_limit_gib has room for, up to {AUTO_BATCH_SIZE}, halved where they do not "
-        f"fit; without a GPU {CPU_BATCH_SIZE}",
-    )
-    answers.add_argument("--max_new_tokens", type=_at_least(1), default=32, help="tokens after which an answer is cut")
-    answers.add_argument(
-        "--arms", type=_arm_list, help=f"comma-separated, of {', '.join(ARMS)}. None: the input mode alone"
-    )
-    answers.add_argument("--seed", type=int, default=0, help="for borrowed speech, shuffled frames and --init random")
-
-    parser.add_argument("--score_only", action="store_true", help="score the predictions in --output_file; no model")
+    parser.add_argument("--score_only", **switch, help="score the predictions in --output_file; no model")
     parser.add_argument("--compare", nargs=2, metavar=("A", "B"), help="two rows files; print their paired differences")
+    # fmt: on
     return parser
 
 
@@ -2396,16 +2075,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return the exit status. Errors of input are one line on stderr and status 2."""
     parser = build_parser()
     args = parser.parse_args(argv)
-    needed = ["eval_data_path", "output_file"] + ([] if args.score_only else ["frames_dir"])
+    needed = ["eval_data_path", "output_file"] + ["frames_dir"] * (not args.score_only)
     lacking = [f"--{name}" for name in needed if not getattr(args, name)]
     if lacking and not args.compare:
         parser.error(f"{', '.join(lacking)} must be given (without a model: --score_only or --compare)")
-    if args.compare or args.score_only:
-        mode, used = ("compare", []) if args.compare else ("score_only", [*needed, "train_data_path", "limit"])
-        given = [name for name, value in vars(args).items() if value != parser.get_default(name)]
-        idle = [f"--{name}" for name in given if name not in (mode, *used)]
-        if idle:
-            parser.error(f"{', '.join(idle)}: no effect with --{mode}; leave it out")
+    mode = "compare" if args.compare else "score_only" if args.score_only else None
+    used = ["compare"] if args.compare else ["score_only", *needed, "train_data_path", "limit"]
+    idle = [name for name, value in vars(args).items() if value != parser.get_default(name) and name not in used]
+    if mode and idle:
+        parser.error(f"{', '.join(f'--{name}' for name in idle)}: no effect with --{mode}; leave it out")
     try:
         if args.compare:
             return compare(*args.compare)
@@ -2413,11 +2091,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:  # while torch is imported, or without a model
         print("\nStopped by SIGINT: run the same command again", file=sys.stderr)
         return 128 + signal.SIGINT
-    except InputError as error:
+    except (InputError, OSError) as error:
         message = str(error)
-    except OSError as error:
-        message = str(error)
-        if error.filename:
+        if isinstance(error, OSError) and error.filename:
             flags = [f" (--{name})" for name, value in vars(args).items() if value == error.filename]
             message = f"{error.filename}{''.join(flags)}: {error.strerror}"
     print("\n".join(f"{parser.prog}: error: {line}" for line in message.splitlines()), file=sys.stderr)

@@ -2629,20 +2629,27 @@ class Trained:
     merged: bool  # the adapter is folded into the weights
 
 
-def trained_settings(path: Path, device_type: str, changes: dict) -> tuple[dict, ModelSettings, InputSettings]:
-    """What training saved in `path` ({} for a base), and the settings to answer with, `changes` applied."""
+def trained_settings(path: str | Path, device_type: str, changes: dict) -> tuple[dict, ModelSettings, InputSettings]:
+    """What training saved in `path` ({} for a base), and the settings to answer with, `changes` applied.
+
+    Raises:
+        VQAError: unreadable settings, or a model that was trained with another instruction.
+    """
     if unknown := changes.keys() - {f.name for kind in (ModelSettings, InputSettings) for f in fields(kind)}:
         raise TypeError(f"no fields of ModelSettings or InputSettings: {', '.join(sorted(unknown))}")
-    folder = resolve_model_dir(path, flag="--checkpoint_path")
+    folder = resolve_model_dir(path)
     settings = load_settings(folder) if (folder / SETTINGS_FILE).is_file() else {}
-    model = {"dtype": "float32" if device_type == "cpu" else "bfloat16", **settings.get("model", {})}
-    if not (
-        folder / "adapter_config.json"
-    ).is_file():  # a full model has weights of its own, however its base came about
-        model = {name: model[name] for name in ("dtype", "attn_implementation") if name in model}
-        model["model_name_or_path"] = str(path)
-    parts = (ModelSettings, {"model_name_or_path": DEFAULT_MODEL} | model), (InputSettings, settings.get("input", {}))
-    return settings, *(from_stored(kind, stored | changes) for kind, stored in parts)
+    model, inputs = settings.get("model", {}), settings.get("input", {})
+    if not (folder / "adapter_config.json").is_file():  # weights of its own, however the base came about
+        kept = ("dtype", "attn_implementation") if settings.get("trained", {}).get("decoder") == "full" else ()
+        model = {name: model[name] for name in kept if name in model} | {"model_name_or_path": str(path)}
+    if inputs.get("instruction", INSTRUCTION) != INSTRUCTION:
+        raise VQAError(
+            f"{path}: trained with the instruction {inputs['instruction']!r}, this train_vqa.py asks {INSTRUCTION!r}; "
+            "use the train_vqa.py that trained it"
+        )
+    model = {"model_name_or_path": DEFAULT_MODEL, "dtype": "float32" if device_type == "cpu" else "bfloat16"} | model
+    return settings, from_stored(ModelSettings, model | changes), from_stored(InputSettings, inputs | changes)
 
 
 def load_trained(
@@ -2668,10 +2675,13 @@ def load_trained(
             `model_name_or_path`, where the base lies now.
 
     Raises:
-        VQAError: as the loaders, or random weights that were drawn on a device which is not here.
+        VQAError: as the loaders, random weights that were drawn on a device which is not here, files that are not as
+            they were saved, or a base whose speech encoder makes another number of tokens than in training.
     """
     device, adapter = torch.device(device), (Path(path) / "adapter_config.json").is_file()
-    settings, base, shown = trained_settings(Path(path), device.type, changes)
+    settings, base, shown = trained_settings(path, device.type, changes)
+    if (Path(path) / MANIFEST_FILE).is_file() and (damage := find_damage(path)):
+        raise VQAError(f"{path}: {damage}; take a complete checkpoint-N")
     drawn_on = (base.init_device or device.type) if base.init == "random" else device.type
     if drawn_on not in ("cpu", device.type):
         raise VQAError(
@@ -2701,6 +2711,11 @@ def load_trained(
     model.processor = VQAProcessor(
         tokenizer, model.config, shown.max_image_size, shown.input_mode, shown.audio_tokens, shown.frame_mode
     )
+    if shown.encoder_tokens not in (None, model.processor.encoder_tokens):
+        raise VQAError(
+            f"{path}: trained with {shown.encoder_tokens} audio tokens a question, this base makes "
+            f"{model.processor.encoder_tokens}; name the base of the training run with --model_name_or_path"
+        )
     return Trained(model, model.processor, settings, identity, merged)
 
 

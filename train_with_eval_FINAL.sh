@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
 # Trains with the seed's settings, then evaluates the result by generation.
 #
-#   bash train_with_eval_FINAL.sh [flags...]        flags are passed on to train_vqa.py and win over the ones below
+#   bash train_with_eval_FINAL.sh [flags...]        flags are passed to train_vqa.py and override the ones below
 #   bash train_with_eval_FINAL.sh --smoke           the same two steps with the tiny model and the fixtures, on the CPU
-#   bash train_with_eval_FINAL.sh --python [FILE]   only sees to the packages (and those of requirements FILE), and
-#                                                   prints the interpreter that has them
+#   bash train_with_eval_FINAL.sh --python [FILE]   only installs the missing packages (and those of requirements
+#                                                   FILE), and prints the Python that has them
 #
 # Environment: MODEL TRAIN_DATA EVAL_DATA FRAMES_DIR AUDIO_DIR EVAL_AUDIO_DIR OUTPUT_DIR RESULTS PYTHON
 set -euo pipefail
@@ -13,7 +13,7 @@ shopt -s inherit_errexit  # or an install that fails inside $(find_python) would
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 
 # Prints the first interpreter (.venv beside this script, then $PYTHON) that has every package named in the given
-# requirements files; makes the .venv where none has. Without requirements.txt, names what is missing instead.
+# requirements files; if none has, makes the .venv. Without requirements.txt, reports the missing packages instead.
 find_python() {
     local requirements=("$@") listed=() candidate missing
     for file in "${requirements[@]}"; do [ -f "$file" ] && listed+=("$file"); done
@@ -45,8 +45,8 @@ make_venv() {
     if [ -f "$here/tests/constraints.txt" ]; then arguments+=(-c "$here/tests/constraints.txt"); fi
     "${PYTHON:-python3}" -m venv "$here/.venv"
     "$here/.venv/bin/python" -m pip install -qq --disable-pip-version-check "${arguments[@]}"
-    # The torchaudio wheel for Linux is a CUDA build. Beside a CPU-only torch its extension cannot be loaded, and then
-    # transformers cannot be imported either; without that file torchaudio runs in pure Python, which is all we need.
+    # The torchaudio wheel for Linux is a CUDA build. With a CPU-only torch its extension cannot be loaded, and then
+    # transformers cannot be imported either. Without that file torchaudio runs in pure Python, which is enough here.
     "$here/.venv/bin/python" - <<'PY'
 import importlib.util, pathlib, torch
 if torch.version.cuda is None and torch.version.hip is None:
@@ -56,7 +56,7 @@ if torch.version.cuda is None and torch.version.hip is None:
 PY
 }
 
-# Prints the value that the flag $1 has in the remaining arguments (the last one counts), or the default $2.
+# Prints the last value of the flag $1 in the remaining arguments, or the default $2.
 flag_value() {
     local flag=$1 value=$2
     shift 2
@@ -70,7 +70,7 @@ flag_value() {
     echo "$value"
 }
 
-# Whether the switch $1 is on in the remaining arguments: alone or with a value, the last one counts.
+# Whether the flag $1 is on in the remaining arguments, alone or with a value; the last one counts.
 switched_on() {
     local flag=$1 value=False
     shift
@@ -85,17 +85,17 @@ switched_on() {
     return 1
 }
 
-# Runs a command, and exits unless it succeeds. SIGTERM, SIGINT and SIGHUP are passed on to it, once each whether they
-# came to this script alone or to its whole group, and end the script when the command has ended. Ctrl-Z stops both.
+# Runs a command, and exits unless it succeeds. SIGTERM, SIGINT and SIGHUP are passed on to the command, once each,
+# whether they come to this script or to its process group. The script then ends after the command. Ctrl-Z stops both.
 supervise() {
     local child="" signal="" seen name status=0 latest
     for name in TERM INT HUP; do
-        # shellcheck disable=SC2064  # the name is that of now
+        # shellcheck disable=SC2064  # the current name is meant
         trap "signal=$name; [ -z \"\$child\" ] || kill -s $name \"\$child\" 2>/dev/null || true" "$name"
     done
     trap '[ -z "$child" ] || kill -s STOP "$child"; kill -s STOP $$' TSTP
     trap '[ -z "$child" ] || kill -s CONT "$child"' CONT
-    set -m  # a group of its own: else a command in the background ignores SIGINT
+    set -m  # gives the command its own group; otherwise a command in the background ignores SIGINT
     "$@" &
     child=$!
     set +m
@@ -103,7 +103,7 @@ supervise() {
     while :; do
         seen=$signal latest=0
         wait "$child" || latest=$?  # ends early when a signal comes
-        if [ "$latest" != 127 ]; then status=$latest; fi  # 127: its status has been told already
+        if [ "$latest" != 127 ]; then status=$latest; fi  # 127: wait has already returned the status
         if [ "$signal" = "$seen" ] && ! kill -0 "$child" 2>/dev/null; then break; fi
     done
     trap - TERM INT HUP TSTP CONT
@@ -127,7 +127,7 @@ case ${1-} in
         TRAIN_DATA=$fixtures/smoke.jsonl EVAL_DATA=$fixtures/smoke.jsonl FRAMES_DIR=$fixtures/frames
         AUDIO_DIR=$fixtures/audio EVAL_AUDIO_DIR=$fixtures/audio
         OUTPUT_DIR=checkpoints/smoke RESULTS=results/smoke.jsonl
-        # A model this small learns five answers with a large step, all rows at once and no dropout.
+        # Such a small model learns five answers with a high learning rate, all rows in one batch and no dropout.
         settings=(
             --init random --use_cpu True --seed 1 --max_image_size 112 --max_eval_frames 0
             --per_device_train_batch_size 5 --gradient_accumulation_steps 1 --checkpoint_every_n 0
@@ -147,7 +147,7 @@ case ${1-} in
         ;;
 esac
 
-# train_vqa.py takes --output-dir for --output_dir; the flags that are read below have one spelling.
+# train_vqa.py also accepts --output-dir for --output_dir; the code below reads only the second spelling.
 given=()
 for flag in "$@"; do
     case $flag in
@@ -159,7 +159,7 @@ for flag in "$@"; do
     given+=("$flag")
 done
 if [ "$smoke" = 1 ] && [ "$(flag_value --train_decoder lora ${given[@]+"${given[@]}"})" != full ]; then
-    settings+=(--lora_dropout 0)  # refused where there are no adapters
+    settings+=(--lora_dropout 0)  # an error without adapters
 fi
 
 flags=(
@@ -188,10 +188,10 @@ if switched_on --dry_run "${flags[@]}" || switched_on --check_data "${flags[@]}"
 results=${RESULTS:-results/eval_out.jsonl}
 limit=$(flag_value --gpu_memory_limit_gib "" "${flags[@]}")
 features=$(flag_value --cache_features "" "${flags[@]}")
-evaluation=(--overwrite)  # what was trained just now answers; rows of an earlier training would be refused
+evaluation=(--overwrite)  # rows of an earlier training would be refused
 if switched_on --allow_symlinks "${flags[@]}"; then evaluation+=(--allow_symlinks); fi
 if switched_on --skip_bad_samples "${flags[@]}"; then
-    evaluation+=(--allow_errors)  # what training left out is counted as wrong
+    evaluation+=(--allow_errors)  # rows that training left out count as wrong
 else
     evaluation+=(--train_data_path "$(flag_value --train_data_path "" "${flags[@]}")")
 fi

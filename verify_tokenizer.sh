@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# Is PAD apart from EOS? Prints both before and after the fix in train_vqa.py; exit status 0 when the state after is
-# sound, 1 when not.
+# Is PAD different from EOS? Prints both tokens before and after the fix in train_vqa.py. Exit status: 0 if they differ
+# after the fix and a stop token exists, else 1.
 #
-#   bash verify_tokenizer.sh [MODEL]    folder or hub id; without one the default of train_vqa.py
+#   bash verify_tokenizer.sh [MODEL]    folder or hub id. Default: that of train_vqa.py
 set -euo pipefail
 
 case ${1-} in -h | --help) sed -n '2,5s/^# \{0,1\}//p' "${BASH_SOURCE[0]}" && exit ;; esac

@@ -1,12 +1,13 @@
-"""How long --check_data takes over a large file, with nothing remembered and again, and how much memory a row takes.
+"""How long --check_data takes for a large file, the first time and again, and how much memory a row takes.
 
     taskset -c 0,1 python benchmarks/check_speed.py --rows 5200 --json check_speed.json
 
-Makes rows of eight 1240 x 1080 JPEGs and one 4 s MP3 each, none shared with another row. To be made in seconds they are
-hard links to 16 frames and 16 spoken files, so reading them costs no disk; each name is decoded all the same. Beside
-it, a plain loop decodes every tenth of them in two threads. CPU seconds are told beside those of the clock, as they
-hardly depend on what else the machine does. Memory is the peak of a process over all rows less that over the first
-tenth, a row, warm.
+Each row has eight JPEGs of 1240 x 1080 and one MP3 of 4 s. No file name occurs in two rows. The files are hard links to
+16 frames and 16 MP3s, so that they are made in seconds and reading them costs no disk access; each name is decoded all
+the same. For comparison, a plain loop decodes every tenth file in two threads. The output has CPU seconds beside clock
+seconds, because CPU seconds hardly depend on other work of the machine. Cold is the first check, warm the second, which
+remembers the files that passed. The memory of a row is (peak for all rows - peak for the first tenth) / number of other
+rows, warm.
 """
 
 import argparse
@@ -63,7 +64,7 @@ def make_data(folder: Path, count: int) -> None:
 
 
 def timed(command: list, environment: dict, text: str = "") -> tuple[float, float, int]:
-    """Run a command with `text` as its input: seconds, CPU seconds, peak bytes."""
+    """Run a command with `text` as its input; returns seconds, CPU seconds and peak bytes."""
     start = time.monotonic()
     process = subprocess.Popen(
         list(map(str, command)), env=environment, stdin=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
@@ -78,7 +79,7 @@ def timed(command: list, environment: dict, text: str = "") -> tuple[float, floa
 
 
 def check(folder: Path, rows: int | None = None) -> tuple[float, float, int]:
-    """`timed` for a process that checks the first `rows` rows (None: all)."""
+    """`timed` for a process that checks the first `rows` rows. None: all."""
     command = [sys.executable, ROOT / "train_vqa.py", "--check_data", "--train_data_path", folder / "rows.jsonl"]
     command += ["--frames_dir", folder / "frames", "--audio_dir", folder / "audio"]
     command += ["--max_train_samples", rows] if rows else []
@@ -87,8 +88,8 @@ def check(folder: Path, rows: int | None = None) -> tuple[float, float, int]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", type=int, default=5200, help="rows of the file")
-    parser.add_argument("--json", type=Path, help="write the figures there; without it they are only printed")
+    parser.add_argument("--rows", type=int, default=5200, help="rows of the file (5200)")
+    parser.add_argument("--json", type=Path, help="file for the figures. None: only print them")
     args = parser.parse_args()
     folder = Path(tempfile.mkdtemp(prefix="check_speed_"))
     try:

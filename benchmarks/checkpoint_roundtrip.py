@@ -1,11 +1,11 @@
-"""A checkpoint's whole way, in time, bytes and memory: written, loaded, adapted, merged, loaded again, asked.
+"""Time, bytes and memory of a checkpoint: write it, load it, add an adapter, merge, load the merge, generate.
 
     python benchmarks/checkpoint_roundtrip.py --work_dir /tmp/roundtrip --output roundtrip.json    # full size, a GPU
     python benchmarks/checkpoint_roundtrip.py --work_dir /tmp/roundtrip --tiny                     # on any CPU, seconds
 
-The model is random, in the layout of transformers 4.47 (flat config, at full size without a Whisper config, old names),
-with a vocabulary of 151,660 entries without holes. At full size the work folder takes 37 GB. Exit status 1 when loading
-needed more than 1.3 x the model's bytes on the GPU.
+The model is random and has the layout of transformers 4.47 (flat config, at full size without a Whisper config, old
+names), with a vocabulary of 151,660 entries without gaps. At full size the work folder takes 37 GB. The exit status is
+1 if loading needed more than 1.3 x the model's bytes on the GPU.
 """
 
 import argparse
@@ -33,9 +33,9 @@ MAX_LOAD_RATIO = 1.3  # peak GPU bytes while loading / bytes of the model
 
 
 def fill_vocabulary(source: Path, folder: Path) -> None:
-    """Copy a model folder's config and tokenizer, with an entry for every id below the largest.
+    """Copy the config and tokenizer of a model folder, and fill the vocabulary up to the largest id.
 
-    The fixture has the real Qwen2 ids behind a hole; there a token that is added moves to another id on reloading.
+    The fixture has the real Qwen2 ids after a gap; with a gap, an added token gets another id when reloaded.
     """
     shutil.copytree(source, folder)
     spec = json.loads((folder / "tokenizer.json").read_text())
@@ -45,25 +45,25 @@ def fill_vocabulary(source: Path, folder: Path) -> None:
 
 
 def old_name(name: str) -> str:
-    """The key of transformers 4.47 for a parameter of today's model."""
+    """The name in transformers 4.47 of a parameter of today's model."""
     return name.replace("model.visual.", "visual.").replace("model.language_model.", "model.")
 
 
 def write_old_layout(source: Path, folder: Path, dtype: torch.dtype, device: str) -> None:
-    """Random weights of `source`'s geometry as transformers 4.47 wrote them, shard by shard."""
+    """Write random weights with the sizes of `source` as transformers 4.47 did, in shards."""
     fill_vocabulary(source, folder)
     tokenizer = vqa.load_tokenizer(folder)
     model = vqa.load_model(folder, tokenizer, init="random", dtype=dtype, device=device)
     weights = {old_name(name): p for name, p in model.named_parameters()}
     save_torch_state_dict(weights, folder, max_shard_size=vqa.SHARD_BYTES, metadata={"format": "pt"})
     config = json.loads((folder / "config.json").read_text())
-    if vqa.WHISPER_LARGE_V3_TURBO.items() <= config["audio_config"].items():  # which is taken where none is named
+    if vqa.WHISPER_LARGE_V3_TURBO.items() <= config["audio_config"].items():  # the default for a config without one
         del config["audio_config"]
     (folder / "config.json").write_text(json.dumps(config, indent=2))
 
 
 def add_adapter(model: vqa.SurgicalVQAModel, tokenizer, base: Path, folder: Path, rank: int) -> None:
-    """A saved adapter with a `lora_B` that is not zero, as one training step would leave it, and its settings."""
+    """Save an adapter whose `lora_B` is not zero, as after a training step, and its settings."""
     identity = vqa.fingerprint(model)
     with torch.device(model.device):
         peft_model = vqa.add_lora(model, r=rank)
@@ -83,12 +83,12 @@ def resident_gib() -> tuple[float, float]:
     try:
         fields = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
         return tuple(int(fields[name].split()[0]) / 2**20 for name in ("VmRSS", "VmHWM"))
-    except (OSError, KeyError):  # not Linux: the peak of the whole run
+    except (OSError, KeyError):  # not Linux: the peak of the complete run
         return 0.0, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
 def reset_peaks(cuda: bool) -> None:
-    """Let both peaks start from what is held now; where the kernel refuses, RAM's goes on from the phases before."""
+    """Reset both peaks to the current use. If the kernel refuses, RAM's peak includes the earlier phases."""
     gc.collect()
     if cuda:
         torch.cuda.empty_cache()
@@ -99,7 +99,7 @@ def reset_peaks(cuda: bool) -> None:
 
 @contextmanager
 def phase(name: str, measurements: list[dict], cuda: bool, folder: Path | None = None) -> Iterator[None]:
-    """Measure the body: seconds, GB in `folder` afterwards, and peaks in GiB; one row in `measurements`."""
+    """Measure the body and append to `measurements`: seconds, GB in `folder` afterwards, peaks in GiB."""
     reset_peaks(cuda)
     before, start = resident_gib()[0], time.perf_counter()
     yield
@@ -118,7 +118,7 @@ def phase(name: str, measurements: list[dict], cuda: bool, folder: Path | None =
 
 
 def run(work: Path, tiny: bool) -> dict:
-    """Go the whole way in `work`; returns the measurements, versions and what was generated."""
+    """Run all phases in `work`; returns the measurements, versions and the generated ids."""
     cuda = torch.cuda.is_available() and not tiny
     device, dtype = ("cuda", torch.bfloat16) if cuda else ("cpu", torch.float32 if tiny else torch.bfloat16)
     source = FIXTURES / ("tiny_model" if tiny else "full_size_model")
@@ -173,10 +173,10 @@ def show(result: dict) -> str:
 def main(argv: list[str] | None = None) -> int:
     """Command line entry: see the module docstring."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--work_dir", type=Path, required=True, help="empty or new; holds the checkpoints meanwhile")
+    parser.add_argument("--work_dir", type=Path, required=True, help="empty or new folder for the checkpoints")
     parser.add_argument("--tiny", action="store_true", help="the tests' tiny model, in float32 on the CPU")
-    parser.add_argument("--keep", action="store_true", help="leave the checkpoints in --work_dir")
-    parser.add_argument("--output", type=Path, help="write the measurements there as JSON")
+    parser.add_argument("--keep", action="store_true", help="keep the checkpoints in --work_dir")
+    parser.add_argument("--output", type=Path, help="file for the measurements as JSON")
     args = parser.parse_args(argv)
     if args.work_dir.exists() and any(args.work_dir.iterdir()):
         raise vqa.VQAError(f"--work_dir {args.work_dir}: is not empty; name a new folder")

@@ -1,12 +1,12 @@
-"""How many samples one CPU core feeds to the GPU: decoded, stage by stage, and read from a feature cache.
+"""How many samples per second one CPU core prepares: decoded, stage by stage, and read from a feature cache.
 
     python benchmarks/decode_speed.py
     python benchmarks/decode_speed.py --frames dataset/frames/002-001/*.jpg --speech audio/in_002-001/*.mp3
 
-Without files it draws frames of 1240 x 1080 with tests/make_media.py and takes the speech of the tests. A sample is
-`--frames_per_clip` frames and one speech; the cache's files have the size of the 7B model's features in bf16 (8 frames
-of 168 tokens of 3584, speech of 1500 of 1280), and are read from the page cache. `draft` decodes a JPEG at half its
-size; the values that differ from whole decoding are counted. One thread; CPU time, so that other work on the machine
+Without files it draws frames of 1240 x 1080 with tests/make_media.py and uses the speech of the tests. A sample has
+`--frames_per_clip` frames and one speech file. The cached files have the size of the 7B model's features in bf16 (8
+frames of [168, 3584], speech of [1500, 1280]) and are read from the page cache. `draft` decodes a JPEG at half its
+size; the values that differ from full decoding are counted. One thread; CPU time, so that other work on the machine
 does not count.
 """
 
@@ -42,7 +42,7 @@ def milliseconds(call: Callable, repeats: int) -> float:
 
 
 def draw_frames(folder: Path, count: int) -> list[Path]:
-    """`count` drawings of 1240 x 1080 as JPEG."""
+    """Write `count` drawings of 1240 x 1080 as JPEG files."""
     paths = [folder / f"{number}.jpg" for number in range(count)]
     images = make_media.draw_clip(make_media.Scene(), count, (1240, 1080), np.random.default_rng(0))
     for path, image in zip(paths, images, strict=True):
@@ -51,7 +51,7 @@ def draw_frames(folder: Path, count: int) -> list[Path]:
 
 
 def load_draft(path: Path, size: int) -> Image.Image:
-    """As `vqa.load_frame`, but of a JPEG decoded at the smallest scale that is not below the size wanted."""
+    """`vqa.load_frame` with the JPEG decoded at the smallest scale that is not below the target size."""
     with Image.open(path) as image:
         wanted = vqa.fit_size(image.size, size)
         image.draft("RGB", wanted)
@@ -63,9 +63,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--frames", type=Path, nargs="*", default=[], help="image files. None: drawings")
     parser.add_argument("--speech", type=Path, nargs="*", default=[], help="speech files. None: those of the tests")
-    parser.add_argument("--frames_per_clip", type=int, default=8)
-    parser.add_argument("--max_image_size", type=int, default=384)
-    parser.add_argument("--repeats", type=int, default=10)
+    parser.add_argument("--frames_per_clip", type=int, default=8, help="frames of a sample (8)")
+    parser.add_argument("--max_image_size", type=int, default=384, help="longer side of a frame in pixels (384)")
+    parser.add_argument("--repeats", type=int, default=10, help="times that each stage is measured (10)")
     args = parser.parse_args()
     torch.set_num_threads(1)
     config = vqa.load_config(FIXTURES / "full_size_model")
@@ -83,9 +83,9 @@ def main() -> None:
         target = vqa.fit_size(decoded[0].size, args.max_image_size)
         pixels, _ = processor.encode_frames(frames)
         vision = torch.randn(1344, 3584).bfloat16()
-        heard = torch.randn(1500, 1280).bfloat16()
+        audio = torch.randn(1500, 1280).bfloat16()
         vqa.write_features(folder / "vision", vision, torch.tensor([[1, 24, 28]] * 8))
-        vqa.write_features(folder / "speech", heard)
+        vqa.write_features(folder / "speech", audio)
 
         def resize() -> None:
             for image in decoded:
@@ -96,8 +96,8 @@ def main() -> None:
             collate([processor.encode(row, *media, True)])
 
         def cached() -> None:
-            seen, (voice, _) = vqa.read_features(folder / "vision"), vqa.read_features(folder / "speech")
-            collate([processor.encode(row, (), None, True, seen, voice)])
+            images, (voice, _) = vqa.read_features(folder / "vision"), vqa.read_features(folder / "speech")
+            collate([processor.encode(row, (), None, True, images, voice)])
 
         collate = vqa.VQACollator(tokenizer.pad_token_id)
         stages = {

@@ -1,4 +1,4 @@
-"""Ways to decode that `answer_batch` of evaluate_checkpoint.py does not take; generate_speed.py measures them."""
+"""Ways to decode that evaluate_checkpoint.py does not use; generate_speed.py measures them."""
 
 import contextlib
 import sys
@@ -7,17 +7,19 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from transformers import GenerationConfig
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import evaluate_checkpoint as ev
+import train_vqa as vqa
 
 
 @contextlib.contextmanager
 def grouped_attention() -> Iterator[None]:
-    """For one new token the query heads that share a key head become queries of one head.
+    """Compute the query heads that share a key head as several queries of one head, for one new token.
 
-    Under a mask transformers' sdpa repeats keys and values for every query head, at each step and layer; this does not.
+    With a mask, transformers' sdpa repeats keys and values for every query head, at each step and layer; this does not.
     """
     attend = ALL_ATTENTION_FUNCTIONS["sdpa"]
 
@@ -38,7 +40,8 @@ def grouped_attention() -> Iterator[None]:
 
 
 class FixedCache:
-    """Keys and values in buffers [rows, heads, width, head size], a pair a layer; a new token's go to `place`."""
+    """Keys and values in buffers [rows, heads, width, head size], one pair per layer; those of a new token go to
+    `place`."""
 
     def __init__(self, like: Sequence[tuple[torch.Tensor, torch.Tensor]], width: int):
         rows, heads, _, size = like[0][0].shape
@@ -46,14 +49,14 @@ class FixedCache:
         self.place = torch.zeros(1, dtype=torch.long, device=like[0][0].device)
 
     def update(self, keys: torch.Tensor, values: torch.Tensor, layer: int, *args) -> tuple[torch.Tensor, torch.Tensor]:
-        """Write the keys and values [rows, heads, 1, head size] of a new token; returns the whole buffers."""
+        """Write the keys and values [rows, heads, 1, head size] of a new token; returns the full buffers."""
         for buffer, new in zip(self.layers[layer], (keys, values), strict=True):
             buffer.index_copy_(2, self.place, new)
         return self.layers[layer]
 
 
 class GraphStep:
-    """One step of decoding on fixed buffers: on a GPU a CUDA graph from its second run on."""
+    """One step of decoding on fixed buffers; on a GPU a CUDA graph from its second run on."""
 
     def __init__(self, model, layers: Sequence[tuple[torch.Tensor, torch.Tensor]], width: int):
         self.model, self.cache, self.width = model, FixedCache(layers, width), width
@@ -63,7 +66,7 @@ class GraphStep:
         self.warm, self.graph = False, None
 
     def load(self, lengths: Sequence[int], ids: torch.Tensor, positions: torch.Tensor, layers: list) -> None:
-        """Take over what `read_prompts` returns; empties `layers`."""
+        """Take over what `prefill` returns; empties `layers`."""
         filled, places = max(lengths), torch.arange(self.width, device=ids.device)
         self.ids.copy_(ids)
         self.positions.copy_(positions)
@@ -104,7 +107,7 @@ class GraphStep:
 
 
 class GraphDecoder:
-    """`answer_batch` with a `GraphStep` for each number of rows, made for the first batch, which is the longest."""
+    """`answer_batch` with one `GraphStep` per number of rows, made for the first batch, which is the longest."""
 
     def __init__(self):
         self.steps: dict[int, GraphStep] = {}
@@ -114,10 +117,31 @@ class GraphDecoder:
     ) -> list[tuple[list[int], str]]:
         """As `answer_batch`, for answers that all have `max_new_tokens` tokens (no `stop_ids`)."""
         with torch.inference_mode(), grouped_attention():
-            lengths, ids, positions, layers = ev.read_prompts(model, samples, pad_token_id)
+            lengths, ids, positions, layers = ev.prefill(model, samples, pad_token_id)
             step = self.steps.get(len(lengths))
             if step is None or step.width < max(lengths) + max_new_tokens:
                 step = self.steps[len(lengths)] = GraphStep(model, layers, max(lengths) + max_new_tokens)
             step.load(lengths, ids, positions, layers)
             produced = [ids, *(step() for _ in range(max_new_tokens - 1))]
         return [(tokens, "length") for tokens in torch.stack(produced, dim=1).tolist()]
+
+
+def answer_by_library(
+    model, samples: Iterable[dict], pad_token_id: int, stop_ids: Sequence[int], max_new_tokens: int
+) -> list[tuple[list[int], str]]:
+    """As `answer_batch`, by transformers' `generate` on one batch that is padded on the left."""
+    if not (samples := list(samples)):
+        return []
+    batch = vqa.VQACollator(pad_token_id, "left")(samples)
+    with torch.inference_mode():
+        inputs = ev.on_device(batch, model.device)
+        stops = list(stop_ids) or None
+        decoding = GenerationConfig(
+            do_sample=False, max_new_tokens=max_new_tokens, eos_token_id=stops, pad_token_id=pad_token_id
+        )
+        new = model.generate(**inputs, generation_config=decoding)[:, inputs["input_ids"].shape[1] :].tolist()
+    answers = []
+    for ids in new:
+        end = next((place for place, token in enumerate(ids) if token in stop_ids), None)
+        answers.append((ids, "length") if end is None else (ids[: end + 1], "eos"))
+    return answers

@@ -1,12 +1,12 @@
-"""Where the memory of an in-training evaluation goes: gathering logits, as plain Trainer does, beside the loss alone.
+"""The memory of an evaluation during training: the plain Trainer, which gathers logits, beside ours, only the loss.
 
     python benchmarks/eval_memory.py --model_name_or_path tests/fixtures/full_size_model \\
         --data_path test_set/out_002-001.jsonl --frames_dir dataset/frames --audio_dir audio/out_002-001
 
-Plain Trainer asks the model for its logits, [B, T, vocabulary], converts them to float32 for the loss, and keeps those
-of every batch until the evaluation ends (or for `--eval_accumulation_steps` batches, then in RAM). Ours builds them at
-the answer's positions, and keeps none. Weights are random: memory does not depend on their values. A run whose peak is
-below `--card_gib` would have fitted such a card.
+The plain Trainer asks the model for its logits, [B, T, vocabulary], converts them to float32 for the loss, and keeps
+those of every batch until the evaluation ends (with `--eval_accumulation_steps N` they move to RAM after N batches).
+Ours computes logits only at the positions of the answer and keeps none. Weights are random, because memory does not
+depend on their values. A run whose peak is below `--card_gib` would fit on such a card.
 """
 
 import argparse
@@ -22,10 +22,11 @@ from transformers import Trainer
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import train_vqa as vqa
+from benchmarks.speed_common import add_data_flags
 
 
 class GatheringModel(vqa.SurgicalVQAModel):
-    """The same model with the stock loss: logits of every position, returned beside it."""
+    """The same model with transformers' loss: logits at every position, returned together with the loss."""
 
     def forward(self, labels=None, num_items_in_batch=None, **inputs):
         """Logits [B, T, vocabulary] and, with `labels` [B, T], transformers' causal loss over them."""
@@ -38,9 +39,9 @@ class GatheringModel(vqa.SurgicalVQAModel):
 
 
 def measure(build: Callable, dataset, collator, gather: bool, accumulation: int | None) -> dict:
-    """Evaluate `dataset` once; peak GPU memory in GiB, gathered logits in GiB, or the reason why it failed.
+    """Evaluate `dataset` once; returns peak GPU memory in GiB, gathered logits in GiB, or why it failed.
 
-    The model is a new one from `build` each time: a Trainer leaves its autocast and its cast of the outputs on it.
+    `build` makes a new model each time, because a Trainer leaves its autocast and its cast of the outputs on the model.
     """
     cuda = torch.cuda.is_available()
     model = build()
@@ -72,14 +73,19 @@ def measure(build: Callable, dataset, collator, gather: bool, accumulation: int 
 def main() -> None:
     """Command line entry: see the module docstring."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model_name_or_path", required=True, help="folder with config and tokenizer")
-    parser.add_argument("--data_path", required=True, help="JSONL of questions")
-    parser.add_argument("--frames_dir", required=True, help="as in train_vqa.py")
-    parser.add_argument("--audio_dir", required=True, help="as in train_vqa.py")
-    parser.add_argument("--rows", type=int, default=10, help="questions to evaluate")
-    parser.add_argument("--frames", type=int, nargs="+", default=[6, 8], help="frames per clip, one table row each")
-    parser.add_argument("--card_gib", type=float, default=38.5, help="what a 40 GB card has for us")
-    parser.add_argument("--output", type=Path, help="write the measurements there as JSON")
+    add_data_flags(parser)
+    parser.add_argument("--rows", type=int, default=10, help="questions to evaluate (10)")
+    parser.add_argument(
+        "--frames",
+        type=int,
+        nargs="+",
+        default=[6, 8],
+        help="frames per clip; each number gets its own table rows (6 8)",
+    )
+    parser.add_argument(
+        "--card_gib", type=float, default=38.5, help="memory that a 40 GB card has for a process (38.5)"
+    )
+    parser.add_argument("--output", type=Path, help="file for the measurements as JSON")
     args = parser.parse_args()
 
     cuda = torch.cuda.is_available()
@@ -99,7 +105,7 @@ def main() -> None:
             ("ours, loss at answer positions only", False, None),
         ):
             result = {"name": name, **measure(build, dataset, collator, gather, accumulation)}
-            gc.collect()  # the Trainer and its model hold each other
+            gc.collect()  # the Trainer and its model refer to each other
             if cuda:
                 torch.cuda.empty_cache()
             measurements.append(result)

@@ -1,10 +1,10 @@
-"""Feed damaged and invented content to everything that reads a file, for a given CPU time a reader.
+"""Give damaged and invented content to every function that reads a file, for a given CPU time per reader.
 
     python benchmarks/fuzz.py --seconds 600 --reader all --jobs 4 --json fuzz.json
 
-Each reader runs in a process of its own that counts its own CPU seconds. It may refuse what it is given (VQAError or
-InputError, whose text names the file); any other exception, a death by a signal, or 60 seconds on one input is a crash.
-The shortest input that crashes a reader is printed; then that reader ends. Exit status: 0 no crash, 1 otherwise.
+Each reader runs in its own process, which counts its CPU seconds. A reader may refuse an input (VQAError or InputError
+with a text that names the file). Any other exception, a death by a signal, or 60 seconds on one input is a crash. The
+shortest input that crashes a reader is printed, and that reader ends. Exit status: 0 without a crash, else 1.
 """
 
 import argparse
@@ -54,7 +54,7 @@ CHANGES = st.lists(st.tuples(st.integers(0, 10_000), JSON, st.booleans()), min_s
 
 
 def edited(content: bytes, edits: list) -> bytes:
-    """`content` with some bytes replaced, put in or taken out; half of the edits near the start, where headers are."""
+    """`content` with some bytes replaced, added or removed; half of the edits near the start, where headers are."""
     for where, put, cut in edits:
         at = int(where * 2 * len(content)) if where < 0.5 else int((where - 0.5) * 400)
         content = content[:at] + put + content[at + cut :]
@@ -62,7 +62,7 @@ def edited(content: bytes, edits: list) -> bytes:
 
 
 def changed(stored: dict, changes: list) -> bytes:
-    """`stored` as JSON, with some of its values, at any depth, replaced by others or left out."""
+    """`stored` as JSON, with some of its values, at any depth, replaced or removed."""
     stored = copy.deepcopy(stored)
     for which, value, leave_out in changes:
         places, todo = [], [stored]
@@ -83,18 +83,18 @@ def changed(stored: dict, changes: list) -> bytes:
 
 
 def contents(stored: dict):
-    """Contents of a JSON file: `stored` changed as JSON, or as bytes."""
-    whole = json.dumps(stored).encode()
-    return st.one_of(CHANGES.map(lambda c: changed(stored, c)), EDITS.map(lambda e: edited(whole, e)), st.binary())
+    """Contents of a JSON file: `stored` changed as JSON or as bytes."""
+    original = json.dumps(stored).encode()
+    return st.one_of(CHANGES.map(lambda c: changed(stored, c)), EDITS.map(lambda e: edited(original, e)), st.binary())
 
 
 # ------------------------------------------------------------------------------------------------------------- readers
-# Each takes an empty folder and returns (a strategy, a function of a drawn input). The function raises where the reader
-# does other than read or refuse.
+# Each takes an empty folder and returns (a strategy, a function of a drawn input). The function raises if the reader
+# neither reads nor refuses the input.
 
 
 def refusing(read, path: Path, content: bytes) -> None:
-    """Write `content` to `path` and `read(path)`; a refusal must name the file."""
+    """Write `content` to `path` and call `read(path)`; a refusal must name the file."""
     path.write_bytes(content)
     try:
         read(path)
@@ -140,8 +140,11 @@ def read_answers(folder: Path):
 
 def read_media(kind: str):
     def reader(folder: Path):
-        whole, decode = MEDIA[kind].read_bytes(), vqa.decode_audio if kind in vqa.AUDIO_EXTENSIONS else vqa.decode_frame
-        return EDITS.map(lambda e: edited(whole, e)), functools.partial(refusing, decode, folder / f"media{kind}")
+        original, decode = (
+            MEDIA[kind].read_bytes(),
+            vqa.decode_audio if kind in vqa.AUDIO_EXTENSIONS else vqa.decode_frame,
+        )
+        return EDITS.map(lambda e: edited(original, e)), functools.partial(refusing, decode, folder / f"media{kind}")
 
     return reader
 
@@ -168,26 +171,26 @@ def real_settings() -> str:
 
 
 def read_settings(folder: Path):
-    whole = json.loads(real_settings())
-    (folder / "adapter_config.json").write_text("{}")  # without it the base of the settings is not looked at
+    original = json.loads(real_settings())
+    (folder / "adapter_config.json").write_text("{}")  # without it the base in the settings is not checked
 
     def read(path: Path) -> None:
         vqa.trained_settings(path.parent, "cpu", {})
         with contextlib.suppress(vqa.VQAError):  # names the folder, and each difference
-            vqa.refuse_other_settings(path.parent, whole)
+            vqa.refuse_other_settings(path.parent, original)
 
-    return contents(whole), functools.partial(refusing, read, folder / vqa.SETTINGS_FILE)
+    return contents(original), functools.partial(refusing, read, folder / vqa.SETTINGS_FILE)
 
 
 def read_manifest(folder: Path):
     (folder / "a").write_bytes(b"abc")
     vqa.write_manifest(folder)
-    whole, path = json.loads((folder / vqa.MANIFEST_FILE).read_bytes()), folder / vqa.MANIFEST_FILE
+    original, path = json.loads((folder / vqa.MANIFEST_FILE).read_bytes()), folder / vqa.MANIFEST_FILE
 
     def read(path: Path) -> None:
         assert isinstance(vqa.find_damage(path.parent, ["a"]), str | None)
 
-    return contents(whole), functools.partial(refusing, read, path)
+    return contents(original), functools.partial(refusing, read, path)
 
 
 def read_progress(folder: Path):
@@ -205,21 +208,21 @@ def read_progress(folder: Path):
 
 
 def read_model_config(folder: Path):
-    whole = json.loads((TINY / "config.json").read_text())
-    return contents(whole), functools.partial(refusing, lambda p: vqa.load_config(p.parent), folder / "config.json")
+    original = json.loads((TINY / "config.json").read_text())
+    return contents(original), functools.partial(refusing, lambda p: vqa.load_config(p.parent), folder / "config.json")
 
 
 def read_adapter_config(folder: Path):
-    whole = {"peft_type": "LORA", "r": 4, "lora_alpha": 16, "target_modules": ["q_proj"], "lora_dropout": 0.05}
-    whole |= {"bias": "none", "task_type": "CAUSAL_LM", "modules_to_save": ["audio_projector"]}
-    return contents(whole), functools.partial(refusing, vqa.read_adapter_config, folder / "adapter_config.json")
+    original = {"peft_type": "LORA", "r": 4, "lora_alpha": 16, "target_modules": ["q_proj"], "lora_dropout": 0.05}
+    original |= {"bias": "none", "task_type": "CAUSAL_LM", "modules_to_save": ["audio_projector"]}
+    return contents(original), functools.partial(refusing, vqa.read_adapter_config, folder / "adapter_config.json")
 
 
 def read_safetensors(folder: Path):
     path = folder / "adapter_model.safetensors"
     names = [f"base_model.model.layers.0.q_proj.lora_{side}.weight" for side in "AB"]
     save_file({names[0]: torch.ones(4, 8), names[1]: torch.ones(8, 4)}, path)
-    whole = path.read_bytes()
+    original = path.read_bytes()
     (folder / "model.safetensors").symlink_to(path.name)
 
     def read(path: Path) -> None:
@@ -227,32 +230,32 @@ def read_safetensors(folder: Path):
             vqa.read_adapter(path.parent)
         vqa.stored_keys(path.parent)
 
-    return EDITS.map(lambda e: edited(whole, e)), functools.partial(refusing, read, path)
+    return EDITS.map(lambda e: edited(original, e)), functools.partial(refusing, read, path)
 
 
 def read_features(folder: Path):
     path = folder / "clip.safetensors"
     vqa.write_features(path, torch.arange(12.0).reshape(3, 4), torch.tensor([[1, 6, 4]]))
-    whole = path.read_bytes()
-    return EDITS.map(lambda e: edited(whole, e)), functools.partial(refusing, vqa.read_features, path)
+    original = path.read_bytes()
+    return EDITS.map(lambda e: edited(original, e)), functools.partial(refusing, vqa.read_features, path)
 
 
 def read_training_state(folder: Path):
-    """The optimizer, scheduler and random states (torch pickles): any change is found before one of them is read."""
+    """Optimizer, scheduler and random states (torch pickles): any change must be found before one of them is read."""
     files = {"optimizer.pt": {"state": {0: torch.ones(4)}}, "scheduler.pt": {"last_epoch": 1}}
     files["rng_state.pth"] = {"cpu": torch.get_rng_state()}
     for name, state in files.items():
         torch.save(state, folder / name)
     vqa.write_manifest(folder)
-    whole = {name: (folder / name).read_bytes() for name in files}
+    original = {name: (folder / name).read_bytes() for name in files}
 
     def check(drawn: tuple[str, list]) -> None:
-        content = edited(whole[drawn[0]], drawn[1])
+        content = edited(original[drawn[0]], drawn[1])
         (folder / drawn[0]).write_bytes(content)
         damage = vqa.find_damage(folder, list(files))
-        assert (damage is None) == (content == whole[drawn[0]])
+        assert (damage is None) == (content == original[drawn[0]])
         assert damage is None or damage.startswith(drawn[0])
-        (folder / drawn[0]).write_bytes(whole[drawn[0]])
+        (folder / drawn[0]).write_bytes(original[drawn[0]])
 
     return st.tuples(st.sampled_from(sorted(files)), EDITS), check
 
@@ -277,7 +280,7 @@ READERS = {
 
 
 def run_reader(name: str, seconds: float, first_seed: int, folder: str, pipe) -> None:
-    """In a process of its own: draw inputs until `seconds` of CPU time are used; sends the findings through `pipe`."""
+    """In its own process: draw inputs until `seconds` of CPU time are used; sends the result through `pipe`."""
 
     def too_long(*_) -> None:
         raise TimeoutError(f"more than {LONGEST} s on one input")
@@ -286,7 +289,7 @@ def run_reader(name: str, seconds: float, first_seed: int, folder: str, pipe) ->
     torch.set_num_threads(1)
     signal.signal(signal.SIGALRM, too_long)
     strategy, check = READERS[name](Path(folder))
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # the MP3 decoder comments on each damage; ours goes through `pipe`
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # the MP3 decoder prints each damage; our result goes through `pipe`
     start, found = time.process_time(), {"examples": 0, "crash": None}
     last = [None]
     base = {"max_examples": 500, "deadline": None, "database": None, "phases": (Phase.generate, Phase.shrink)}
@@ -321,7 +324,7 @@ def run_reader(name: str, seconds: float, first_seed: int, folder: str, pipe) ->
 
 
 def watch(name: str, seconds: float, first_seed: int) -> dict:
-    """Run one reader in its process; what it sent, or how it died and the files that it was reading."""
+    """Run one reader in its process; returns its result, or how it died and the files it was reading."""
     with tempfile.TemporaryDirectory() as folder:
         ours, theirs = multiprocessing.Pipe(duplex=False)
         process = multiprocessing.get_context("spawn").Process(
@@ -342,13 +345,16 @@ def watch(name: str, seconds: float, first_seed: int) -> dict:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seconds", type=float, default=600, help="CPU seconds for each reader")
-    parser.add_argument("--reader", nargs="+", default=["all"], choices=["all", *READERS], help="one or more")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="readers at a time")
+    parser.add_argument("--seconds", type=float, default=600, help="CPU seconds for each reader (600)")
+    parser.add_argument("--reader", nargs="+", default=["all"], choices=["all", *READERS], help="one or more (all)")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="readers at the same time (number of cores)")
     parser.add_argument(
-        "--seed", type=int, default=int(time.time()), help="of the first 500 inputs; the next have the next"
+        "--seed",
+        type=int,
+        default=int(time.time()),
+        help="seed of the first 500 inputs; each further 500 use the next (the time)",
     )
-    parser.add_argument("--json", type=Path, help="write the results there; without it they are only printed")
+    parser.add_argument("--json", type=Path, help="file for the results. None: only print them")
     args = parser.parse_args()
     names = list(READERS) if "all" in args.reader else args.reader
     results = []
@@ -361,7 +367,7 @@ def main() -> int:
             else:
                 spent = f"{found['examples']:,} inputs in {found['cpu_seconds']:.0f} CPU s"
                 print(f"{name}: {spent}, no crash, peak memory {found['peak_mib']:.0f} MiB", flush=True)
-            if args.json:  # after each, so that a run that is cut off has left the ones that ended
+            if args.json:  # after each reader, so that an interrupted run has the finished ones
                 about = {"seed": args.seed, "seconds": args.seconds, "python": sys.version.split()[0]}
                 args.json.write_text(json.dumps({**about, "results": results}, indent=2) + "\n")
     crashes = sum(bool(found["crash"]) for found in results)

@@ -1,20 +1,25 @@
-"""How many answers a second: evaluation's own batches, beside one row at a time with the adapter apart.
+"""Answers per second: evaluation's own batches beside one row at a time with the adapter unmerged.
 
     python benchmarks/generate_speed.py --model_name_or_path tests/fixtures/full_size_model \\
         --data_path test_set/in_002-001.jsonl --frames_dir dataset/frames --audio_dir audio/in_002-001 \\
         --gpu_memory_limit_gib 38.5 --output speed.json
 
-seed: batches of one, the adapter apart from the weights, transformers' `generate`. ours: `answer_arm` of
-evaluate_checkpoint.py with its defaults, the adapter folded in, on the same tokens. fast: the same with
-`audio_tokens speech` and `frame_mode video`. Between seed and ours, each with one thing changed: apart (batches, the
-adapter apart), merged (batches of one, the adapter folded in), grouped and graphs (ours with `grouped_attention`, and
-with `GraphDecoder` too, of `decoding_changes.py`). All on one model in one process, with random weights, so that no
-answer ends by itself: the ids that end a turn are taken away, and every answer has `--max_new_tokens` tokens. Rows are
-repeated under other keys where the data have fewer than `--rows`. Media are decoded ahead in threads in all of them.
+seed      batches of one, adapter unmerged, transformers' `generate`
+ours      `answer_arm` of evaluate_checkpoint.py with its defaults, adapter merged, on the same tokens
+fast      ours with `audio_tokens speech` and `frame_mode video`
+apart     ours with the adapter unmerged
+merged    seed with the adapter merged
+library   ours with `generate` in place of `answer_batch`, on the same batches
+grouped   ours with `grouped_attention` of decoding_changes.py
+graphs    grouped with `GraphDecoder` of decoding_changes.py
 
-With `--cache_features` ours and fast are measured three times: encoding as rows come; `cold`, the folder empty and the
-time to fill it counted; and `warm`, everything kept and only the time to answer counted (`filling` says how long it
-took to find out that nothing was lacking, which is once a run, however many rows).
+All designs use one model in one process, with random weights. There are no stop tokens, so every answer has
+`--max_new_tokens` tokens. If the data have fewer than `--rows` rows, they are repeated under other ids. In all designs
+threads decode the media ahead of time.
+
+With `--cache_features`, ours and fast are measured three times: without cached features; `cold`, with an empty folder,
+where the time to fill it counts; and `warm`, with all features cached. Warm counts only the time to answer; `filling`
+then is the time to find out that no feature is missing, which is needed once per run, for any number of rows.
 """
 
 import argparse
@@ -25,6 +30,7 @@ import json
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 from unittest.mock import patch
 
@@ -34,35 +40,32 @@ from transformers import GenerationConfig
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import evaluate_checkpoint as ev
 import train_vqa as vqa
-from benchmarks.decoding_changes import GraphDecoder, grouped_attention
-from benchmarks.speed_common import machine, matmul_ceiling, synchronize
+from benchmarks.decoding_changes import GraphDecoder, answer_by_library, grouped_attention
+from benchmarks.speed_common import add_data_flags, machine, matmul_ceiling, synchronize
 
 SAME, FEWER = ("full", "images"), ("speech", "video")
-# Tokens, whether batches are ours, and whether the adapter is folded in: once it is, it cannot be taken out again.
+# Tokens, whether batches are ours, and whether the adapter is merged: after merging it cannot be separated again.
 DESIGNS = {
     "seed": (SAME, False, False),
     "apart": (SAME, True, False),
     "merged": (SAME, False, True),
     "ours": (SAME, True, True),
     "fast": (FEWER, True, True),
+    "library": (SAME, True, True),
     "grouped": (SAME, True, True),
     "graphs": (SAME, True, True),
 }
-WARM_UP = 2  # rows answered before the clock starts: kernels are loaded and chosen at their first use
+WARM_UP = 2  # rows answered before the measurement: kernels are loaded and chosen at their first use
 
 
-def repeated(annotations: list[dict], rows: list, count: int) -> tuple[list[dict], list]:
-    """`count` annotations and VQARows, gone through again under other ids where there are fewer."""
+def repeated(rows: list, count: int) -> list:
+    """`count` VQARows, gone through again under other ids where there are fewer."""
     turns = [divmod(n, len(rows)) for n in range(count)]
-    ids = [annotations[place]["id"] + (f"_{turn}" if turn else "") for turn, place in turns]
-    return (
-        [{**annotations[place], "id": name} for (_, place), name in zip(turns, ids, strict=True)],
-        [dataclasses.replace(rows[place], id=name) for (_, place), name in zip(turns, ids, strict=True)],
-    )
+    return [dataclasses.replace(rows[n], id=rows[n].id + (f"_{turn}" if turn else "")) for turn, n in turns]
 
 
 class Clocked:
-    """`ahead` of train_vqa.py, with a sum of the seconds that its user waits for a result."""
+    """`ahead` of train_vqa.py, and the sum of the seconds that its caller waits for a result."""
 
     def __init__(self):
         self.waited, self._ahead = 0.0, vqa.ahead
@@ -82,7 +85,7 @@ class Clocked:
 
 
 class Timed:
-    """A function with the sum of the seconds that its calls take, the GPU's work included."""
+    """A function, and the sum of the seconds that its calls take, including the GPU's work."""
 
     def __init__(self, function):
         self.seconds, self._function = 0.0, function
@@ -112,10 +115,10 @@ def answer_plainly(model, inputs: ev.ArmInputs, max_new_tokens: int) -> int:
     return tokens
 
 
-def answer_ours(model, inputs: ev.ArmInputs, annotations: list[dict], args: argparse.Namespace) -> int:
+def answer_ours(model, inputs: ev.ArmInputs, args: argparse.Namespace) -> int:
     """Answer the rows of `inputs` with `answer_arm`, into a file as in a run; returns the number of new tokens."""
     with tempfile.TemporaryDirectory() as folder, ev.RowFile(Path(folder) / "rows.jsonl", {}) as file:
-        ev.answer_arm(model, inputs, annotations, file, args)
+        ev.answer_arm(model, inputs, file, args)
         failed = [row for row in file.done.values() if "error" in row]
         if failed:
             raise SystemExit(f"generate_speed.py: error: {failed[0]['error']}")
@@ -126,31 +129,31 @@ def measure(
     design: str,
     model,
     tokenizer,
-    data: tuple[list[dict], list],
+    rows: list,
     args: argparse.Namespace,
     cache: str = "",
     folder: str | None = None,
 ) -> dict:
-    """Answer all rows of `data` in one design; figures of the run. `cache`: `cold` or `warm`, kept in `folder`."""
-    annotations, rows = data
+    """Answer all `rows` in one design; figures of the run. `cache`: `cold` or `warm`, kept in `folder`."""
     tokens, batched, _ = DESIGNS[design]
     processor = vqa.VQAProcessor(tokenizer, model.config, args.max_image_size, "audio", *tokens)
-    dataset = vqa.SurgicalVQADataset(rows, processor, max_eval_frames=args.frames, is_eval=True, with_answer=False)
-    inputs = ev.ArmInputs("audio", dataset, rows, 0)
 
-    def answer() -> int:
+    def present(rows: list) -> ev.ArmInputs:
+        limit = args.frames
+        return ev.ArmInputs(
+            "audio", vqa.SurgicalVQADataset(rows, processor, max_eval_frames=limit, is_eval=True, with_answer=False)
+        )
+
+    def answer(inputs: ev.ArmInputs) -> int:
         if not batched:
             return answer_plainly(model, inputs, args.max_new_tokens)
         with grouped_attention() if design == "grouped" else contextlib.nullcontext():
-            return answer_ours(model, inputs, annotations, args)
+            return answer_ours(model, inputs, args)
 
-    answer_batch = GraphDecoder() if design == "graphs" else ev.answer_batch
-    inputs.rows = dataset.rows = rows[:WARM_UP]
-    annotations = data[0][:WARM_UP]
+    answer_batch = {"graphs": GraphDecoder(), "library": answer_by_library}.get(design, ev.answer_batch)
     with patch.object(ev, "answer_batch", answer_batch):
-        answer()
-    inputs.rows = dataset.rows = rows
-    annotations = data[0]
+        answer(present(rows[:WARM_UP]))
+    inputs = present(rows)
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
@@ -163,13 +166,13 @@ def measure(
     filling = time.perf_counter() - start
     if cache == "warm":
         start += filling
-    reading, batches = Timed(ev.read_prompts), Timed(answer_batch)
+    reading, batches = Timed(ev.prefill), Timed(answer_batch)
     with (
         patch.object(vqa, "ahead", clock),
-        patch.object(ev, "read_prompts", reading),
+        patch.object(ev, "prefill", reading),
         patch.object(ev, "answer_batch", batches),
     ):
-        tokens = answer()
+        tokens = answer(inputs)
     synchronize()
     seconds = time.perf_counter() - start
     if tokens != len(rows) * args.max_new_tokens:
@@ -183,27 +186,25 @@ def measure(
         "new_tokens": tokens,
         "seconds": seconds,
         "seconds_filling": filling,
-        "seconds_reading": reading.seconds,  # the prompts, waiting for data included; of batched designs alone
+        "seconds_reading": reading.seconds,  # prefill, including the wait for data; only in designs with batches
         "seconds_decoding": batches.seconds - reading.seconds,
         "samples_per_second": len(rows) / seconds,
         "tokens_per_second": (prompt + tokens) / seconds,
         "waiting_for_data": clock.waited / seconds,
-        "tflops": 2 * decoder * (prompt + tokens) / seconds / 1e12,  # of the decoder's matrices alone
+        "tflops": 2 * decoder * (prompt + tokens) / seconds / 1e12,  # only the decoder's matrices
     }
     if torch.cuda.is_available():
         result["peak_allocated_gib"] = torch.cuda.max_memory_allocated() / 2**30
         result["peak_reserved_gib"] = torch.cuda.max_memory_reserved() / 2**30
     if args.profile:
-        inputs.rows = dataset.rows = rows[: args.profile]
-        annotations = data[0][: args.profile]
         print(f"\n{design}: where {args.profile} rows spend their time")
         with patch.object(ev, "answer_batch", answer_batch):
-            print(profiled(answer))
+            print(profiled(partial(answer, present(rows[: args.profile]))))
     return result
 
 
 def profiled(answer) -> str:
-    """A table of what `answer` spends its time on: the parts of a batch, then the operations by their own time."""
+    """A table of the time that `answer` takes: the parts of a batch, then the operations by their own time."""
     activities = [torch.profiler.ProfilerActivity.CPU]
     if torch.cuda.is_available():
         activities.append(torch.profiler.ProfilerActivity.CUDA)
@@ -216,13 +217,13 @@ def profiled(answer) -> str:
         return call
 
     def timed(*args):  # reading ends when the GPU has done it, so that the rest is decoding
-        output = read_prompts(*args)
+        output = prefill(*args)
         synchronize()
         return output
 
-    read_prompts = ev.read_prompts
+    prefill = ev.prefill
     with (
-        patch.object(ev, "read_prompts", named("## read prompts", timed)),
+        patch.object(ev, "prefill", named("## prefill", timed)),
         patch.object(ev, "answer_batch", named("## a batch", ev.answer_batch)),
         torch.profiler.profile(activities=activities) as profile,
     ):
@@ -239,25 +240,28 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("--model_name_or_path", required=True, help="folder with config and tokenizer")
-    parser.add_argument("--data_path", required=True, help="JSONL of questions")
-    parser.add_argument("--frames_dir", required=True, help="as in train_vqa.py")
-    parser.add_argument("--audio_dir", required=True, help="as in train_vqa.py")
-    parser.add_argument("--designs", default="seed,ours,fast", help=f"which of {', '.join(DESIGNS)}")
-    parser.add_argument("--rows", type=int, default=200, help="questions to answer; the data are repeated to make them")
-    parser.add_argument("--seed_rows", type=int, default=24, help="questions that seed and merged answer")
-    parser.add_argument("--frames", type=int, default=8, help="frames per clip")
-    parser.add_argument("--max_image_size", type=int, default=384, help="longer side of a frame in pixels")
-    parser.add_argument("--max_new_tokens", type=int, default=12, help="tokens of every answer")
-    parser.add_argument("--batch_size", type=ev._batch_size, default="auto", help="of the designs with batches")
-    parser.add_argument("--gpu_memory_limit_gib", type=float, default=0.0, help="hard cap on this process. 0: none")
+    add_data_flags(parser)
+    parser.add_argument("--designs", default="seed,ours,fast", help=f"comma-separated, of {', '.join(DESIGNS)}")
+    parser.add_argument(
+        "--rows", type=int, default=200, help="questions to answer; the data are repeated if necessary (200)"
+    )
+    parser.add_argument("--seed_rows", type=int, default=24, help="questions that seed and merged answer (24)")
+    parser.add_argument("--frames", type=int, default=8, help="frames per clip (8)")
+    parser.add_argument("--max_image_size", type=int, default=384, help="longer side of a frame in pixels (384)")
+    parser.add_argument("--max_new_tokens", type=int, default=12, help="tokens of every answer (12)")
+    parser.add_argument(
+        "--batch_size", type=ev._batch_size, default="auto", help="rows per batch, in the designs with batches (auto)"
+    )
+    parser.add_argument("--gpu_memory_limit_gib", type=float, default=0.0, help="hard limit for this process. 0: none")
     parser.add_argument(
         "--cache_features",
         type=Path,
-        help="measure ours and fast with kept features too, cold and warm, in a folder made here and removed",
+        help="measure ours and fast with cached features too, cold and warm, in a temporary folder below this one",
     )
-    parser.add_argument("--profile", type=int, default=0, help="rows a design answers once more, profiled. 0: none")
-    parser.add_argument("--output", type=Path, help="write the figures there as JSON. None: print them alone")
+    parser.add_argument(
+        "--profile", type=int, default=0, help="rows that each design answers again under the profiler. 0: none"
+    )
+    parser.add_argument("--output", type=Path, help="file for the figures as JSON. None: only print them")
     args = parser.parse_args(argv)
     args.designs = args.designs.split(",")
     unknown = [name for name in args.designs if name not in DESIGNS]
@@ -274,7 +278,7 @@ def main(argv: list[str] | None = None) -> None:
     vqa.limit_gpu_memory(args.gpu_memory_limit_gib or None)
     cuda = torch.cuda.is_available()
     device, dtype = ("cuda", torch.bfloat16) if cuda else ("cpu", torch.float32)
-    annotations = ev.read_annotations(args.data_path)
+    ev.load_libraries()
     rows = vqa.load_rows(args.data_path, args.frames_dir, args.audio_dir)
     ceiling = matmul_ceiling()
     tokenizer = vqa.load_tokenizer(args.model_name_or_path)
@@ -282,25 +286,25 @@ def main(argv: list[str] | None = None) -> None:
     adapted = vqa.add_lora(base).eval()
     with torch.no_grad():
         for name, weight in adapted.named_parameters():
-            if "lora_B" in name:  # zero, so far: nothing to fold in
+            if "lora_B" in name:  # zero until now, so that merging would change nothing
                 weight.normal_(std=0.01)
     model, results, failed = adapted.get_base_model(), [], {}
     with patch.object(vqa, "turn_end_ids", lambda tokenizer: []):
         for design in sorted(args.designs, key=lambda name: DESIGNS[name][2]):
-            _, batched, folded = DESIGNS[design]
-            if folded and adapted is not None:
+            _, batched, merged = DESIGNS[design]
+            if merged and adapted is not None:
                 model, adapted = vqa.fold_adapter(adapted), None
-            data = repeated(annotations, rows, args.rows if batched else args.seed_rows)
+            asked = repeated(rows, args.rows if batched else args.seed_rows)
             try:
-                results.append(measure(design, model, tokenizer, data, args))
+                results.append(measure(design, model, tokenizer, asked, args))
                 print(json.dumps(results[-1]), flush=True)
                 if args.cache_features and design in ("ours", "fast"):
                     args.cache_features.mkdir(parents=True, exist_ok=True)
                     with tempfile.TemporaryDirectory(dir=args.cache_features) as folder:
                         for state in ("cold", "warm"):
-                            results.append(measure(design, model, tokenizer, data, args, state, folder))
+                            results.append(measure(design, model, tokenizer, asked, args, state, folder))
                             print(json.dumps(results[-1]), flush=True)
-            except RuntimeError as error:  # memory, or a graph: the other designs go on
+            except RuntimeError as error:  # memory, or a CUDA graph; the other designs still run
                 failed[design] = f"{type(error).__name__}: {error}".splitlines()[0]
                 print(f"{design}: {failed[design]}")
     report = {
@@ -313,7 +317,7 @@ def main(argv: list[str] | None = None) -> None:
         "failed": failed,
     }
     reference = next((r["samples_per_second"] for r in results if r["design"] == "seed"), None)
-    print(f"\n{report['device']}: products of matrices reach {ceiling:.3g} TFLOP/s; {len(rows)} distinct rows")
+    print(f"\n{report['device']}: matrix products reach {ceiling:.3g} TFLOP/s; {len(rows)} distinct rows")
     heads = (
         "design",
         "rows",
@@ -324,7 +328,7 @@ def main(argv: list[str] | None = None) -> None:
         "of ceiling",
         "waiting",
         "filling s",
-        "reading s",
+        "prefill s",
         "decoding s",
         "GiB",
         "reserved",

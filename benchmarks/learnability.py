@@ -1,21 +1,21 @@
-"""Does it learn? A small model from random weights, the real annotations, and a drawn world where the truth is known.
+"""Does it learn? Train a small model from random weights, on the real annotations and on drawn frames.
 
     python benchmarks/learnability.py --stage speech --data_dir realcolon_vqa --speech_dir speech     # needs espeak-ng
     python benchmarks/learnability.py --stage render,train,evaluate,report --data_dir realcolon_vqa \\
         --speech_dir speech --work_dir /tmp/learnability
 
-Every row of the annotations is drawn under frame names of its own, so that its clip shows its answer; all else in the
-clip is drawn independently of the answer. The questions are spoken by many voices. `train_vqa.py` trains and
-`evaluate_checkpoint.py` judges, both as any user runs them. Each stage keeps what is there and goes on from it. A
-training or evaluation that fails is named at the end, with exit status 1, and does not keep the others from running.
+Each row of the annotations gets its own drawn clip. The clip shows the row's answer; everything else in it is drawn
+independently of the answer. Many voices speak the questions. `train_vqa.py` trains and `evaluate_checkpoint.py` scores,
+with the same commands that a user types. Each stage keeps the results that exist and continues from them. If a training
+or an evaluation fails, the others still run; the failure is named at the end, and the exit status is 1.
 
-speech     speaks every question in every voice: a few hundred clips, made once, carried along
-render     draws the clips, links the speech and writes the question files
-train      trains the variants (--variants), side by side
+speech     speaks every question in every voice: a few hundred files, which can be copied to other machines
+render     draws the clips and writes the question files
+train      trains the variants (--variants), all at the same time
 evaluate   lets every variant answer the test rows, in all arms
 report     writes docs/LEARNABILITY.md and its curves from the figures in --work_dir/results
 
-On a CPU, a tiny model learns three types in minutes (tests/test_learning.py does so in one, without annotations):
+On a CPU, a tiny model learns three types in minutes (tests/test_learning.py does this in one, without annotations):
 
     python benchmarks/learnability.py --stage render,train,evaluate --data_dir realcolon_vqa --speech_dir speech \\
         --work_dir /tmp/tiny --types mucosa_visibility,occlusion_check,fluid_occlusion_level --size 64x64 --scale 0.4 \\
@@ -49,44 +49,44 @@ import make_tiny_models as tiny  # noqa: E402
 
 STAGES = ("speech", "render", "train", "evaluate", "report")
 
-# ---------------------------------------------------------------- the world: what is drawn
+# ---------------------------------------------------------------- drawing
 # Lengths are fractions of the frame's width or height unless said otherwise.
 
 SIZE = (128, 96)  # pixels, multiples of the 32 that a token covers
 N_FRAMES = 8
 
-# Motion runs on a circle, so that no single frame tells its direction: what leaves at one end enters at the other, and
-# where on the circle a frame stands is uniform whatever the direction. The shares of their circles that the folds and a
-# lesion travel in a clip (from a half on, both directions would be one):
+# Motion runs on a circle: what leaves at one end enters at the other. The position in any one frame is uniform on the
+# circle for every direction, so no single frame shows the direction. Below are the shares of their circles that the
+# folds and a lesion travel in a clip (from one half on, the two directions could not be told apart):
 FOLD_TRAVEL, LESION_TRAVEL = 0.25, 0.33
-# Practice clips, in training alone, do not pass the circle's ends. There what moves right tends to begin on the left:
-# a single frame tells something, and a model that starts from nothing has a slope to climb. It has to find out from the
-# other clips, and is tested on clips like those, that the frames must be compared.
+# Practice clips, only in training, do not pass the circle's ends. In them, what moves right tends to begin on the left,
+# so a single frame shows something of the direction, and a model with random weights gets a first gradient to follow.
+# From the other clips it must learn to compare frames, and the test has only such clips.
 PRACTICE = 0.5  # share of the training clips
-# A lesion's circle along one axis is the span that it keeps to; where its quadrant is asked for, it keeps to that.
+# A lesion's circle along one axis is the span it stays in. If the question asks for its quadrant, it stays in that.
 ROAM = (0.1, 0.9)
 QUADRANT_SPAN = {"left": (0.1, 0.4), "upper": (0.1, 0.4), "right": (0.6, 0.9), "lower": (0.6, 0.9)}
-LESION_SCALE = 1.6  # lesions are drawn larger than make_media's by this: frames are small
-FOLD_PERIOD = 2.4  # in log radius: one dark and one pale fold each; a clip zooms by exp(0.25 * 2.4) = 1.8
-FOLD_SPAN = (-0.95, -0.25)  # where a dark fold is well seen, in periods of log radius
+LESION_SCALE = 1.6  # how much larger lesions are than make_media's: these frames are small
+FOLD_PERIOD = 2.4  # in log radius, with one dark and one pale fold; a clip zooms by exp(0.25 * 2.4) = 1.8
+FOLD_SPAN = (-0.95, -0.25)  # where a dark fold is clearly visible, in periods of log radius
 PAD = 4  # pixels around the frame, for the camera's shake
 
 
 def swaying(n: int, rng: np.random.Generator) -> np.ndarray:
-    """An order of 0 .. n - 1, int [n], there and back in double steps, as a lesion sways with the breath: it ends
-    beside where it began. Four of them are equally likely, from either end and either way round."""
+    """An order of 0 .. n - 1, int [n], forth and back in double steps, as a lesion sways with the breath: it ends next
+    to its start. The four such orders (from either end, in either direction) are equally likely."""
     order = np.array([*range(0, n, 2), *range(n - 1 - n % 2, 0, -2)])
     order = order if rng.random() < 0.5 else n - 1 - order
     return order if rng.random() < 0.5 else order[::-1]
 
 
 def way(direction: int, travel: float, n: int, practice: bool, room: float, rng: np.random.Generator) -> np.ndarray:
-    """Places on a circle of circumference 1 in n frames, float [n]: n equal steps, `travel` of the circle in all.
+    """Positions on a circle of circumference 1 in n frames, float [n], in equal steps.
 
     Args:
-        direction: 1 or -1, or 0 for swaying there and back over the same places.
-        travel: share of the circle.
-        practice: keep within 0 to `room`, all starts there equally likely; otherwise the start is anywhere.
+        direction: 1 or -1, or 0 for swaying forth and back over the same positions.
+        travel: share of the circle that the n frames cover.
+        practice: stay within 0 to `room`, with a uniform start there; otherwise the start is anywhere.
     """
     start = rng.random() * (room - travel if practice else 1)
     order = np.arange(n)[::direction] if direction else swaying(n, rng)
@@ -96,11 +96,12 @@ def way(direction: int, travel: float, n: int, practice: bool, room: float, rng:
 def lesion_path(
     drift: str, spans: Sequence[tuple[float, float]], n: int, practice: bool, rng: np.random.Generator
 ) -> np.ndarray:
-    """Places (x, y) of a lesion in n frames, float [n, 2].
+    """Positions (x, y) of a lesion in n frames, float [n, 2].
 
-    Along each axis the places are n equal steps on that axis' circle, LESION_TRAVEL of it in all, from a random start:
-    in the order of time along the axis of the drift, swaying there and back along the other (both, if stable). So the
-    set of places is distributed alike for every drift, and so is the place in any one frame: only their order tells.
+    Along each axis they are n equal steps on the circle of that axis, LESION_TRAVEL of it in total, from a random
+    start. Along the axis of the drift they are in the order of time, along the other (both, if stable) they sway forth
+    and back. So every drift has the same distribution of positions, in each frame and as a set; only the order shows
+    the drift.
     """
     path = np.empty((n, 2))
     for axis, (low, high) in enumerate(spans):
@@ -110,16 +111,16 @@ def lesion_path(
 
 
 def lesion_spans(scene: media.Scene, roams: bool) -> tuple[tuple[float, float], tuple[float, float]]:
-    """The spans in x and y that the lesion keeps to."""
+    """The spans in x and y that the lesion stays in."""
     down, right = scene.quadrant.split("-")
     return (ROAM, ROAM) if roams else (QUADRANT_SPAN[right], QUADRANT_SPAN[down])
 
 
 class Bowel:
-    """Mucosa, folds and texture of one clip, drawn by numpy for a canvas of w x h pixels; white light.
+    """Mucosa, folds and texture of one clip in white light, drawn by numpy on a canvas of w x h pixels.
 
-    The folds and the texture flow along log radius with the scope, on a circle of two periods (half-moon folds change
-    sides from one to the next).
+    The folds and the texture move along log radius with the scope, on a circle of two periods (half-moon folds change
+    sides from one period to the next).
     """
 
     def __init__(self, scene: media.Scene, w: int, h: int, n: int, practice: bool, rng: np.random.Generator):
@@ -142,7 +143,7 @@ class Bowel:
 
     @staticmethod
     def flow(motion: str, n: int, practice: bool, room: float, rng: np.random.Generator) -> np.ndarray:
-        """Places of a dark fold on its circle, in periods of log radius, in n frames; float [n]."""
+        """Positions of a dark fold on its circle in n frames, in periods of log radius; float [n]."""
         direction = {"none": 0, "advancing": 1, "withdrawing": -1}[motion]
         places = way(direction, FOLD_TRAVEL, n, practice, room, rng)
         return places[:1].repeat(n) if motion == "none" else places
@@ -166,9 +167,9 @@ class Bowel:
 def draw_clip(
     scene: media.Scene, roams: bool, practice: bool, n: int, size: tuple[int, int], rng: np.random.Generator
 ) -> np.ndarray:
-    """n frames of a clip, uint8 [n, h, w, 3]; `rng` decides all that the scene leaves open."""
+    """n frames of a clip, uint8 [n, h, w, 3]; `rng` decides everything that the scene leaves open."""
     w, h = size[0] + 2 * PAD, size[1] + 2 * PAD
-    # One generator a purpose: what one of them draws must not change what another does.
+    # Each purpose has its own generator, so that the draws for one do not change another.
     detail = [int(seed) for seed in rng.integers(2**32, size=6)]  # a layer draws the same in every frame
     folds, drift, camera, drops = rng.spawn(4)
     bowel = Bowel(scene, w, h, n, practice, folds)
@@ -215,7 +216,7 @@ def draw_clip(
 
 
 def vignette(size: tuple[int, int]) -> np.ndarray:
-    """The endoscope's black corners: float32 [h, w, 1], 1 inside; they stay while the camera shakes."""
+    """The endoscope's black corners: float32 [h, w, 1], 1 inside; they do not move when the camera shakes."""
     y, x = np.mgrid[-1 : 1 : size[1] * 1j, -1 : 1 : size[0] * 1j].astype(np.float32)
     return (x**4 + y**4 < 1.3)[..., None].astype(np.float32)
 
@@ -223,8 +224,8 @@ def vignette(size: tuple[int, int]) -> np.ndarray:
 def shading(size: tuple[int, int]) -> np.ndarray:
     """The lens' and sensor's colour shading, the same in every clip: float32 [h, w, 3], 1 in the middle.
 
-    Qwen2-VL's tower knows where patches stand to each other, not where they stand: a model that was trained learns it
-    from edges; one that starts from nothing is given this, as cameras have it.
+    Qwen2-VL's vision encoder knows the relative positions of patches, not their absolute ones. A pretrained model finds
+    those from edges; a model with random weights gets this shading instead, which real cameras have too.
     """
     y, x = np.mgrid[-1 : 1 : size[1] * 1j, -1 : 1 : size[0] * 1j].astype(np.float32)
     return np.stack([1 + 0.2 * x, 1 + 0.2 * y, 1 - 0.2 * x], axis=-1)
@@ -235,15 +236,16 @@ def _as_image(rgb: np.ndarray) -> Image.Image:
 
 
 def scene_of(row: dict, seed: int) -> tuple[media.Scene, bool, np.random.Generator]:
-    """What the clip that is drawn for a derived row shows, whether its lesion roams the frame (it keeps to its quadrant
-    where that is asked for), and the generator that decides the rest; all from `seed` and the frames' names."""
+    """What the clip of a derived row shows, whether its lesion roams the complete frame (it stays in its quadrant if
+    the question asks for that), and the generator that decides the rest. All depend only on `seed` and the frames'
+    names."""
     rng = np.random.default_rng(media.clip_seed(seed, row["frames"]))
     scene = media.scene_for(row["question_type"], row["short_answer"], rng)
     return scene, row["question_type"] != "lesion_screen_position", rng
 
 
 def clip_of(row: dict, seed: int, size: tuple[int, int] = SIZE) -> np.ndarray:
-    """The clip of a derived row, uint8 [frames, h, w, 3]: its answer is true in it, all else is up to `scene_of`."""
+    """The clip of a derived row, uint8 [frames, h, w, 3]: it shows the row's answer; `scene_of` decides the rest."""
     scene, roams, rng = scene_of(row, seed)
     return draw_clip(scene, roams, row.get("practice", False), len(row["frames"]), size, rng)
 
@@ -260,8 +262,8 @@ def reversed_scene(scene: media.Scene) -> media.Scene:
 
 
 def is_true(question_type: str, short_answer: str, scene: media.Scene, roams: bool) -> bool:
-    """Whether a scene shows an answer. A lesion is asked for its place where it keeps to it, for its way where it
-    roams."""
+    """Whether a scene shows an answer. Only a lesion that stays in its quadrant is asked for its position, and only one
+    that roams for its motion."""
     if question_type == ("lesion_screen_position" if roams else "lesion_motion_direction"):
         return False
     needs = media.requirements(question_type, short_answer)
@@ -274,21 +276,21 @@ VOICES = (
     *("en-us", "en-us+f2", "en-us+m3", "en-us+f4", "en-gb", "en-gb+f3", "en-gb+m2", "en-gb-scotland", "en-029"),
     *("en-gb-x-rp+f1", "en-gb-x-gbclan", "en-us+m7"),
 )
-HELD_OUT_VOICES = ("en-us+f5", "en-gb+m5", "en-gb-x-rp+m4", "en-us-nyc+f3")  # never heard in training
+HELD_OUT_VOICES = ("en-us+f5", "en-gb+m5", "en-gb-x-rp+m4", "en-us-nyc+f3")  # not in the training data
 SPEEDS, HELD_OUT_SPEEDS = (150, 185), (165,)  # words a minute
 SPEECH_RATE = 16_000  # Hz
-SPEECH_SECONDS = 4.4  # what the small model hears; the slowest question takes 4.15
+SPEECH_SECONDS = 4.4  # the longest speech that the small model takes; the slowest question takes 4.15
 
 
 def speech_name(text: str, voice: str, speed: int) -> str:
-    """The name of the clip of a text in a voice at a speed, without extension."""
+    """File name, without extension, of a text in a voice at a speed."""
     return f"{hashlib.sha256(text.encode()).hexdigest()[:12]}_{voice}_{speed}"
 
 
 def speak_all(texts: Sequence[str], held_out_only: Sequence[str], folder: Path) -> int:
-    """Speak `texts` in all voices and `held_out_only` in the held-out ones; returns how many clips are there.
+    """Speak `texts` in all voices and `held_out_only` in the held-out ones; returns the number of speech files.
 
-    Raises SystemExit for a clip that the small model cannot hear to its end.
+    Raises SystemExit for speech that is longer than SPEECH_SECONDS.
     """
     media.require_espeak()
     folder.mkdir(parents=True, exist_ok=True)
@@ -315,12 +317,12 @@ def speak_all(texts: Sequence[str], held_out_only: Sequence[str], folder: Path) 
 
 # ---------------------------------------------------------------- rows
 
-# Our question files -> the annotations that they are drawn from. "other" has the wordings that training never hears.
+# Our question files -> the annotations they come from. "other" has wordings that are not in the training data.
 SPLITS = {
     **{"train": "train_multivideo", "eval": "eval_multivideo", "test": "test_multivideo"},
     **{"other": "in_002-001", "same": "out_002-001"},
 }
-# Training clips drawn for each type: motion and place are the hardest to learn, what fills the frame the easiest.
+# Training clips of each type: motion and position are the hardest to learn, what fills the frame is the easiest.
 CLIPS_OF_TYPE = {
     **dict.fromkeys(media.REQUIREMENTS, 600),
     **dict.fromkeys(("endoscope_visibility", "tool_catheter_check", "tool_identification"), 1200),
@@ -329,8 +331,8 @@ CLIPS_OF_TYPE = {
     **{"lesion_screen_position": 5000, "lesion_motion_direction": 7000},
 }
 
-# What takes most practice is asked of each other's training clips too, with these weights. Over all scenes in which
-# such a question has an answer, its answers are about equally likely.
+# The types that need most practice are also asked about each other's training clips, with these weights. Over all
+# scenes in which such a question has an answer, its answers are about equally likely.
 SHARED = {
     **dict.fromkeys(("scope_forward_motion", "scope_backward_motion", "scope_motion_type", "scope_motion"), 1),
     **{"lesion_motion_direction": 6, "lesion_screen_position": 6, "lesion_site": 2},
@@ -338,10 +340,10 @@ SHARED = {
 
 
 def derive(rows: Sequence[dict], split: str, repeats: dict[tuple[str, str], int], seed: int) -> list[dict]:
-    """Rows with a clip and speech of their own, each drawn `repeats[question_type, short_answer]` times, shuffled.
+    """Rows with their own clip and speech, `repeats[question_type, short_answer]` of each row, shuffled.
 
-    `id` names the speech, as `{id}.ogg`: a voice of the training for split "train", else a held-out one. `video_id` is
-    the clip's own. Of training clips a share has `practice` set, and those of SHARED types get two more rows each.
+    `id` names the speech, `{id}.ogg`: a training voice in split "train", else a held-out one. `video_id` names the
+    clip. A share of the training clips has `practice` set, and those of SHARED types get up to two more rows each.
     """
     rng = np.random.default_rng(int.from_bytes(hashlib.sha256(f"{seed}/{split}".encode()).digest()[:8], "little"))
     voices, speeds = (VOICES, SPEEDS) if split == "train" else (HELD_OUT_VOICES, HELD_OUT_SPEEDS)
@@ -360,7 +362,7 @@ def derive(rows: Sequence[dict], split: str, repeats: dict[tuple[str, str], int]
             }  # fmt: skip
             shares = split == "train" and row["question_type"] in SHARED
             of_clip = [own, *(shared_rows(own, pool, seed, rng) if shares else ())]
-            # Each its voice and speed: rows of one clip are told apart by their ids.
+            # Each row gets another voice or speed, because the ids of rows of one clip must differ.
             for one, which in zip(of_clip, rng.permutation(len(voices) * len(speeds)), strict=False):
                 voice, speed = voices[which // len(speeds)], speeds[which % len(speeds)]
                 derived.append({"id": speech_name(one["question"], voice, speed), **one})
@@ -370,15 +372,15 @@ def derive(rows: Sequence[dict], split: str, repeats: dict[tuple[str, str], int]
 
 def shared_rows(own: dict, pool: dict[tuple[str, str], list[dict]], seed: int, rng: np.random.Generator) -> list[dict]:
     """More questions about the clip of a derived row: one of another type, and one about its frames in reversed order,
-    of the same type if that is one of SHARED. So what moves one way in a clip moves the other way in another row, and
-    nothing but the order of the frames tells.
+    of the same type if possible. So the same frames move one way in one row and the other way in another, and only
+    their order shows which.
 
-    `pool`: the annotated rows of each (question type, short answer), which the questions and answers come from.
+    `pool`: the annotated rows of each (question type, short answer), the source of the questions and answers.
     """
     scene, roams, _ = scene_of(own, seed)
     kind, shared = own["question_type"], []
-    for seen, frames in ((scene, own["frames"]), (reversed_scene(scene), own["frames"][::-1])):
-        true = [key for key in pool if key[0] in SHARED and is_true(*key, seen, roams)]
+    for shown, frames in ((scene, own["frames"]), (reversed_scene(scene), own["frames"][::-1])):
+        true = [key for key in pool if key[0] in SHARED and is_true(*key, shown, roams)]
         again = [key for key in true if key[0] == kind]
         if frames is own["frames"] or not again:
             again = [key for key in true if key[0] != kind]
@@ -399,21 +401,21 @@ def read_jsonl(path: Path) -> list[dict]:
 
 
 def write_jsonl(path: Path, rows: Sequence[dict]) -> None:
-    """Write `rows`, whole or not at all."""
+    """Write all `rows` or, if that fails, nothing."""
     media.save(path, "".join(json.dumps(row) + "\n" for row in rows).encode())
 
 
 def repeats_for(rows: Sequence[dict], scale: float) -> dict[tuple[str, str], int]:
-    """How often each row of a (type, short answer) is rendered: a type comes to about CLIPS_OF_TYPE x `scale` clips,
-    shared equally by its answers."""
+    """How often each row of a (type, short answer) is drawn. A type gets about CLIPS_OF_TYPE x `scale` clips, equally
+    many for each of its answers."""
     counts = Counter((row["question_type"], row["short_answer"]) for row in rows)
     answers = Counter(name for name, _ in counts)
     return {key: max(1, round(scale * CLIPS_OF_TYPE[key[0]] / answers[key[0]] / n)) for key, n in counts.items()}
 
 
 def in_eight_places(row: dict, count: int = 6) -> dict:
-    """A row whose clip shows `count` of its frames, those that evaluation takes with `--max_eval_frames`, in as many
-    places as before: where one is left out, the one before it stands again. So less is seen, and the prompt is alike.
+    """A row with only `count` different frames, those that `--max_eval_frames` selects, but as many frames as before:
+    the frame before it replaces each frame that is left out. So the model sees less, with a prompt of the same length.
     """
     import train_vqa as vqa
 
@@ -423,7 +425,7 @@ def in_eight_places(row: dict, count: int = 6) -> dict:
 
 
 def draw_files(row: dict, frames_dir: Path, seed: int, size: tuple[int, int]) -> None:
-    """Draw one row's clip to its JPEG files, if they are not there."""
+    """Draw one row's clip to its JPEG files, unless they exist."""
     paths = [frames_dir / row["video_id"] / f"{name}.jpg" for name in row["frames"]]
     if paths[-1].exists():
         return
@@ -438,7 +440,7 @@ def draw_files(row: dict, frames_dir: Path, seed: int, size: tuple[int, int]) ->
 
 
 def _draw_and_check(job: tuple[list[dict], Path, Path, int, tuple[int, int], Path]) -> np.ndarray:
-    """Draw the clips of some rows and check them as training will; returns the digests of the files that passed."""
+    """Draw the clips of some rows and check them as training does; returns the digests of the files that passed."""
     import train_vqa as vqa
 
     rows, frames_dir, speech_dir, seed, size, cache = job
@@ -452,20 +454,20 @@ def _draw_and_check(job: tuple[list[dict], Path, Path, int, tuple[int, int], Pat
 
 
 def refuse_other_world(args: argparse.Namespace, files: dict[str, list[dict]]) -> None:
-    """SystemExit where --work_dir holds clips that other flags or other code drew: clips that are there are kept."""
-    told = json.dumps([files, args.seed, args.size]).encode()
+    """SystemExit if --work_dir holds clips that other flags or other code drew: existing clips are not drawn again."""
+    settings = json.dumps([files, args.seed, args.size]).encode()
     code = b"".join(Path(module.__file__).read_bytes() for module in (sys.modules[__name__], media))
-    world, note_of = hashlib.sha256(told + code).hexdigest(), args.work_dir / "frames" / "world.txt"
+    world, note_of = hashlib.sha256(settings + code).hexdigest(), args.work_dir / "frames" / "world.txt"
     if note_of.exists() and note_of.read_text() != world:
         raise SystemExit(
-            f"{args.work_dir}: holds clips of another world (--types, --scale, --seed, --size, --max_rows, other "
-            "annotations or other code); name another --work_dir, or remove this one"
+            f"{args.work_dir}: holds clips of another world, drawn with other flags (--types, --scale, --seed, "
+            "--size, --max_rows), other annotations or other code; name another --work_dir, or remove this one"
         )
     media.save(note_of, world.encode())
 
 
 def render(args: argparse.Namespace) -> None:
-    """Derive the question files, draw their clips on all cores, and remember that their media were checked."""
+    """Derive the question files, draw their clips on all cores, and record that their media were checked."""
     import train_vqa as vqa
 
     work, frames_dir = args.work_dir, args.work_dir / "frames"
@@ -479,7 +481,7 @@ def render(args: argparse.Namespace) -> None:
     refuse_other_world(args, files)
     for split, rows in files.items():
         write_jsonl(work / "data" / f"{split}.jsonl", rows)
-        if split != "train":  # the report judges the answers anew, type by type
+        if split != "train":  # the report scores the answers again, type by type
             write_jsonl(args.out_dir / "data" / f"{split}.jsonl", rows)
     every = [row for split in SPLITS for row in files[split] if not row.get("shares")]
     started = time.monotonic()
@@ -502,13 +504,13 @@ def render(args: argparse.Namespace) -> None:
 
 @dataclass(frozen=True)
 class Variant:
-    """A model and how it is trained; every figure of the report belongs to one.
+    """A model and how it is trained; every figure of the report belongs to one variant.
 
-    what: in words, for the report. The widths are of the decoder, the vision tower and the speech encoder. `merge`
-    patches each way make a token: few tokens, as attention that starts out even loses a small thing among many. The
-    matrices of decoder and vision tower are drawn with standard deviations `init` and `vision_init`, wider than
-    Qwen2-VL's 0.02, which is for rows ten times as long. `rope_theta` 100 lets neighbouring columns differ: at 10,000
-    the decoder's slowest angles, which are the columns', turn by 0.003 or less from one to the next.
+    `what` describes it in the report. The widths are those of the decoder, the vision encoder and the speech encoder.
+    A token covers `merge` x `merge` patches: with few tokens, attention that starts out uniform does not lose small
+    objects. The matrices of decoder and vision encoder are drawn with standard deviations `init` and `vision_init`.
+    These are larger than Qwen2-VL's 0.02, which is for rows ten times as long. `rope_theta` is 100 so that neighbouring
+    columns differ: at 10,000 the decoder's slowest angles, those of the columns, turn by at most 0.003 per column.
     """
 
     what: str
@@ -526,7 +528,7 @@ class Variant:
     batch: int = 128
     frame_mode: str = "images"
     audio_tokens: str = "speech"
-    naive_pad: bool = False  # PAD = EOS = <|im_end|>, masked out of the labels wherever it stands
+    naive_pad: bool = False  # PAD = EOS = <|im_end|>, masked out of the labels at every position
     share: float = 1.0  # of the training steps
     data: str = "train"  # the question file
     target_loss: float | None = None  # stop there
@@ -599,7 +601,7 @@ def note(args: argparse.Namespace, name: str, content: dict) -> None:
 
 
 def train_command(args: argparse.Namespace, name: str, workers: int) -> list[str]:
-    """How a variant is trained; where an earlier training was stopped, on from its newest checkpoint."""
+    """The command that trains a variant; a stopped training continues from its newest checkpoint."""
     variant, work = VARIANTS[name], args.work_dir
     five = variant.data == "five"
     steps = 600 if five else max(1, round(args.max_steps * variant.share))
@@ -610,9 +612,9 @@ def train_command(args: argparse.Namespace, name: str, workers: int) -> list[str
         "train_data_path": work / "data" / f"{variant.data}.jsonl", "frames_dir": work / "frames",
         "audio_dir": args.speech_dir, "output_dir": work / "runs" / name, "max_image_size": max(args.size),
         "frame_mode": variant.frame_mode, "audio_tokens": variant.audio_tokens,
-        "per_device_train_batch_size": 5 if five else args.batch or variant.batch,
+        "per_device_train_batch_size": 5 if five else variant.batch,
         "learning_rate": args.learning_rate or variant.learning_rate, "max_steps": steps,
-        "lr_scheduler_type": "constant_with_warmup" if five else args.schedule, "warmup_steps": min(200, steps // 10),
+        "lr_scheduler_type": "constant_with_warmup" if five else "cosine", "warmup_steps": min(200, steps // 10),
         "weight_decay": 0.0 if five else 0.02, "adam_beta2": 0.98, "bf16": args.bf16, "checkpoint_every_n": 0,
         "logging_steps": 10 if five else 20, "save_strategy": "no" if five else "steps", "save_steps": args.save_steps,
         "dataloader_num_workers": workers, "report_to": "none", "seed": args.seed + 1, "disable_tqdm": True,
@@ -625,26 +627,26 @@ def train_command(args: argparse.Namespace, name: str, workers: int) -> list[str
 
 
 def start_of(args: argparse.Namespace, name: str) -> Path | None:
-    """The model of an earlier call that a variant goes on from, or None."""
+    """The model of an earlier call that the training of a variant starts from, or None."""
     return args.start_dir and args.start_dir / name
 
 
 def checkpoints_in(folder: Path) -> list[Path]:
-    """The checkpoints of a run, oldest first; one without a manifest was cut short while it was written."""
+    """The complete checkpoints of a run, oldest first; writing one without a manifest was interrupted."""
     complete = [path for path in folder.glob("checkpoint-*") if (path / "manifest.json").exists()]
     return sorted(complete, key=lambda path: int(path.name.split("-")[1]))
 
 
 def parts_of(folder: Path) -> list[dict]:
-    """The trainings that made the model in a folder, one after the other; the earlier ones are in its earlier.json."""
+    """The trainings that made the model in a folder, in order; the earlier ones are in its earlier.json."""
     earlier = folder / "earlier.json"
     state, settings = (json.loads((folder / f"{name}.json").read_text()) for name in ("trainer_state", "vqa_settings"))
     return [*(json.loads(earlier.read_text()) if earlier.exists() else []), part_of(state, settings)]
 
 
 def part_of(state: dict, settings: dict) -> dict:
-    """What the report says of one training: `steps`, `batch`, `learning_rate`, `seconds` without the process' start
-    (None if it was cut short, also where it was gone on with), `losses` as pairs of a step and the mean loss of the
+    """What the report says about one training: `steps`, `batch`, `learning_rate`, `seconds` without the start of the
+    process (None if it was stopped, even if it was resumed later), `losses` as pairs of a step and the mean loss of the
     steps before it."""
     log, training = state["log_history"], settings["training"]
     seconds = [float(entry["train_runtime"]) for entry in log if "train_runtime" in entry]
@@ -658,8 +660,8 @@ def part_of(state: dict, settings: dict) -> dict:
 
 
 def remove_answers(args: argparse.Namespace, name: str) -> None:
-    """Remove a variant's answers, and say so: `evaluate` keeps what is there, and the report tells it of the weights
-    that are trained next."""
+    """Remove a variant's answers before its weights change: `evaluate` would keep them, and the report would give them
+    as answers of the new weights."""
     files = sorted((args.out_dir / "answers").glob(f"{name}-*"))
     for file in files:
         file.unlink()
@@ -667,18 +669,27 @@ def remove_answers(args: argparse.Namespace, name: str) -> None:
         print(f"{name}: {len(files)} files of answers removed, given before its weights are trained on", flush=True)
 
 
-# Of a training that a SIGTERM ended: train_vqa.py's own, and that of its process before it takes signals.
+# Exit statuses of a training that SIGTERM ended: by train_vqa.py, and by Python before train_vqa.py handles signals.
 STOPPED = (128 + signal.SIGTERM, -signal.SIGTERM)
 
 
-def train(args: argparse.Namespace) -> list[str]:
-    """Train the variants side by side; those that a folder has a final model of are left alone. Answers of earlier
-    weights do not outlive them.
+def start(command: Sequence[str], log: Path, mode: str) -> subprocess.Popen:
+    """Start a command on one CPU thread; `log`, opened in `mode`, gets the command and what it prints."""
+    with log.open(mode) as file:
+        file.write(" ".join(command) + "\n")
+        file.flush()
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        return subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=environment, cwd=ROOT)
 
-    After --train_seconds they get a SIGTERM, on which train_vqa.py saves a checkpoint.
+
+def train(args: argparse.Namespace) -> list[str]:
+    """Train the variants at the same time, except those that already have a final model. Removes answers of earlier
+    weights.
+
+    After --train_seconds the trainings get a SIGTERM, on which train_vqa.py saves a checkpoint.
 
     Returns:
-        The trainings that failed, in words. One that was stopped has not, if there is something to go on from.
+        The failed trainings, described. A stopped training that can be resumed has not failed.
     """
     texts = {row[key] for row in read_jsonl(args.work_dir / "data" / "train.jsonl") for key in ("question", "answer")}
     args.out_dir.mkdir(parents=True, exist_ok=True)
@@ -693,11 +704,7 @@ def train(args: argparse.Namespace) -> list[str]:
         write_model(args.work_dir / "models" / name, VARIANTS[name], sorted(texts))
         share = cores * weights[name] // max(1, sum(weights.values()))
         command = train_command(args, name, args.workers if args.workers is not None else share)
-        log = (args.out_dir / f"train_{name}.log").open("a")
-        log.write(" ".join(command) + "\n")
-        log.flush()
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        running[name] = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment, cwd=ROOT)
+        running[name] = start(command, args.out_dir / f"train_{name}.log", "a")
     started = time.monotonic()
     while any(process.poll() is None for process in running.values()):
         time.sleep(0.5)
@@ -725,7 +732,7 @@ def train(args: argparse.Namespace) -> list[str]:
 
 
 def train_naively(argv: Sequence[str]) -> None:
-    """train_vqa.py with the fix undone: PAD = EOS = <|im_end|>, and labels equal to PAD are not learned."""
+    """train_vqa.py without the fix: PAD = EOS = <|im_end|>, and labels equal to PAD are not learned."""
     import train_vqa as vqa
 
     class Collator(vqa.VQACollator):
@@ -756,7 +763,7 @@ def evaluations(args: argparse.Namespace) -> dict[str, list[str]]:
         flags = {
             "checkpoint_path": checkpoint, "eval_data_path": work / "data" / f"{split}.jsonl",
             "frames_dir": work / "frames", "audio_dir": args.speech_dir, "max_eval_frames": frames,
-            "train_data_path": args.data_dir / f"{SPLITS['train']}.jsonl", "batch_size": args.eval_batch,
+            "train_data_path": args.data_dir / f"{SPLITS['train']}.jsonl", "batch_size": 64,
             "dtype": "float32", "output_file": args.out_dir / "answers" / f"{label}.jsonl",
         }  # fmt: skip
         words = [str(x) for k, v in flags.items() for x in (f"--{k}", v)]
@@ -765,7 +772,7 @@ def evaluations(args: argparse.Namespace) -> dict[str, list[str]]:
     for name in args.variants:
         variant, folder = VARIANTS[name], work / "runs" / name
         checkpoints = checkpoints_in(folder)
-        final = folder if (folder / "config.json").exists() else checkpoints.pop() if checkpoints else None
+        final = folder if (folder / "config.json").exists() else checkpoints[-1] if checkpoints else None
         if final is None:
             continue
         if variant.data == "five":
@@ -779,16 +786,15 @@ def evaluations(args: argparse.Namespace) -> dict[str, list[str]]:
                 add(f"{name}-test-8-arms{number}", final, "test", 8, "--arms", group)
             for split in ("eval", "other", "same"):
                 add(f"{name}-{split}-8", final, split, 8)
-        for checkpoint in checkpoints if args.curve else ():
-            add(f"{name}-{checkpoint.name}", checkpoint, "test", 8, "--limit", "400")
     return jobs
 
 
 def evaluate(args: argparse.Namespace) -> list[str]:
-    """Run what of `evaluations` has no summary yet, `--jobs` at a time; each leaves rows and a summary in --out_dir.
+    """Run those of `evaluations` that have no summary yet, `--jobs` at a time; each writes rows and a summary to
+    --out_dir.
 
     Returns:
-        The evaluations that failed, in words, and the variants that have no model to answer.
+        The failed evaluations, described, and the variants that have no model.
     """
     (args.out_dir / "answers").mkdir(parents=True, exist_ok=True)
     every = evaluations(args)
@@ -805,14 +811,10 @@ def evaluate(args: argparse.Namespace) -> list[str]:
     running: dict[str, subprocess.Popen] = {}
     untrained = [name for name in args.variants if not any(label.startswith(f"{name}-") for label in every)]
     failed = [f"evaluation {name} (no model in {args.work_dir / 'runs' / name})" for name in untrained]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     while waiting or running:
         while waiting and len(running) < args.jobs:
             label, command = waiting.pop(0)
-            log = (args.out_dir / "answers" / f"{label}.log").open("w")
-            log.write(" ".join(command) + "\n")
-            log.flush()
-            running[label] = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment, cwd=ROOT)
+            running[label] = start(command, args.out_dir / "answers" / f"{label}.log", "w")
         for label in [label for label, process in running.items() if process.poll() is not None]:
             status = running.pop(label).returncode
             print(f"{label}: exit status {status}", flush=True)
@@ -827,21 +829,25 @@ def evaluate(args: argparse.Namespace) -> list[str]:
 REPORT, CURVES = ROOT / "docs" / "LEARNABILITY.md", ROOT / "docs" / "learnability_loss.png"
 DIRECTIONS = ("lesion_motion_direction", "scope_forward_motion", "scope_backward_motion", "scope_motion_type")
 INTRODUCTION = """\
-A small model of the same build as the real one (Qwen2-VL with a Whisper encoder, about 10 million parameters), from
-random weights, on the real annotations of REAL-Colon-VQA. The frames are drawn so that each row's answer is true in its
-clip, and all else in the test's clips is drawn independently of the answer; the questions are spoken. Nothing was
-pretrained: every weight but the speech encoder's fixed sinusoids was drawn at random and trained, by `train_vqa.py
---init random --train_decoder full --train_vision_tower True --train_audio_encoder True`, and `evaluate_checkpoint.py`
-judged the answers. All train with `--audio_tokens speech --frame_mode images` unless the table says otherwise; the
-defaults of `train_vqa.py` are `--audio_tokens full --frame_mode images`.
+A small model with the same architecture as the real one (Qwen2-VL with a Whisper encoder, about 10 million parameters)
+is trained from random weights on the real annotations of REAL-Colon-VQA. The frames are drawn so that the clip of each
+row shows its answer. Everything else in the clips of the test is drawn independently of the answer. The questions are
+spoken.
+
+Nothing was pretrained: every weight was drawn at random and trained, except the fixed sinusoids of the speech encoder.
+The training command was `train_vqa.py --init random --train_decoder full --train_vision_tower True
+--train_audio_encoder True`, and `evaluate_checkpoint.py` scored the answers. All variants train with `--audio_tokens
+speech --frame_mode images` unless the table says otherwise; the defaults of `train_vqa.py` are `--audio_tokens full
+--frame_mode images`.
 """
 NOT_SHOWN = """\
-It is not endoscopy. Mucosa, folds, lesions and tools are drawings, each with one look; a lesion is hidden by nothing
-but the edge, folds and texture flow along circles, and a "stable" lesion sways there and back over as much as a
-drifting one travels, so that only the order of the frames tells them apart. The voices are all espeak-ng's, the room is
-silent, and the answers are the 20 types' 1 to 5 sentences. A model that does well here has shown that speech, frames,
-their order, labels and generation fit together so that the task can be learned from them; what Qwen2-VL and Whisper
-with their own weights reach on real video, this says nothing about."""
+The clips are not endoscopy. Mucosa, folds, lesions and tools are drawings, and each kind has one look. A lesion is
+hidden only by the edge of the frame. Folds and texture move along circles. A "stable" lesion sways over the same
+distance that a drifting one travels, so that only the order of the frames shows the difference. All voices are
+espeak-ng's, without background noise, and each of the 20 types has 1 to 5 answer sentences.
+
+A model that does well here shows that speech, frames, their order, labels and generation work together, so that the
+task can be learned from them. It does not show what Qwen2-VL and Whisper with their own weights reach on real video."""
 
 
 def percent(figure: dict) -> str:
@@ -859,10 +865,10 @@ def table(header: Sequence[str], lines: Sequence[Sequence[object]]) -> str:
 
 
 class Answers:
-    """Scored answers of one evaluation: those in --out_dir/answers/{label}[.{arm}].jsonl, judged on its question file,
-    of which a row without an answer is wrong.
+    """Scored answers of one evaluation, those in --out_dir/answers/{label}[.{arm}].jsonl, scored against its question
+    file; a row without an answer is wrong.
 
-    Raises FileNotFoundError where there is no such evaluation.
+    Raises FileNotFoundError if there is no such evaluation.
     """
 
     def __init__(self, args: argparse.Namespace, label: str, split: str, arm: str = ""):
@@ -902,9 +908,9 @@ class Answers:
 
 
 def measured(args: argparse.Namespace, label: str, split: str, arm: str = "") -> Answers | None:
-    """The answers of an evaluation, or None where there are none."""
-    there = (args.out_dir / "answers" / f"{label}.summary.json").exists()
-    return Answers(args, label, split, arm) if there else None
+    """The answers of an evaluation, or None if there are none."""
+    exists = (args.out_dir / "answers" / f"{label}.summary.json").exists()
+    return Answers(args, label, split, arm) if exists else None
 
 
 def arm_answers(args: argparse.Namespace, name: str) -> dict[str, Answers]:
@@ -917,22 +923,22 @@ def arm_answers(args: argparse.Namespace, name: str) -> dict[str, Answers]:
 
 
 def last_loss(run: dict) -> str:
-    """The last training loss that a run logged, in words."""
+    """The last training loss that a run logged, as text."""
     losses = run["parts"][-1]["losses"]
     return f"{losses[-1][1]:.2g}" if losses else "none logged"
 
 
 def curve(run: dict) -> list[tuple[int, float]]:
-    """The logged losses of all parts of a run, each with the samples seen until then."""
-    points, seen = [], 0
+    """The logged losses of all parts of a run, each with the number of samples trained on until then."""
+    points, samples = [], 0
     for part in run["parts"]:
-        points += [(seen + step * part["batch"], loss) for step, loss in part["losses"]]
-        seen += part["steps"] * part["batch"]
+        points += [(samples + step * part["batch"], loss) for step, loss in part["losses"]]
+        samples += part["steps"] * part["batch"]
     return points
 
 
 def draw_curves(runs: dict[str, dict], path: Path) -> None:
-    """Training loss of each variant over the samples it has seen; needs matplotlib."""
+    """Training loss of each variant over the number of samples; needs matplotlib."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -950,15 +956,16 @@ def draw_curves(runs: dict[str, dict], path: Path) -> None:
 
 
 def report(args: argparse.Namespace) -> None:
-    """Write docs/LEARNABILITY.md and the loss curves from what --out_dir holds; what was not measured is left out."""
+    """Write docs/LEARNABILITY.md and the loss curves from the figures in --out_dir; leaves out what was not
+    measured."""
     runs = {}
     for name in VARIANTS:
         path = args.out_dir / f"train_{name}.json"
         run = json.loads(path.read_text()) if path.exists() else {}
-        if run.get("state"):
-            runs[name] = {"parts": [part_of(run["state"], run["settings"])], **run}
+        if run.get("parts"):
+            runs[name] = run
     if not runs:
-        raise SystemExit(f"{args.out_dir}: no training has left its figures there; run --stage train first")
+        raise SystemExit(f"{args.out_dir}: has no figures of a training; run --stage train first")
     world = json.loads((args.out_dir / "render.json").read_text())
     text = ["# Measured: does it learn?\n", *describe_world(world), *describe_runs(runs, args)]
     text += describe_targets(args, runs)
@@ -978,73 +985,74 @@ def describe_world(world: dict) -> list[str]:
     voices = f"{len(world['voices'])} voices of espeak-ng in training, {len(world['held_out_voices'])} others in test"
     return [
         INTRODUCTION,
-        f"{world['clips']} clips of {N_FRAMES} frames of {size} pixels, drawn in {world['seconds']:.0f} s on "
+        f"{world['clips']} clips of {N_FRAMES} frames of {size} pixels were drawn in {world['seconds']:.0f} s on "
         f"{world['cores']} cores: {world['train_clips']} for training and {world['rows']['test']} for the rows of "
-        f"`test_multivideo`; {voices}. No clip and no voice of the test occurs in training. Clips drawn for questions "
-        "of motion and place are asked two more, one of them with the frames in reversed order: "
-        f"{world['rows']['train']} training rows in all. {100 * PRACTICE:.0f} % of the training clips, and none of "
-        "the test's, are practice: there a motion does not pass the ends of its circle, so that a single frame tells "
-        "something of its direction and a model that starts from nothing has a slope to climb.\n",
+        f"`test_multivideo`. The speech has {voices}. No clip and no voice of the test occurs in training. For a clip "
+        "drawn for a question of motion or position there are two more questions, one of them with the frames in "
+        f"reversed order. This makes {world['rows']['train']} training rows. {100 * PRACTICE:.0f} % of the training "
+        "clips are practice clips; the test has none. In a practice clip a motion does not pass the ends of its "
+        "circle, so that a single frame shows something of the direction, and a model with random weights gets a "
+        "first gradient to follow.\n",
     ]
 
 
 def describe_runs(runs: dict[str, dict], args: argparse.Namespace) -> list[str]:
-    """The part of the report on what was trained, how long and with what loss."""
+    """The part of the report on what was trained, for how long and with what loss."""
     lines = []
     for name, run in runs.items():
         parts = run["parts"]
         each = [" + ".join(f"{part[field]:{form}}" if part[field] is not None else "stopped" for part in parts)
                 for field, form in (("steps", "d"), ("seconds", ".0f"), ("learning_rate", "g"))]  # fmt: skip
         samples = sum(part["steps"] * part["batch"] for part in parts)
-        half = next((f"{loss:.2g}" for seen, loss in curve(run) if 2 * seen >= samples), "none logged")
+        half = next((f"{loss:.2g}" for until, loss in curve(run) if 2 * until >= samples), "none logged")
         lines.append((f"`{name}`", VARIANTS[name].what, each[0], samples, *each[1:], half, last_loss(run)))
     some = next(iter(runs.values()))
     versions = ", ".join(f"{name} {version}" for name, version in some["settings"]["versions"].items())
     header = ("variant", "what", "steps", "samples", "seconds", "learning rate", "loss at half", "last loss")
     text = ["## What was trained\n", table(header, lines)]
-    text += [f"Seconds are without the start of the process. {args.machine} Versions: {versions}.\n"]
+    text += [f"Seconds do not include the start of the process. {args.machine} Versions: {versions}.\n"]
     text += ["```bash", f"python {Path(__file__).relative_to(ROOT)} {args.command}", "```\n"] if args.command else []
     text += [f"![loss]({CURVES.name})\n", *([args.remark + "\n"] if args.remark else [])]
     return text
 
 
-Aim = tuple[str, str, bool]  # what was aimed for, what was measured, whether that meets it
+Aim = tuple[str, str, bool]  # the aim, what was measured, whether the aim is met
 
 
 def describe_targets(args: argparse.Namespace, runs: dict[str, dict]) -> list[str]:
-    """The part of the report that holds the figures of `images` against what was aimed for, met or not."""
+    """The part of the report that compares the figures of `images` with the aims, met or not."""
     aims: list[Aim] = []
     five = measured(args, "five-five-8", "five") if "five" in runs else None
     if five:
         figure = five.summary["metrics"]["strict"]
-        loss, whole = float(last_loss(runs["five"])), figure["correct"] == figure["n"]
-        told = f"{loss:.2g}, {figure['correct']} of {figure['n']} word for word"
-        aims.append(("five samples: loss at most 1e-4, all answered", told, loss <= 1e-4 and whole))
+        loss, all_correct = float(last_loss(runs["five"])), figure["correct"] == figure["n"]
+        text = f"{loss:.2g}, {figure['correct']} of {figure['n']} word for word"
+        aims.append(("five samples: loss at most 1e-4, all answered", text, loss <= 1e-4 and all_correct))
     arms = arm_answers(args, "images") if "images" in runs else {}
     if "audio" in arms:
         aims += [*aims_of_arms(arms), stops_by_itself("99 % stop by themselves, none loops", arms["audio"])]
         if six := measured(args, "images-test-6", "test"):
             both = [answers.choice() for answers in (arms["audio"], six)]
             lost = both[0]["accuracy"] - both[1]["accuracy"]
-            told = f"{100 * lost:.1f}: {percent(both[0])} to {percent(both[1])}"
-            aims.append(("6 frames in place of 8 cost at most 5", told, lost <= 0.05))
+            text = f"{100 * lost:.1f}: {percent(both[0])} to {percent(both[1])}"
+            aims.append(("6 frames instead of 8 cost at most 5", text, lost <= 0.05))
             aims.append(stops_by_itself("99 % of answers to 6 frames stop by themselves, none loops", six))
     naive = measured(args, "naive_pad-test-8", "test") if "naive_pad" in runs else None
     if naive:
         fails = naive.finish_counts()["eos"] < 0.5 * len(naive.rows)
         aims.append(("with PAD = EOS masked by its id: fails to stop", f"{naive.finish()} stop", fails))
-    lines = [(what, told, "met" if met else "**missed**") for what, told, met in aims]
-    words = "Of `images` with 8 frames unless named. In percent with 95 % intervals, or points between percentages.\n"
-    return ["## What was aimed for\n", words, table(("aim", "measured", ""), lines)] if lines else []
+    lines = [(what, text, "met" if met else "**missed**") for what, text, met in aims]
+    words = "For `images` with 8 frames unless named; in percent with 95 % intervals, or in percentage points.\n"
+    return ["## Aims\n", words, table(("aim", "measured", ""), lines)] if lines else []
 
 
 def aims_of_arms(arms: dict[str, Answers]) -> list[Aim]:
-    """What was aimed for in the arms of `images`: that it learns, hears and sees."""
-    heard = arms["audio"]
-    each = [heard.choice([kind]) for kind in DIRECTIONS if kind in heard.discriminative]
-    still = [kind for kind in heard.discriminative if kind not in DIRECTIONS]
+    """The aims for the arms of `images`: that the model learns, hears and sees."""
+    audio = arms["audio"]
+    each = [audio.choice([kind]) for kind in DIRECTIONS if kind in audio.discriminative]
+    still = [kind for kind in audio.discriminative if kind not in DIRECTIONS]
     of_all = {arm: answers.choice() for arm, answers in arms.items()}
-    ceiling = heard.line("train_majority") + 0.1
+    ceiling = audio.line("train_majority") + 0.1
     aims = [("discriminative types, unseen clips and voices: 85", percent(of_all["audio"]),
              of_all["audio"]["accuracy"] >= 0.85)]  # fmt: skip
     if each:
@@ -1059,16 +1067,16 @@ def aims_of_arms(arms: dict[str, Answers]) -> list[Aim]:
         met = figure["ci95"][1] < of_all["audio"]["ci95"][0]
         aims.append(("`mismatched_audio`: below `audio`, intervals apart", percent(figure), met))
     if "shuffled_frames" in arms and each:
-        chance = heard.chance(DIRECTIONS)
+        chance = audio.chance(DIRECTIONS)
         moved, rest = (
             [arms[arm].choice(types) for arm in ("audio", "shuffled_frames")] for types in (DIRECTIONS, still)
         )
-        (seen, shuffled), (before, after) = ([figure["accuracy"] for figure in pair] for pair in (moved, rest))
+        (ordered, shuffled), (before, after) = ([figure["accuracy"] for figure in pair] for pair in (moved, rest))
         aims.append((
-            "`shuffled_frames`: directions fall to at most chance + 10, the rest stays within 5",
+            "`shuffled_frames`: directions fall to at most chance + 10, the rest changes by at most 5",
             f"directions {percent(moved[0])} to {percent(moved[1])}, chance {100 * chance:.1f}; "
             f"rest {percent(rest[0])} to {percent(rest[1])}",
-            shuffled <= min(chance + 0.1, seen - 0.1) and abs(before - after) <= 0.05,
+            shuffled <= min(chance + 0.1, ordered - 0.1) and abs(before - after) <= 0.05,
         ))  # fmt: skip
     return aims
 
@@ -1081,17 +1089,18 @@ def stops_by_itself(what: str, answers: Answers) -> Aim:
 
 
 def describe_variant(args: argparse.Namespace, name: str) -> list[str]:
-    """The part of the report on one variant's answers."""
+    """The part of the report on the answers of one variant."""
     arms = arm_answers(args, name)
     eight, six = arms["audio"], measured(args, f"{name}-test-6", "test")
     still = [kind for kind in eight.discriminative if kind not in DIRECTIONS]
     text = [f"## `{name}`: {VARIANTS[name].what}\n"]
-    text += [f"Answers that stopped by themselves: {eight.finish()}. `choice` in percent, 95 % intervals in brackets; "
-             "the discriminative types are those with more than one answer in the test.\n"]  # fmt: skip
-    groups = {"discriminative types": None, "directions of motion": DIRECTIONS, "the others of them": still}
+    text += [f"Answers that stopped by themselves: {eight.finish()}. The figures are `choice` in percent, with "
+             "95 % intervals in brackets. The discriminative types are those with more than one answer in the "
+             "test.\n"]  # fmt: skip
+    groups = {"discriminative types": None, "directions of motion": DIRECTIONS, "other discriminative types": still}
     shown_as = {f"`{arm}`": answers for arm, answers in arms.items()}
     shown_as["`audio`, 6 frames"] = six
-    shown_as["`audio`, these 6 in 8 places, two of them twice"] = measured(args, f"{name}-six-8", "six")
+    shown_as["`audio`, these 6 frames in 8 places, two of them twice"] = measured(args, f"{name}-six-8", "six")
     lines = [(words, *(percent(answers.choice(types)) for types in groups.values()), answers.finish())
              for words, answers in shown_as.items() if answers]  # fmt: skip
     for line, words in (("chance", "chance"), ("train_majority", "the most frequent answer in training")):
@@ -1103,7 +1112,7 @@ def describe_variant(args: argparse.Namespace, name: str) -> list[str]:
         kinds = [[kind] for kind in eight.summary["by_type"]]
         lost = [(eight.choice(kind)["accuracy"] - six.choice(kind)["accuracy"], *kind) for kind in kinds]
         worst = [f"`{kind}` {100 * by:.0f}" for by, kind in sorted(lost, reverse=True) if by > 0.05]
-        text += [f"Six of a clip's frames in place of the eight cost points on: {', '.join(worst) or 'none'}.\n"]
+        text += [f"Percentage points lost with six frames instead of eight: {', '.join(worst) or 'none'}.\n"]
     rows = []
     for kind, figures in sorted(eight.summary["by_type"].items()):
         cells = [percent(arms[arm].choice([kind])) for arm in shown]
@@ -1111,17 +1120,17 @@ def describe_variant(args: argparse.Namespace, name: str) -> list[str]:
                      f"{100 * figures['chance']:.0f}", f"{100 * figures['train_majority']:.0f}"))  # fmt: skip
     text += [table(("type", "rows", *(f"`{arm}`" for arm in shown), "6 frames", "chance", "majority"), rows)]
     files = {
-        "eval": "`eval_multivideo`: drawn anew, the wording of the training",
+        "eval": "`eval_multivideo`: newly drawn clips, the wording of the training",
         "same": "`out_002-001`: the wording of the training",
-        "other": "`in_002-001`: words never heard",
+        "other": "`in_002-001`: words that are not in the training",
     }
     found = [(words, measured(args, f"{name}-{split}-8", split)) for split, words in files.items()]
     cells = [(words, percent(a.choice(a.summary["by_type"])), len(a.rows), percent(a.choice()), a.choice()["n"],
               *(f"{100 * a.line(line):.0f}" for line in ("chance", "train_majority", "test_majority")))
              for words, a in found if a]  # fmt: skip
     if cells:
-        header = ("question file", "all types", "rows", "discriminative types", "rows", "their chance",
-                  "most frequent answer in training", "in the file itself")  # fmt: skip
+        header = ("question file", "all types", "rows", "discriminative types", "rows", "chance on these",
+                  "most frequent answer in training", "most frequent answer in the file")  # fmt: skip
         text += [table(header, cells)]
     return text
 
@@ -1130,11 +1139,11 @@ def describe_variant(args: argparse.Namespace, name: str) -> list[str]:
 
 
 def speech(args: argparse.Namespace) -> None:
-    """Speak every question of the annotations; those of the training in all voices, the others in held-out ones."""
+    """Speak every question of the annotations: training questions in all voices, the others in the held-out ones."""
     asked = {split: {row["question"] for row in read_jsonl(args.data_dir / f"{source}.jsonl")}
              for split, source in SPLITS.items()}  # fmt: skip
     others = set().union(*asked.values()) - asked["train"]
-    print(f"{speak_all(sorted(asked['train']), sorted(others), args.speech_dir)} clips in {args.speech_dir}")
+    print(f"{speak_all(sorted(asked['train']), sorted(others), args.speech_dir)} speech files in {args.speech_dir}")
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -1143,38 +1152,44 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     comma = lambda allowed: lambda text: [word for word in text.split(",") if allowed.index(word) >= 0]  # noqa: E731
     parser.add_argument("--stage", type=comma(STAGES), required=True, help=f"comma-separated, of {', '.join(STAGES)}")
     parser.add_argument("--data_dir", type=Path, required=True, help="folder with the REAL-Colon-VQA JSONL files")
-    parser.add_argument("--speech_dir", type=Path, required=True, help="folder with the spoken questions")
-    parser.add_argument("--work_dir", type=Path, default=Path("learnability"), help="media and models (learnability)")
-    parser.add_argument("--out_dir", type=Path, help="figures, answers and logs (WORK_DIR/results)")
+    parser.add_argument("--speech_dir", type=Path, required=True, help="folder for the spoken questions")
+    parser.add_argument(
+        "--work_dir", type=Path, default=Path("learnability"), help="folder for media and models (learnability)"
+    )
+    parser.add_argument("--out_dir", type=Path, help="folder for figures, answers and logs (WORK_DIR/results)")
     parser.add_argument("--types", type=comma(list(media.REQUIREMENTS)), default=list(media.REQUIREMENTS),
                         help="comma-separated question types (all)")  # fmt: skip
-    parser.add_argument("--scale", type=float, default=1.0, help="more or fewer training clips (1.0)")
-    parser.add_argument("--max_rows", type=int, help="of each test file. None: all")
+    parser.add_argument("--scale", type=float, default=1.0, help="factor for the number of training clips (1.0)")
+    parser.add_argument("--max_rows", type=int, help="use the first N rows of each test file. None: all")
     parser.add_argument(
-        "--size", type=media.frame_size, default=SIZE, help=f"of a frame in pixels ({SIZE[0]}x{SIZE[1]})"
+        "--size", type=media.frame_size, default=SIZE, help=f"size of a frame in pixels ({SIZE[0]}x{SIZE[1]})"
     )
     parser.add_argument("--variants", type=comma(list(VARIANTS)), default=["images"],
                         help=f"comma-separated, of {', '.join(VARIANTS)} (images)")  # fmt: skip
-    parser.add_argument("--start_dir", type=Path, help="folder with models of an earlier call as {variant}, which "
-                        "training goes on from with a schedule of its own. None: from random weights")  # fmt: skip
+    parser.add_argument("--start_dir", type=Path, help="folder of an earlier call with one model per variant; "
+                        "training starts from these, with a new schedule. None: from random weights")  # fmt: skip
     parser.add_argument("--max_steps", type=int, default=3000, help="optimizer steps (3000)")
-    parser.add_argument("--batch", type=int, help="samples a step. None: the variant's")
-    parser.add_argument("--learning_rate", type=float, help="None: the variant's")
-    parser.add_argument("--schedule", default="cosine", help="of the learning rate, as transformers call it (cosine)")
+    parser.add_argument("--learning_rate", type=float, help="learning rate. None: that of the variant")
     parser.add_argument("--save_steps", type=int, default=500, help="steps between checkpoints (500)")
-    parser.add_argument("--train_seconds", type=float, default=math.inf, help="after which training is stopped (never)")
-    parser.add_argument("--workers", type=int, help="loader processes of each variant. None: the cores, shared")
-    parser.add_argument("--bf16", type=lambda text: text == "True", default=False, help="True on a GPU (False)")
-    parser.add_argument("--jobs", type=int, default=6, help="evaluations at a time (6)")
-    parser.add_argument("--eval_batch", type=int, default=64, help="answers at a time (64)")
+    parser.add_argument(
+        "--train_seconds", type=float, default=math.inf, help="stop the training after this time (never)"
+    )
+    parser.add_argument(
+        "--workers", type=int, help="loader processes of each variant. None: an equal share of the cores"
+    )
+    parser.add_argument(
+        "--bf16", type=lambda text: text == "True", default=False, help="train in bf16; True on a GPU (False)"
+    )
+    parser.add_argument("--jobs", type=int, default=6, help="evaluations at the same time (6)")
     parser.add_argument("--only", type=lambda text: text.split(","), help="comma-separated evaluations, by their names "
                         "in OUT_DIR/answers without the variant. None: all")  # fmt: skip
-    parser.add_argument("--curve", action="store_true", help="evaluate the checkpoints on the way too")
-    parser.add_argument("--report", type=Path, default=REPORT, help="where the report goes (docs/LEARNABILITY.md)")
-    parser.add_argument("--machine", default="", help="a sentence for the report on the machine that measured")
-    parser.add_argument("--remark", default="", help="a paragraph for the report on what its figures show")
-    parser.add_argument("--command", default="", help="for the report: the flags of the command that measured")
-    parser.add_argument("--seed", type=int, default=0, help="of the world, and with 1 added of the weights (0)")
+    parser.add_argument("--report", type=Path, default=REPORT, help="file for the report (docs/LEARNABILITY.md)")
+    parser.add_argument("--machine", default="", help="a sentence for the report: the machine")
+    parser.add_argument("--remark", default="", help="a paragraph for the report: what its figures show")
+    parser.add_argument("--command", default="", help="for the report: the flags of the command")
+    parser.add_argument(
+        "--seed", type=int, default=0, help="seed of the drawings; the seed of the weights is 1 higher (0)"
+    )
     args = parser.parse_args(argv)
     if "report" in args.stage and importlib.util.find_spec("matplotlib") is None:
         parser.error("--stage report needs matplotlib for the curves; `pip install matplotlib`, or leave report out")
@@ -1188,7 +1203,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run the stages asked for, in their order; exit status 1 if a training or evaluation failed."""
+    """Run the requested stages, in their order; exit status 1 if a training or an evaluation failed."""
     argv = list(sys.argv[1:] if argv is None else argv)
     if argv[:3] == ["--stage", "naive_pad", "--"]:  # what `train` starts for that variant
         return train_naively(argv[3:])
@@ -1202,7 +1217,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 started = time.monotonic()
                 failed += stages[name](args) or []
                 print(f"{name}: {time.monotonic() - started:.1f} s", flush=True)
-    finally:  # also where a later stage ends the script, for want of what failed
+    finally:  # also if a later stage ends the script because something failed
         if failed:
             print(
                 f"error: failed: {', '.join(failed)}; see the logs in {args.out_dir} and its folder answers",

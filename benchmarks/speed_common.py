@@ -1,5 +1,7 @@
-"""What the speed benchmarks share: the machine's matrix ceiling, its versions, rows repeated to fill a run."""
+"""Shared by the speed benchmarks: the ceiling of the machine, its versions, common flags, rows repeated to fill a
+run."""
 
+import argparse
 import importlib.metadata
 import json
 import os
@@ -13,7 +15,7 @@ PACKAGES = ("torch", "transformers", "peft", "accelerate")
 
 
 def matmul_ceiling(size: int = 8192, repeats: int = 20) -> float:
-    """TFLOP/s of a bf16 product [size, size] x [size, size] of random numbers; on a CPU in float32, smaller."""
+    """TFLOP/s of bf16 products [size, size] x [size, size] of random numbers; on a CPU in float32 and smaller."""
     cuda = torch.cuda.is_available()
     device, dtype = ("cuda", torch.bfloat16) if cuda else ("cpu", torch.float32)
     size, repeats = (size, repeats) if cuda else (512, 5)
@@ -29,7 +31,7 @@ def matmul_ceiling(size: int = 8192, repeats: int = 20) -> float:
 
 
 def synchronize() -> None:
-    """Wait for the GPU, where there is one."""
+    """Wait for the GPU, if there is one."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
 
@@ -45,11 +47,19 @@ def machine() -> dict:
     }
 
 
-def repeat_rows(data_path: Path, audio_dir: Path, count: int, folder: Path, frames: int | None = None) -> list[str]:
-    """`count` rows in `folder`/rows.jsonl, those of `data_path` over and over under ids of their own.
+def add_data_flags(parser: argparse.ArgumentParser) -> None:
+    """The flags that name a model and its data."""
+    parser.add_argument("--model_name_or_path", required=True, help="folder with config and tokenizer")
+    parser.add_argument("--data_path", type=Path, required=True, help="JSONL of questions")
+    parser.add_argument("--frames_dir", required=True, help="as in train_vqa.py")
+    parser.add_argument("--audio_dir", type=Path, required=True, help="as in train_vqa.py")
 
-    Their speech is linked under the new ids; the frames are the same files, `frames` of them a clip (repeated in order
-    where a clip has fewer). Returns the flags that name both.
+
+def repeat_rows(data_path: Path, audio_dir: Path, count: int, folder: Path, frames: int | None = None) -> list[str]:
+    """Write `count` rows to `folder`/rows.jsonl: those of `data_path`, repeated under new ids.
+
+    Their speech is linked under the new ids. The frames are the same files, `frames` of them per clip (repeated in
+    order if a clip has fewer). Returns the flags that name the rows and the speech.
     """
     import train_vqa as vqa
 
@@ -72,6 +82,6 @@ def repeat_rows(data_path: Path, audio_dir: Path, count: int, folder: Path, fram
 
 
 def decoder_parameters(model) -> int:
-    """Parameters of the decoder's layers without adapters: the N of 4 N T (a training step without recomputation)."""
+    """Parameters of the decoder's layers without adapters: N in 4 N T (a training step without recomputation)."""
     layers = model.model.language_model.layers
     return sum(p.numel() for name, p in layers.named_parameters() if "lora_" not in name)

@@ -1,23 +1,24 @@
-"""Samples a second and memory of training: the seed's design beside ours, full size, random weights, real code paths.
+"""Samples per second and memory of training, full size, random weights: the seed's design beside ours.
 
     python benchmarks/train_speed.py --model_name_or_path tests/fixtures/full_size_model \\
         --data_path in_002-001.jsonl --frames_dir media/frames --audio_dir media/audio/in_002-001 \\
         --designs seed,command,ours,fast --gpu_memory_limit_gib 38.5 --output train_speed.json
 
-Each design is a process of its own over the same rows. `seed` is plain Trainer and PEFT: batch 1, every layer
-recomputed, logits of every position, a mask of ones, LoRA inputs cast to float32. The others run `train_vqa.py`'s own
-`main` with the flags that DESIGNS names (or `--design NAME=FLAGS`). All of them get the same loader workers. A step is
-timed from the end of the one before it, data, optimizer and Trainer included; the first ones do not count.
+Each design runs in its own process over the same rows. `seed` is the plain Trainer and PEFT: batch 1, every layer
+recomputed, logits at every position, a mask of ones, LoRA inputs cast to float32. The other designs run `main` of
+`train_vqa.py` with the flags in DESIGNS (or from `--design NAME=FLAGS`). All have the same number of loader workers.
+The time of a step is from the end of the previous step to its own end, so it includes data, optimizer and Trainer. The
+first steps (`--warmup`) do not count.
 
-With `--cache_features` the steps run warm: the folder is filled before the first. What that took stands beside, and
-where it had nothing of use before, the rate of a first epoch with the filling, computed for rows that all differ in
-clip or speech, at the rate of the counted steps.
+With `--cache_features` in the flags, the steps run warm: the features are computed before the first step. The table
+also has the time for this. If the folder had no usable feature before, the table has the rate of a first epoch
+including this time, computed from the counted steps for rows that all differ in clip or speech.
 
 TFLOP/s follow the rule (4 + 2 s) N T: N parameters of the decoder's layers, T tokens, s the share of layers that are
-recomputed (6 N T where all are). What attention, the encoders and LoRA cost is not in it.
+recomputed (6 N T if all are). Attention, the encoders and LoRA are not counted.
 
-A design's flags may begin with names of `training_changes.py`, as in `--design "logits=@all_logits --lora_dropout 0"`.
-`--one_process` saves the start of a process a design: for runs of a few steps each.
+The flags of a design may begin with names from `training_changes.py`: `--design "logits=@all_logits --lora_dropout 0"`.
+`--one_process` runs all designs in one process, which saves their start: for runs of a few steps each.
 """
 
 import argparse
@@ -45,7 +46,14 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import train_vqa as vqa
 from benchmarks.eval_memory import GatheringModel
-from benchmarks.speed_common import decoder_parameters, machine, matmul_ceiling, repeat_rows, synchronize
+from benchmarks.speed_common import (
+    add_data_flags,
+    decoder_parameters,
+    machine,
+    matmul_ceiling,
+    repeat_rows,
+    synchronize,
+)
 from benchmarks.training_changes import CHANGES
 
 SEED = "seed"
@@ -62,14 +70,14 @@ DESIGNS = {
 
 
 class Clock(TrainerCallback):
-    """Times optimizer steps; `trainer` tells tokens, samples and the wait for data of each."""
+    """Times optimizer steps; `trainer` counts tokens, samples and the wait for data of each."""
 
     def __init__(self, warmup: int, profile: Path | None):
         self.warmup, self.profile, self.steps, self.trainer = warmup, profile, [], None
         self.profiler, self.filling, self.distinct = None, 0.0, 0
 
     def fill(self, store, sources, *args, **kwargs):
-        """`FeatureStore.fill` of train_vqa.py, timed; `distinct` counts pairs of clip and speech if none was there."""
+        """`FeatureStore.fill`, timed; `distinct` counts the pairs of clip and speech if none was cached before."""
         start, before = time.perf_counter(), set(store.folder.glob("*"))
         FILL(store, sources, *args, **kwargs)
         synchronize()
@@ -87,7 +95,10 @@ class Clock(TrainerCallback):
         """Called by the Trainer after each optimizer step."""
         synchronize()
         now = time.perf_counter()
-        own = {"cpu": time.process_time(), "rss": psutil.Process().memory_info().rss}  # of this process, workers apart
+        own = {
+            "cpu": time.process_time(),
+            "rss": psutil.Process().memory_info().rss,
+        }  # of this process, without workers
         if torch.cuda.is_available():
             own |= {"reserved": torch.cuda.max_memory_reserved(), "allocated": torch.cuda.max_memory_allocated()}
         self.steps.append({"end": now, **own, **self.trainer.counted})
@@ -96,7 +107,7 @@ class Clock(TrainerCallback):
             activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
             self.profiler = torch.profiler.profile(activities=activities[: 1 + torch.cuda.is_available()])
             self.profiler.start()
-        elif self.profiler and state.global_step == state.max_steps - 1:  # one step lies between the two
+        elif self.profiler and state.global_step == state.max_steps - 1:  # exactly one step is profiled
             self.profiler.stop()
             trace = self.profile.with_suffix(".trace.json")
             self.profiler.export_chrome_trace(str(trace))
@@ -105,7 +116,7 @@ class Clock(TrainerCallback):
                 file.write("\n" + gap_table(json.loads(trace.read_text())["traceEvents"]))
 
     def figures(self) -> dict:
-        """Medians and sums of the steps that count; a profiled step is not one of them."""
+        """Rates, times and peaks of the counted steps, without the profiled one."""
         last = len(self.steps) - (2 if self.profile else 0)
         counted = self.steps[self.warmup : last]
         seconds = counted[-1]["end"] - self.steps[self.warmup - 1]["end"]
@@ -125,7 +136,7 @@ class Clock(TrainerCallback):
 
 
 def kernel_table(profiler: torch.profiler.profile) -> str:
-    """Milliseconds of one step by kind of kernel, and the 25 kernels that take longest."""
+    """Milliseconds of one step by kind of kernel, and the 25 kernels that take the most time."""
     kinds = {"matrix products": ("gemm", "cutlass", "nvjet", "xmma", "cublas", "::mm"), "attention": ("flash", "fmha")}
     kinds |= {
         "optimizer": ("multi_tensor", "fused_adam"),
@@ -145,11 +156,11 @@ def kernel_table(profiler: torch.profiler.profile) -> str:
 
 
 def gap_table(events: list[dict], long_us: float = 50) -> str:
-    """When the GPU had nothing to do in a trace of torch's profiler (Chrome's format), and what ended each wait.
+    """The times without work for the GPU in a trace of torch's profiler (Chrome's format), and what ended each.
 
-    A gap lies between the end of all kernels so far and the start of the next. A long one is put down to the outermost
-    operator or annotation, and the innermost, in which the CPU launched that next kernel; with "queued" where the
-    launch had come before the gap began. Below, the CPU's own waits for the GPU, by the operator that contains them.
+    A gap is between the end of all kernels so far and the start of the next. A long gap is listed under the outermost
+    and the innermost operator or annotation in which the CPU launched that next kernel; "queued" means that the launch
+    came before the gap began. The last part lists the CPU's waits for the GPU, by the operator that contains them.
     """
     spans = [event for event in events if event.get("ph") == "X" and "dur" in event]
     kernels = sorted((e for e in spans if e.get("cat") in GPU_WORK), key=lambda e: e["ts"])
@@ -163,7 +174,7 @@ def gap_table(events: list[dict], long_us: float = 50) -> str:
             threads[event["tid"]].append(event)
 
     def inside(call: dict | None) -> str:
-        """`outermost > innermost` of what was running on the thread of `call` as it was made."""
+        """`outermost > innermost` operator that was running on the thread of `call` at that time."""
         if call is None:
             return "unknown"
         around = [e for e in threads[call["tid"]] if e["ts"] <= call["ts"] <= e["ts"] + e["dur"]]
@@ -201,7 +212,7 @@ def gap_table(events: list[dict], long_us: float = 50) -> str:
 
 
 def counting(base: type, clock: Clock) -> type:
-    """`base`, a Trainer class, which counts what it gets from its loader and how long it waits, for `clock`."""
+    """A subclass of the Trainer `base` that counts, for `clock`, what its loader gives and how long that takes."""
 
     class Counting(base):
         """See `counting`."""
@@ -209,10 +220,10 @@ def counting(base: type, clock: Clock) -> type:
         def __init__(self, *args, **kwargs):
             super().__init__(*args, **kwargs)
             clock.trainer, self.counted = self, {"tokens": 0, "samples": 0, "waited": 0.0}
-            self.callback_handler.callbacks.insert(0, clock)  # before PeakMemory, which starts to count anew
+            self.callback_handler.callbacks.insert(0, clock)  # before PeakMemory, which resets the peaks
 
         def get_batch_samples(self, *args, **kwargs):
-            """As usual, counted and timed."""
+            """The same batches, counted and timed."""
             start = time.perf_counter()
             batches, items = super().get_batch_samples(*args, **kwargs)
             self.counted["waited"] += time.perf_counter() - start
@@ -222,7 +233,7 @@ def counting(base: type, clock: Clock) -> type:
             return batches, items
 
         def save_final(self):
-            """Nothing: a save is not what is measured. A checkpoint after a failure is written as usual."""
+            """Does nothing: saving is not measured."""
 
     return Counting
 
@@ -265,14 +276,14 @@ def run_seed(args: argparse.Namespace, flags: list[str], clock: Clock) -> tuple[
         model=peft_model,
         args=plain,
         train_dataset=vqa.SurgicalVQADataset(rows, processor),
-        data_collator=vqa.VQACollator(tokenizer.pad_token_id, "left"),  # the side that brings a mask
+        data_collator=vqa.VQACollator(tokenizer.pad_token_id, "left"),  # this side needs a mask
     )
     trainer.train()
     return decoder_parameters(model), 1
 
 
 def run_ours(clock: Clock, flags: list[str]) -> tuple[int, int]:
-    """Train by `train_vqa.main`; returns N, and which layers it recomputes: every n-th, 0 none."""
+    """Train with `train_vqa.main`; returns N, and n if every n-th layer is recomputed (0: none)."""
     choose, chosen = vqa.choose_checkpointing, []
     with (
         patch.object(vqa, "VQATrainer", counting(vqa.VQATrainer, clock)),
@@ -285,12 +296,12 @@ def run_ours(clock: Clock, flags: list[str]) -> tuple[int, int]:
 
 
 def flops_factor(layers: int, every_n: int) -> float:
-    """Operations a parameter and token: 2 forward, 2 backward, 2 more in every `every_n`-th layer (0: in none)."""
+    """Operations per parameter and token: 2 forward, 2 backward, 2 more in every `every_n`-th layer (0: in none)."""
     return 4 + 2 * (math.ceil(layers / every_n) / layers if every_n else 0)
 
 
 def measure(args: argparse.Namespace, name: str, design: str) -> None:
-    """Train as `design` says and write the figures, or why there are none, to `args.output`."""
+    """Train with the flags of `design`; writes the figures, or the error, to `args.output`."""
     vqa.set_seed(0)
     clock = Clock(args.warmup, args.output.with_suffix(".profile.txt") if args.profile else None)
     words = shlex.split(design)
@@ -346,21 +357,22 @@ def table(results: list[dict], ceiling: float) -> str:
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """The flags."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model_name_or_path", required=True, help="folder with config and tokenizer")
-    parser.add_argument("--data_path", type=Path, required=True, help="JSONL of questions")
-    parser.add_argument("--frames_dir", required=True, help="as in train_vqa.py")
-    parser.add_argument("--audio_dir", type=Path, required=True, help="as in train_vqa.py")
-    parser.add_argument("--designs", default="seed,command,ours,fast", help="which of DESIGNS, comma-separated")
-    parser.add_argument("--design", action="append", default=[], help="NAME=FLAGS: one more design, after the others")
-    parser.add_argument("--rows", type=int, default=400, help="rows, repeated under other ids where there are fewer")
-    parser.add_argument("--frames", type=int, help="frames a clip, repeated where it has fewer (all)")
-    parser.add_argument("--steps", type=int, default=13, help="optimizer steps")
-    parser.add_argument("--warmup", type=int, default=3, help="of them not counted")
-    parser.add_argument("--flags", default="", help="further flags of train_vqa.py for all designs")
-    parser.add_argument("--gpu_memory_limit_gib", type=float, help="cap each process (none)")
-    parser.add_argument("--profile", action="store_true", help="also write where a step's time goes, and its trace")
+    add_data_flags(parser)
+    parser.add_argument("--designs", default="seed,command,ours,fast", help=f"comma-separated, of {', '.join(DESIGNS)}")
+    parser.add_argument(
+        "--design", action="append", default=[], help="NAME=FLAGS: one more design, run after the others"
+    )
+    parser.add_argument("--rows", type=int, default=400, help="rows; those of the file are repeated if necessary (400)")
+    parser.add_argument("--frames", type=int, help="frames per clip, repeated if it has fewer (all)")
+    parser.add_argument("--steps", type=int, default=13, help="optimizer steps (13)")
+    parser.add_argument("--warmup", type=int, default=3, help="first steps, which are not counted (3)")
+    parser.add_argument("--flags", default="", help="more flags of train_vqa.py for all designs")
+    parser.add_argument("--gpu_memory_limit_gib", type=float, help="hard limit for each process (none)")
+    parser.add_argument("--profile", action="store_true", help="also profile one step and write its table and trace")
     parser.add_argument("--one_process", action="store_true", help="all designs in this process, one after the other")
-    parser.add_argument("--output", type=Path, default=Path("train_speed.json"), help="figures as JSON")
+    parser.add_argument(
+        "--output", type=Path, default=Path("train_speed.json"), help="file for the figures as JSON (train_speed.json)"
+    )
     parser.add_argument("--child", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     words = [word for design in args.design for word in shlex.split(design.split("=", 1)[-1])]
@@ -403,10 +415,9 @@ def main(argv: list[str] | None = None) -> None:
             if args.one_process:
                 measure(argparse.Namespace(**{**vars(args), "output": part, "flags": shlex.join(flags)}), name, design)
                 torch.compiler.reset()
-                # Kept ones would live on beside the next design. (What it leaves of torch's handler of their deaths
-                # makes a death known a little later, by polling.)
+                # Persistent workers would run on beside the next design.
                 vqa.end_workers()
-                gc.collect()  # a Trainer and its model hold each other
+                gc.collect()  # a Trainer and its model refer to each other
                 if torch.cuda.is_available():
                     torch.cuda.empty_cache()
             else:

@@ -1,6 +1,6 @@
-"""Changes to training that have no flag: one exact lever of ours undone, or a way tried and not kept.
+"""Changes to training that have no flag: each undoes one of our optimizations, or is an experiment that is not used.
 
-`train_speed.py --design "NAME=@all_logits ..."` measures a design under them; nothing else uses them.
+`train_speed.py --design "NAME=@all_logits ..."` measures a design with them; nothing else uses them.
 """
 
 import contextlib
@@ -12,12 +12,12 @@ from transformers.models.qwen2_vl import modeling_qwen2_vl as qwen
 
 import train_vqa as vqa
 
-LENGTH_MULTIPLE = 64  # of `one_length`; above the 23 tokens by which samples with `--audio_tokens full` differ
+LENGTH_MULTIPLE = 64  # for `one_length`; larger than the 23 tokens by which samples with `--audio_tokens full` differ
 
 
 @contextlib.contextmanager
 def all_logits() -> Iterator[None]:
-    """Logits of every position, [B, T, vocabulary], and transformers' loss over them."""
+    """Logits at every position, [B, T, vocabulary], and transformers' loss over them."""
     forward = vqa.SurgicalVQAModel.forward
 
     def plain(self, labels=None, num_items_in_batch=None, **inputs):
@@ -48,7 +48,7 @@ def input_casts() -> Iterator[None]:
 
 @contextlib.contextmanager
 def ones_mask() -> Iterator[None]:
-    """A mask of ones goes to the model with every batch of one."""
+    """The model gets a mask of ones with every batch."""
     collate = vqa.VQACollator.__call__
 
     def masked(self, samples):
@@ -61,7 +61,7 @@ def ones_mask() -> Iterator[None]:
 
 @contextlib.contextmanager
 def kv_cache() -> Iterator[None]:
-    """The decoder keeps a cache of keys and values in training, where a layer is not recomputed."""
+    """In training the decoder keeps a cache of keys and values, in layers that are not recomputed."""
     forward = qwen.Qwen2VLTextModel.forward
 
     def keeping(self, *args, **kwargs):
@@ -73,7 +73,7 @@ def kv_cache() -> Iterator[None]:
 
 @contextlib.contextmanager
 def cudnn_attention() -> Iterator[None]:
-    """cuDNN's attention kernel alone, where sdpa else chooses among its own, FlashAttention's and others."""
+    """Allow only cuDNN's attention kernel; sdpa otherwise chooses among this, FlashAttention's and others."""
     kernels = torch.backends.cuda
     before = kernels.flash_sdp_enabled(), kernels.mem_efficient_sdp_enabled(), kernels.cudnn_sdp_enabled()
     switches = kernels.enable_flash_sdp, kernels.enable_mem_efficient_sdp, kernels.enable_cudnn_sdp
@@ -87,7 +87,7 @@ def cudnn_attention() -> Iterator[None]:
 
 
 def compiling(**options) -> contextlib.AbstractContextManager:
-    """`torch.compile` with these options over those that it is called with."""
+    """`torch.compile` with these options, which override those of the call."""
     compiler = torch.compile
 
     def compiled(*args, **kwargs):
@@ -98,14 +98,14 @@ def compiling(**options) -> contextlib.AbstractContextManager:
 
 @contextlib.contextmanager
 def one_length() -> Iterator[None]:
-    """Compiled layers for batches padded to a multiple of LENGTH_MULTIPLE, each length compiled for alone."""
+    """Batches padded to a multiple of LENGTH_MULTIPLE, and layers compiled separately for each length."""
     with patch.object(vqa, "PADDING_MULTIPLE", LENGTH_MULTIPLE), compiling(dynamic=False):
         yield
 
 
 @contextlib.contextmanager
 def cuda_graphs() -> Iterator[None]:
-    """Compiled layers as CUDA graphs; gradients are summed in place, since a graph writes over what it put out."""
+    """Compiled layers as CUDA graphs; gradients are summed in place, because a graph overwrites its earlier output."""
     add_lora, zero_grad = vqa.add_lora, torch.nn.Module.zero_grad
 
     def with_gradients(*args, **kwargs):
