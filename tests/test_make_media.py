@@ -96,21 +96,6 @@ def test_the_lesion_keeps_to_its_quadrant_and_drifts_its_way():
 
 
 @pytest.mark.slow
-def test_light_is_reddish_or_blue_green_and_folds_grow_or_shrink():
-    for seed in range(5):
-        red, green, blue = pixels(scene_for("nbi_status", "no", generator(seed))).mean(axis=(0, 1))
-        assert red > 1.3 * green and red > 1.3 * blue
-        red, green, blue = pixels(scene_for("nbi_status", "yes", generator(seed))).mean(axis=(0, 1))
-        assert green > 1.5 * red and blue > 1.5 * red
-    y, x = np.mgrid[0 : SIZE[1], 0 : SIZE[0]] - np.array([SIZE[1], SIZE[0]])[:, None, None] / 2
-    for motion, way in (("advancing", -1), ("withdrawing", 1)):  # brightness falls behind an outward-moving edge
-        frames = [pixels(Scene(scope_motion=motion, detail=3), t).mean(axis=2) for t in (0, 1 / 7)]
-        down, right = np.gradient(frames[0])
-        outward = (x * right + y * down) / np.hypot(x, y).clip(1)
-        assert way * np.corrcoef((frames[1] - frames[0]).ravel(), outward.ravel())[0, 1] > 0.4
-
-
-@pytest.mark.slow
 def test_rows_that_agree_are_all_shown_and_one_that_contradicts_is_left_out():
     asked = [("tool_catheter_check", "no"), ("nbi_status", "yes"), ("tool_identification", "snare")]
     scene, visible = scene_for_rows(asked, generator())
