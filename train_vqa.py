@@ -47,13 +47,11 @@ import time
 import typing
 import warnings
 import zlib
-from array import array
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cache, lru_cache, partial, partialmethod
-from itertools import islice
 from pathlib import Path
 
 import accelerate
@@ -134,8 +132,7 @@ MP3_KBPS = (
     (32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320),
 )
 MEDIA_CHECKS = 1  # raise it when decode_frame or decode_audio refuse more: what passed before is decoded again
-DIGEST_BYTES = 8  # of a media file that passed: two of a million share one with a chance of 1 to 37 million
-MAX_REMEMBERED = 1_000_000  # digests: 8 MB
+MAX_REMEMBERED = 500_000  # files that passed, about 100 bytes each
 SPEECH_KEPT = 64  # files whose mel each loader worker keeps: 98 MB in 128 bins
 MAX_KNOWN_TEXTS = 10_000  # tokenised pieces of prompts and answers, a few MB
 FEATURE_SCHEMA = 1  # raise it when what the encoders are fed, or what is stored of them, changes
@@ -560,9 +557,8 @@ class VQARow:
     question_type: str
     answer: str  # the full sentence, which is learned
     short_answer: str  # the closed answer, which is looked for in a prediction
-    audio_path: Path | None = None
-    frames_dir: str = ""
-    found: bytes = b""  # which of `frame_candidates` each frame is: eight paths a row would take 1.2 kB
+    audio_path: Path | None = None  # set by `find_media`, as are the next
+    frame_paths: tuple[Path, ...] = ()  # in order, up to the first that is missing
 
     @property
     def key(self) -> str:
@@ -573,18 +569,6 @@ class VQARow:
     def where(self) -> str:
         """`file:line`."""
         return f"{self.source}:{self.line}"
-
-    def frame_candidates(self, frame: str) -> Iterator[str]:
-        """The paths under which a frame is looked for, in order."""
-        video, _, number = frame.rpartition("_")
-        folder = os.path.join(self.frames_dir, video or self.video_id)
-        return (os.path.join(folder, stem + extension) for stem in (frame, number) for extension in FRAME_EXTENSIONS)
-
-    @property
-    def frame_paths(self) -> tuple[Path, ...]:
-        """The files of the frames, in order; empty before `find_media`."""
-        which = zip(self.frames, self.found, strict=False)
-        return tuple(Path(next(islice(self.frame_candidates(frame), i, None))) for frame, i in which)
 
     @property
     def media(self) -> tuple[Path, ...]:
@@ -605,26 +589,21 @@ class Problem:
 
 
 def read_rows(path: str | Path, max_samples: int | None = None) -> list[VQARow]:
-    """Read a question file, one JSON object a line; blank lines are passed over.
-
-    Args:
-        path: JSONL in the REAL-Colon-VQA schema.
-        max_samples: stop after this many rows. None: all.
-
-    Raises:
-        VQAError: the file is missing or empty, or lines are malformed (all of them named as `file:line: ...`).
-    """
+    """The rows of a question file; VQAError where it is missing or empty, or for all its malformed lines."""
     rows, problems = scan_rows(path, max_samples)
     raise_problems(problems)
     return rows
 
 
 def scan_rows(path: str | Path, max_samples: int | None = None) -> tuple[list[VQARow], list[Problem]]:
-    """As `read_rows`, but returns the malformed lines beside the good ones."""
+    """The rows of a question file, one JSON object a line, and its malformed lines; `max_samples` counts both.
+
+    Blank lines are skipped. VQAError where the file is missing or empty.
+    """
     path = Path(path)
     if not path.is_file():
         raise VQAError(f"{path}: no such file")
-    rows, problems, seen = [], [], {}
+    rows, problems, line_of = [], [], {}
     with path.open("rb") as lines:
         for number, line in enumerate(lines, start=1):
             if max_samples is not None and len(rows) + len(problems) >= max_samples:
@@ -634,14 +613,11 @@ def scan_rows(path: str | Path, max_samples: int | None = None) -> tuple[list[VQ
                 continue
             try:
                 row = parse_row(line, str(path), number)
-                digest = hash(row.key)
-                if digest in seen:
-                    raise VQAError(f"the same video, id and question type as line {seen[digest]}; remove one")
+                if line_of.setdefault(row.key, number) != number:
+                    raise VQAError(f"the same video, id and question type as line {line_of[row.key]}; remove one")
+                rows.append(row)
             except VQAError as error:
                 problems.append(Problem(str(path), (number,), str(error)))
-                continue
-            seen[digest] = number
-            rows.append(row)
     if not rows and not problems:
         raise VQAError(f"{path}: holds no rows")
     return rows, problems
@@ -679,8 +655,6 @@ def parse_row(line: bytes, source: str, number: int) -> VQARow:
     for frame in frames:
         _refuse_path("frames", frame)
         _refuse_path("frames", frame.rpartition("_")[0] or "_", frame)  # the folder that the name stands for
-    for name in ("video_id", "question_type", "short_answer"):
-        data[name] = sys.intern(data[name])  # few different ones over thousands of rows
     return VQARow(source, number, frames=tuple(frames), **{name: data[name] for name in text_fields})
 
 
@@ -705,70 +679,58 @@ def _refuse_path(name: str, part: str, value: str | None = None) -> None:
 def find_media(
     rows: Iterable[VQARow], frames_dir: str | Path, audio_dir: str | Path | None, allow_symlinks: bool = False
 ) -> list[Problem]:
-    """Fill in where the frames and, with an `audio_dir`, the speech of each row are.
+    """Set the paths of each row's frames and, with an `audio_dir`, of its speech; returns what was not found.
 
     Frames are looked for as `{frames_dir}/{video}/{frame}` and `{frames_dir}/{video}/{frame_number}`, where `video` is
     the part of the frame name before its last `_`; speech as `{video_id}_{id}_{question_type}`, `{video_id}_{id}`,
     `{id}`. Without `allow_symlinks` a file that a link puts outside its folder is refused; the folders that the flags
-    name may be links themselves.
-
-    Returns:
-        What was not found, or lies outside.
-
-    Raises:
-        VQAError: one of the two is no folder.
+    name may be links themselves. VQAError where one of the two is no folder.
     """
     for flags, folder in (("--frames_dir", frames_dir), ("--audio_dir or --eval_audio_dir", audio_dir)):
         if folder is not None and not Path(folder).is_dir():
             raise VQAError(f"{folder}: no such folder; {flags} names it")
-    problems, inside = [], _Inside(allow_symlinks)
-    root = str(frames_dir)
+    real_folder = cache(os.path.realpath)
+
+    def first_file(folder: str | Path, stems: Sequence[str], extensions: Sequence[str]) -> Path | None:
+        names = (os.path.join(folder, stem + extension) for stem in stems for extension in extensions)
+        return next((Path(name) for name in names if os.path.isfile(name)), None)
+
+    def leads_out(path: Path, root: str | Path) -> bool:
+        if allow_symlinks:
+            return False
+        real = os.path.realpath(path) if path.is_symlink() else real_folder(os.path.dirname(path))
+        return not os.path.join(real, "").startswith(os.path.join(real_folder(root), ""))
+
+    problems = []
     for row in rows:
-        row.frames_dir, found = root, []
+        texts, found = [], []
         for frame in row.frames:
-            candidates = enumerate(row.frame_candidates(frame))
-            index, path = next(((i, path) for i, path in candidates if os.path.isfile(path)), (None, None))
-            if index is None:
-                stem = next(row.frame_candidates(frame)).removesuffix(FRAME_EXTENSIONS[0])
-                text = f"frame {stem}{{{','.join(FRAME_EXTENSIONS)}}} is missing"
-            elif not inside(path, root):
-                text = f"{row.id}: frame {path} is a link out of {root}; see --allow_symlinks"
-            else:
-                found.append(index)
-                continue
-            problems.append(Problem(row.source, (row.line,), text))
-            break
-        row.found = bytes(found)
-        if audio_dir is None:
-            continue
-        stems = (f"{row.video_id}_{row.id}_{row.question_type}", f"{row.video_id}_{row.id}", row.id)
-        paths = (os.path.join(audio_dir, stem + extension) for stem in stems for extension in AUDIO_EXTENSIONS)
-        path = next((path for path in paths if os.path.isfile(path)), None)
-        row.audio_path = Path(path) if path and inside(path, str(audio_dir)) else None
-        if path is None:
-            tried = f"{stems[0]}, {stems[1]} or {stems[2]} ({', '.join(AUDIO_EXTENSIONS)})"
-            problems.append(Problem(row.source, (row.line,), f"no speech in {audio_dir} as {tried}"))
-        elif row.audio_path is None:
-            text = f"{row.id}: speech {path} is a link out of {audio_dir}; see --allow_symlinks"
-            problems.append(Problem(row.source, (row.line,), text))
+            video, _, number = frame.rpartition("_")
+            folder = os.path.join(frames_dir, video or row.video_id)
+            path = first_file(folder, (frame, number), FRAME_EXTENSIONS)
+            if path is None:
+                texts.append(f"frame {os.path.join(folder, frame)}{{{','.join(FRAME_EXTENSIONS)}}} is missing")
+                break
+            if leads_out(path, frames_dir):
+                texts.append(f"{row.id}: frame {path} is a link out of {frames_dir}; see --allow_symlinks")
+                break
+            found.append(path)
+        row.frame_paths = tuple(found)
+        if audio_dir is not None:
+            stems = (f"{row.video_id}_{row.id}_{row.question_type}", f"{row.video_id}_{row.id}", row.id)
+            row.audio_path = first_file(audio_dir, stems, AUDIO_EXTENSIONS)
+            if row.audio_path is None:
+                tried = f"{stems[0]}, {stems[1]} or {stems[2]} ({', '.join(AUDIO_EXTENSIONS)})"
+                texts.append(f"no speech in {audio_dir} as {tried}")
+            elif leads_out(row.audio_path, audio_dir):
+                texts.append(f"{row.id}: speech {row.audio_path} is a link out of {audio_dir}; see --allow_symlinks")
+                row.audio_path = None
+        problems += [Problem(row.source, (row.line,), text) for text in texts]
     return problems
 
 
-class _Inside:
-    """Says whether a path, every link in it followed, stays below a root; each folder is resolved once."""
-
-    def __init__(self, allow_symlinks: bool):
-        self.allow_symlinks, self.real = allow_symlinks, cache(os.path.realpath)
-
-    def __call__(self, path: str, root: str) -> bool:
-        if self.allow_symlinks:
-            return True
-        real = os.path.realpath(path) if os.path.islink(path) else self.real(os.path.dirname(path))
-        return os.path.join(real, "").startswith(os.path.join(self.real(root), ""))
-
-
 def find_shared_speech(rows: Iterable[VQARow]) -> list[Problem]:
-    """Rows with different questions that one speech file would have to serve: one of them would hear the wrong one."""
+    """Rows with different questions that share one speech file: one of them would play the wrong question."""
     first, problems = {}, []
     for row in rows:
         if row.audio_path is None:
@@ -784,94 +746,74 @@ def find_shared_speech(rows: Iterable[VQARow]) -> list[Problem]:
     return problems
 
 
-def check_media(rows: Sequence[VQARow]) -> list[Problem]:
-    """Decode every frame and speech file once, on all cores, but those that passed before and have not changed.
+def check_media(rows: Iterable[VQARow]) -> list[Problem]:
+    """Decode every frame and speech file once, on all cores, except those that `read_passed` knows and that have not
+    changed since. What fails is decoded again each time."""
+    users: dict[Path, list[VQARow]] = {}
+    for row in rows:
+        for path in row.media:
+            users.setdefault(path, []).append(row)
+    known, state_of = read_passed(), {}
+    for path in users:
+        stat = os.stat(path)
+        state_of[os.path.abspath(path)] = [stat.st_size, stat.st_mtime_ns, stat.st_ino]
+    waiting = [path for path, name in zip(users, state_of, strict=True) if known.get(name) != state_of[name]]
 
-    That a file passed is remembered in the user's cache folder, as one digest over its path, size, time of change and
-    inode, and the versions of these checks and of the decoders. What fails is decoded again each time.
-    """
-    places, digests = array("Q"), bytearray()  # 24 bytes a file, and no paths: rows come by the thousand
-    state = f"{MEDIA_CHECKS} {PIL_VERSION} {soundfile.__libsndfile_version__}"
-    for number, row in enumerate(rows):
-        for position, path in enumerate(row.media):
-            stat = os.stat(path)
-            text = f"{state} {stat.st_size} {stat.st_mtime_ns} {stat.st_ino} {os.path.abspath(path)}"
-            digests += hashlib.blake2b(text.encode(errors="surrogateescape"), digest_size=DIGEST_BYTES).digest()
-            places.append(number << 16 | position)
-    if not places:
-        return []
-
-    def fault(place: int) -> str | None:
-        row, position = rows[place >> 16], place & 0xFFFF
-        path = row.media[position]
+    def fault(path: Path) -> str | None:
         try:
-            decode_audio(path) if path == row.audio_path else decode_frame(path)
+            decode_audio(path) if path == users[path][0].audio_path else decode_frame(path)
         except VQAError as error:
             return str(error)
         return None
 
-    passed = read_passed()
-    digest_of = np.frombuffer(digests, passed.dtype)
-    files, first = np.unique(digest_of, return_index=True)
-    waiting = np.sort(first[~is_among(files, passed)])
-    del first
-    problems, failed, checked = [], [], 0
-    try:
-        # Threads: Pillow and libsndfile let go of the interpreter while they decode. 64 at a time, or the futures pile
-        # up.
-        with (
-            ThreadPoolExecutor(os.cpu_count()) as pool,
-            tqdm(total=len(waiting), desc="Checking media", unit="file", leave=False) as bar,
-        ):
-            for chunk in np.split(waiting, range(64, len(waiting), 64)):
-                for index, text in zip(chunk, pool.map(fault, [places[i] for i in chunk]), strict=True):
-                    bar.update()
-                    checked += 1
-                    if text:
-                        users = [rows[places[i] >> 16] for i in np.flatnonzero(digest_of == digest_of[index])]
-                        lines = tuple(dict.fromkeys(row.line for row in users))
-                        more = f" ({len(lines) - 1} more lines need it)" if len(lines) > 1 else ""
-                        problems.append(Problem(users[0].source, lines, text + more))
-                        failed.append(digest_of[index])
-    finally:  # a check that a signal cuts short is not begun again
-        seen = digest_of[waiting[:checked]]
-        good = seen[~np.isin(seen, failed)] if failed else seen
-        if len(good):
-            write_passed(np.union1d(passed if len(passed) < MAX_REMEMBERED else np.intersect1d(passed, files), good))
+    problems, passed = [], {}
+    progress = tqdm(total=len(waiting), desc="Checking media", unit="file", leave=False)
+    try:  # in threads: Pillow and libsndfile let go of the interpreter while they decode
+        with progress, contextlib.closing(ahead(fault, waiting, 64, os.cpu_count())) as faults:
+            for path, text in zip(waiting, faults, strict=True):
+                progress.update()
+                if text is None:
+                    name = os.path.abspath(path)
+                    passed[name] = state_of[name]
+                    continue
+                lines = tuple(dict.fromkeys(row.line for row in users[path]))
+                more = f" ({len(lines) - 1} more lines need it)" if len(lines) > 1 else ""
+                problems.append(Problem(users[path][0].source, lines, text + more))
+    finally:  # a check that a signal cuts short keeps what it has done
+        if passed:
+            if len(known) >= MAX_REMEMBERED:
+                known = {name: state for name, state in known.items() if name in state_of}
+            write_passed(known | passed)
     return problems
 
 
 def passed_file() -> Path:
-    """Where the digests of media that passed are kept: `$XDG_CACHE_HOME` or `~/.cache`."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "surgvivqa_audio" / "media_passed"
+    """Where the media that passed are remembered: below `$XDG_CACHE_HOME` or `~/.cache`."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "surgvivqa_audio" / "media_passed.json"
 
 
-def read_passed() -> np.ndarray:
-    """The digests of media that passed, sorted; none where the file is missing or damaged."""
-    stored = b""
-    with contextlib.suppress(OSError):
-        stored = passed_file().read_bytes()
-    head, digests = stored[:32], stored[32:]
-    if hashlib.sha256(digests).digest() != head or len(digests) % DIGEST_BYTES:
-        digests = b""
-    return np.frombuffer(digests, f"S{DIGEST_BYTES}")
+def check_versions() -> str:
+    """The versions of the checks and of the decoders: what passed under others is decoded again."""
+    return f"{MEDIA_CHECKS} Pillow {PIL_VERSION} libsndfile {soundfile.__libsndfile_version__}"
 
 
-def is_among(digests: np.ndarray, known: np.ndarray) -> np.ndarray:
-    """bool [n]: which of `digests` are in `known`, which is sorted; np.isin would take a copy of both."""
-    if not len(known):
-        return np.zeros(len(digests), bool)
-    return known[np.minimum(np.searchsorted(known, digests), len(known) - 1)] == digests
+def read_passed() -> dict[str, list[int]]:
+    """Absolute path -> [bytes, mtime in ns, inode] of media that passed; {} where the file is missing or damaged."""
+    try:
+        stored = json.loads(passed_file().read_bytes())
+        return dict(stored["files"]) if stored["versions"] == check_versions() else {}
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
+        return {}
 
 
-def write_passed(passed: np.ndarray) -> None:
-    """Replace the digests of media that passed; where the folder cannot be written, the next start decodes again."""
-    path, stored = passed_file(), passed.tobytes()
+def write_passed(passed: dict[str, list[int]]) -> None:
+    """Replace what `read_passed` reads; where the folder cannot be written, the next start decodes again."""
+    path = passed_file()
     part = path.with_name(f"{path.name}.{os.getpid()}")
     with contextlib.suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            part.write_bytes(hashlib.sha256(stored).digest() + stored)
+            part.write_text(json.dumps({"versions": check_versions(), "files": passed}), encoding="ascii")
             os.replace(part, path)
         finally:
             part.unlink(missing_ok=True)
@@ -886,12 +828,7 @@ def check_rows(
 ) -> tuple[list[VQARow], list[Problem]]:
     """The rows that can be used, their media found and decoded once; and what is wrong with the others.
 
-    Args:
-        data_path: JSONL in the REAL-Colon-VQA schema.
-        frames_dir: holds the frames.
-        audio_dir: holds the speech. None where the question is only read.
-        max_samples: stop after this many rows. None: all.
-        allow_symlinks: links may lead out of the two folders.
+    The arguments are those of `scan_rows` and `find_media`; `audio_dir` is None where the question is only read.
     """
     rows, problems = scan_rows(data_path, max_samples)
     problems += find_media(rows, frames_dir, audio_dir, allow_symlinks)
@@ -902,14 +839,25 @@ def check_rows(
 
 
 def load_rows(*args, **kwargs) -> list[VQARow]:
-    """The rows of a file, with the arguments of `check_rows`.
-
-    Raises:
-        VQAError: naming every malformed line, and every missing, undecodable or ambiguous file.
-    """
+    """`check_rows`, but VQAError names every malformed line and every missing, undecodable or ambiguous file."""
     rows, problems = check_rows(*args, **kwargs)
     raise_problems(problems)
     return rows
+
+
+def ahead(function: typing.Callable, items: Iterable, depth: int, workers: int = MAX_WORKERS) -> Iterator:
+    """`map(function, items)`, with up to `depth` results under way in threads while the caller uses the last one."""
+    pending = deque()
+    with ThreadPoolExecutor(min(workers, os.cpu_count() or 1)) as pool:
+        try:
+            for item in items:
+                pending.append(pool.submit(function, item))
+                if len(pending) > depth:
+                    yield pending.popleft().result()
+            while pending:
+                yield pending.popleft().result()
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
 
 
 def fit_size(size: tuple[int, int], max_image_size: int) -> tuple[int, int]:
@@ -2733,21 +2681,6 @@ def write_description(model: SpeechMixin, tokenizer: PreTrainedTokenizerBase, ba
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def ahead(function: typing.Callable, items: Iterable, depth: int) -> Iterator:
-    """`map(function, items)`, with up to `depth` results under way in threads while the caller uses the last one."""
-    pending = deque()
-    with ThreadPoolExecutor(min(MAX_WORKERS, os.cpu_count() or 1)) as pool:
-        try:
-            for item in items:
-                pending.append(pool.submit(function, item))
-                if len(pending) > depth:
-                    yield pending.popleft().result()
-            while pending:
-                yield pending.popleft().result()
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)
-
-
 def encoder_digest(encoder: nn.Module) -> str:
     """sha256 over the name, dtype, shape and every byte of an encoder's parameters and buffers."""
     digest = hashlib.sha256()
@@ -3658,8 +3591,7 @@ def prepare_data(args: DataArguments) -> tuple[list[VQARow], list[VQARow], list[
     for path, audio_dir, limit in sources:
         rows, found = check_rows(path, args.frames_dir, audio_dir if by_ear else None, limit, args.allow_symlinks)
         if args.check_data:
-            # Hashes, which take less room than the paths.
-            media = np.unique(np.fromiter((hash(file) for row in rows for file in row.media), np.int64))
+            media = {file for row in rows for file in row.media}
             clips, types = len({row.frames for row in rows}), len({row.question_type for row in rows})
             bad = len({line for problem in found for line in problem.lines})
             print(f"{path}: {len(rows)} good rows ({clips} clips, {types} types, {len(media)} files), {bad} bad")
