@@ -50,7 +50,7 @@ import zlib
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields
 from functools import cache, lru_cache, partial, partialmethod
 from pathlib import Path
 
@@ -178,8 +178,8 @@ AUDIO_CONFIG_FIELDS = (*WHISPER_LARGE_V3_TURBO, "activation_function", "scale_em
 
 ATTENTION_KERNELS = {"sdpa": "SDPA", "eager": "eager", "flash_attention_2": "FlashAttention-2"}  # and how they are said
 DECODER_TRAINING = ("lora", "full")
-# How PEFT's modules_to_save call the projector, which is always trained, and the towers, which are on request.
-PROJECTOR, TOWERS = "audio_projector", {"vision_tower": "visual", "audio_encoder": "audio_encoder"}
+# How PEFT's modules_to_save call the projector, which is always trained, and the encoders, which are on request.
+PROJECTOR, ENCODERS = "audio_projector", {"vision_tower": "visual", "audio_encoder": "audio_encoder"}
 # bitsandbytes keeps the statistics of a 4-bit weight as tensors of their own, beside the packed one.
 FOUR_BIT_KEY = re.compile(
     r"(.+)\.(absmax|quant_map|nested_absmax|nested_quant_map|quant_state\.bitsandbytes__(?:nf4|fp4))"
@@ -867,10 +867,9 @@ def fit_size(size: tuple[int, int], max_image_size: int) -> tuple[int, int]:
 
 
 def decode_frame(path: Path) -> Image.Image:
-    """A whole decoded frame, RGB, upright (EXIF orientation applied).
+    """A decoded frame in full size, RGB, upright (EXIF orientation applied).
 
-    Raises:
-        VQAError: naming a file that is no JPEG or PNG, does not decode to the end, or that the model cannot see.
+    VQAError for a file that is no JPEG or PNG, does not decode to the end, or is too large or too thin for the model.
     """
     try:
         with Image.open(path, formats=FRAME_FORMATS) as image:
@@ -887,7 +886,7 @@ def decode_frame(path: Path) -> Image.Image:
                 return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
             if image.mode in ("P", "PA", "LA", "RGBA"):  # what is transparent keeps the colour it was stored with
                 image = image.convert("RGBA")
-            return image.convert("RGB") if image.mode != "RGB" else image  # it is loaded, and does without its file
+            return image.convert("RGB") if image.mode != "RGB" else image
     except VQAError:
         raise
     except DECODE_ERRORS as error:
@@ -908,19 +907,18 @@ def shrink(image: Image.Image, max_image_size: int) -> Image.Image:
 def decode_audio(path: Path) -> tuple[np.ndarray, int]:
     """Speech as stored: float32 samples [n, channels] and the rate in Hz.
 
-    Raises:
-        VQAError: the file cannot be decoded or is cut off, or holds nothing that the model could hear as it is.
+    VQAError for a file that cannot be decoded, is cut off, or holds nothing that the model could use as it is.
     """
 
     def refuse(what: str, advice: str = "replace it or remove the row") -> typing.NoReturn:
         raise VQAError(f"speech {path} {what}; {advice}")
 
     try:
-        with soundfile.SoundFile(path) as sound:
-            rate, stated = sound.samplerate, sound.frames
+        with soundfile.SoundFile(path) as file:
+            rate, stated = file.samplerate, file.frames
             # One second more than allowed is enough to know, and a header may claim days.
-            samples = sound.read(min(stated, (MAX_SPEECH_SECONDS + 1) * rate), dtype="float32", always_2d=True)
-            cut = is_cut_off(path, sound, len(samples))
+            samples = file.read(min(stated, (MAX_SPEECH_SECONDS + 1) * rate), dtype="float32", always_2d=True)
+            cut = is_cut_off(path, file, len(samples))
     except (soundfile.SoundFileError, OSError, ValueError, MemoryError) as error:
         refuse(f"cannot be decoded ({error})")
     if not len(samples):
@@ -943,27 +941,27 @@ def decode_audio(path: Path) -> tuple[np.ndarray, int]:
     return samples, rate
 
 
-def is_cut_off(path: Path, sound: soundfile.SoundFile, decoded: int) -> bool:
+def is_cut_off(path: Path, file: soundfile.SoundFile, decoded: int) -> bool:
     """Whether a speech file ends before its own headers say so; libsndfile itself tells only for FLAC.
 
     An MP3 without a length header that ends exactly between two of its blocks shows no trace of what was lost.
     """
-    if sound.format == "WAV":
-        sizes = re.search(r"data : (\d+) \(should be (\d+)\)", sound.extra_info)
+    if file.format == "WAV":
+        sizes = re.search(r"data : (\d+) \(should be (\d+)\)", file.extra_info)
         return bool(sizes) and int(sizes[1]) > int(sizes[2])
-    if sound.format == "OGG":  # the last page of a stream is marked
+    if file.format == "OGG":  # the last page of a stream is marked
         last = path.read_bytes().rpartition(b"OggS")[2]
         return len(last) < 23 or not last[1] & 4 or len(last) + 4 < 27 + last[22] + sum(last[23 : 23 + last[22]])
-    if sound.format == "MP3":
-        samples, whole = walk_mp3(path.read_bytes())
-        window = (MAX_SPEECH_SECONDS + 1) * sound.samplerate
+    if file.format == "MP3":
+        samples, complete = walk_mp3(path.read_bytes())
+        window = (MAX_SPEECH_SECONDS + 1) * file.samplerate
         # Without a length header libsndfile guesses the length from the first block, and stops there.
-        return not whole or decoded < min(sound.frames, window) or decoded < 0.9 * min(samples, window)
+        return not complete or decoded < min(file.frames, window) or decoded < 0.9 * min(samples, window)
     return False
 
 
 def walk_mp3(data: bytes) -> tuple[int, bool]:
-    """Samples a channel in the blocks of an MP3, and whether the last block is whole."""
+    """Samples a channel in the blocks of an MP3, and whether the last block is complete."""
     at, follows, samples = 0, False, 0
     if data[:3] == b"ID3":  # a tag before the sound: ten bytes, then as many as they say, seven bits a byte
         at = 10 + sum((byte & 0x7F) << shift for byte, shift in zip(data[6:10], (21, 14, 7, 0), strict=False))
@@ -981,12 +979,6 @@ def walk_mp3(data: bytes) -> tuple[int, bool]:
         samples += 1152 if full else 576
         at, follows = at + length, True
     return samples, True
-
-
-def speech_length(path: Path) -> int:
-    """Samples that `load_speech` gives, from the file's header alone."""
-    info = soundfile.info(path)
-    return math.ceil(info.frames * SAMPLE_RATE / info.samplerate)
 
 
 def load_speech(path: Path) -> np.ndarray:
@@ -1007,13 +999,8 @@ TOKENIZING = threading.Lock()  # a fast tokenizer keeps the settings of a call i
 class VQAProcessor:
     """Turns a row's frames, speech and words into model inputs, the same way for training and evaluation.
 
-    Args:
-        tokenizer: from `load_tokenizer`, so that it has a pad token of its own and `<|audio_pad|>`.
-        config: of the model; its geometry decides how many tokens frames and speech take.
-        max_image_size: longer side of a frame in pixels.
-        input_mode: one of `INPUT_MODES`.
-        audio_tokens: one of `AUDIO_TOKENS`.
-        frame_mode: one of `FRAME_MODES`.
+    `tokenizer` is from `load_tokenizer`; the geometry in `config` says how many tokens frames and speech take. The
+    other arguments are as the flags of their names. A frame, and a pair of frames in video mode, is a visual.
     """
 
     def __init__(
@@ -1034,13 +1021,11 @@ class VQAProcessor:
                 raise VQAError(f"--{flag} must be one of {', '.join(choices)}, not {value!r}")
         self.tokenizer, self.max_image_size, self.input_mode = tokenizer, max_image_size, input_mode
         self.audio_tokens, self.frame_mode = audio_tokens, frame_mode
-        audio = audio_config_of(config)
+        audio, vision = audio_config_of(config), config.vision_config
         self.encoder_tokens, self.context = audio.max_source_positions, config.text_config.max_position_embeddings
-        self.merge_size = config.vision_config.spatial_merge_size
+        self.merge_size = vision.spatial_merge_size
         self.image_processor = Qwen2VLImageProcessorPil(
-            patch_size=config.vision_config.patch_size,
-            temporal_patch_size=config.vision_config.temporal_patch_size,
-            merge_size=self.merge_size,
+            patch_size=vision.patch_size, temporal_patch_size=vision.temporal_patch_size, merge_size=self.merge_size
         )
         mel_frames = self.encoder_tokens * MEL_FRAMES_PER_TOKEN
         self.max_samples = mel_frames * HOP_LENGTH
@@ -1077,6 +1062,17 @@ class VQAProcessor:
             self.known_texts[key] = ids
         return self.known_texts[key]
 
+    def text_ids(self, question: str, answer: str | None) -> tuple[list[int], ...]:
+        """Ids of the text before the speech, between speech and frames, and after the frames; and those learned."""
+        words, by_ear = self.tokenize, self.input_mode != "text"
+        asked = words(f"Question: {question}\n", split_special_tokens=True) if self.input_mode != "audio" else []
+        return (
+            words("<|im_start|>user\n" + AUDIO_BOS * by_ear),
+            words(AUDIO_EOS + "\n") if by_ear else [],
+            asked + words(f"{INSTRUCTION}<|im_end|>\n<|im_start|>assistant\n"),
+            [] if answer is None else words(answer, split_special_tokens=True) + words("<|im_end|>"),
+        )
+
     def build(
         self, question: str, vision_tokens: Sequence[int], audio_tokens: int, answer: str | None
     ) -> dict[str, torch.Tensor]:
@@ -1085,35 +1081,35 @@ class VQAProcessor:
         Args:
             question: in words; only the text modes use it.
             vision_tokens: tokens of each frame, or of the one video.
-            audio_tokens: from `speech_tokens`; text mode does not use it.
+            audio_tokens: tokens of the speech, which has none in text mode.
             answer: to be learned, or None for the prompt alone.
 
         Returns:
             `input_ids`, `mm_token_type_ids` (0 text and speech, 1 image, 2 video) and `labels` (the answer and its turn
             end; -100 elsewhere), each int64 [T]; `vision_at` and `speech_at`, int64 [n], where frames and speech go.
         """
-
-        words = self.tokenize
-        ids = list(words("<|im_start|>user\n" + (AUDIO_BOS if self.input_mode != "text" else "")))
-        vision_at, speech_at = [], []
-        if self.input_mode != "text":
-            speech_at = range(len(ids), len(ids) + audio_tokens)
-            ids += [self.audio_id] * audio_tokens + words(AUDIO_EOS + "\n")
+        before, between, after, learned = self.text_ids(question, answer)
+        speech = [self.audio_id] * audio_tokens if self.input_mode != "text" else []
+        ids, vision_at = before + speech + between, []
         for count in vision_tokens:
             vision_at += range(len(ids) + 1, len(ids) + 1 + count)
             ids += [self.vision_ids[0], *[self.vision_id] * count, self.vision_ids[1]]
-        if self.input_mode != "audio":
-            ids += words(f"Question: {question}\n", split_special_tokens=True)
-        ids += words(f"{INSTRUCTION}<|im_end|>\n<|im_start|>assistant\n")
-        labels = [IGNORE_INDEX] * len(ids)
-        if answer is not None:
-            learned = [*words(answer, split_special_tokens=True), *words("<|im_end|>")]
-            ids += learned
-            labels += learned
-        types, vision_at = torch.zeros(len(ids), dtype=torch.long), torch.tensor(vision_at, dtype=torch.long)
+        labels = [IGNORE_INDEX] * (len(ids) + len(after)) + learned
+        ids += after + learned
+        vision_at, types = torch.tensor(vision_at, dtype=torch.long), torch.zeros(len(ids), dtype=torch.long)
         types[vision_at] = self.vision_type
-        sample = {"input_ids": torch.tensor(ids), "mm_token_type_ids": types, "labels": torch.tensor(labels)}
-        return sample | {"vision_at": vision_at, "speech_at": torch.tensor(speech_at, dtype=torch.long)}
+        return {
+            "input_ids": torch.tensor(ids),
+            "mm_token_type_ids": types,
+            "labels": torch.tensor(labels),
+            "vision_at": vision_at,
+            "speech_at": torch.arange(len(before), len(before) + len(speech)),
+        }
+
+    def length(self, question: str, vision_tokens: Sequence[int], audio_tokens: int, answer: str | None) -> int:
+        """Tokens of the sample that `build` makes of these."""
+        speech = audio_tokens if self.input_mode != "text" else 0
+        return sum(map(len, self.text_ids(question, answer))) + speech + sum(vision_tokens) + 2 * len(vision_tokens)
 
     def encode(
         self,
@@ -1121,8 +1117,8 @@ class VQAProcessor:
         frames: Sequence[Image.Image],
         speech: np.ndarray | tuple[torch.Tensor, torch.Tensor] | None,
         with_answer: bool,
-        seen: tuple[torch.Tensor, torch.Tensor] | None = None,
-        heard: torch.Tensor | None = None,
+        vision_features: tuple[torch.Tensor, torch.Tensor] | None = None,
+        speech_features: torch.Tensor | None = None,
     ) -> dict[str, torch.Tensor]:
         """One sample as model inputs, without a batch dimension.
 
@@ -1131,28 +1127,26 @@ class VQAProcessor:
             frames: RGB, from `load_frame`.
             speech: float32 [n] at 16 kHz, or what `encode_speech` made of it; None in text mode.
             with_answer: append the answer and label it.
-            seen: features and grid of the clip, from `read_features`; then `frames` are not looked at.
-            heard: features of the speech; then `speech` is not listened to.
+            vision_features: features and grid of the clip, used in place of `frames`.
+            speech_features: features of the speech, used in place of `speech`.
 
         Returns:
-            The tensors of `build`, `pixel_values` uint8 [patches, 3 * patch * patch], in video mode
-            [patches, 3 * 2 * patch * patch] (the model scales them, see `scale_pixels`),
-            `image_grid_thw` int64 [frames, 3] or `video_grid_thw` int64 [1, 3], and outside text mode `input_features`
-            float32 [1, mel bins, frames] and `audio_lengths` int64 [1], the tokens of the speech. With `seen`
-            `vision_features` in place of the pixels, with `heard` `speech_features` in place of these two.
-            With the answer `position_ids` int64 [T, 3].
+            The tensors of `build`; those of `encode_frames` as `pixel_values` and `image_grid_thw` or
+            `video_grid_thw`, and outside text mode those of `encode_speech` as `input_features` and `audio_lengths`;
+            `vision_features` and `speech_features` in their place where given; with the answer `position_ids` int64
+            [T, 3].
 
         Raises:
             VQAError: speech longer than the encoder's window, frames that cannot be paired, or labels all or none
                 masked.
         """
         media, audio_tokens = {}, 0
-        if seen is None:
+        if vision_features is None:
             media["pixel_values"], grid = self.encode_frames(frames, f"of {row.where}")
         else:
-            media["vision_features"], grid = seen
-        if heard is not None:
-            media["speech_features"], audio_tokens = heard, len(heard)
+            media["vision_features"], grid = vision_features
+        if speech_features is not None:
+            media["speech_features"], audio_tokens = speech_features, len(speech_features)
         elif self.input_mode != "text":
             mel, lengths = speech if isinstance(speech, tuple) else self.encode_speech(speech, f"of {row.where}")
             media |= {"input_features": mel, "audio_lengths": lengths}
@@ -1167,8 +1161,9 @@ class VQAProcessor:
         return sample
 
     def encode_frames(self, frames: Sequence[Image.Image], source: str = "") -> tuple[torch.Tensor, torch.Tensor]:
-        """`pixel_values` and grid, as `encode` returns them; VQAError, which names `source`, for frames that differ in
-        size where they are to be paired."""
+        """Patches, uint8 [patches, 3 * patch * patch], and their grid int64 [frames, 3]; in video mode those of
+        `pair_frames`, or VQAError, which names `source`, where the frames differ in size. The model scales the patches:
+        see `scale_pixels`."""
         cut = [self.cut_patches(frame) for frame in frames]
         pixels, grid = torch.from_numpy(np.concatenate([p for p, _ in cut])), torch.tensor([g for _, g in cut])
         if self.frame_mode == "video":
@@ -1192,7 +1187,7 @@ class VQAProcessor:
         return values.reshape(rows * columns, -1), (1, rows, columns)
 
     def encode_speech(self, speech: np.ndarray, source: Path | str) -> tuple[torch.Tensor, torch.Tensor]:
-        """`input_features` and `audio_lengths`, as `encode` returns them, of float32 [n] at 16 kHz; VQAError, which
+        """Mel of float32 [n] at 16 kHz, float32 [1, mel bins, frames], and its tokens, int64 [1]; VQAError, which
         names `source`, where the encoder's window is too short for it."""
         if len(speech) > self.max_samples:
             raise VQAError(
@@ -1203,32 +1198,27 @@ class VQAProcessor:
         return mel["input_features"], torch.tensor([self.speech_tokens(len(speech))])
 
     def count_tokens(self, row: VQARow, frame_paths: Sequence[Path]) -> int:
-        """Length of the training sample of `row`, from the frames' headers alone."""
-        counts = self.vision_tokens(frame_paths)
-        audio_tokens = 0 if self.input_mode == "text" else self.speech_tokens(speech_length(row.audio_path))
-        return len(self.build(row.question, counts, audio_tokens, row.answer)["input_ids"])
-
-    def vision_tokens(self, frame_paths: Sequence[Path]) -> list[int]:
-        """Tokens of each frame, or of the one video, from the frames' headers alone."""
-        counts = []
+        """Length of the training sample of `row`, from the headers of its media alone."""
+        vision_tokens, audio_tokens = [], 0
         for path in frame_paths:
             with Image.open(path, formats=FRAME_FORMATS) as image:
                 turned = image.getexif().get(0x0112, 1) >= 5  # EXIF orientations 5 to 8 lie on their side
                 width, height = fit_size(image.size[::-1] if turned else image.size, self.max_image_size)
             patches = self.image_processor.get_number_of_image_patches(height, width, {})
-            counts.append(patches // self.merge_size**2)
-        return [counts[0] * math.ceil(len(counts) / 2)] if self.frame_mode == "video" else counts
+            vision_tokens.append(patches // self.merge_size**2)
+        if self.frame_mode == "video":
+            vision_tokens = [vision_tokens[0] * math.ceil(len(vision_tokens) / 2)]
+        if self.input_mode != "text":
+            header = soundfile.info(row.audio_path)
+            audio_tokens = self.speech_tokens(math.ceil(header.frames * SAMPLE_RATE / header.samplerate))
+        return self.length(row.question, vision_tokens, audio_tokens, row.answer)
 
 
 def pair_frames(pixels: torch.Tensor, grid: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Frames as Qwen2-VL's video: two neighbours share a temporal patch; a last one without neighbour is doubled.
 
-    Args:
-        pixels: [frames * patches, 3 * patch * patch].
-        grid: int64 [frames, 3], all frames of one size.
-
-    Returns:
-        Pixels [ceil(frames / 2) * patches, 3 * 2 * patch * patch] and grid int64 [1, 3].
+    `pixels` [frames * patches, 3 * patch * patch] and `grid` int64 [frames, 3], all of one size, become pixels
+    [ceil(frames / 2) * patches, 3 * 2 * patch * patch] and grid int64 [1, 3].
     """
     frames, _, height, width = len(grid), *grid[0].tolist()
     if frames % 2:
@@ -1246,15 +1236,10 @@ def pixel_levels(device: torch.device, dtype: torch.dtype) -> torch.Tensor:
 
 
 def scale_pixels(pixels: torch.Tensor, width: int, dtype: torch.dtype) -> torch.Tensor:
-    """Patches as `Qwen2VLImageProcessorPil` gives them, bit for bit, once rounded to `dtype`: [patches, width].
+    """Patches [patches, width] in `dtype`, bit for bit as `Qwen2VLImageProcessorPil` gives them, of uint8 patches.
 
-    Here, on the device, since they take 8 times (in pairs 4 times) the room of what they are made of.
-
-    Args:
-        pixels: uint8 [patches, 3 * patch * patch], then each stands in both temporal places, or of pairs
-            [patches, 3 * 2 * patch * patch].
-        width: values of a patch in the vision tower: 3 * temporal patch * patch * patch.
-        dtype: of the result.
+    On the device, since they take 8 times (in pairs 4 times) the room of what they are made of. `width` is what the
+    encoder takes, 3 * temporal patch * patch * patch; a frame that is no pair stands in both temporal places.
     """
     channels = pixels.view(len(pixels), 3, 1, -1).int()
     channels += torch.arange(0, 768, 256, dtype=torch.int32, device=pixels.device).view(3, 1, 1)
@@ -1266,29 +1251,22 @@ def scale_pixels(pixels: torch.Tensor, width: int, dtype: torch.dtype) -> torch.
 def mrope_positions(types: torch.Tensor, grid: torch.Tensor, merge_size: int) -> torch.Tensor:
     """M-RoPE positions of one sample, int64 [T, 3] (time, row, column), as Qwen2-VL's `get_rope_index` gives them.
 
-    Args:
-        types: int64 [T], 0 text and speech, 1 image, 2 video.
-        grid: int64 [frames or clips, 3], patches in time, rows and columns.
-        merge_size: patches a token covers each way.
+    That one takes a model, which loader workers lack, and 2.3 ms a sample in place of 0.2; reading the features of a
+    sample from the cache takes 2. `types` are `mm_token_type_ids` [T], `grid` int64 [visuals, 3] patches in time, rows
+    and columns.
     """
     positions, vision = np.empty((len(types), 3), np.int64), np.flatnonzero(types.numpy())
-    place = at = seen = 0
+    place = end = done = 0  # the next position, the next token, and the vision tokens that have theirs
     for t, h, w in grid.tolist():
         sides = t, h // merge_size, w // merge_size
-        start, seen = int(vision[seen]), seen + math.prod(sides)
-        positions[at:start] = np.arange(place, place + start - at)[:, None]
-        place += start - at
-        at = start + math.prod(sides)
-        positions[start:at] = lattice(*sides) + place
+        start, done = int(vision[done]), done + math.prod(sides)
+        positions[end:start] = np.arange(place, place + start - end)[:, None]
+        place += start - end
+        end = start + math.prod(sides)
+        positions[start:end] = np.indices(sides).reshape(3, -1).T + place
         place += max(sides[1:])
-    positions[at:] = np.arange(place, place + len(types) - at)[:, None]
+    positions[end:] = np.arange(place, place + len(types) - end)[:, None]
     return torch.from_numpy(positions)
-
-
-@lru_cache(64)  # the frames of a training run have few sizes
-def lattice(*sides: int) -> np.ndarray:
-    """The points of a grid in row-major order, int64 [points, dimensions]."""
-    return np.indices(sides).reshape(len(sides), -1).T
 
 
 def check_labels(labels: torch.Tensor, row: VQARow) -> None:
@@ -1306,7 +1284,7 @@ def check_labels(labels: torch.Tensor, row: VQARow) -> None:
 
 @lru_cache(SPEECH_KEPT)
 def mel_of(processor: VQAProcessor, path: Path, version: tuple) -> tuple[torch.Tensor, torch.Tensor]:
-    """What `encode_speech` makes of a speech file; many rows and epochs share one, which is decoded once a process.
+    """What `encode_speech` makes of a speech file, which many rows and epochs share; it is decoded once a process.
 
     `version` is from `version_of`, so that a file that was replaced is decoded anew.
     """
@@ -1314,7 +1292,7 @@ def mel_of(processor: VQAProcessor, path: Path, version: tuple) -> tuple[torch.T
 
 
 def version_of(path: Path) -> tuple[int, ...]:
-    """What changes when a file is replaced; () where there is none; decoding then says so."""
+    """What changes when a file is replaced; () where there is none, as decoding will say."""
     if not path.exists():
         return ()
     stat = path.stat()
@@ -1322,8 +1300,7 @@ def version_of(path: Path) -> tuple[int, ...]:
 
 
 def select_frames(frames: Sequence, limit: int | None) -> Sequence:
-    """`limit` evenly spaced frames, the first among them, in their order in time; a shorter clip, and with None any, is
-    kept whole."""
+    """`limit` evenly spaced frames in order, the first among them; all of them where there are no more, or for None."""
     if limit is None or len(frames) <= limit:
         return frames
     stride = len(frames) / limit
@@ -1334,13 +1311,11 @@ class SurgicalVQADataset(torch.utils.data.Dataset):
     """Spoken questions about clips, as model inputs.
 
     Args:
-        rows: from `load_rows`, or the path of a question file (then read and checked here).
+        rows: from `load_rows`, or the path of a question file, which is then read and checked here; that needs
+            `frames_dir` and, outside text mode, `audio_dir`.
         processor: turns a row into tensors.
-        frames_dir: needed with a path.
-        audio_dir: needed with a path, outside text mode.
         max_train_frames: frames per clip when `is_eval` is False. None: all.
         max_eval_frames: frames per clip when `is_eval` is True. None: all.
-        is_eval: which of the two limits holds.
         with_answer: False leaves the answer out, for generation.
         numbered: add `rows`, so that the Trainer can name a sample.
     """
@@ -1374,13 +1349,11 @@ class SurgicalVQADataset(torch.utils.data.Dataset):
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         row, (clip, speech_path) = self.rows[index], self.media_of(index)
         if self.features:
-            heard = self.features.read(speech_path)[0] if speech_path else None
-            sample = self.processor.encode(row, (), None, self.with_answer, self.features.read(clip), heard)
+            speech_features = self.features.read(speech_path)[0] if speech_path else None
+            sample = self.processor.encode(row, (), None, self.with_answer, self.features.read(clip), speech_features)
         else:
             frames = [load_frame(path, self.processor.max_image_size) for path in clip]
-            speech = None
-            if speech_path:
-                speech = mel_of(self.processor, speech_path, version_of(speech_path))
+            speech = mel_of(self.processor, speech_path, version_of(speech_path)) if speech_path else None
             sample = self.processor.encode(row, frames, speech, self.with_answer)
         return {**sample, "rows": [index]} if self.numbered else sample
 
@@ -1390,25 +1363,17 @@ class SurgicalVQADataset(torch.utils.data.Dataset):
         return tuple(self._select_frames(row.frame_paths)), row.audio_path if by_ear else None
 
     def find_too_long(self) -> list[Problem]:
-        """The rows whose samples take more tokens than the model can place.
+        """The rows whose samples take more tokens than the model has positions.
 
-        Only where the largest frames could bring that about are the frames' headers read.
+        Headers of frames are read only where the largest frames could bring that about.
         """
         processor, problems, context = self.processor, [], self.processor.context
         unit = processor.image_processor.patch_size * processor.merge_size
         largest = max(16, math.ceil(processor.max_image_size / unit) ** 2)  # tiny frames are scaled up to 4 x 4 tokens
-
-        @cache  # thousands of rows have a few answers
-        def bound(frames: int, question: str, answer: str) -> int:
-            tokens = processor.build(question, [largest] * frames, processor.encoder_tokens, answer)
-            return len(tokens["input_ids"])
-
         for row in self.rows:
-            question = "" if processor.input_mode == "audio" else row.question
-            if bound(len(self._select_frames(row.frames)), question, row.answer) <= context:
-                continue
-            tokens = processor.count_tokens(row, self._select_frames(row.frame_paths))
-            if tokens > context:
+            frames = self._select_frames(row.frame_paths)
+            most = processor.length(row.question, [largest] * len(frames), processor.encoder_tokens, row.answer)
+            if most > context and (tokens := processor.count_tokens(row, frames)) > context:
                 text = f"{row.key} takes {tokens} tokens, more than the model's {context}; lower --max_image_size or "
                 flag = "eval" if self.is_eval else "train"
                 problems.append(Problem(row.source, (row.line,), f"{text}--max_{flag}_frames"))
@@ -1431,46 +1396,36 @@ class VQACollator:
     """
 
     FILL = {"labels": IGNORE_INDEX, "mm_token_type_ids": 0, "attention_mask": 0, "position_ids": 0}  # noqa: RUF012
+    JOINED = ("pixel_values", "image_grid_thw", "video_grid_thw", "vision_features")
+    JOINED += ("input_features", "audio_lengths", "speech_features")
 
     def __init__(self, pad_token_id: int, padding_side: str = "right", multiple: int = 1):
         self.pad_token_id, self.padding_side, self.multiple = pad_token_id, padding_side, multiple
 
     def __call__(self, samples: Sequence[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-        """`input_ids`, `labels`, `mm_token_type_ids` and, padded on the left, `attention_mask`, int64 [B, T];
-        `position_ids` int64 [3, B, T] where the samples have them;
-        `pixel_values` and `image_grid_thw` or `video_grid_thw` along all frames or clips of the batch; `input_features`
-        float32 [B, mel bins, mel frames] and `audio_lengths` int64 [B]. From the feature cache, in place of pixels and
-        mel: `vision_features` [tokens, hidden] and `speech_features` [tokens, d_audio] along the batch."""
+        """The samples of `VQAProcessor.encode` as one batch.
+
+        `input_ids`, `labels`, `mm_token_type_ids` and, padded on the left, `attention_mask` are int64 [B, T],
+        `position_ids` int64 [3, B, T]; the tensors of frames and speech follow each other along their first dimension;
+        `vision_at`, `speech_at` and `answer_at` (see `learned_places`) are places in the flattened batch.
+        """
         names = ("input_ids", "labels", "mm_token_type_ids", "position_ids")
         padded = {name: [s[name] for s in samples] for name in names if name in samples[0]}
         if self.padding_side == "left":
-            padded["attention_mask"] = [torch.ones_like(s["input_ids"]) for s in samples]
-        batch = {
-            name: nn.utils.rnn.pad_sequence(
-                values,
-                batch_first=True,
-                padding_value=self.FILL.get(name, self.pad_token_id),
-                padding_side=self.padding_side,
-            )
-            for name, values in padded.items()
-        }
-        if "position_ids" in batch:
-            batch["position_ids"] = batch["position_ids"].permute(2, 0, 1)
-        if missing := -batch["input_ids"].shape[1] % self.multiple:
-            for name, values in batch.items():
-                batch[name] = F.pad(values, (0, missing), value=self.FILL.get(name, self.pad_token_id))
-        for name in (
-            *("pixel_values", "image_grid_thw", "video_grid_thw", "input_features", "audio_lengths"),
-            *("vision_features", "speech_features"),
-        ):
-            if name in samples[0]:
-                batch[name] = torch.cat([s[name] for s in samples])
+            padded["attention_mask"] = [torch.ones_like(ids) for ids in padded["input_ids"]]
+        lengths = [len(ids) for ids in padded["input_ids"]]
+        longest = max(lengths)
+        width = math.ceil(longest / self.multiple) * self.multiple
+        batch, left = {}, self.padding_side == "left"
+        for name, values in padded.items():
+            fill = self.FILL.get(name, self.pad_token_id)
+            joined = nn.utils.rnn.pad_sequence(values, True, fill, self.padding_side)
+            joined = joined.permute(2, 0, 1) if name == "position_ids" else joined
+            batch[name] = F.pad(joined, (0, width - longest), value=fill)
+        batch |= {name: torch.cat([s[name] for s in samples]) for name in self.JOINED if name in samples[0]}
         if "rows" in samples[0]:
             batch["rows"] = [index for s in samples for index in s["rows"]]
-        width, longest = batch["input_ids"].shape[1], max(len(s["input_ids"]) for s in samples)
-        starts = [width * row for row in range(len(samples))]
-        if self.padding_side == "left":
-            starts = [start + longest - len(s["input_ids"]) for start, s in zip(starts, samples, strict=True)]
+        starts = [width * place + (longest - n if left else 0) for place, n in enumerate(lengths)]
         for name in ("vision_at", "speech_at"):
             batch[name] = torch.cat([s[name] + start for s, start in zip(samples, starts, strict=True)])
         batch["answer_at"] = learned_places(batch["labels"])
@@ -1483,8 +1438,8 @@ class VQACollator:
 
 
 def audio_config_of(config: Qwen2VLConfig) -> WhisperConfig:
-    """Geometry of the grafted encoder: the config's `audio_config`, else that of Whisper-large-v3-turbo."""
-    return WhisperConfig(**(getattr(config, "audio_config", None) or WHISPER_LARGE_V3_TURBO))
+    """Geometry of the grafted encoder, from a config of `load_config`."""
+    return WhisperConfig(**config.audio_config)
 
 
 def attend_within_frames(
@@ -1522,13 +1477,6 @@ def attend_within_frames(
 AttentionInterface.register(FRAME_ATTENTION, attend_within_frames)
 
 
-def patch_positions(grid: torch.Tensor, merge_size: int) -> torch.Tensor:
-    """Row and column of each patch, int64 [patches, 2], in the order of the vision tower; `grid` int64 [frames, 3]."""
-    if (grid == grid[0]).all():  # transformers would lay out one frame after the other
-        return get_vision_position_ids(grid[:1], merge_size).repeat(len(grid), 1)
-    return get_vision_position_ids(grid, merge_size)
-
-
 @dataclass
 class Answer:
     """What `SpeechMixin.answer` says."""
@@ -1540,7 +1488,7 @@ class Answer:
 
 
 class SpeechMixin:
-    """Ears for a vision-language model of transformers: `audio_encoder.*` and `audio_projector.weight`.
+    """Hearing for a vision-language model of transformers: `audio_encoder.*` and `audio_projector.weight`.
 
     `<|audio_pad|>` ids stand where the speech goes, as `<|image_pad|>` ids do for the frames, so that ids, token types,
     positions and embeddings have one length and M-RoPE positions come out right. Vision encoder, positions and decoder
@@ -1576,28 +1524,31 @@ class SpeechMixin:
 
     def see(self, pixel_values: torch.Tensor, grid: torch.Tensor) -> torch.Tensor:
         """What the vision encoder makes of patches, uint8 or scaled, and their grid int64 [n, 3]: [tokens, hidden]."""
-        visual, where = self.model.visual, patch_positions(grid, self.model.visual.spatial_merge_size)
+        visual, vision = self.model.visual, self.config.vision_config
         if pixel_values.dtype == torch.uint8:
-            vision = self.config.vision_config
             width = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
             pixel_values = scale_pixels(pixel_values, width, visual.dtype)
+        if (grid == grid[0]).all():  # transformers would lay out one frame after the other
+            positions = get_vision_position_ids(grid[:1], vision.spatial_merge_size).repeat(len(grid), 1)
+        else:
+            positions = get_vision_position_ids(grid, vision.spatial_merge_size)
         with torch.set_grad_enabled(self.trains_vision and torch.is_grad_enabled()):
-            return visual(pixel_values.to(visual.dtype), grid_thw=grid, position_ids=where).pooler_output
+            return visual(pixel_values.to(visual.dtype), grid_thw=grid, position_ids=positions).pooler_output
 
     def hear(self, input_features: torch.Tensor, audio_lengths: torch.Tensor | None) -> torch.Tensor:
-        """What the speech encoder makes of speech [B, mel, frames]: the first `audio_lengths` int64 [B] outputs
-        of each (None: all), one speech after the other, [tokens, d_audio]."""
+        """What the speech encoder makes of speech [B, mel, frames]: the first `audio_lengths` int64 [B] outputs of
+        each (None: all), one speech after the other, [tokens, d_audio]."""
         encoder = self.audio_encoder
         with torch.set_grad_enabled(self.trains_audio and torch.is_grad_enabled()):
-            heard = encoder(input_features.to(encoder.dtype)).last_hidden_state
-        if audio_lengths is not None:
-            heard = heard[torch.arange(heard.shape[1], device=heard.device) < audio_lengths[:, None]]
-        return heard.flatten(0, -2)
+            outputs = encoder(input_features.to(encoder.dtype)).last_hidden_state
+        if audio_lengths is None:
+            return outputs.flatten(0, 1)
+        return outputs[torch.arange(outputs.shape[1], device=outputs.device) < audio_lengths[:, None]]
 
     def offload_encoders(self) -> None:
         """Take both encoders off the GPU (2.4 GiB at full size), for when all that comes are features."""
-        for encoder in (self.model.visual, self.audio_encoder):
-            encoder.to("cpu")
+        self.model.visual.to("cpu")
+        self.audio_encoder.to("cpu")
         torch.cuda.empty_cache()  # which does nothing without a GPU
 
     def embed(
@@ -1610,16 +1561,9 @@ class SpeechMixin:
     ) -> torch.Tensor:
         """Embeddings [B, T, hidden] of `input_ids` [B, T] with the encoders' outputs on their placeholders.
 
-        Args:
-            input_ids: int64 [B, T].
-            vision: [tokens, hidden], or None.
-            speech: [tokens, d_audio], or None.
-            vision_at: int64 [tokens], places in the flattened batch, from `VQACollator`. None: looked for, for which
-                the CPU waits until the GPU has done all that it was given before.
-            speech_at: likewise for speech.
-
-        Raises:
-            ValueError: placeholders and encoder outputs differ in number.
+        `vision` [tokens, hidden] and `speech` [tokens, d_audio] go to `vision_at` and `speech_at` int64 [tokens],
+        places in the flattened batch from `VQACollator`. Where these are None they are looked for, for which the CPU
+        waits until the GPU has done all that it was given. ValueError where placeholders and outputs differ in number.
         """
         embeds, config, media = self.get_input_embeddings()(input_ids), self.config, []
         if vision is not None:
@@ -1665,8 +1609,8 @@ class SpeechMixin:
 
         What `VQACollator` makes comes in as it is. `vision_features` and `speech_features` are outputs of `see` and
         `hear` along the batch, in place of pixels and mel. `logits_to_keep` is as in `pick_positions`,
-        `num_items_in_batch` the labels in the whole accumulated batch, which the loss is divided by (None: those of
-        this one). `inputs_embeds` is always None (PEFT passes it). `generate` looks for names in this signature.
+        `num_items_in_batch` the labels in the accumulated batch, which the loss is divided by (None: those of this
+        one). `inputs_embeds` is always None (PEFT passes it). `generate` looks for names in this signature.
         """
         if pixel_values is not None:
             vision_features = self.see(pixel_values, image_grid_thw if video_grid_thw is None else video_grid_thw)
@@ -1685,16 +1629,16 @@ class SpeechMixin:
             **kwargs,
         )
         hidden = outputs.last_hidden_state
-        if labels is not None:
-            if answer_at is None:
-                answer_at = learned_places(labels)
-            logits = self.lm_head(hidden.flatten(0, 1)[answer_at]).float()
-            total = F.cross_entropy(logits, labels.flatten()[answer_at + 1], reduction="sum")
-            return CausalLMOutputWithPast(
-                loss=total / (len(answer_at) if num_items_in_batch is None else num_items_in_batch)
-            )
-        logits = self.lm_head(pick_positions(hidden, logits_to_keep))
-        return CausalLMOutputWithPast(logits=logits, past_key_values=outputs.past_key_values)
+        if labels is None:
+            logits = self.lm_head(pick_positions(hidden, logits_to_keep))
+            return CausalLMOutputWithPast(logits=logits, past_key_values=outputs.past_key_values)
+        if answer_at is None:
+            answer_at = learned_places(labels)
+        logits = self.lm_head(hidden.flatten(0, 1)[answer_at]).float()
+        total = F.cross_entropy(logits, labels.flatten()[answer_at + 1], reduction="sum")
+        return CausalLMOutputWithPast(
+            loss=total / (len(answer_at) if num_items_in_batch is None else num_items_in_batch)
+        )
 
     def prepare_inputs_for_generation(self, *args, is_first_iteration: bool = False, **kwargs) -> dict:
         """As usual: frames and speech are read with the prompt, and not again with each token of the answer."""
@@ -1712,12 +1656,12 @@ class SpeechMixin:
         max_new_tokens: int = 64,
         candidates: Sequence[str] = (),
     ) -> Answer:
-        """Answer one question about a clip, asked by ear or in words, greedily.
+        """Answer one question about a clip, spoken or in words, greedily.
 
         Args:
             frames: RGB, in order in time; all of them are shown, scaled down to the size that training had.
             speech: float32 [n] at 16 kHz, from `load_speech`. None: the question is only read.
-            question: in words. None: it is only heard.
+            question: in words. None: it is only spoken.
             max_new_tokens: where an answer that does not stop is cut off.
             candidates: answers whose log-probability, stop token included, is computed as well.
 
@@ -1727,33 +1671,27 @@ class SpeechMixin:
         if speech is None and question is None:
             raise VQAError("answer() needs speech, a question in words, or both")
         mode = "text" if speech is None else "audio" if question is None else "audio_text"
-        processor = self.processor.with_mode(mode)
-        row = VQARow("answer()", 1, "", "", (), question or "", "", "", "")
-        shown = [shrink(frame, processor.max_image_size) for frame in frames]
-        sample = processor.encode(row, shown, speech, with_answer=False)
-        grids = [sample[name] for name in ("image_grid_thw", "video_grid_thw") if name in sample]
-        to = partial(torch.Tensor.to, device=self.device)
-        seen = self.see(to(sample.pop("pixel_values")), to(grids[0])), grids[0]
-        heard = None
+        processor, speech_features = self.processor.with_mode(mode), None
+        tokenizer, collate = processor.tokenizer, VQACollator(processor.tokenizer.pad_token_id)
+        pixels, grid = processor.encode_frames([shrink(frame, processor.max_image_size) for frame in frames])
+        vision_features = self.see(pixels.to(self.device), grid.to(self.device)), grid
         if speech is not None:
-            heard = self.hear(to(sample.pop("input_features")), to(sample.pop("audio_lengths")))
-        collate = VQACollator(processor.tokenizer.pad_token_id)
+            mel, lengths = processor.encode_speech(speech, "given to answer()")
+            speech_features = self.hear(mel.to(self.device), lengths.to(self.device))
 
         def batch(answer: str | None) -> dict[str, torch.Tensor]:
-            asked = replace(row, answer=answer or "")
-            inputs = collate([processor.encode(asked, (), None, answer is not None, seen, heard)])
-            return {name: to(value) for name, value in inputs.items()}
+            row = VQARow("answer()", 1, "", "", (), question or "", "", answer or "", "")
+            sample = processor.encode(row, (), None, answer is not None, vision_features, speech_features)
+            return {name: value.to(self.device) for name, value in collate([sample]).items()}
 
-        inputs = batch(None)
+        inputs, log_probs = batch(None), {}
         del inputs["labels"]
         ids = self.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)[0, inputs["input_ids"].shape[1] :]
-        stops = turn_end_ids(processor.tokenizer)
-        text = processor.tokenizer.decode(ids, skip_special_tokens=True).strip()
-        log_probs = {}
         for candidate in candidates:
             labelled = batch(candidate)
             log_probs[candidate] = -self(**labelled).loss.item() * len(labelled["answer_at"])
-        return Answer(text, len(ids), bool(len(ids)) and int(ids[-1]) in stops, log_probs)
+        stopped = bool(len(ids)) and int(ids[-1]) in turn_end_ids(tokenizer)
+        return Answer(tokenizer.decode(ids, skip_special_tokens=True).strip(), len(ids), stopped, log_probs)
 
 
 class SurgicalVQAModel(SpeechMixin, Qwen2VLForConditionalGeneration):
@@ -1790,7 +1728,7 @@ def set_checkpointing(model: SpeechMixin, every_n: int) -> None:
 
 def compile_decoder(model: SpeechMixin) -> None:
     """Compile the decoder's layers, each by itself: they have one form, so that one compilation serves them all, and
-    all lengths (a batch of one sample, and evaluation, take one more each). Whatever could not be compiled is an error.
+    all lengths (a batch of one sample, and evaluation, take one more each). What cannot be compiled is an error.
 
     After `set_checkpointing`. A layer's `forward` is replaced on the layer, since `layer.compile()` would take the
     checkpointing around it into the graph. Gain at full size: 1.38 x, and 0.7 x the memory (docs/PERFORMANCE.md).
@@ -1808,15 +1746,11 @@ def compile_decoder(model: SpeechMixin) -> None:
 def use_liger(model: SpeechMixin) -> None:
     """Let Liger's kernels compute the decoder's RMSNorm and SwiGLU, of this model alone; no weight changes.
 
-    Replaced on the modules: Liger's own patch takes the whole of `forward`, and with it the speech. Gain at full size:
-    a step takes 10 % less time (docs/PERFORMANCE.md).
-
-    Raises:
-        VQAError: as `check_swiglu`.
+    Replaced on the modules: Liger's own patch replaces the model's `forward`, and with it the speech. Gain at full
+    size: a step takes 10 % less time (docs/PERFORMANCE.md). After `check_swiglu`.
     """
     from liger_kernel.ops import LigerRMSNormFunction, LigerSiLUMulFunction
 
-    check_swiglu(model.config)
     decoder = model.model.language_model
 
     # No offset; rounded where Qwen2-VL's own norm is; only products read its output, so gradients go in place.
@@ -1873,18 +1807,31 @@ def from_stored(kind: type, stored: dict):
     return kind(**{f.name: stored[f.name] for f in fields(kind) if f.name in stored})
 
 
+def read_config(path: Path, kind: str = "config", advice: str = "name a folder with a model") -> dict:
+    """A JSON file of a model folder; VQAError where it cannot be read, or asks for code to be fetched and run."""
+    try:
+        stored = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(stored, dict):
+            raise ValueError("no JSON object")
+    except (OSError, ValueError, RecursionError) as error:
+        raise VQAError(f"{path}: no readable {kind} ({error}); {advice}") from error
+    if stored.get("auto_map"):
+        raise VQAError(
+            f"{path}: its field auto_map asks for Python code from the model's author ({stored['auto_map']}), and this "
+            "script runs none; remove the field if the model is a plain Qwen2-VL"
+        )
+    return stored
+
+
 def load_settings(checkpoint: str | Path) -> dict:
     """The settings saved beside an adapter; VQAError where there are none, or of another kind."""
-    path = Path(checkpoint) / SETTINGS_FILE
-    try:
-        settings = json.loads(path.read_text(encoding="utf-8"))
-        settings["model"]["model_name_or_path"], settings["input"]["input_mode"]
-        settings["model"]["init"], settings["model"]["init_seed"]
-        parts = ("model", "input", "trained", "lora", "training", "data")
-        if not all(isinstance(settings.get(part, {}), dict) for part in parts):
-            raise TypeError("a section is no object")
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
-        raise VQAError(f"{path}: no readable settings; name a folder that train_vqa.py wrote") from error
+    path, advice = Path(checkpoint) / SETTINGS_FILE, "name a folder that train_vqa.py wrote"
+    settings = read_config(path, "settings", advice)
+    needed = {"model": {"model_name_or_path", "init", "init_seed"}, "input": {"input_mode"}}
+    for part in ("model", "input", "trained", "lora", "training", "data"):
+        section = settings.get(part, {})
+        if not isinstance(section, dict) or needed.get(part, set()) - section.keys():
+            raise VQAError(f"{path}: no readable settings (section {part}); {advice}")
     return settings
 
 
@@ -1899,31 +1846,14 @@ def resolve_model_dir(name: str | Path, weights: bool = False, flag: str = "--mo
     try:
         return Path(snapshot_download(str(name), allow_patterns=patterns))
     except (LocalEntryNotFoundError, HFValidationError, HfHubHTTPError, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
         raise VQAError(
-            f"{flag} {name}: no such folder, and not to be had from the hub ({reason}); "
+            f"{flag} {name}: no such folder, and not to be had from the hub ({first_line(error)}); "
             "name a folder with the model, or connect to the hub"
         ) from error
 
 
-def read_config(path: Path) -> dict:
-    """A JSON file of a model folder; VQAError where it cannot be read, or asks for code to be fetched and run."""
-    try:
-        stored = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise VQAError(f"{path}: no readable config ({error}); name a folder with a model") from error
-    if not isinstance(stored, dict):
-        raise VQAError(f"{path}: holds no JSON object; name a folder with a model")
-    if stored.get("auto_map"):
-        raise VQAError(
-            f"{path}: its field auto_map asks for Python code from the model's author ({stored['auto_map']}), and this "
-            "script runs none; remove the field if the model is a plain Qwen2-VL"
-        )
-    return stored
-
-
 def load_config(model_name_or_path: str | Path) -> Qwen2VLConfig:
-    """The model's config, from its folder or hub id; VQAError where there is none or its model is not supported."""
+    """The model's config, with an `audio_config`; VQAError where there is none or its model is not supported."""
     path = resolve_model_dir(model_name_or_path) / "config.json"
     stored = read_config(path)
     if stored.get("model_type") not in list(MODEL_CLASSES):
@@ -1940,6 +1870,7 @@ def load_config(model_name_or_path: str | Path) -> Qwen2VLConfig:
     except Exception as error:  # whatever a value of the wrong kind runs into in there
         reason = " ".join(str(error).split())
         raise VQAError(f"{path}: a field has a value that Qwen2-VL does not take ({reason}); copy it again") from error
+    config.audio_config = getattr(config, "audio_config", None) or WHISPER_LARGE_V3_TURBO
     config.__dict__.pop("quantization_config", None)  # the keys say which weights are in 4 bits: `read_model`
     return config
 
@@ -1974,21 +1905,14 @@ def turn_end_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     return sorted({vocab[token] for token in (*TURN_ENDS, tokenizer.eos_token) if token in vocab})
 
 
-def grow_embeddings(model: SpeechMixin, tokenizer: PreTrainedTokenizerBase) -> int:
+def grow_embeddings(model: SpeechMixin, tokenizer: PreTrainedTokenizerBase) -> None:
     """Add embedding and head rows for ids that have none; never shrink. New rows are the mean of the old ones, and are
-    never trained, so that every load makes the same ones.
-
-    Returns:
-        The number of rows added.
-    """
-    embeddings = model.get_input_embeddings()
-    rows, needed = embeddings.num_embeddings, max(tokenizer.get_vocab().values()) + 1
-    if needed <= rows:
-        return 0
-    model.resize_token_embeddings(needed, mean_resizing=False)
-    for matrix in (model.get_input_embeddings().weight, model.get_output_embeddings().weight):
-        matrix.data[rows:] = matrix.data[:rows].mean(dim=0)
-    return needed - rows
+    never trained, so that every load makes the same ones."""
+    rows, needed = model.get_input_embeddings().num_embeddings, max(tokenizer.get_vocab().values()) + 1
+    if needed > rows:
+        model.resize_token_embeddings(needed, mean_resizing=False)
+        for matrix in (model.get_input_embeddings().weight, model.get_output_embeddings().weight):
+            matrix.data[rows:] = matrix.data[:rows].mean(dim=0)
 
 
 def load_model(
@@ -2011,7 +1935,6 @@ def load_model(
         init: `pretrained`, or `random` for weights drawn from `seed` on `device` in `dtype`. Other devices and dtypes
             draw other numbers: `fingerprint` tells.
         seed: of the random weights, and of the projector where a Whisper encoder is newly grafted on.
-        dtype: of the weights.
         device: `meta` allocates nothing, and checks names and shapes of 16-bit weights that are already on disk.
         allow_pickle: read pickled weights where there are no safetensors.
         compute_dtype: of the products, which autocast decides. None: `dtype`.
@@ -2028,26 +1951,27 @@ def load_model(
             f"{AUDIO_PAD} as {audio_id}; tokenizer and config must belong together"
         )
     config.audio_token_id = audio_id
-    config.audio_config = audio_geometry(config, audio_encoder)
+    if audio_encoder:
+        config.audio_config = whisper_geometry(audio_encoder)
     options = {"dtype": dtype, "attn_implementation": attn_implementation}
-    folder = resolve_model_dir(model_name_or_path, weights=init != "random" and device.type != "meta")
-    if init != "random" and (device.type != "meta" or any(folder.glob("model*.safetensors"))):
+    drawn, planned = init == "random", device.type == "meta"
+    folder = resolve_model_dir(model_name_or_path, weights=not (drawn or planned))
+    if not drawn and (not planned or any(folder.glob("model*.safetensors"))):
         model = read_model(folder, config, device, audio_encoder, load_in_4bit, allow_pickle, **options)
-    elif load_in_4bit and init == "random":
+    elif load_in_4bit and drawn:
         raise VQAError("--load_in_4bit keeps weights that are stored in 4 bits, and here none are; leave it out")
     else:
         with torch.random.fork_rng(), device:
             torch.manual_seed(seed)
             model = MODEL_CLASSES[config.model_type]._from_config(config, **options)
-    if init != "random" and audio_encoder and device.type != "meta":
+    if audio_encoder and not (drawn or planned):
         graft_encoder(model, audio_encoder, allow_pickle, seed)
     if attn_implementation == "sdpa":
         model.set_attn_implementation({"vision_config": FRAME_ATTENTION})
     grow_embeddings(model, tokenizer)
     # Nothing of the folder's own, such as a penalty of repetition: answers are greedy.
-    model.generation_config = GenerationConfig(
-        eos_token_id=turn_end_ids(tokenizer), pad_token_id=tokenizer.pad_token_id
-    )
+    ends = {"eos_token_id": turn_end_ids(tokenizer), "pad_token_id": tokenizer.pad_token_id}
+    model.generation_config = GenerationConfig(**ends)
     return model.requires_grad_(False).eval()
 
 
@@ -2055,26 +1979,31 @@ def check_attention(name: str, dtype: torch.dtype) -> None:
     """VQAError where the attention kernel `name` is not supported, or cannot run here in `dtype`."""
     if name not in ATTENTION_KERNELS:  # transformers would fetch other names from the hub, and run them
         raise VQAError(f"--attn_implementation must be one of {', '.join(ATTENTION_KERNELS)}, not {name!r}")
-    if name == "flash_attention_2":
-        if not is_flash_attn_2_available():
-            raise VQAError(
-                "--attn_implementation flash_attention_2 needs a CUDA GPU and the flash-attn package: run `pip install "
-                "flash-attn --no-build-isolation`, or leave the flag out (sdpa needs nothing and is as exact)"
-            )
-        if dtype == torch.float32:
-            raise VQAError("--attn_implementation flash_attention_2 computes in 16 bits only: add --bf16 True")
+    if name == "flash_attention_2" and not is_flash_attn_2_available():
+        raise VQAError(
+            "--attn_implementation flash_attention_2 needs a CUDA GPU and the flash-attn package: run `pip install "
+            "flash-attn --no-build-isolation`, or leave the flag out (sdpa needs nothing and is as exact)"
+        )
+    if name == "flash_attention_2" and dtype == torch.float32:
+        raise VQAError("--attn_implementation flash_attention_2 computes in 16 bits only: add --bf16 True")
 
 
-def audio_geometry(config: Qwen2VLConfig, audio_encoder: str | Path | None) -> dict:
-    """The speech encoder's geometry for `config.audio_config`: the named Whisper's, else the model's own, else that of
-    Whisper-large-v3-turbo. VQAError where --audio_encoder is another model."""
-    if not audio_encoder:
-        return getattr(config, "audio_config", None) or WHISPER_LARGE_V3_TURBO
+def whisper_geometry(audio_encoder: str | Path) -> dict:
+    """The geometry of the encoder of a Whisper, for `config.audio_config`; VQAError where it is another model."""
     path = resolve_model_dir(audio_encoder, flag="--audio_encoder") / "config.json"
     whisper = read_config(path)
     if whisper.get("model_type") != "whisper":
         raise VQAError(f"--audio_encoder {path}: model_type is {whisper.get('model_type')!r}, not 'whisper'")
     return {"model_type": "whisper", **{k: whisper[k] for k in AUDIO_CONFIG_FIELDS if k in whisper}}
+
+
+def refuse_pickle(file: Path, base: str | Path, adapter: str | Path = "") -> None:
+    """VQAError that says how to convert a pickle, of the model `base` or of an `adapter` on it."""
+    adapter_flag = f" --stage2_adapter_path {adapter}" if adapter else ""
+    raise VQAError(
+        f"{file}: a pickle, which can run code when it is read; convert it with `python merge_stage2_to_bf16.py "
+        f"--stage1_model_path {base}{adapter_flag} --output_path OUT --allow_pickle`"
+    )
 
 
 def stored_keys(folder: Path, allow_pickle: bool = False) -> list[str]:
@@ -2084,17 +2013,11 @@ def stored_keys(folder: Path, allow_pickle: bool = False) -> list[str]:
     """
     index, files = folder / "model.safetensors.index.json", sorted(folder.glob("model*.safetensors"))
     if not files and (pickles := sorted(folder.glob("pytorch_model*.bin"))):
-        if allow_pickle:
-            return []
-        raise VQAError(
-            f"{pickles[0]}: a pickle, which can run code when it is read; convert the model with `python "
-            f"merge_stage2_to_bf16.py --stage1_model_path {folder} --output_path OUT --allow_pickle`"
-        )
+        return [] if allow_pickle else refuse_pickle(pickles[0], folder)
     stored = read_config(index) if index.is_file() else {"metadata": {}, "weight_map": {"": "model.safetensors"}}
     if not isinstance(stored.get("weight_map"), dict) or "metadata" not in stored:
         raise VQAError(f"{index}: holds no weight_map, or no metadata; copy it again")
-    listed = set(stored["weight_map"].values())
-    absent = [name for name in sorted(listed) if not (folder / name).is_file()]
+    absent = [name for name in sorted(set(stored["weight_map"].values())) if not (folder / name).is_file()]
     raise_problems(
         [f"{folder / name}: no such file; the model's weights, or their index, belong there" for name in absent]
     )
@@ -2102,16 +2025,16 @@ def stored_keys(folder: Path, allow_pickle: bool = False) -> list[str]:
     for file in files:
         with open_safetensors(file) as stored:
             keys += stored.keys()
-    raise_problems([f"{folder}: {' and '.join(twice)} are one tensor; remove one" for twice in find_twice(keys)])
+    refuse_twice(folder, keys)
     return keys
 
 
-def find_twice(keys: Iterable[str]) -> list[list[str]]:
-    """The keys that stand for one parameter of this model, under transformers 4's and today's names or in two files."""
+def refuse_twice(where: Path, keys: Iterable[str]) -> None:
+    """VQAError for keys that stand for one parameter, under transformers 4's and today's names or in two files."""
     names: dict[str, list[str]] = {}
     for key in keys:
-        names.setdefault(current_name(current_adapter_name(key)), []).append(key)
-    return [same for same in names.values() if len(same) > 1]
+        names.setdefault(current_name(key), []).append(key)
+    raise_problems([f"{where}: {' and '.join(n)} are one tensor; remove one" for n in names.values() if len(n) > 1])
 
 
 @contextlib.contextmanager
@@ -2125,7 +2048,13 @@ def open_safetensors(file: Path):
 
 
 def current_name(key: str) -> str:
-    """The name in this model of a stored tensor: transformers 4 had no `model.language_model.` and a bare `visual.`."""
+    """The name in this model of a stored tensor, of a model or an adapter.
+
+    transformers 4 had no `model.language_model.` and a bare `visual.`; PEFT's names begin with `base_model.model.`, and
+    those of a live adapter have `.default` or `.modules_to_save`.
+    """
+    key = re.sub(r"\.modules_to_save(?:\.default)?(?=\.)|\.default(?=\.weight$)", "", key)
+    key = key.removeprefix("base_model.model.")
     for pattern, name in KEY_MAPPING.items():
         key = re.sub(pattern, name, key)
     return key
@@ -2152,7 +2081,7 @@ def read_quietly(model_class: type, folder: Path, **options) -> tuple[nn.Module,
         if accelerate.utils.memory.should_reduce_batch_size(error):
             raise VQAError(f"{folder}: its weights do not fit into memory ({first_line(error)})") from error
         failed = [line.split("|")[0].strip() for line in printed.getvalue().splitlines() if "| CONV" in line]
-        reason = re.sub(r"\x1b\[[0-9;]*m", "", str(error)).split("\n")[0]
+        reason = re.sub(r"\x1b\[[0-9;]*m", "", first_line(error))
         raise VQAError(
             f"{folder}: {', '.join(failed) or 'its weights'} cannot be read ({reason}); copy it again"
         ) from error
@@ -2174,35 +2103,34 @@ def read_model(
     """`from_pretrained` under transformers 4's or today's names, every tensor accounted for; prints how many.
 
     Weights that are stored in bitsandbytes' 4 bits are dequantised, but the decoder's with `load_in_4bit`. Arguments
-    as in `load_model`; `options` are `dtype` and `attn_implementation`.
-
-    Raises:
-        VQAError: no speech encoder, or two; bitsandbytes is missing; tensors that do not fit.
+    as in `load_model`; `options` are `dtype` and `attn_implementation`. VQAError for no speech encoder, or two, a
+    missing bitsandbytes, or tensors that do not fit.
     """
     keys = stored_keys(folder, allow_pickle)
-    hears = not keys or any(key.startswith("audio_encoder.") for key in keys)
-    if hears and audio_encoder:
+    own_encoder = not keys or any(key.startswith("audio_encoder.") for key in keys)
+    if own_encoder and audio_encoder:
         raise VQAError(f"{folder}: brings its own speech encoder (audio_encoder.*); leave --audio_encoder out")
-    if not hears and not audio_encoder:
+    if not own_encoder and not audio_encoder:
         raise VQAError(
             f"{folder}: holds no audio_encoder.* tensors, so it is a plain Qwen2-VL that cannot hear; name a Whisper "
             "whose encoder it gets: --audio_encoder openai/whisper-large-v3-turbo (the projector then starts untrained)"
         )
     packed: dict[str, set[str]] = {}
-    for key in keys:
-        if match := FOUR_BIT_KEY.fullmatch(key):
-            packed.setdefault(match[1], set()).add(match[2])
+    for match in filter(None, map(FOUR_BIT_KEY.fullmatch, keys)):
+        packed.setdefault(match[1], set()).add(match[2])
     if load_in_4bit and not packed:
         raise VQAError("--load_in_4bit keeps weights that are stored in 4 bits, and here none are; leave it out")
+    model_class = MODEL_CLASSES[config.model_type]
     if packed and device.type == "meta":
-        return MODEL_CLASSES[config.model_type](config).to(device, options["dtype"])
+        return model_class(config).to(device, options["dtype"])
     if packed:
         config.quantization_config = quantization_of(folder, keys, packed, options["dtype"])
     options |= {"config": config, "key_mapping": KEY_MAPPING, "use_safetensors": bool(keys), "device_map": {"": device}}
-    model, report = read_quietly(MODEL_CLASSES[config.model_type], folder, **options)
+    model, report = read_quietly(model_class, folder, **options)
+    missing = report["missing_keys"]
     if audio_encoder:  # which `graft_encoder` fills
-        report["missing_keys"] = [k for k in report["missing_keys"] if not k.startswith(("audio_encoder.", PROJECTOR))]
-    refuse_misfits(folder, keys, report["missing_keys"], report["unexpected_keys"], report["mismatched_keys"])
+        missing = [key for key in missing if not key.startswith(("audio_encoder.", PROJECTOR))]
+    refuse_misfits(folder, keys, missing, report["unexpected_keys"], report["mismatched_keys"])
     if config.tie_word_embeddings and model.get_output_embeddings().weight is not model.get_input_embeddings().weight:
         raise VQAError(f"{folder}: lm_head.weight is not embed_tokens.weight, but config.json ties them; untie them")
     if packed:
@@ -2242,36 +2170,31 @@ def refuse_misfits(
     mismatched: Iterable[tuple[str, Sequence[int], Sequence[int]]],
 ) -> None:
     """VQAError naming and counting the tensors of `folder`, a model's or an adapter's, that do not fit, and what that
-    means. `keys` are those stored; of `mismatched` come the name, the shape stored and the shape wanted."""
+    most likely means. `keys` are those stored; `mismatched` are names with the shape stored and the shape wanted."""
     missing, unexpected, mismatched = sorted(missing), sorted(unexpected), sorted(mismatched)
-    raise_problems(
-        [f"{folder}: tensor {name_on_disk(name, keys)} is missing" for name in missing]
-        + [f"{folder}: unexpected tensor {name_on_disk(name, keys)}" for name in unexpected]
-        + [
-            f"{folder}: {name_on_disk(name, keys)} has shape {tuple(stored)}, the model wants {tuple(wanted)}"
-            for name, stored, wanted in mismatched
-        ],
-        f"{len(missing)} missing, {len(unexpected)} unexpected, {len(mismatched)} mis-shaped of {len(keys)} tensors: "
-        + explain_misfit(missing, unexpected, mismatched),
-    )
-
-
-def explain_misfit(missing: Sequence, unexpected: Sequence, mismatched: Sequence) -> str:
-    """What tensors that do not fit most likely mean, and what to do."""
-    if any("lora_" in key and (".visual." in key or ".audio_encoder." in key) for key in unexpected):
-        return (
-            "some adapt an encoder: target_modules like 'q_proj' match there too, and here both encoders stay as they "
-            "are; train the adapter with train_vqa.py, or merge it where it was trained"
-        )
-    if any("lora_" in key or key.startswith("base_model.") for key in (*missing, *unexpected)):
-        return (
-            "an adapter of another size or layout, or an adapter among a model's weights: see merge_stage2_to_bf16.py"
-        )
-    if any(key.endswith((".SCB", ".qweight", ".qzeros", ".g_idx")) for key in unexpected):
-        return "the weights are quantised in another way than bitsandbytes' 4 bits; get the 16-bit copy"
-    if mismatched or unexpected:
-        return "config.json and the weights are of different models; take both from one place"
-    return "the copy is not complete; fetch all of its files again"
+    problems = [f"{folder}: tensor {name_on_disk(name, keys)} is missing" for name in missing]
+    problems += [f"{folder}: unexpected tensor {name_on_disk(name, keys)}" for name in unexpected]
+    problems += [
+        f"{folder}: {name_on_disk(name, keys)} has shape {tuple(stored)}, the model wants {tuple(wanted)}"
+        for name, stored, wanted in mismatched
+    ]
+    meanings = {
+        "some adapt an encoder: target_modules like 'q_proj' match there too, and here both encoders stay as they "
+        "are; train the adapter with train_vqa.py, or merge it where it was trained": any(
+            "lora_" in key and (".visual." in key or ".audio_encoder." in key) for key in unexpected
+        ),
+        "an adapter of another size or layout, or an adapter among a model's weights: see merge_stage2_to_bf16.py": any(
+            "lora_" in key or key.startswith("base_model.") for key in (*missing, *unexpected)
+        ),
+        "the weights are quantised in another way than bitsandbytes' 4 bits; get the 16-bit copy": any(
+            key.endswith((".SCB", ".qweight", ".qzeros", ".g_idx")) for key in unexpected
+        ),
+        "config.json and the weights are of different models; take both from one place": mismatched or unexpected,
+        "the copy is not complete; fetch all of its files again": True,
+    }
+    counts = f"{len(missing)} missing, {len(unexpected)} unexpected, {len(mismatched)} mis-shaped"
+    meaning = next(text for text, fits in meanings.items() if fits)
+    raise_problems(problems, f"{counts} of {len(keys)} tensors: {meaning}")
 
 
 def dequantise(model: SpeechMixin, dtype: torch.dtype, keep: str | None) -> None:
@@ -2290,14 +2213,19 @@ def dequantise(model: SpeechMixin, dtype: torch.dtype, keep: str | None) -> None
                 raise VQAError(f"{name}.weight: its 4-bit tensors are of wrong sizes; copy the model again") from error
             with torch.device("meta"):
                 plain = nn.Linear(layer.in_features, layer.out_features, bias=False)
-            plain.weight, plain.bias = nn.Parameter(weight.to(dtype)), layer.bias
+            plain.weight, plain.bias = nn.Parameter(weight), layer.bias
             model.set_submodule(name, plain)
-    for weight in model.parameters():  # transformers leaves the others of a 4-bit copy in the dtype they were stored in
-        if weight.is_floating_point():
-            weight.data = weight.data.to(dtype)
+    round_weights(model, dtype)  # transformers leaves the others of a 4-bit copy in the dtype they were stored in
     model.is_loaded_in_4bit = bool(keep)
     if not keep:
         model.hf_quantizer.remove_quantization_config(model)
+
+
+def round_weights(module: nn.Module, dtype: torch.dtype) -> None:
+    """Parameters in `dtype`, but those in 4 bits. `module.to(dtype)` would round the rotary frequencies as well."""
+    for weight in module.parameters():
+        if weight.is_floating_point():
+            weight.data = weight.data.to(dtype)
 
 
 def graft_encoder(model: SpeechMixin, audio_encoder: str | Path, allow_pickle: bool, seed: int) -> None:
@@ -2366,12 +2294,8 @@ def add_lora(
     audio_encoder: bool = False,
 ) -> PeftModel:
     """LoRA on the seven linear layers of every decoder layer; the projector, and the encoders asked for, are trained
-    in full, in float32 copies beside the frozen originals.
-
-    Raises:
-        RuntimeError: the adapters did not land on exactly those layers.
-    """
-    towers = [TOWERS["vision_tower"]] * vision_tower + [TOWERS["audio_encoder"]] * audio_encoder
+    in full, in float32 copies beside the frozen originals. RuntimeError where the adapters landed on other layers."""
+    encoders = [ENCODERS["vision_tower"]] * vision_tower + [ENCODERS["audio_encoder"]] * audio_encoder
     config = LoraConfig(
         r=r,
         lora_alpha=alpha,
@@ -2379,7 +2303,7 @@ def add_lora(
         bias="none",
         task_type="CAUSAL_LM",
         target_modules=LORA_TARGETS,
-        modules_to_save=[PROJECTOR, *towers],
+        modules_to_save=[PROJECTOR, *encoders],
     )
     peft_model = get_peft_model(model, config)
     adapted = [name for name, _ in peft_model.named_parameters() if name.endswith("lora_A.default.weight")]
@@ -2391,7 +2315,7 @@ def add_lora(
         if isinstance(module, ModulesToSaveWrapper):
             module.modules_to_save.float()
     model.trains_vision, model.trains_audio = vision_tower, audio_encoder
-    freeze_sinusoids(model)
+    model.audio_encoder.embed_positions.requires_grad_(False)  # Whisper's positions are fixed; PEFT does not know
     return peft_model.eval()
 
 
@@ -2402,24 +2326,17 @@ def train_fully(
     frozen encoders are rounded to `dtype`."""
     model.requires_grad_(True)
     model.trains_vision, model.trains_audio = vision_tower, audio_encoder
-    for tower, trained in ((model.model.visual, vision_tower), (model.audio_encoder, audio_encoder)):
+    for encoder, trained in ((model.model.visual, vision_tower), (model.audio_encoder, audio_encoder)):
         if not trained:
-            for weight in tower.requires_grad_(False).parameters():  # not `tower.to`: rotary frequencies stay exact
-                weight.data = weight.data.to(dtype)
-    freeze_sinusoids(model)
+            round_weights(encoder.requires_grad_(False), dtype)
+    model.audio_encoder.embed_positions.requires_grad_(False)  # Whisper's positions are fixed sinusoids
     return model
-
-
-def freeze_sinusoids(model: SpeechMixin) -> None:
-    """Whisper's positions are fixed sinusoids; neither PEFT nor `requires_grad_` knows."""
-    model.audio_encoder.embed_positions.requires_grad_(False)
 
 
 def print_trainable_parameters(model: SpeechMixin | PeftModel) -> None:
     """Print how many parameters are trained, of how many, in PEFT's words also where there is no adapter."""
     if isinstance(model, PeftModel):
-        model.print_trainable_parameters()
-        return
+        return model.print_trainable_parameters()
     total = sum(p.numel() for p in model.parameters())
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     print(f"trainable params: {trained:,d} || all params: {total:,d} || trainable%: {100 * trained / total:.4f}")
@@ -2446,16 +2363,10 @@ def read_adapter_config(path: Path) -> dict:
             f"{path}: init_lora_weights {config['init_lora_weights']!r} changed the base as well; merge the adapter "
             "where it was trained, and take the merged model"
         )
-    known, saved = (PROJECTOR, *TOWERS.values()), config.get("modules_to_save") or []
+    known, saved = (PROJECTOR, *ENCODERS.values()), config.get("modules_to_save") or []
     if not isinstance(saved, list) or not {str(name).rpartition(".")[2] for name in saved} <= {*known}:
         raise VQAError(f"{path}: modules_to_save is {saved!r:.80}; this reads adapters that saved {', '.join(known)}")
     return config
-
-
-def current_adapter_name(key: str) -> str:
-    """As `current_name`, behind PEFT's `base_model.model.`, without the parts that only a live model's names have."""
-    name = re.sub(r"\.modules_to_save(?:\.default)?(?=\.)|\.default(?=\.weight$)", "", key)
-    return "base_model.model." + current_name(name.removeprefix("base_model.model."))
 
 
 def read_adapter(path: Path, allow_pickle: bool = False) -> dict[str, torch.Tensor]:
@@ -2466,11 +2377,7 @@ def read_adapter(path: Path, allow_pickle: bool = False) -> dict[str, torch.Tens
     """
     file, pickled = path / "adapter_model.safetensors", path / "adapter_model.bin"
     if not file.is_file() and pickled.is_file() and not allow_pickle:
-        raise VQAError(
-            f"{pickled}: a pickle, which can run code when it is read; fold it into its base with `python "
-            f"merge_stage2_to_bf16.py --stage1_model_path BASE --stage2_adapter_path {path} --output_path OUT "
-            "--allow_pickle`"
-        )
+        refuse_pickle(pickled, "BASE", path)
     if not (path / "adapter_config.json").is_file() or not (file.is_file() or pickled.is_file()):
         raise VQAError(f"{path}: holds no adapter (adapter_config.json, adapter_model.safetensors)")
     if file.is_file():
@@ -2481,14 +2388,10 @@ def read_adapter(path: Path, allow_pickle: bool = False) -> dict[str, torch.Tens
             file, tensors = pickled, torch.load(pickled, map_location="cpu", weights_only=True)
         except UNREADABLE as error:
             raise VQAError(f"{pickled}: holds more than plain tensors, and was not read") from error
-    raise_problems([f"{file}: {' and '.join(twice)} are one tensor; remove one" for twice in find_twice(tensors)])
-    raise_problems(
-        [
-            f"{file}: {key} holds values that are not finite; the training diverged, take an earlier one"
-            for key, tensor in tensors.items()
-            if not torch.isfinite(tensor).all()
-        ]
-    )
+    refuse_twice(file, tensors)
+    bad = [key for key, tensor in tensors.items() if not torch.isfinite(tensor).all()]
+    advice = "holds values that are not finite; the training diverged, take an earlier one"
+    raise_problems([f"{file}: {key} {advice}" for key in bad])
     if not any(tensor.any() for key, tensor in tensors.items() if ".lora_B." in key):
         raise VQAError(f"{file}: every lora_B is zero, so the adapter does nothing: it was saved before its first step")
     return tensors
@@ -2514,29 +2417,23 @@ def check_base(model: SpeechMixin, adapter: Path) -> None:
 
 
 def load_adapter(model: SpeechMixin, path: str | Path, *, allow_pickle: bool = False) -> PeftModel:
-    """`model` with the adapter of `path`, under transformers 4's or today's names, every tensor of it accounted for.
+    """`model`, changed in place, with the adapter of `path`, under transformers 4's or today's names.
 
-    The base is changed in place. PEFT's own loader only warns of what is missing, and not of a missing projector.
-
-    Raises:
-        VQAError: as `read_adapter` and `check_base`, or tensors that do not fit.
+    Every tensor is accounted for: PEFT's own loader only warns of what is missing, and not of a missing projector.
+    VQAError as `read_adapter` and `check_base`, and for tensors that do not fit.
     """
     path = Path(path)
     tensors = read_adapter(path, allow_pickle)
     config = read_adapter_config(path / "adapter_config.json")
     check_base(model, path)
     saved = {str(name).rpartition(".")[2] for name in config.get("modules_to_save") or ()}
-    towers = {flag: name in saved for flag, name in TOWERS.items()}
-    peft_model = add_lora(model, config["r"], config["lora_alpha"], config.get("lora_dropout", 0.0), **towers)
-    stored = {current_adapter_name(key): tensor for key, tensor in tensors.items()}
+    encoders = {flag: name in saved for flag, name in ENCODERS.items()}
+    peft_model = add_lora(model, config["r"], config["lora_alpha"], config.get("lora_dropout", 0.0), **encoders)
+    stored = {f"base_model.model.{current_name(key)}": tensor for key, tensor in tensors.items()}
     wanted = get_peft_model_state_dict(peft_model, save_embedding_layers=False)
-    refuse_misfits(
-        path,
-        list(tensors),
-        wanted.keys() - stored.keys(),
-        stored.keys() - wanted.keys(),
-        [(n, stored[n].shape, w.shape) for n, w in wanted.items() if n in stored and stored[n].shape != w.shape],
-    )
+    shapes = [(name, stored[name].shape, tensor.shape) for name, tensor in wanted.items() if name in stored]
+    mismatched = [(name, *both) for name, *both in shapes if both[0] != both[1]]
+    refuse_misfits(path, list(tensors), wanted.keys() - stored.keys(), stored.keys() - wanted.keys(), mismatched)
     set_peft_model_state_dict(peft_model, stored)
     landed = get_peft_model_state_dict(peft_model, save_embedding_layers=False)
     if lost := [name for name, tensor in stored.items() if not torch.equal(landed[name], tensor.to(landed[name]))]:
@@ -2547,11 +2444,9 @@ def load_adapter(model: SpeechMixin, path: str | Path, *, allow_pickle: bool = F
 def fold_adapter(model: nn.Module) -> SpeechMixin:
     """The base with the adapter in its own weights, changed in place, one layer at a time.
 
-    W + alpha / r * B A is summed in float32 and rounded once, to the dtype of W; PEFT's `merge_and_unload` adds the
-    update in the dtype of the weight. What was trained in full keeps the dtype that it was trained in, float32.
-
-    Args:
-        model: a PeftModel, or its base with the adapter inside.
+    `model` is a PeftModel, or its base with the adapter inside. W + alpha / r * B A is summed in float32 and rounded
+    once, to the dtype of W; PEFT's `merge_and_unload` adds the update in the dtype of the weight. What was trained in
+    full keeps the dtype that it was trained in, float32.
     """
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     with torch.no_grad():
@@ -2584,10 +2479,8 @@ def trained_settings(path: Path, device_type: str, changes: dict) -> tuple[dict,
     folder = resolve_model_dir(path, flag="--checkpoint_path")
     settings = load_settings(folder) if (folder / SETTINGS_FILE).is_file() else {}
     model = {"dtype": "float32" if device_type == "cpu" else "bfloat16", **settings.get("model", {})}
-    if not (
-        folder / "adapter_config.json"
-    ).is_file():  # a full model has weights of its own, however its base came about
-        model = {name: model[name] for name in ("dtype", "attn_implementation") if name in model}
+    if not (folder / "adapter_config.json").is_file():  # a full model has weights of its own: how its base came about
+        model = {name: model[name] for name in ("dtype", "attn_implementation") if name in model}  # no longer matters
         model["model_name_or_path"] = str(path)
     parts = (ModelSettings, {"model_name_or_path": DEFAULT_MODEL} | model), (InputSettings, settings.get("input", {}))
     return settings, *(from_stored(kind, stored | changes) for kind, stored in parts)
@@ -2641,14 +2534,11 @@ def load_trained(
     if merged and dtype != torch.float32:
         model = fold_adapter(model)
     for part in [model] if dtype != base_dtype else [model.model.visual, model.audio_encoder]:
-        for weight in part.parameters():  # not `model.to(dtype)`: it would round the rotary frequencies as well
-            if weight.is_floating_point():  # and not what is kept in 4 bits
-                weight.data = weight.data.to(dtype)
+        round_weights(part, dtype)
     if merged and dtype == torch.float32:  # after widening, so that nothing is rounded
         model = fold_adapter(model)
-    model.processor = VQAProcessor(
-        tokenizer, model.config, shown.max_image_size, shown.input_mode, shown.audio_tokens, shown.frame_mode
-    )
+    modes = {name: getattr(shown, name) for name in ("max_image_size", "input_mode", "audio_tokens", "frame_mode")}
+    model.processor = VQAProcessor(tokenizer, model.config, **modes)
     return Trained(model, model.processor, settings, identity, merged)
 
 
@@ -3076,7 +2966,7 @@ def refuse_other_settings(checkpoint: Path, settings: dict) -> None:
     The optimizer's state brings its learning rate along, so that another --learning_rate would be passed over.
     """
     stored = load_settings(checkpoint)
-    once = dict.fromkeys((*TOWERS, "compile_layers", "use_liger_kernel"), False)  # there was nothing else
+    once = dict.fromkeys((*ENCODERS, "compile_layers", "use_liger_kernel"), False)  # there was nothing else
     once["decoder"] = "lora"
     stored["trained"] = once | stored.get("trained", {})
     fixed = {
@@ -3635,7 +3525,7 @@ def build_model(
     )
     print("✓ Model built without weights" if planned else f"✓ Model loaded in full {precision}")
     base_fingerprint = "" if planned else fingerprint(model)
-    encoders = {flag: getattr(args, f"train_{flag}") for flag in TOWERS}
+    encoders = {flag: getattr(args, f"train_{flag}") for flag in ENCODERS}
     set_seed(training_args.seed)
     if full:
         print("🧠 Training the whole decoder, without LoRA...")
