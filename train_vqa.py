@@ -11,13 +11,13 @@
 Qwen2-VL answers, the encoder of Whisper listens, one linear layer joins them:
 
     speech -> log-mel [mel, 3000] -> Whisper encoder (frozen) -> [1500, d] -> audio_projector (trained) -> audio tokens
-    frames -> Qwen2-VL vision tower (frozen)                                                            -> image tokens
+    frames -> Qwen2-VL vision encoder (frozen)                                                          -> image tokens
     both + prompt -> Qwen2 decoder (LoRA) -> answer
 
 `--train_decoder full`, `--train_vision_tower` and `--train_audio_encoder` train more than that.
 
-This file holds the whole of it in reading order: arguments, data, prompt and labels, dataset, model, loaders,
-callbacks, main(). `evaluate_checkpoint.py` imports from here, so that training and evaluation cannot drift apart.
+In reading order: arguments, data, prompt and labels, dataset, model, loaders, feature cache, saving and going on,
+Trainer, main(). `evaluate_checkpoint.py` imports from here, so that training and evaluation cannot drift apart.
 """
 
 import contextlib
@@ -33,11 +33,9 @@ import math
 import multiprocessing
 import operator
 import os
-import pickle
 import re
 import shutil
 import signal
-import struct
 import subprocess
 import sys
 import sysconfig
@@ -46,13 +44,13 @@ import threading
 import time
 import typing
 import warnings
-import zlib
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, fields
 from functools import cache, lru_cache, partial, partialmethod
 from pathlib import Path
+from types import SimpleNamespace
 
 import accelerate
 import numpy as np
@@ -66,7 +64,7 @@ from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dic
 from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import ModulesToSaveWrapper
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
 from PIL import __version__ as PIL_VERSION
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -121,17 +119,13 @@ FRAME_FORMATS = ("JPEG", "PNG")  # whatever the extension says; Pillow's other r
 AUDIO_EXTENSIONS = (".mp3", ".wav", ".flac", ".ogg")
 MAX_FRAME_PIXELS = 50_000_000  # 150 MB decoded; an endoscope has 2 million, a decompression bomb billions
 MAX_ASPECT = 100  # Qwen2-VL refuses sides of more than 200 : 1, and scaling down rounds the short one
-# What Pillow raises on damaged files, found by fuzzing.
-DECODE_ERRORS = (
-    *(UnidentifiedImageError, Image.DecompressionBombError, OSError, SyntaxError, ValueError, EOFError, struct.error),
-    *(zlib.error, IndexError, KeyError, TypeError, OverflowError, MemoryError, AttributeError, ZeroDivisionError),
-)
 # Layer III bit rates in kbit/s: of MPEG 2 and 2.5, of MPEG 1.
 MP3_KBPS = (
     (8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 144, 160),
     (32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320),
 )
-MEDIA_CHECKS = 1  # raise it when decode_frame or decode_audio refuse more: what passed before is decoded again
+# Media that passed under others are decoded again; raise the number when decode_frame or decode_audio refuse more.
+CHECKED_BY = f"checks 1, Pillow {PIL_VERSION}, libsndfile {soundfile.__libsndfile_version__}"
 MAX_REMEMBERED = 500_000  # files that passed, about 100 bytes each
 SPEECH_KEPT = 64  # files whose mel each loader worker keeps: 98 MB in 128 bins
 MAX_KNOWN_TEXTS = 10_000  # tokenised pieces of prompts and answers, a few MB
@@ -151,21 +145,14 @@ IGNORE_INDEX = -100  # torch's cross entropy leaves these labels out
 LORA_TARGETS = r"model\.language_model\.layers\.\d+\.(?:self_attn\.[qkvo]_proj|mlp\.(?:gate|up|down)_proj)"
 LORA_MODULES_PER_LAYER = 7
 # The encoder of openai/whisper-large-v3-turbo, which checkpoints in the 4.47 layout carry without saying so.
-WHISPER_LARGE_V3_TURBO = {
-    "d_model": 1280,
-    "encoder_layers": 32,
-    "encoder_attention_heads": 20,
-    "encoder_ffn_dim": 5120,
-    "num_mel_bins": 128,
-    "max_source_positions": 1500,
-}
+WHISPER_LARGE_V3_TURBO = {"d_model": 1280, "encoder_layers": 32, "encoder_attention_heads": 20, "encoder_ffn_dim": 5120}
+WHISPER_LARGE_V3_TURBO |= {"num_mel_bins": 128, "max_source_positions": 1500}
 
-# At half of what it would keep by itself, torch.compile keeps the results of products (queries, keys, values, gate, up)
-# and computes the rest again: norms, activations, the dropped-out copies of LoRA's inputs and their masks.
+# Of what torch.compile would keep by itself: the results of products stay, norms, activations and dropped-out copies of
+# LoRA's inputs are computed again.
 ACTIVATION_MEMORY_BUDGET = 0.5
-# Compiled layers get batches padded to a multiple of so many tokens. On an H200 sdpa takes cuDNN's attention, which
-# plans anew for each length: once 0.15 s, where a step takes 0.76. Of the 14 lengths that 50 questions have, 16 leaves
-# 2 (with few tokens 5) for 0.2 % more tokens (0.8 %); 64 would leave 1 (2) for 1.1 % (2.9 %) as long as training lasts.
+# Tokens, for batches of compiled layers: cuDNN's attention plans anew for each length (0.15 s, a step takes 0.76). 16
+# leaves 2 of the 14 lengths of 50 questions for 0.2 % more tokens, 64 one for 1.1 %.
 PADDING_MULTIPLE = 16
 LIGER = "liger-kernel>=0.8"  # whose SwiGLU takes a factor for the gate and one for the product
 GIB = 2**30
@@ -173,7 +160,7 @@ FITTING_SHARE = 0.93  # of the memory that an estimate may take: it may err, and
 CUDA_CONTEXT_GIB = 1.0  # what the driver and cuBLAS hold beside the allocator
 
 MAX_WORKERS = 8  # decoding 8 frames of 1240x1080 and the speech takes one core 0.3 s, a GPU step less than twice that
-# What the grafted encoder computes with; the rest of a Whisper config speaks of its decoder.
+# The rest of a Whisper config speaks of its decoder.
 AUDIO_CONFIG_FIELDS = (*WHISPER_LARGE_V3_TURBO, "activation_function", "scale_embedding", "init_std")
 
 ATTENTION_KERNELS = {"sdpa": "SDPA", "eager": "eager", "flash_attention_2": "FlashAttention-2"}  # and how they are said
@@ -181,24 +168,17 @@ DECODER_TRAINING = ("lora", "full")
 # How PEFT's modules_to_save call the projector, which is always trained, and the encoders, which are on request.
 PROJECTOR, ENCODERS = "audio_projector", {"vision_tower": "visual", "audio_encoder": "audio_encoder"}
 # bitsandbytes keeps the statistics of a 4-bit weight as tensors of their own, beside the packed one.
-FOUR_BIT_KEY = re.compile(
-    r"(.+)\.(absmax|quant_map|nested_absmax|nested_quant_map|quant_state\.bitsandbytes__(?:nf4|fp4))"
-)
+FOUR_BIT_KEY = re.compile(r"(.+)\.((?:nested_)?(?:absmax|quant_map)|quant_state\.bitsandbytes__(?:nf4|fp4))")
 # transformers 4 wrote other names; `from_pretrained` renames them, for this class only if told to.
-KEY_MAPPING = {
-    r"^visual\.": "model.visual.",
-    r"^model\.(?!language_model\.|visual\.)": "model.language_model.",
-}
+KEY_MAPPING = {r"^visual\.": "model.visual.", r"^model\.(?!language_model\.|visual\.)": "model.language_model."}
 # "flash" in the name: transformers then hands over all frames of a batch in one call.
 FRAME_ATTENTION = "sdpa_frames_by_the_flash_interface"
 CHECKPOINT = partial(torch.utils.checkpoint.checkpoint, use_reentrant=False)
 
 SHARD_BYTES = 5 * 10**9  # what transformers wrote for years, and the hub is at ease with
 # Files of the base that other programs ask for and this project does not; none of them holds weights or code.
-COPIED_FILES = (
-    *("preprocessor_config.json", "video_preprocessor_config.json"),
-    *("chat_template.json", "chat_template.jinja"),
-)
+COPIED_FILES = ("preprocessor_config.json", "video_preprocessor_config.json")
+COPIED_FILES += ("chat_template.json", "chat_template.jinja")
 SETTINGS_FILE = "vqa_settings.json"
 # Fields of an adapter_config.json that `load_adapter` reads, or that show in the names of the adapter's tensors.
 ADAPTER_FIELDS_READ = (
@@ -206,22 +186,19 @@ ADAPTER_FIELDS_READ = (
     *("layers_to_transform", "layers_pattern", "peft_type", "peft_version", "task_type", "inference_mode"),
     *("auto_mapping", "base_model_name_or_path", "revision"),
 )
-# The files of a checkpoint from which a run goes on, beside the adapter or the whole model: sizes and hashes of all
-# others, and what the loss log has so far.
-MANIFEST_FILE, PROGRESS_FILE = "manifest.json", "vqa_progress.json"
+MANIFEST_FILE = "manifest.json"  # sizes and hashes of all other files of a checkpoint
+PROGRESS_FILE = "vqa_progress.json"  # what the loss log has so far
 EVALUATION_DUE = "evaluation_due"  # laid beside them where a signal cut an evaluation short after the save
-RESUME_FILES = (
-    *(SETTINGS_FILE, PROGRESS_FILE),
-    *("optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json"),
-)
-# What safetensors and torch.load(weights_only=True) raise on a damaged file, or on a pickle that would call something.
-UNREADABLE = (
-    SafetensorError,
-    *(pickle.UnpicklingError, RuntimeError, ValueError, TypeError, LookupError, EOFError, OSError, AttributeError),
-    *(ArithmeticError, AssertionError, ImportError, MemoryError, NameError, struct.error),
-)
+# What a run goes on from, beside the adapter or the complete model.
+RESUME_FILES = (SETTINGS_FILE, PROGRESS_FILE, "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json")
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 MAX_PROBLEMS_SHOWN = 20
+REMOVED_FLAGS = {
+    "--allow_pickle": "training reads safetensors alone; convert the model once with `python merge_stage2_to_bf16.py "
+    "--stage1_model_path MODEL --output_path OUT --allow_pickle`",
+    "--liger_kernel_config": "leave it out; --use_liger_kernel takes Liger's RMSNorm and SwiGLU alone, because the "
+    "fused cross entropy bypasses the speech",
+}
 
 # PEFT asks for the model's state of checkpointing under the name that transformers 5 gave up.
 warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
@@ -265,8 +242,7 @@ class ModelArguments:
     )
     init: str = flag(
         "pretrained",
-        "pretrained: load the weights. random: build the model from the folder's config with weights drawn "
-        "from --seed; the settings record it, so that evaluation rebuilds the same base.",
+        "pretrained: load the weights. random: draw them from --seed, in evaluation too (for tests).",
         ["pretrained", "random"],
     )
     audio_encoder: str | None = flag(
@@ -277,11 +253,6 @@ class ModelArguments:
         False,
         "Keep decoder weights that are stored in bitsandbytes' 4 bits as they are (QLoRA). False: dequantise them.",
     )
-    allow_pickle: bool = flag(
-        False,
-        "Not supported in training, which reads safetensors alone: convert pickles once with "
-        "merge_stage2_to_bf16.py --allow_pickle.",
-    )
     attn_implementation: str = flag(
         "sdpa",
         "Attention kernel. flash_attention_2 needs the flash-attn package, a CUDA GPU and --bf16 True.",
@@ -289,36 +260,34 @@ class ModelArguments:
     )
     train_decoder: str = flag(
         "lora",
-        "lora: adapters on the decoder's linear layers. full: all weights of the decoder, its embeddings "
-        "and its head, in float32 (16 bytes a parameter with Adam); what is saved is then a whole model.",
+        "lora: adapters on the decoder's linear layers. full: full fine-tuning of the decoder, its embeddings "
+        "and its head, in float32 (16 bytes a parameter with Adam); what is saved is then a complete model.",
         list(DECODER_TRAINING),
     )
-    train_vision_tower: bool = flag(False, "Train Qwen2-VL's vision tower too, whole and in float32. False: frozen.")
+    train_vision_tower: bool = flag(False, "Train Qwen2-VL's vision encoder in full, in float32. False: frozen.")
     train_audio_encoder: bool = flag(
-        False, "Train the speech encoder too, whole and in float32, but for its fixed sinusoids. False: frozen."
+        False, "Train the speech encoder in full, in float32, but for its fixed sinusoids. False: frozen."
     )
     lora_r: int = flag(64, "LoRA rank on the decoder's linear layers.")
     lora_alpha: int = flag(16, "LoRA scale: the update is multiplied by alpha / r.")
     lora_dropout: float = flag(0.05, "Dropout on the LoRA input during training.")
     checkpoint_every_n: str = flag(
         "1",
-        "Activation checkpointing of the decoder and of trained towers: 1 recomputes every layer (least "
-        "memory), N every N-th layer, 0 none (fastest), auto the fewest that the estimate of --dry_run fits into "
+        "Activation checkpointing of the decoder and of trained encoders: 1 recomputes every layer (least "
+        "memory), N every N-th layer, 0 none (fastest), auto the fewest that by --dry_run's estimate fit into "
         "--gpu_memory_limit_gib or the card. The result is the same.",
     )
     compile_layers: bool = flag(
         False,
-        "Compile the decoder's layers with torch.compile: faster, and 0.4 times the activations; the first "
-        "step takes up to a minute or two, and needs a C compiler. Batches are padded to a multiple of "
-        f"{PADDING_MULTIPLE} tokens, which the loss does not see. Results differ by rounding, and dropout is drawn "
-        "from other random numbers. False: layers run as they are.",
+        "Compile the decoder's layers: faster, and 0.4 times the activations; needs a C compiler, and up to two "
+        f"minutes for the first step. Batches are padded to a multiple of {PADDING_MULTIPLE} tokens, which the loss "
+        "does not see. Results differ by rounding, and dropout draws other numbers. False: layers run as they are.",
     )
     use_liger_kernel: bool = flag(
         False,
-        "Compute the decoder's RMSNorm and SwiGLU by Liger's kernels: faster, and less memory, for layers "
-        "that are not compiled. Needs the package liger-kernel, a CUDA GPU and a decoder with hidden_act silu. "
-        "Results differ by rounding. Liger's fused cross entropy, which would bypass the speech, is not used. "
-        "False: layers run as they are.",
+        "Compute the decoder's RMSNorm and SwiGLU by Liger's kernels: faster, and less memory, without "
+        "--compile_layers. Needs liger-kernel, a CUDA GPU and hidden_act silu. Results differ by rounding. Liger's "
+        "fused cross entropy, which would bypass the speech, is not used. False: layers run as they are.",
     )
     gpu_memory_limit_gib: float | None = flag(
         None, "Hard cap in GiB on this process's GPU memory, to rehearse a smaller card. None: no cap."
@@ -338,14 +307,12 @@ class DataArguments:
     )
     eval_data_path: str | None = flag(
         None,
-        "JSONL of questions for the loss during training (--eval_strategy; without one, once at the "
-        "end). None: no evaluation.",
+        "JSONL of questions for the loss in training (--eval_strategy; else once at the end). None: no evaluation.",
     )
     eval_audio_dir: str | None = flag(None, "Folder with the speech of --eval_data_path. None: --audio_dir.")
     input_mode: str = flag(
         "audio",
-        "How the question reaches the model. audio: by ear only. text: in the prompt only. audio_text: "
-        "both (then the model need not listen; for comparison).",
+        "How the question comes. audio: as speech. text: in the prompt. audio_text: both, so it need not listen.",
         list(INPUT_MODES),
     )
     max_train_frames: int | None = flag(None, "Frames per clip in training, evenly sampled. None: all.")
@@ -353,31 +320,26 @@ class DataArguments:
     max_image_size: int = flag(384, "Longer side of a frame in pixels, before Qwen2-VL rounds it to multiples of 28.")
     audio_tokens: str = flag(
         "full",
-        "full: all 1500 outputs of the encoder. speech: only those that cover sound, one per 20 ms "
-        "(shorter samples; changes the result).",
+        "full: all 1500 outputs of the encoder. speech: only those that cover it, one per 20 ms (other results).",
         list(AUDIO_TOKENS),
     )
     frame_mode: str = flag(
         "images",
-        "images: each frame on its own. video: pairs of frames as Qwen2-VL's temporal patches (half the "
-        "tokens; changes the result).",
+        "images: each frame by itself. video: frames in pairs, as Qwen2-VL's video (half the tokens; other results).",
         list(FRAME_MODES),
     )
     cache_features: str | None = flag(
         None,
-        "Folder in which the outputs of the two frozen encoders are kept, so that later epochs, runs and "
-        "evaluations neither decode nor encode again. A clip of 8 frames at 384 px takes up to 11.2 MB and a "
-        "speech 3.8 MB in bf16, each kept once. In float32 the result of batches of 1 is the same, bit for bit; "
-        "else it is that of frozen encoders outside autocast and one clip at a time: equal but for rounding. "
-        "None: encode at every step.",
+        "Folder that keeps the outputs of the two frozen encoders, so that later epochs, runs and evaluations "
+        "neither decode nor encode again: in bf16 up to 11.2 MB a clip of 8 frames at 384 px and 3.8 MB a speech. In "
+        "float32 batches of 1 give the same result bit for bit, else it differs by rounding. None: encode each time.",
     )
     max_train_samples: int | None = flag(None, "Use the first N training rows. None: all.")
     max_eval_samples: int | None = flag(None, "Use the first N eval rows. None: all.")
     allow_symlinks: bool = flag(False, "Let links in --frames_dir and --audio_dir lead out of them, as to a data disk.")
     skip_bad_samples: bool = flag(
         False,
-        "Leave out rows that are malformed, or whose media are missing or do not decode; how many "
-        "and which is printed and kept in the settings. False: such rows are an error.",
+        "Leave out rows that are malformed or lack media that decode, and print and record which. False: an error.",
     )
     check_data: bool = flag(
         False, "Read and decode the data, report what is wrong, and exit; needs no --output_dir or model."
@@ -387,8 +349,7 @@ class DataArguments:
     )
     target_train_loss: float | None = flag(
         None,
-        "Stop once the logged training loss is below this; exit status 1 if the run ends above it. "
-        "None: train to the end.",
+        "Stop once the logged loss is below this; exit status 1 if it never is. None: train to the end.",
     )
 
 
@@ -415,15 +376,18 @@ class VQATrainingArguments(TrainingArguments):
     use_liger_kernel: bool = field(default=False, init=False)
     liger_kernel_config: dict[str, bool] | None = field(default=None, init=False)
 
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """What products are computed in."""
+        return torch.bfloat16 if self.bf16 else torch.float32
+
 
 def parse_arguments(argv: Sequence[str]) -> tuple[ModelArguments, DataArguments, VQATrainingArguments]:
     """Parse `argv`; an unknown or abbreviated flag ends the process with status 2, as argparse does.
 
     Without an accelerator `use_cpu` is set, since TrainingArguments refuses `--bf16 True` there otherwise; with one,
-    data loading gets workers, unless `--dataloader_num_workers` says how many.
-
-    Raises:
-        VQAError: a required flag is missing, or two contradict each other.
+    data loading gets workers, unless `--dataloader_num_workers` says how many. VQAError where a required flag is
+    missing, or two contradict each other.
     """
     parser = HfArgumentParser(
         (ModelArguments, DataArguments, VQATrainingArguments),
@@ -432,16 +396,9 @@ def parse_arguments(argv: Sequence[str]) -> tuple[ModelArguments, DataArguments,
         usage="%(prog)s [--FLAG VALUE ...]  (--help lists all flags)",
     )
     given = {"--" + a[2:].split("=")[0].replace("-", "_") for a in argv if a.startswith("--")}  # either spelling
-    if "--allow_pickle" in given:
-        raise VQAError(
-            "--allow_pickle: training reads safetensors alone; convert the model once with `python "
-            "merge_stage2_to_bf16.py --stage1_model_path MODEL --output_path OUT --allow_pickle`"
-        )
-    if "--liger_kernel_config" in given:
-        raise VQAError(
-            "--liger_kernel_config: leave it out; --use_liger_kernel takes Liger's RMSNorm and SwiGLU alone, because "
-            "the fused cross entropy bypasses the speech"
-        )
+    for flag, advice in REMOVED_FLAGS.items():
+        if flag in given:
+            raise VQAError(f"{flag}: {advice}")
     parser.parse_args(argv)  # unknown flags: usage and status 2; transformers would raise
     if not torch.accelerator.is_available() and "--use_cpu" not in given:
         print("No accelerator found: training on the CPU (use_cpu).")
@@ -452,91 +409,89 @@ def parse_arguments(argv: Sequence[str]) -> tuple[ModelArguments, DataArguments,
         model_args, data_args, training_args = parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
     except (ValueError, ImportError) as error:  # TrainingArguments' own cross-checks, and packages that a flag needs
         raise VQAError(" ".join(str(error).split())) from error
-    missing = ["--train_data_path"] * (not data_args.train_data_path) + ["--frames_dir"] * (not data_args.frames_dir)
-    if data_args.input_mode != "text" and not data_args.audio_dir:
-        missing.append("--audio_dir (or --input_mode text)")
-    if "--output_dir" not in given and not (data_args.dry_run or data_args.check_data):
-        missing.append("--output_dir")
-    if missing:
-        raise VQAError("missing flag: " + ", ".join(missing))
-    if training_args.eval_strategy != "no" and not data_args.eval_data_path:
-        raise VQAError("--eval_strategy needs --eval_data_path: name the questions to evaluate on")
-    if not re.fullmatch(r"\d+|auto", model_args.checkpoint_every_n):
-        raise VQAError("--checkpoint_every_n must be 0 (none), 1 (every layer), N (every N-th layer) or auto")
-    refuse_numbers(model_args, data_args, training_args)
-    if model_args.checkpoint_every_n == "auto":
-        memory_to_fit(model_args)
-    refuse_contradictions(model_args, data_args, training_args, given)
-    if model_args.compile_layers and not data_args.dry_run:
-        check_compiler(training_args.device.type)
-    if model_args.use_liger_kernel and not data_args.dry_run:
-        check_liger(training_args.device.type)
-    if not (data_args.dry_run or data_args.check_data):
-        refuse_surroundings(training_args)
+    # --use_liger_kernel is that of the model: the Trainer's own is off
+    flags = SimpleNamespace(**{**vars(training_args), **vars(data_args), **vars(model_args)})
+    refuse_missing(flags, given)
+    refuse_numbers(flags)
+    refuse_contradictions(flags, given)
+    refuse_surroundings(flags, training_args)
     data_args.max_eval_frames = data_args.max_eval_frames or None
     return model_args, data_args, training_args
 
 
-def refuse_numbers(model_args: ModelArguments, data_args: DataArguments, training_args: VQATrainingArguments) -> None:
+def refuse_missing(flags: SimpleNamespace, given: set[str]) -> None:
+    """VQAError where a flag is missing that is required, or that others need; `given` are those on the command line."""
+    missing = [f"--{name}" for name in ("train_data_path", "frames_dir") if not getattr(flags, name)]
+    if flags.input_mode != "text" and not flags.audio_dir:
+        missing.append("--audio_dir (or --input_mode text)")
+    if "--output_dir" not in given and not (flags.dry_run or flags.check_data):
+        missing.append("--output_dir")
+    if missing:
+        raise VQAError("missing flag: " + ", ".join(missing))
+    if flags.eval_strategy != "no" and not flags.eval_data_path:
+        raise VQAError("--eval_strategy needs --eval_data_path: name the questions to evaluate on")
+
+
+def refuse_numbers(flags: SimpleNamespace) -> None:
     """VQAError where a number is one that nothing can be trained with."""
-    numbers = {**vars(model_args), **vars(data_args), **vars(training_args)}
-    limit = model_args.gpu_memory_limit_gib
-    if limit is not None and limit <= 0:
-        raise VQAError(f"--gpu_memory_limit_gib {limit}: name a size above 0, or leave it out")
-    for flag in ("max_train_frames", "max_train_samples", "max_eval_samples"):
-        if numbers[flag] is not None and numbers[flag] < 1:
-            raise VQAError(f"--{flag} must be at least 1; leave it out for all")
+    if not re.fullmatch(r"\d+|auto", flags.checkpoint_every_n):
+        raise VQAError("--checkpoint_every_n must be 0 (none), 1 (every layer), N (every N-th layer) or auto")
+    optional = ("max_train_frames", "max_train_samples", "max_eval_samples")
     batches = ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps")
-    for flag in ("max_image_size", "lora_r", "lora_alpha", *batches):
-        if numbers[flag] < 1:
-            raise VQAError(f"--{flag} {numbers[flag]}: must be at least 1")
-    for flag in ("learning_rate", *(["num_train_epochs"] if training_args.max_steps <= 0 else [])):
-        if not numbers[flag] > 0:  # nor NaN
-            raise VQAError(f"--{flag} {numbers[flag]}: must be above 0")
-    if not 0 <= model_args.lora_dropout < 1:
-        raise VQAError(f"--lora_dropout {model_args.lora_dropout}: must be 0 or more, and below 1")
-    if data_args.max_eval_frames < 0:
-        raise VQAError("--max_eval_frames must be 0 (all frames) or more")
+    epochs = ["num_train_epochs"] if flags.max_steps <= 0 else []
+    for names, holds, rule in (
+        (optional, lambda number: number >= 1, "must be at least 1; leave it out for all"),
+        (("max_image_size", "lora_r", "lora_alpha", *batches), lambda number: number >= 1, "must be at least 1"),
+        (("learning_rate", "gpu_memory_limit_gib", *epochs), lambda number: number > 0, "must be above 0"),  # nor NaN
+        (["lora_dropout"], lambda number: 0 <= number < 1, "must be 0 or more, and below 1"),
+        (["max_eval_frames"], lambda number: number >= 0, "must be 0 (all frames) or more"),
+    ):
+        for name in names:
+            number = getattr(flags, name)
+            if number is not None and not holds(number):
+                raise VQAError(f"--{name} {number}: {rule}")
 
 
-def refuse_surroundings(training_args: VQATrainingArguments) -> None:
-    """VQAError where the Trainer would not start here, or not as one process on one GPU."""
-    if (count := max(training_args.n_gpu, training_args.world_size)) > 1:
+def refuse_contradictions(flags: SimpleNamespace, given: set[str]) -> None:
+    """VQAError where flags contradict others on what is trained, or how."""
+    if flags.use_liger_kernel and flags.compile_layers:
+        raise VQAError("--use_liger_kernel: --compile_layers True fuses the same operations; leave one of them out")
+    if flags.train_audio_encoder and flags.input_mode == "text":
+        raise VQAError("--train_audio_encoder: with --input_mode text no speech is heard; leave one of them out")
+    for name in ("train_vision_tower", "train_audio_encoder"):
+        if flags.cache_features and getattr(flags, name):
+            raise VQAError(f"--cache_features keeps what frozen encoders put out, and --{name} trains one; drop either")
+    if flags.train_decoder == "full":
+        if idle := sorted(given & {"--lora_r", "--lora_alpha", "--lora_dropout"}):
+            raise VQAError(f"{', '.join(idle)}: --train_decoder full has no adapters; leave it out")
+        if flags.load_in_4bit:
+            raise VQAError("--load_in_4bit: 4-bit weights cannot be trained; leave it out, or --train_decoder full")
+        if Path(flags.model_name_or_path).resolve() == Path(flags.output_dir).resolve():
+            trouble = "holds the base model, which the trained one would overwrite; name another folder"
+            raise VQAError(f"--output_dir {flags.output_dir}: {trouble}")
+
+
+def refuse_surroundings(flags: SimpleNamespace, args: VQATrainingArguments) -> None:
+    """VQAError where this machine lacks what the flags ask for, or training would not be one process on one GPU."""
+    if flags.checkpoint_every_n == "auto":
+        memory_to_fit(flags)
+    if flags.compile_layers and not flags.dry_run:
+        check_compiler(args.device.type)
+    if flags.use_liger_kernel and not flags.dry_run:
+        check_liger(args.device.type)
+    if flags.dry_run or flags.check_data:
+        return
+    if (count := max(args.n_gpu, args.world_size)) > 1:
         raise VQAError(
             f"{count} GPUs are to be used, and this script trains on one: start it by itself (not by torchrun or "
             "accelerate), with CUDA_VISIBLE_DEVICES=0"
         )
-    if absent := sorted(set(training_args.report_to) - set(get_available_reporting_integrations())):
+    if absent := sorted(set(args.report_to) - set(get_available_reporting_integrations())):
         raise VQAError(
             f"--report_to {' '.join(absent)}: no such package is installed; install it, or leave the flag out"
         )
-    if training_args.save_strategy == "best" and training_args.metric_for_best_model is None:
+    if args.save_strategy == "best" and args.metric_for_best_model is None:
         raise VQAError("--save_strategy best: say by what, such as --metric_for_best_model eval_loss")
-
-
-def refuse_contradictions(
-    model_args: ModelArguments, data_args: DataArguments, training_args: VQATrainingArguments, given: set[str]
-) -> None:
-    """VQAError where flags contradict others on what is trained, or how; `given` are those on the command line."""
-    if model_args.use_liger_kernel and model_args.compile_layers:
-        raise VQAError("--use_liger_kernel: --compile_layers True fuses the same operations; leave one of them out")
-    if model_args.train_audio_encoder and data_args.input_mode == "text":
-        raise VQAError("--train_audio_encoder: with --input_mode text no speech is heard; leave one of them out")
-    for flag in ("train_vision_tower", "train_audio_encoder"):
-        if data_args.cache_features and getattr(model_args, flag):
-            raise VQAError(f"--cache_features keeps what frozen encoders put out, and --{flag} trains one; drop either")
-    if model_args.train_decoder != "full":
-        return
-    idle = sorted(given & {"--lora_r", "--lora_alpha", "--lora_dropout"})
-    if idle:
-        raise VQAError(f"{', '.join(idle)}: --train_decoder full has no adapters; leave it out")
-    if model_args.load_in_4bit:
-        raise VQAError("--load_in_4bit: 4-bit weights cannot be trained; leave it out, or --train_decoder full")
-    if Path(model_args.model_name_or_path).resolve() == Path(training_args.output_dir).resolve():
-        raise VQAError(
-            f"--output_dir {training_args.output_dir}: holds the base model, which the trained one would overwrite; "
-            "name another folder"
-        )
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -792,16 +747,11 @@ def passed_file() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "surgvivqa_audio" / "media_passed.json"
 
 
-def check_versions() -> str:
-    """The versions of the checks and of the decoders: what passed under others is decoded again."""
-    return f"{MEDIA_CHECKS} Pillow {PIL_VERSION} libsndfile {soundfile.__libsndfile_version__}"
-
-
 def read_passed() -> dict[str, list[int]]:
     """Absolute path -> [bytes, mtime in ns, inode] of media that passed; {} where the file is missing or damaged."""
     try:
         stored = json.loads(passed_file().read_bytes())
-        return dict(stored["files"]) if stored["versions"] == check_versions() else {}
+        return dict(stored["files"]) if stored["checked_by"] == CHECKED_BY else {}
     except (OSError, ValueError, LookupError, TypeError, RecursionError):
         return {}
 
@@ -813,7 +763,7 @@ def write_passed(passed: dict[str, list[int]]) -> None:
     with contextlib.suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            part.write_text(json.dumps({"versions": check_versions(), "files": passed}), encoding="ascii")
+            part.write_text(json.dumps({"checked_by": CHECKED_BY, "files": passed}), encoding="ascii")
             os.replace(part, path)
         finally:
             part.unlink(missing_ok=True)
@@ -889,7 +839,7 @@ def decode_frame(path: Path) -> Image.Image:
             return image.convert("RGB") if image.mode != "RGB" else image
     except VQAError:
         raise
-    except DECODE_ERRORS as error:
+    except Exception as error:  # Pillow raises fifteen kinds on damaged files
         raise VQAError(f"frame {path} cannot be decoded ({error}); replace it or remove the row") from error
 
 
@@ -942,7 +892,7 @@ def decode_audio(path: Path) -> tuple[np.ndarray, int]:
 
 
 def is_cut_off(path: Path, file: soundfile.SoundFile, decoded: int) -> bool:
-    """Whether a speech file ends before its own headers say so; libsndfile itself tells only for FLAC.
+    """Whether a speech file ends before its own headers say so; libsndfile itself says so only for FLAC.
 
     An MP3 without a length header that ends exactly between two of its blocks shows no trace of what was lost.
     """
@@ -1012,15 +962,11 @@ class VQAProcessor:
         audio_tokens: str = "full",
         frame_mode: str = "images",
     ):
-        for flag, value, choices in (
-            ("input_mode", input_mode, INPUT_MODES),
-            ("audio_tokens", audio_tokens, AUDIO_TOKENS),
-            ("frame_mode", frame_mode, FRAME_MODES),
-        ):
-            if value not in choices:
-                raise VQAError(f"--{flag} must be one of {', '.join(choices)}, not {value!r}")
         self.tokenizer, self.max_image_size, self.input_mode = tokenizer, max_image_size, input_mode
         self.audio_tokens, self.frame_mode = audio_tokens, frame_mode
+        for flag, choices in (("input_mode", INPUT_MODES), ("audio_tokens", AUDIO_TOKENS), ("frame_mode", FRAME_MODES)):
+            if getattr(self, flag) not in choices:
+                raise VQAError(f"--{flag} must be one of {', '.join(choices)}, not {getattr(self, flag)!r}")
         audio, vision = audio_config_of(config), config.vision_config
         self.encoder_tokens, self.context = audio.max_source_positions, config.text_config.max_position_embeddings
         self.merge_size = vision.spatial_merge_size
@@ -1136,9 +1082,8 @@ class VQAProcessor:
             `vision_features` and `speech_features` in their place where given; with the answer `position_ids` int64
             [T, 3].
 
-        Raises:
-            VQAError: speech longer than the encoder's window, frames that cannot be paired, or labels all or none
-                masked.
+        VQAError for speech longer than the encoder's window, frames that cannot be paired, or labels all or none
+        masked.
         """
         media, audio_tokens = {}, 0
         if vision_features is None:
@@ -1389,7 +1334,7 @@ class VQACollator:
     """Batches samples: text is padded, frames are concatenated, speech is stacked.
 
     Args:
-        pad_token_id: fills `input_ids`; what is padding is never told by this id.
+        pad_token_id: fills `input_ids`; padding is never recognised by this id.
         padding_side: `left` for generation. `right` for training: there causal attention never reaches the padding,
             and without a mask sdpa takes its flash kernel.
         multiple: batches are padded to a multiple of so many tokens, the rest on the right. 1: to their longest sample.
@@ -1512,7 +1457,7 @@ class SpeechMixin:
     def train(self, mode: bool = True) -> "SpeechMixin":
         """As usual, but frozen encoders stay in evaluation mode.
 
-        A model in training mode is left as it is: the Trainer asks at each batch, and to tell all 3,027 modules of the
+        A model in training mode is left as it is: the Trainer asks at each batch, and setting all 3,027 modules of the
         full size takes 15 ms, for which the GPU would wait.
         """
         if mode and self.training:
@@ -1665,8 +1610,7 @@ class SpeechMixin:
             max_new_tokens: where an answer that does not stop is cut off.
             candidates: answers whose log-probability, stop token included, is computed as well.
 
-        Raises:
-            VQAError: neither speech nor question, or speech longer than the encoder's window.
+        VQAError for neither speech nor question, and for speech longer than the encoder's window.
         """
         if speech is None and question is None:
             raise VQAError("answer() needs speech, a question in words, or both")
@@ -1747,7 +1691,7 @@ def use_liger(model: SpeechMixin) -> None:
     """Let Liger's kernels compute the decoder's RMSNorm and SwiGLU, of this model alone; no weight changes.
 
     Replaced on the modules: Liger's own patch replaces the model's `forward`, and with it the speech. Gain at full
-    size: a step takes 10 % less time (docs/PERFORMANCE.md). After `check_swiglu`.
+    size: a step takes 10 % less time (docs/PERFORMANCE.md). Only for hidden_act `silu`.
     """
     from liger_kernel.ops import LigerRMSNormFunction, LigerSiLUMulFunction
 
@@ -1933,14 +1877,13 @@ def load_model(
 
     Args, beside those that are flags:
         init: `pretrained`, or `random` for weights drawn from `seed` on `device` in `dtype`. Other devices and dtypes
-            draw other numbers: `fingerprint` tells.
+            draw other numbers, which `fingerprint` shows.
         seed: of the random weights, and of the projector where a Whisper encoder is newly grafted on.
         device: `meta` allocates nothing, and checks names and shapes of 16-bit weights that are already on disk.
         allow_pickle: read pickled weights where there are no safetensors.
         compute_dtype: of the products, which autocast decides. None: `dtype`.
 
-    Raises:
-        VQAError: no weights, or missing, unexpected or mis-shaped tensors.
+    VQAError for no weights, or missing, unexpected or mis-shaped tensors.
     """
     check_attention(attn_implementation, compute_dtype or dtype)
     config, device = load_config(model_name_or_path), torch.device(device)
@@ -2077,7 +2020,7 @@ def read_quietly(model_class: type, folder: Path, **options) -> tuple[nn.Module,
     transformers_logging.disable_progress_bar()
     try:
         return model_class.from_pretrained(folder, output_loading_info=True, ignore_mismatched_sizes=True, **options)
-    except UNREADABLE as error:
+    except Exception as error:  # whatever a damaged file runs into in there
         if accelerate.utils.memory.should_reduce_batch_size(error):
             raise VQAError(f"{folder}: its weights do not fit into memory ({first_line(error)})") from error
         failed = [line.split("|")[0].strip() for line in printed.getvalue().splitlines() if "| CONV" in line]
@@ -2386,7 +2329,7 @@ def read_adapter(path: Path, allow_pickle: bool = False) -> dict[str, torch.Tens
     else:
         try:
             file, tensors = pickled, torch.load(pickled, map_location="cpu", weights_only=True)
-        except UNREADABLE as error:
+        except Exception as error:  # whatever a pickle that would call something runs into
             raise VQAError(f"{pickled}: holds more than plain tensors, and was not read") from error
     refuse_twice(file, tensors)
     bad = [key for key, tensor in tensors.items() if not torch.isfinite(tensor).all()]
@@ -2508,8 +2451,7 @@ def load_trained(
         changes: fields of ModelSettings and InputSettings that differ from the stored ones, such as
             `model_name_or_path`, where the base lies now.
 
-    Raises:
-        VQAError: as the loaders, or random weights that were drawn on a device which is not here.
+    VQAError as the loaders, and for random weights that were drawn on a device which is not here.
     """
     device, adapter = torch.device(device), (Path(path) / "adapter_config.json").is_file()
     settings, base, shown = trained_settings(Path(path), device.type, changes)
@@ -2582,7 +2524,7 @@ def encoder_digest(encoder: nn.Module) -> str:
 
 def feature_recipes(model: SpeechMixin, processor: VQAProcessor) -> dict[str, str]:
     """All that the features of a clip (`vision`) and of a speech (`speech`) depend on but their files, as text."""
-    kind = model.device.type
+    kind, version = model.device.type, importlib.metadata.version
     shared = {
         "schema": FEATURE_SCHEMA,
         "dtype": str(model.dtype),
@@ -2590,30 +2532,20 @@ def feature_recipes(model: SpeechMixin, processor: VQAProcessor) -> dict[str, st
         "float32_products": [torch.backends.cuda.matmul.fp32_precision, torch.backends.cudnn.conv.fp32_precision],
         "device": torch.cuda.get_device_name(model.device) if kind == "cuda" else kind,
         "torch": torch.__version__,
-        "transformers": importlib.metadata.version("transformers"),
+        "transformers": version("transformers"),
     }
-    vision = {
-        "max_image_size": processor.max_image_size,
-        "frame_mode": processor.frame_mode,
-        "image_processor": processor.image_processor.to_dict(),
-        "pillow": PIL_VERSION,
-    }
-    speech = {
-        "audio_tokens": processor.audio_tokens,
-        "encoder_tokens": processor.encoder_tokens,
-        "soundfile": soundfile.__libsndfile_version__,
-        "torchaudio": importlib.metadata.version("torchaudio"),
-    }
-    parts = {
-        "vision": (vision, model.config.vision_config, model.model.visual),
-        "speech": (speech, audio_config_of(model.config), model.audio_encoder),
-    }
+    vision = {"image_processor": processor.image_processor.to_dict(), "pillow": PIL_VERSION}
+    vision |= {"max_image_size": processor.max_image_size, "frame_mode": processor.frame_mode}
+    speech = {"soundfile": soundfile.__libsndfile_version__, "torchaudio": version("torchaudio")}
+    speech |= {"audio_tokens": processor.audio_tokens, "encoder_tokens": processor.encoder_tokens}
+    encoders = model.model.visual, model.audio_encoder
     with ThreadPoolExecutor(2) as pool:  # hashlib lets go of the interpreter
-        digests = pool.map(encoder_digest, [encoder for _, _, encoder in parts.values()])
-        return {
-            name: json.dumps([shared, own, config.to_dict(), digest], sort_keys=True, default=str)
-            for (name, (own, config, _)), digest in zip(parts.items(), digests, strict=True)
-        }
+        digests = pool.map(encoder_digest, encoders)
+    configs = model.config.vision_config, audio_config_of(model.config)
+    return {
+        name: json.dumps([shared, own, config.to_dict(), digest], sort_keys=True, default=str)
+        for name, own, config, digest in zip(("vision", "speech"), (vision, speech), configs, digests, strict=True)
+    }
 
 
 class FeatureStore:
@@ -2623,13 +2555,8 @@ class FeatureStore:
     encoder alone, so that what is read is the same, bit for bit, whatever batch it comes to stand in. A file is named
     by what it depends on (`feature_recipes` and the bytes of its media), written aside and then renamed.
 
-    Args:
-        folder: made where it is missing.
-        model: on the device that computes; its encoders stay as they are from here on.
-        processor: how media become the encoders' inputs.
-
-    Raises:
-        VQAError: the folder cannot be written.
+    `model` is on the device that computes, and its encoders stay as they are from here on. VQAError where `folder`,
+    made where it is missing, cannot be written.
     """
 
     def __init__(self, folder: str | Path, model: SpeechMixin, processor: VQAProcessor):
@@ -2648,8 +2575,7 @@ class FeatureStore:
     def read(self, medium: tuple[Path, ...] | Path | None) -> tuple[torch.Tensor, torch.Tensor | None] | None:
         """Features [tokens, width], mapped from the file, and of a clip its grid int64 [n, 3]; None: not kept.
 
-        Raises:
-            VQAError: the file is damaged or gone.
+        VQAError where the file is damaged or gone.
         """
         file = self.files.get(medium)
         return file and read_features(file)
@@ -2657,74 +2583,70 @@ class FeatureStore:
     def fill(self, sources: Sequence, allow_errors: bool = False) -> None:
         """Encode what the clips and speech of `sources` lack here, and print how many that were.
 
-        Args:
-            sources: SurgicalVQADataset, or what has its `rows` and `media_of`; where that says None there is nothing.
-            allow_errors: pass over media that cannot be read; `read` then says None of them.
-
-        Raises:
-            VQAError: media that cannot be read, or a full disk.
+        `sources` are SurgicalVQADatasets, or have their `rows` and `media_of`; where that says None there is nothing.
+        VQAError for media that cannot be read, which `allow_errors` passes over (`read` then gives None for them), and
+        for a full disk.
         """
         start, depth = time.monotonic(), 2 * MAX_WORKERS
+        recipes, digest_of = feature_recipes(self.model, self.processor), cache(sha256_of)
+
+        def attempt(step: typing.Callable, medium):
+            try:
+                return step(medium)
+            except (OSError, VQAError) as error:
+                if allow_errors:
+                    return None
+                if isinstance(error, OSError):
+                    raise VQAError(f"{error.filename}: cannot be read ({error.strerror})") from error
+                raise
+
+        def name(medium) -> Path:
+            kind, paths = ("speech", (medium,)) if isinstance(medium, Path) else ("vision", medium)
+            content = json.dumps([recipes[kind], [digest_of(path) for path in paths]])
+            return self.folder / f"{kind}-{hashlib.sha256(content.encode()).hexdigest()}.safetensors"
+
+        def decode(medium) -> tuple[torch.Tensor, ...]:
+            if isinstance(medium, Path):
+                return self.processor.encode_speech(load_speech(medium), medium)
+            frames = [load_frame(path, self.processor.max_image_size) for path in medium]
+            return self.processor.encode_frames(frames, f"beside {medium[0]}")
+
         every = (source.media_of(index) for source in sources for index in range(len(source.rows)))
         media = list(dict.fromkeys(medium for both in every for medium in both if medium))
-        recipes, digest_of = feature_recipes(self.model, self.processor), cache(sha256_of)
-        name = partial(self._name, recipes, digest_of, allow_errors)
-        decode = partial(self._decode, allow_errors)
-        named = dict(zip(media, ahead(name, media, depth), strict=True))
-        unique = {file: medium for medium, file in named.items() if file}  # media of one content are one file
+        file_of = dict(zip(media, ahead(partial(attempt, name), media, depth), strict=True))
+        unique = {file: medium for medium, file in file_of.items() if file}  # media of one content are one file
         lacking = [medium for file, medium in unique.items() if not file.exists()]
         bar = tqdm(total=len(lacking), desc="Caching features", unit="file", disable=not lacking)
         try:
-            with bar, contextlib.closing(ahead(decode, lacking, depth)) as decoded:
+            with bar, contextlib.closing(ahead(partial(attempt, decode), lacking, depth)) as decoded:
                 for medium, inputs in zip(lacking, decoded, strict=True):
                     bar.update()
-                    if inputs is None:
-                        continue
-                    encode = self.model.hear if isinstance(medium, Path) else self.model.see
-                    with torch.no_grad():  # an adapter may bring an encoder that was trained
-                        features = encode(*(tensor.to(self.model.device) for tensor in inputs)).cpu()
-                    write_features(named[medium], features, None if isinstance(medium, Path) else inputs[1])
+                    if inputs is not None:
+                        self.encode(medium, inputs, file_of[medium])
         except (OSError, SafetensorError) as error:
             free = shutil.disk_usage(self.folder).free
             raise VQAError(
                 f"--cache_features {self.folder}: could not be written ({first_line(error)}), {free:,} bytes are free; "
                 "make room and start again: what is written is kept"
             ) from error
-        self.files |= {medium: file for medium, file in named.items() if file and file.exists()}
+        self.files |= {medium: file for medium, file in file_of.items() if file and file.exists()}
         speech, new = (sum(isinstance(medium, Path) for medium in part) for part in (unique.values(), lacking))
         print(
             f"   Features in {self.folder}: {len(unique) - speech} clips and {speech} speech files, "
             f"{len(lacking) - new} and {new} of them encoded now; {time.monotonic() - start:.1f} s"
         )
 
-    def _name(self, recipes: dict[str, str], digest_of: typing.Callable, allow_errors: bool, medium) -> Path | None:
-        kind, paths = ("speech", (medium,)) if isinstance(medium, Path) else ("vision", medium)
-        try:
-            content = json.dumps([recipes[kind], [digest_of(path) for path in paths]])
-        except OSError as error:
-            if allow_errors:
-                return None
-            raise VQAError(f"{error.filename}: cannot be read ({error.strerror})") from error
-        return self.folder / f"{kind}-{hashlib.sha256(content.encode()).hexdigest()}.safetensors"
-
-    def _decode(self, allow_errors: bool, medium) -> tuple[torch.Tensor, ...] | None:
-        try:
-            if isinstance(medium, Path):
-                return self.processor.encode_speech(load_speech(medium), medium)
-            frames = [load_frame(path, self.processor.max_image_size) for path in medium]
-            return self.processor.encode_frames(frames, f"beside {medium[0]}")
-        except VQAError:
-            if allow_errors:
-                return None
-            raise
+    def encode(self, medium, inputs: tuple[torch.Tensor, torch.Tensor], file: Path) -> None:
+        """Write to `file` what its encoder makes of a medium's `inputs`."""
+        is_speech = isinstance(medium, Path)
+        with torch.no_grad():  # an adapter may bring an encoder that was trained
+            encoder = self.model.hear if is_speech else self.model.see
+            features = encoder(*(tensor.to(self.model.device) for tensor in inputs)).cpu()
+        write_features(file, features, None if is_speech else inputs[1])
 
 
 def read_features(file: Path) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """What `write_features` stored: features [tokens, width], mapped from the file; and of a clip its grid [n, 3].
-
-    Raises:
-        VQAError: the file is missing or damaged.
-    """
+    """What `write_features` stored, the features mapped from the file; VQAError where it is missing or damaged."""
     try:
         with safe_open(file, framework="pt") as stored:
             features, grid = stored.get_tensor("features"), stored.metadata()["grid"]
@@ -2745,7 +2667,7 @@ def write_features(file: Path, features: torch.Tensor, grid: torch.Tensor | None
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Trainer and callbacks
+# Stopping, saving and going on
 # ----------------------------------------------------------------------------------------------------------------------
 
 
@@ -2758,23 +2680,18 @@ def resolved_settings(
     skipped: Sequence[str] = (),
 ) -> dict:
     """All that training chose, as JSON: `model` and `input` are what evaluation repeats, the rest is for the record."""
-    packages = ("torch", "transformers", "peft", "accelerate", "pillow", "torchaudio", "soundfile")
     given = {**vars(model_args), **vars(data_args)}
-    model = given | {"init_seed": training_args.seed, "init_device": training_args.device.type}
-    model |= {"dtype": "bfloat16" if training_args.bf16 else "float32", "base_fingerprint": base_fingerprint}
+    base = {"init_seed": training_args.seed, "init_device": training_args.device.type}
+    base |= {"dtype": str(training_args.compute_dtype).removeprefix("torch."), "base_fingerprint": base_fingerprint}
+    trained = {"decoder": model_args.train_decoder, **{name: given[f"train_{name}"] for name in ENCODERS}}
+    lora = {name: given[f"lora_{name}"] for name in ("r", "alpha", "dropout")}
+    packages = ("torch", "transformers", "peft", "accelerate", "pillow", "torchaudio", "soundfile")
     return {
-        "model": asdict(from_stored(ModelSettings, model)),
+        "model": asdict(from_stored(ModelSettings, given | base)),
         "input": asdict(from_stored(InputSettings, given | {"encoder_tokens": processor.encoder_tokens})),
-        "trained": {
-            "decoder": model_args.train_decoder,
-            "vision_tower": model_args.train_vision_tower,
-            "audio_encoder": model_args.train_audio_encoder,
-            "compile_layers": model_args.compile_layers,  # dropout is then drawn from other random numbers
-            "use_liger_kernel": model_args.use_liger_kernel,  # rounds otherwise
-        },
-        "lora": {"r": model_args.lora_r, "alpha": model_args.lora_alpha, "dropout": model_args.lora_dropout}
-        if model_args.train_decoder == "lora"
-        else {},
+        # Compiled layers draw dropout from other random numbers, and Liger's round otherwise.
+        "trained": trained | {name: given[name] for name in ("compile_layers", "use_liger_kernel")},
+        "lora": lora if model_args.train_decoder == "lora" else {},
         "tokens": {
             "pad": processor.tokenizer.pad_token_id,
             "audio": processor.audio_id,
@@ -2798,12 +2715,8 @@ class Interrupted(BaseException):
 class StopSignal:
     """Takes SIGTERM, SIGINT and SIGHUP while the `with` lasts, but those that the caller ignores (as nohup does).
 
-    Before training one of them ends the process at once. While `saves` is True it only sets `signum`, for the Trainer
-    to finish its step and save.
-
-    Args:
-        finishing: said on a signal while `saves`: what is done before the end.
-        nothing: said at the end by one that came before that.
+    Before training one of them ends the process at once, with the words `nothing`. While `saves` is True it only sets
+    `signum`, for the Trainer to finish its step and save, and says `finishing`.
     """
 
     def __init__(self, finishing: str = "finishing the step and saving", nothing: str = "nothing had been trained yet"):
@@ -2827,14 +2740,6 @@ class StopSignal:
         os.write(2, f"\n{signal.Signals(signum).name}: {self.finishing}\n".encode())  # print is not safe in a handler
 
 
-def ignore_stop_signals(init: typing.Callable | None, worker: int) -> None:
-    """Start of a loader worker: a signal to the whole process group is the main process's to act on."""
-    for number in STOP_SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
-    if init is not None:
-        init(worker)
-
-
 @contextlib.contextmanager
 def lock_folder(folder: str | Path):
     """Hold `folder`, made if need be, for this process; VQAError where it cannot be, or where another run holds it.
@@ -2845,16 +2750,14 @@ def lock_folder(folder: str | Path):
         Path(folder).mkdir(parents=True, exist_ok=True)
         opened = (Path(folder) / ".lock").open("w")
     except OSError as error:
-        raise VQAError(
-            f"--output_dir {folder}: cannot be written to ({error.strerror}); name another folder"
-        ) from error
+        reason = f"cannot be written to ({error.strerror}); name another folder"
+        raise VQAError(f"--output_dir {folder}: {reason}") from error
     with opened as lock:
         try:
             fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            raise VQAError(
-                f"--output_dir {folder}: another run is writing there; wait for it or name another"
-            ) from error
+            reason = "another run is writing there; wait for it or name another"
+            raise VQAError(f"--output_dir {folder}: {reason}") from error
         yield
 
 
@@ -2894,15 +2797,12 @@ def find_damage(folder: str | Path, needed: Sequence[str] = ()) -> str | None:
         return f"{MANIFEST_FILE} is missing: the save did not end"
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         return f"{MANIFEST_FILE} is damaged"
-    for name in needed:
-        if name not in stated:
-            return f"{name} was not saved"
+    if absent := [name for name in needed if name not in stated]:
+        return f"{absent[0]} was not saved"
     if needed:  # the Trainer would read weights of another kind in place of those that were saved
-        strange = {path.name for path in folder.iterdir() if path.suffix in (".bin", ".pt", ".safetensors")} - set(
-            stated
-        )
-        if strange:
-            return f"{min(strange)} is not of this checkpoint; remove it"
+        weights = {path.name for path in folder.iterdir() if path.suffix in (".bin", ".pt", ".safetensors")}
+        if weights - stated.keys():
+            return f"{min(weights - stated.keys())} is not of this checkpoint; remove it"
     for name, (size, digest) in stated.items():
         path = folder / name
         if Path(name).name != name or not path.is_file():
@@ -2923,36 +2823,29 @@ def checkpoints_of(folder: str | Path) -> dict[int, Path]:
 def find_checkpoint(args: VQATrainingArguments) -> Path | None:
     """The checkpoint that --resume_from_checkpoint asks for; None: start at the beginning.
 
-    True takes the newest one that is complete, and names those passed over.
-
-    Raises:
-        VQAError: the named one is not complete, none is, or the run would write among later checkpoints of another.
+    True takes the newest one that is complete, and names those passed over. VQAError where the named one is not
+    complete, none is, or the run would write among later checkpoints of another.
     """
     flag, existing = args.resume_from_checkpoint, checkpoints_of(args.output_dir)
     flag = {"true": True, "false": None}.get(flag.lower(), flag) if isinstance(flag, str) else flag
+    candidates = list(existing.values()) if flag is True else [Path(flag)] if flag else []
+    damage, chosen = {}, None
+    for chosen in candidates:
+        damage[chosen] = find_damage(chosen, RESUME_FILES)
+        if damage[chosen] is None:
+            break
+    lines = [f"{folder}: {text}" for folder, text in damage.items() if text]
+    if candidates and damage[chosen]:
+        advice = "move them away to start from the beginning"
+        advice = advice if flag is True else "name another, or True for the newest complete one"
+        raise VQAError("\n".join([*lines, f"--resume_from_checkpoint: no checkpoint is complete; {advice}"]))
+    print("".join(f"Passing over {line}\n" for line in lines), end="")
     if flag is True:
-        damaged = []
-        for folder in existing.values():
-            damage = find_damage(folder, RESUME_FILES)
-            if damage is None:
-                print("".join(f"Passing over {text}\n" for text in damaged), end="")
-                return folder
-            damaged.append(f"{folder}: {damage}")
-        if damaged:
-            raise VQAError(
-                "\n".join([*damaged, "no checkpoint is complete; move them away to start from the beginning"])
-            )
-        print("No checkpoint to go on from; starting from the beginning.")
-        return None
-    chosen = Path(flag) if flag else None
-    damage = find_damage(chosen, RESUME_FILES) if chosen else None
-    if damage:
-        raise VQAError(
-            f"--resume_from_checkpoint {chosen}: {damage}; name another, or True for the newest complete one"
-        )
+        if not chosen:
+            print("No checkpoint to go on from; starting from the beginning.")
+        return chosen
     step = int(chosen.name[11:]) if chosen and re.fullmatch(r"checkpoint-\d+", chosen.name) else -1
-    later = [folder for number, folder in existing.items() if number > step]
-    if later:
+    if later := [folder for number, folder in existing.items() if number > step]:
         raise VQAError(
             f"{later[0]} is there from an earlier run; --resume_from_checkpoint True goes on from it, or move it away, "
             "or name another --output_dir"
@@ -2967,14 +2860,11 @@ def refuse_other_settings(checkpoint: Path, settings: dict) -> None:
     """
     stored = load_settings(checkpoint)
     once = dict.fromkeys((*ENCODERS, "compile_layers", "use_liger_kernel"), False)  # there was nothing else
-    once["decoder"] = "lora"
-    stored["trained"] = once | stored.get("trained", {})
-    fixed = {
-        **{part: settings[part].keys() - {"max_eval_frames"} for part in ("model", "input", "trained", "lora")},
-        "training": {"learning_rate", "lr_scheduler_type", "optim", "weight_decay", "seed"}
-        | {"per_device_train_batch_size", "gradient_accumulation_steps"},
-        "data": {"train_data_path", "max_train_samples"},
-    }
+    stored["trained"] = once | {"decoder": "lora"} | stored.get("trained", {})
+    fixed = {part: settings[part].keys() - {"max_eval_frames"} for part in ("model", "input", "trained", "lora")}
+    fixed["training"] = {"learning_rate", "lr_scheduler_type", "optim", "weight_decay", "seed"}
+    fixed["training"] |= {"per_device_train_batch_size", "gradient_accumulation_steps"}
+    fixed["data"] = {"train_data_path", "max_train_samples"}
     raise_problems(
         [
             f"{checkpoint}: was trained with {name} {stored.get(part, {}).get(name)!r}, this run has "
@@ -2986,6 +2876,11 @@ def refuse_other_settings(checkpoint: Path, settings: dict) -> None:
     )
 
 
+# ----------------------------------------------------------------------------------------------------------------------
+# Trainer and callbacks
+# ----------------------------------------------------------------------------------------------------------------------
+
+
 class VQATrainer(Trainer):
     """Trainer whose checkpoints hold the adapter (or without one the full model), the tokenizer and the settings.
 
@@ -2994,10 +2889,8 @@ class VQATrainer(Trainer):
     public one serves: `_save_checkpoint`, after a step that a signal or full memory cut off, for which no hook is left;
     `_tr_loss` and `_globalstep_last_logged`, so that the logged loss goes on where the checkpoint left it.
 
-    Args:
-        tokenizer: saved with every checkpoint. (As `processing_class` it would overwrite the model's turn-end ids.)
-        settings: from `resolved_settings`.
-        stop_signal: says when to stop. None: never.
+    `settings` are from `resolved_settings`, `stop_signal` says when to stop. The tokenizer is saved with every
+    checkpoint; as `processing_class` it would overwrite the model's turn-end ids.
     """
 
     def __init__(
@@ -3016,9 +2909,8 @@ class VQATrainer(Trainer):
     def train_safely(self, checkpoint: Path | None) -> None:
         """Train, from `checkpoint` if given.
 
-        Raises:
-            Interrupted: a signal stopped it, after a save.
-            VQAError: memory or disk ran out, a loss or gradient was not finite, or a checkpoint cannot be read.
+        Interrupted: a signal stopped it, after a save. VQAError: memory or disk ran out, a loss or gradient was not
+        finite, or a checkpoint cannot be read.
         """
         self.guard.resume(checkpoint)
         self.stop_signal.saves, trouble = True, None
@@ -3028,7 +2920,7 @@ class VQATrainer(Trainer):
             self.guard.evaluation_due = True
         except VQAError:
             raise
-        except UNREADABLE as error:
+        except Exception as error:
             trouble = self.explain(error, checkpoint)
         if trouble and "out of memory" in trouble:  # outside of `except`, so that the failed step's tensors are gone
             accelerate.utils.memory.clear_device_cache(garbage_collection=True)
@@ -3045,14 +2937,12 @@ class VQATrainer(Trainer):
             return "no step was finished, so nothing is saved"
         if guard.stepping:
             return f"its weights were half changed, so they are not saved; {guard.last_checkpoint()}"
-        try:
+        with self.naming_failed_saves():
             if guard.saved_step != step:
                 self._save_checkpoint(self.model, None)
                 guard.on_save(self.args, self.state, self.control)
             elif guard.evaluation_due:  # what is saved stays as it is
                 (guard.saved / EVALUATION_DUE).touch()
-        except (RuntimeError, OSError, SafetensorError) as error:
-            raise VQAError(self.explain_save(error)) from error
         go_on = "it holds no optimizer" if self.args.save_only_model else "go on with --resume_from_checkpoint True"
         return f"{guard.saved} is complete; {go_on}"
 
@@ -3061,15 +2951,17 @@ class VQATrainer(Trainer):
         reason = first_line(error)
         if accelerate.utils.memory.should_reduce_batch_size(error):
             rows, tokens, _ = self.batches[-1] if self.batches else ([], 0, None)
-            dataset = self.train_dataset if self.model.training else self.eval_dataset or self.train_dataset
+            part, dataset = "train", self.train_dataset
+            if not self.model.training:
+                part, dataset = "eval", self.eval_dataset or self.train_dataset
             lengths = dataset.token_counts(rows)
             key = dataset.rows[rows[lengths.index(max(lengths))]].key if rows else "none"
-            size, frames = ("train", "max_train_frames") if self.model.training else ("eval", "max_eval_frames")
             asked = re.search(r"[Tt]ried to allocate [^.]*(?:\.\d+[^.]*)?\.?", str(error))
             return (
                 f"out of memory ({(asked[0] if asked else reason).strip('. ')}) at step {self.state.global_step + 1} "
                 f"with {len(rows)} samples of {tokens} tokens, the longest {key}; lower "
-                f"--per_device_{size}_batch_size, --{frames} or --max_image_size, or set --checkpoint_every_n 1"
+                f"--per_device_{part}_batch_size, --max_{part}_frames or --max_image_size, or set "
+                "--checkpoint_every_n 1"
             )
         if self.saving:
             return self.explain_save(error)
@@ -3077,9 +2969,8 @@ class VQATrainer(Trainer):
             files = "optimizer.pt, scheduler.pt or rng_state.pth"
             return f"{checkpoint}: {files} is damaged or no plain data; name another checkpoint"
         if isinstance(error, SafetensorError):
-            return (
-                f"{self.state.best_model_checkpoint or checkpoint}: its weights cannot be read ({reason}); name another"
-            )
+            file = self.state.best_model_checkpoint or checkpoint
+            return f"{file}: its weights cannot be read ({reason}); name another"
         raise error
 
     def explain_save(self, error: Exception) -> str:
@@ -3090,6 +2981,14 @@ class VQATrainer(Trainer):
             f"{shutil.disk_usage(root).free:,} bytes are free there; {self.guard.last_checkpoint()}; make room and go "
             "on with --resume_from_checkpoint True"
         )
+
+    @contextlib.contextmanager
+    def naming_failed_saves(self):
+        """VQAError by `explain_save` where a save within fails."""
+        try:
+            yield
+        except (RuntimeError, OSError, SafetensorError) as error:
+            raise VQAError(self.explain_save(error)) from error
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Write weights, tokenizer and settings: all that evaluation needs.
@@ -3114,19 +3013,19 @@ class VQATrainer(Trainer):
         """Save the model that training ends with: aside, then moved in, its config and manifest last."""
         root, part = Path(self.args.output_dir), Path(self.args.output_dir) / "tmp-final"
         last = ("adapter_config.json", "config.json", MANIFEST_FILE)  # without these it is not taken for a model
+        shutil.rmtree(part, ignore_errors=True)
         try:
-            shutil.rmtree(part, ignore_errors=True)
-            self.save_model(str(part))
-            self.state.save_to_json(str(part / "trainer_state.json"))
-            write_manifest(part)
-            stale = [path.name for path in root.glob("model*.safetensors*")]
-            for name in (*last, "adapter_model.safetensors", *stale):
-                (root / name).unlink(missing_ok=True)
-            for path in sorted(part.iterdir(), key=lambda path: last.index(path.name) if path.name in last else -1):
-                os.replace(path, root / path.name)
-            sync(root)
-        except (RuntimeError, OSError, SafetensorError) as error:
-            raise VQAError(self.explain_save(error)) from error
+            with self.naming_failed_saves():
+                self.save_model(str(part))
+                self.state.save_to_json(str(part / "trainer_state.json"))
+                write_manifest(part)
+                for path in (*root.glob("model*.safetensors*"), root / "adapter_model.safetensors"):
+                    path.unlink(missing_ok=True)
+                for name in last:
+                    (root / name).unlink(missing_ok=True)
+                for path in sorted(part.iterdir(), key=lambda path: last.index(path.name) if path.name in last else -1):
+                    os.replace(path, root / path.name)
+                sync(root)
         finally:
             shutil.rmtree(part, ignore_errors=True)
 
@@ -3148,7 +3047,7 @@ class VQATrainer(Trainer):
         return loss
 
     def prediction_step(self, model: nn.Module, inputs: dict, *args, **kwargs):
-        """As usual, without the numbers of the rows."""
+        """As usual, keeping which rows and how many tokens the batch has."""
         self.batches = [(inputs.pop("rows", []), inputs["input_ids"].shape[1], None)]
         return super().prediction_step(model, inputs, *args, **kwargs)
 
@@ -3175,10 +3074,18 @@ class VQATrainer(Trainer):
 
 
 def let_workers_ignore_signals(loader: torch.utils.data.DataLoader) -> torch.utils.data.DataLoader:
-    """`loader`, or accelerate's around it, with `ignore_stop_signals` in its workers."""
+    """`loader`, or accelerate's around it, whose workers leave signals to this process."""
     inner = getattr(loader, "base_dataloader", loader)
-    inner.worker_init_fn = partial(ignore_stop_signals, inner.worker_init_fn)
+    inner.worker_init_fn = partial(start_worker, inner.worker_init_fn)
     return loader
+
+
+def start_worker(init: typing.Callable | None, worker: int) -> None:
+    """Start of a loader worker, which ignores signals; `init` is the Trainer's own."""
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+    if init is not None:
+        init(worker)
 
 
 class RunGuard(TrainerCallback):
@@ -3187,10 +3094,10 @@ class RunGuard(TrainerCallback):
     def __init__(self, trainer: VQATrainer):
         self.trainer = trainer
         self.saved: Path | None = None  # the last complete checkpoint, or the one that the run went on from
-        self.saved_step, self.resumed, self.nothing_left = -1, False, False
+        self.saved_step, self.resumed, self.already_finished = -1, False, False
         self.began, self.stepping = False, False  # a first batch was given; the optimizer is changing the weights
         self.evaluation_due = False  # a signal cut one short
-        self.loss_log = (0.0, 0)  # the sum of losses since the last log, and its step
+        self.unlogged_loss = (0.0, 0)  # the sum of losses since the last log, and the step of that log
 
     def resume(self, checkpoint: Path | None) -> None:
         """Read where `checkpoint` stood; VQAError where that, or the Trainer's state, cannot be read."""
@@ -3201,10 +3108,10 @@ class RunGuard(TrainerCallback):
             stored = json.loads((checkpoint / PROGRESS_FILE).read_text(encoding="utf-8"))
             self.saved, self.saved_step = checkpoint, int(stored["step"])
             self.evaluation_due = bool(stored["evaluate"]) or (checkpoint / EVALUATION_DUE).exists()
-            self.loss_log = float(stored["tr_loss"]), int(stored["last_logged"])
+            self.unlogged_loss = float(stored["tr_loss"]), int(stored["last_logged"])
             if TrainerState.load_from_json(str(checkpoint / "trainer_state.json")).global_step != self.saved_step:
                 raise ValueError("its files are of different steps")
-        except UNREADABLE as error:
+        except Exception as error:  # of a damaged file
             raise VQAError(f"{checkpoint}: {PROGRESS_FILE} or trainer_state.json cannot be read ({error})") from error
 
     def last_checkpoint(self) -> str:
@@ -3219,14 +3126,14 @@ class RunGuard(TrainerCallback):
         """Take up the loss log, and the evaluation that was cut short, where the checkpoint left them."""
         trainer = self.trainer
         if self.saved_step >= 0:
-            trainer._tr_loss += self.loss_log[0]
-            trainer._globalstep_last_logged = self.loss_log[1]
+            trainer._tr_loss += self.unlogged_loss[0]
+            trainer._globalstep_last_logged = self.unlogged_loss[1]
         if trainer.train_dataset.features:
             trainer.model.offload_encoders()
         if self.evaluation_due:
             self.evaluation_due = False
             keep_best(args, state, trainer.evaluate(), kwargs["lr_scheduler"])
-        self.nothing_left = control.should_training_stop = state.global_step >= state.max_steps
+        self.already_finished = control.should_training_stop = state.global_step >= state.max_steps
 
     def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
         """Loss and gradients must be finite; they are read from the GPU once a step, and waited for."""
@@ -3257,7 +3164,7 @@ class RunGuard(TrainerCallback):
 
     def on_epoch_end(self, args, state, control, **kwargs):
         """After a signal: nothing more where the epoch was cut short, a save where it was not."""
-        if self.nothing_left or (self.trainer.stop_signal.signum and not epoch_ends(state)):
+        if self.already_finished or (self.trainer.stop_signal.signum and not epoch_ends(state)):
             control.should_log = control.should_evaluate = control.should_save = False
         elif self.trainer.stop_signal.signum:
             control.should_save = self.saved_step != state.global_step
@@ -3278,10 +3185,8 @@ class RunGuard(TrainerCallback):
         sync(root)
         self.saved, self.saved_step, trainer.saving = folder, state.global_step, False
         if trainer.total_limit and trainer.total_limit > 0:
-            steps = {
-                step: path for step, path in checkpoints_of(root).items() if step <= state.global_step
-            }  # newest first
-            complete = [path for path in steps.values() if (path / MANIFEST_FILE).is_file()]
+            earlier = [path for step, path in checkpoints_of(root).items() if step <= state.global_step]
+            complete = [path for path in earlier if (path / MANIFEST_FILE).is_file()]  # newest first
             for old in complete[trainer.total_limit :]:
                 if old.name != Path(state.best_model_checkpoint or "").name:
                     (old / MANIFEST_FILE).unlink()  # a deletion cut short leaves nothing that looks complete
@@ -3341,51 +3246,32 @@ class StopAtLoss(TrainerCallback):
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def limit_gpu_memory(gib: float | None) -> None:
-    """Cap this process at `gib` GiB of GPU memory; None: no cap. VQAError without a GPU, or beyond its memory."""
-    if gib is None:
-        return
-    if not torch.cuda.is_available():
-        raise VQAError("--gpu_memory_limit_gib needs a CUDA GPU; leave it out here")
-    total = torch.cuda.get_device_properties(0).total_memory / GIB
-    if not 0 < gib <= total:
-        raise VQAError(f"--gpu_memory_limit_gib {gib}: this card has {total:.1f} GiB")
-    torch.cuda.set_per_process_memory_fraction(gib / total)
-
-
 def estimate_memory(
-    model: SpeechMixin,
-    tokens: int,
-    model_args: ModelArguments,
-    dtype: torch.dtype,
-    kept_features: bool,
-    every_n: int,
+    model: SpeechMixin, tokens: int, args: ModelArguments, dtype: torch.dtype, kept_features: bool, every_n: int
 ) -> dict[str, int]:
     """Bytes of GPU memory at the peak of training on batches of `tokens`, by what takes them; an estimate.
 
     Counted are the tensors that a decoder layer keeps for its backward pass. In float32: both norms' inputs (2 h), and
-    what comes of them where the norms are trained (2 h). In `dtype`: queries and attention output (2 h), keys and
-    values (2 k), gate, up and their activation (3 f), LoRA's narrow outputs (7 r), and the inputs of the linear layers:
-    with dropout a copy each and a byte of mask (6 h + f); else the two that they share and the product (2 h + f), or,
-    where autocast casts float32 weights' inputs, one for each but the output's (5 h + f). A compiled layer keeps its
-    two inputs, queries, output, keys, values, gate and up (see ACTIVATION_MEMORY_BUDGET), a recomputed one its input.
-    Between layers values have the decoder's own dtype: float32 where its weights are trained.
+    what comes of them where the norms are trained (2 h). In `dtype`, in which products are computed: queries and
+    attention output (2 h), keys and values (2 k), gate, up and their activation (3 f), LoRA's narrow outputs (7 r), and
+    the inputs of the linear layers: with dropout a copy each and a byte of mask (6 h + f); else the two that they share
+    and the product (2 h + f), or, where autocast casts float32 weights' inputs, one for each but the output's (5 h +
+    f). A compiled layer keeps its two inputs, queries, output, keys, values, gate and up (see
+    ACTIVATION_MEMORY_BUDGET), a recomputed one its input. Between layers values have the decoder's own dtype.
 
     Not counted: activations of trained encoders, and of frozen ones while they run; the logits at answer positions;
-    what --use_liger_kernel saves.
-
-    `model` has its adapter, and may be on the meta device; `dtype` is what products are computed in, autocast's or that
-    of all weights; with `kept_features` the frozen encoders are off the GPU; `every_n` is as in `set_checkpointing`.
+    what --use_liger_kernel saves. `model` has its adapter, and may be on the meta device; with `kept_features` its
+    frozen encoders are off the GPU.
     """
-    text, size, adapted = model.config.text_config, dtype.itemsize, model_args.train_decoder == "lora"
+    text, size, adapted = model.config.text_config, dtype.itemsize, args.train_decoder == "lora"
     stored = model.model.language_model.norm.weight.dtype.itemsize
-    h, f, r = text.hidden_size, text.intermediate_size, model_args.lora_r * adapted
+    h, f, r = text.hidden_size, text.intermediate_size, args.lora_r * adapted
     k = text.num_key_value_heads * h // text.num_attention_heads
-    if model_args.compile_layers:
+    if args.compile_layers:
         layer = 2 * stored * h + size * (2 * h + 2 * k + 2 * f + 7 * r)
     else:
         layer = 4 * (2 if adapted else 4) * h + size * (2 * h + 2 * k + 3 * f + 7 * r)
-        if adapted and model_args.lora_dropout:
+        if adapted and args.lora_dropout:
             layer += (size + 1) * (6 * h + f)
         else:
             layer += size * ((2 if stored == size else 5) * h + f)
@@ -3401,13 +3287,35 @@ def estimate_memory(
     }
 
 
-def memory_to_fit(model_args: ModelArguments) -> float:
+def limit_gpu_memory(gib: float | None) -> None:
+    """Cap this process at `gib` GiB of GPU memory; None: no cap. VQAError without a GPU, or beyond its memory."""
+    if gib is None:
+        return
+    if not torch.cuda.is_available():
+        raise VQAError("--gpu_memory_limit_gib needs a CUDA GPU; leave it out here")
+    total = torch.cuda.get_device_properties(0).total_memory / GIB
+    if not 0 < gib <= total:
+        raise VQAError(f"--gpu_memory_limit_gib {gib}: this card has {total:.1f} GiB")
+    torch.cuda.set_per_process_memory_fraction(gib / total)
+
+
+def memory_to_fit(args: ModelArguments) -> float:
     """GiB that `--checkpoint_every_n auto` may fill; VQAError with neither a GPU nor --gpu_memory_limit_gib."""
-    if model_args.gpu_memory_limit_gib is not None:
-        return model_args.gpu_memory_limit_gib
+    if args.gpu_memory_limit_gib is not None:
+        return args.gpu_memory_limit_gib
     if not torch.cuda.is_available():
         raise VQAError("--checkpoint_every_n auto needs a CUDA GPU, or --gpu_memory_limit_gib to fit into")
     return torch.cuda.get_device_properties(0).total_memory / GIB - CUDA_CONTEXT_GIB
+
+
+def choose_checkpointing(args: ModelArguments, estimate: typing.Callable[[int], dict[str, int]]) -> int:
+    """`--checkpoint_every_n` as a number: for `auto` the fewest recomputed layers whose estimate fits."""
+    if args.checkpoint_every_n != "auto":
+        return int(args.checkpoint_every_n)
+    limit = FITTING_SHARE * memory_to_fit(args) * GIB
+    every_n = next((n for n in (0, *range(32, 1, -1)) if sum(estimate(n).values()) < limit), 1)
+    print(f"Activation checkpointing: --checkpoint_every_n auto takes {every_n}")
+    return every_n
 
 
 def check_compiler(device_type: str) -> None:
@@ -3440,46 +3348,20 @@ def check_liger(device_type: str) -> None:
 
         require_version(LIGER)
     except Exception as error:  # a Triton that does not fit raises what it likes
-        reason = (str(error) or type(error).__name__).splitlines()[0].rstrip(". ")
+        reason = first_line(error).rstrip(". ")
         raise VQAError(f"--use_liger_kernel: {reason}; pip install '{LIGER}', or leave the flag out") from error
-
-
-def check_swiglu(config: Qwen2VLConfig) -> None:
-    """VQAError where the decoder's activation is not SiLU, the only one that Liger's SwiGLU computes."""
-    activation = config.text_config.hidden_act
-    if activation != "silu":
-        raise VQAError(f"--use_liger_kernel needs hidden_act 'silu', config.json has {activation!r}; leave it out")
-
-
-def choose_checkpointing(model_args: ModelArguments, estimate: typing.Callable[[int], dict[str, int]]) -> int:
-    """`--checkpoint_every_n` as a number: for `auto` the fewest recomputed layers whose estimate fits.
-
-    Raises:
-        VQAError: `auto` with neither a GPU nor --gpu_memory_limit_gib.
-    """
-    if model_args.checkpoint_every_n != "auto":
-        return int(model_args.checkpoint_every_n)
-    limit = memory_to_fit(model_args)
-    fitting = (n for n in (0, *range(32, 1, -1)) if sum(estimate(n).values()) < FITTING_SHARE * limit * GIB)
-    every_n = next(fitting, 1)
-    print(f"Activation checkpointing: --checkpoint_every_n auto takes {every_n}")
-    return every_n
 
 
 def prepare_data(args: DataArguments) -> tuple[list[VQARow], list[VQARow], list[str]]:
     """Read and decode everything once: the rows of training and evaluation, and the problems of those that
-    --skip_bad_samples left out.
-
-    Raises:
-        VQAError: naming all that is wrong with either file, unless those rows may be left out.
-    """
-    by_ear = args.input_mode != "text"
+    --skip_bad_samples left out. VQAError for all that is wrong with either file, unless those rows may be left out."""
     sources = [(args.train_data_path, args.audio_dir, args.max_train_samples)]
     if args.eval_data_path:
         sources.append((args.eval_data_path, args.eval_audio_dir or args.audio_dir, args.max_eval_samples))
     loaded, problems = [], []
     for path, audio_dir, limit in sources:
-        rows, found = check_rows(path, args.frames_dir, audio_dir if by_ear else None, limit, args.allow_symlinks)
+        audio_dir = audio_dir if args.input_mode != "text" else None
+        rows, found = check_rows(path, args.frames_dir, audio_dir, limit, args.allow_symlinks)
         if args.check_data:
             media = {file for row in rows for file in row.media}
             clips, types = len({row.frames for row in rows}), len({row.question_type for row in rows})
@@ -3489,13 +3371,12 @@ def prepare_data(args: DataArguments) -> tuple[list[VQARow], list[VQARow], list[
         problems += found
     shared = find_shared_speech(row for rows in loaded for row in rows)  # never left out: none can say which is wrong
     raise_problems(shared if args.skip_bad_samples else [*problems, *shared])
-    skipped = [str(problem) for problem in problems]
-    if skipped:
-        print("\n".join([f"Leaving out bad rows ({len(skipped)} problems, --skip_bad_samples):", *skipped]))
+    if problems:
+        print(f"Leaving out bad rows ({len(problems)} problems, --skip_bad_samples):", *problems, sep="\n")
     for (path, *_), rows in zip(sources, loaded, strict=True):
         if not rows:
             raise VQAError(f"{path}: no good row is left; see what is wrong with --check_data")
-    return loaded[0], loaded[1] if len(loaded) > 1 else [], skipped
+    return loaded[0], loaded[1] if len(loaded) > 1 else [], [str(problem) for problem in problems]
 
 
 def build_model(
@@ -3506,23 +3387,15 @@ def build_model(
     On the `meta` device nothing is allocated, and there is no fingerprint.
     """
     kernel, precision = ATTENTION_KERNELS[args.attn_implementation], "BF16" if training_args.bf16 else "FP32"
-    dtype, full, planned = compute_dtype(training_args), args.train_decoder == "full", str(device) == "meta"
-    if args.use_liger_kernel:
-        check_swiglu(load_config(args.model_name_or_path))
+    dtype, full, planned = training_args.compute_dtype, args.train_decoder == "full", str(device) == "meta"
+    if args.use_liger_kernel and (used := load_config(args.model_name_or_path).text_config.hidden_act) != "silu":
+        raise VQAError(f"--use_liger_kernel needs hidden_act 'silu', config.json has {used!r}; leave it out")
     print(f"⏳ Loading merged {precision} model with {kernel} attention...")
     tokenizer = load_tokenizer(args.model_name_or_path)
-    model = load_model(
-        args.model_name_or_path,
-        tokenizer,
-        init=args.init,
-        seed=training_args.seed,
-        dtype=torch.float32 if full else dtype,
-        compute_dtype=dtype,
-        device=device,
-        attn_implementation=args.attn_implementation,
-        audio_encoder=args.audio_encoder,
-        load_in_4bit=args.load_in_4bit,
-    )
+    names = ("init", "attn_implementation", "audio_encoder", "load_in_4bit")
+    options = {name: getattr(args, name) for name in names} | {"seed": training_args.seed, "device": device}
+    options |= {"dtype": torch.float32 if full else dtype, "compute_dtype": dtype}
+    model = load_model(args.model_name_or_path, tokenizer, **options)
     print("✓ Model built without weights" if planned else f"✓ Model loaded in full {precision}")
     base_fingerprint = "" if planned else fingerprint(model)
     encoders = {flag: getattr(args, f"train_{flag}") for flag in ENCODERS}
@@ -3540,11 +3413,6 @@ def build_model(
     return model, trained, tokenizer, base_fingerprint
 
 
-def compute_dtype(training_args: VQATrainingArguments) -> torch.dtype:
-    """What products are computed in."""
-    return torch.bfloat16 if training_args.bf16 else torch.float32
-
-
 def build_datasets(
     train_rows: Sequence[VQARow], eval_rows: Sequence[VQARow], processor: VQAProcessor, args: DataArguments
 ) -> tuple[SurgicalVQADataset, SurgicalVQADataset | None]:
@@ -3557,8 +3425,7 @@ def build_datasets(
         evaluation = SurgicalVQADataset(eval_rows, processor, max_eval_frames=limit, is_eval=True, numbered=True)
         if limit is not None and any(len(row.frames) > limit for row in eval_rows):
             print(f"   Using {limit} frames (evenly sampled) to reduce eval memory")
-    problems = train.find_too_long() + (evaluation.find_too_long() if evaluation else [])
-    raise_problems(problems)
+    raise_problems(train.find_too_long() + (evaluation.find_too_long() if evaluation else []))
     return train, evaluation
 
 
@@ -3572,15 +3439,15 @@ def plan(
     """How many layers are recomputed; with --dry_run also prints tokens, optimizer steps and memory."""
     train, evaluation = datasets
     counted = data_args.dry_run or model_args.checkpoint_every_n == "auto"
-    lengths = train.token_counts() if counted else []
+    lengths = sorted(train.token_counts()) if counted else [0]
     multiple = PADDING_MULTIPLE if model_args.compile_layers else 1
-    tokens = args.train_batch_size * math.ceil(max(lengths, default=0) / multiple) * multiple
-    kept = bool(data_args.cache_features)
-    estimate = partial(estimate_memory, model, tokens, model_args, compute_dtype(args), kept)
+    tokens = args.train_batch_size * math.ceil(lengths[-1] / multiple) * multiple
+    kept_features = bool(data_args.cache_features)
+    estimate = partial(estimate_memory, model, tokens, model_args, args.compute_dtype, kept_features)
     every_n = choose_checkpointing(model_args, estimate)
     if not data_args.dry_run:
         return every_n
-    for name, counts in (("train", sorted(lengths)), ("eval", sorted(evaluation.token_counts()) if evaluation else [])):
+    for name, counts in (("train", lengths), ("eval", sorted(evaluation.token_counts()) if evaluation else [])):
         if counts:
             spread = f"min {counts[0]}, median {counts[len(counts) // 2]}, max {counts[-1]}"
             print(f"{name}: {len(counts)} samples, tokens per sample: {spread}")
@@ -3603,13 +3470,12 @@ def make_trainer(
     stop_signal: StopSignal,
 ) -> VQATrainer:
     """The Trainer of a run, whose evaluation computes the loss only; `multiple` as in `VQACollator`."""
-    train, evaluation = datasets
-    tokenizer = train.processor.tokenizer
+    tokenizer = datasets[0].processor.tokenizer
     return VQATrainer(
         model=trained,
         args=args,
-        train_dataset=train,
-        eval_dataset=evaluation,
+        train_dataset=datasets[0],
+        eval_dataset=datasets[1],
         data_collator=VQACollator(tokenizer.pad_token_id, multiple=multiple),
         tokenizer=tokenizer,
         callbacks=list(callbacks),
@@ -3622,16 +3488,14 @@ def finish(trainer: VQATrainer, memory: PeakMemory, target: StopAtLoss | None) -
     """Save what training ended with, evaluate it where no evaluation was asked for before; returns the exit status."""
     args, stop_signal = trainer.args, trainer.stop_signal
     trainer.save_final()
+    if not stop_signal.signum and trainer.eval_dataset is not None and args.eval_strategy == "no":
+        with contextlib.suppress(Interrupted):
+            print(trainer.evaluate())
     if stop_signal.signum:
         raise Interrupted(stop_signal.signum, f"training had ended, and {args.output_dir} is complete")
-    if trainer.eval_dataset is not None and args.eval_strategy == "no":
-        try:
-            print(trainer.evaluate())
-        except Interrupted as stop:
-            raise Interrupted(stop.signum, f"training had ended, and {args.output_dir} is complete") from stop
     if memory.gib:
         print("Peak GPU memory: " + ", ".join(f"{phase} {gib:.1f} GiB" for phase, gib in memory.gib.items()))
-    what = "adapter, projector" if isinstance(trainer.model, PeftModel) else "the whole model"
+    what = "adapter, projector" if isinstance(trainer.model, PeftModel) else "the full model"
     print(f"Saved {what}, tokenizer and {SETTINGS_FILE} to {args.output_dir}")
     if target and not target.reached:
         print(f"error: the loss did not fall below --target_train_loss {target.target}", file=sys.stderr)
