@@ -950,7 +950,7 @@ class VQAProcessor:
     """Turns a row's frames, speech and words into model inputs, the same way for training and evaluation.
 
     `tokenizer` is from `load_tokenizer`; the geometry in `config` says how many tokens frames and speech take. The
-    other arguments are as the flags of their names. A frame, and a pair of frames in video mode, is a visual.
+    other arguments are as the flags of their names.
     """
 
     def __init__(
@@ -1197,8 +1197,8 @@ def mrope_positions(types: torch.Tensor, grid: torch.Tensor, merge_size: int) ->
     """M-RoPE positions of one sample, int64 [T, 3] (time, row, column), as Qwen2-VL's `get_rope_index` gives them.
 
     That one takes a model, which loader workers lack, and 2.3 ms a sample in place of 0.2; reading the features of a
-    sample from the cache takes 2. `types` are `mm_token_type_ids` [T], `grid` int64 [visuals, 3] patches in time, rows
-    and columns.
+    sample from the cache takes 2. `types` are `mm_token_type_ids` [T], `grid` int64 [frames or clips, 3] the patches in
+    time, rows and columns.
     """
     positions, vision = np.empty((len(types), 3), np.int64), np.flatnonzero(types.numpy())
     place = end = done = 0  # the next position, the next token, and the vision tokens that have theirs
@@ -2828,18 +2828,19 @@ def find_checkpoint(args: VQATrainingArguments) -> Path | None:
     """
     flag, existing = args.resume_from_checkpoint, checkpoints_of(args.output_dir)
     flag = {"true": True, "false": None}.get(flag.lower(), flag) if isinstance(flag, str) else flag
-    candidates = list(existing.values()) if flag is True else [Path(flag)] if flag else []
-    damage, chosen = {}, None
-    for chosen in candidates:
-        damage[chosen] = find_damage(chosen, RESUME_FILES)
-        if damage[chosen] is None:
+    chosen, damaged = None, []
+    for folder in existing.values() if flag is True else [Path(flag)] if flag else []:
+        damage = find_damage(folder, RESUME_FILES)
+        if damage is None:
+            chosen = folder
             break
-    lines = [f"{folder}: {text}" for folder, text in damage.items() if text]
-    if candidates and damage[chosen]:
-        advice = "move them away to start from the beginning"
-        advice = advice if flag is True else "name another, or True for the newest complete one"
-        raise VQAError("\n".join([*lines, f"--resume_from_checkpoint: no checkpoint is complete; {advice}"]))
-    print("".join(f"Passing over {line}\n" for line in lines), end="")
+        damaged.append(f"{folder}: {damage}")
+    if damaged and not chosen and flag is True:
+        advice = "no checkpoint is complete; move them away to start from the beginning"
+        raise VQAError("\n".join([*damaged, advice]))
+    if damaged and not chosen:
+        raise VQAError(f"--resume_from_checkpoint {damaged[0]}; name another, or True for the newest complete one")
+    print("".join(f"Passing over {text}\n" for text in damaged), end="")
     if flag is True:
         if not chosen:
             print("No checkpoint to go on from; starting from the beginning.")
@@ -3019,9 +3020,8 @@ class VQATrainer(Trainer):
                 self.save_model(str(part))
                 self.state.save_to_json(str(part / "trainer_state.json"))
                 write_manifest(part)
-                for path in (*root.glob("model*.safetensors*"), root / "adapter_model.safetensors"):
-                    path.unlink(missing_ok=True)
-                for name in last:
+                stale = [path.name for path in root.glob("model*.safetensors*")]
+                for name in (*last, "adapter_model.safetensors", *stale):
                     (root / name).unlink(missing_ok=True)
                 for path in sorted(part.iterdir(), key=lambda path: last.index(path.name) if path.name in last else -1):
                     os.replace(path, root / path.name)
