@@ -284,12 +284,11 @@ def test_a_check_that_is_cut_short_goes_on_where_it_stopped(data, decoded, monke
     assert not set(again) & set(rows[0].frame_paths)
 
 
-def test_more_digests_than_are_remembered_make_way(data, decoded, monkeypatch):
+def test_more_files_than_are_remembered_make_way(data, decoded, monkeypatch):
     """Those of the file at hand stay; those of others go."""
     monkeypatch.setattr(vqa, "MAX_REMEMBERED", 25)
-    others = np.array([f"{i:0{vqa.DIGEST_BYTES}}".encode() for i in range(30)], f"S{vqa.DIGEST_BYTES}")
     vqa.load_rows(*data.args)
-    vqa.write_passed(np.union1d(vqa.read_passed(), others))
+    vqa.write_passed(vqa.read_passed() | {f"/elsewhere/{i}": [1, 2, 3] for i in range(30)})
     (data.audio / "qa_000205.ogg").touch()
     decoded()
     vqa.load_rows(*data.args)
@@ -297,7 +296,7 @@ def test_more_digests_than_are_remembered_make_way(data, decoded, monkeypatch):
     assert len(vqa.read_passed()) == 21
 
 
-@pytest.mark.parametrize("damage", [lambda b: b[:-1], lambda b: b[:40] + bytes([b[40] ^ 1]) + b[41:], lambda b: b""])
+@pytest.mark.parametrize("damage", [lambda b: b[:-1], lambda b: b"[]", lambda b: b""])
 def test_a_damaged_memory_is_ignored_and_rewritten(data, decoded, damage):
     vqa.load_rows(*data.args)
     vqa.passed_file().write_bytes(damage(vqa.passed_file().read_bytes()))
@@ -309,13 +308,13 @@ def test_a_damaged_memory_is_ignored_and_rewritten(data, decoded, damage):
 
 
 def test_a_full_disk_keeps_no_part_of_the_memory(data, decoded, monkeypatch):
-    written = Path.write_bytes
+    written = Path.write_text
 
-    def full(path, content):
+    def full(path, content, **options):
         written(path, content[: len(content) // 2])
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(Path, "write_bytes", full)
+    monkeypatch.setattr(Path, "write_text", full)
     assert len(vqa.load_rows(*data.args)) == 5
     assert list(vqa.passed_file().parent.iterdir()) == []
 
@@ -327,7 +326,7 @@ def test_a_cache_folder_that_cannot_be_written_does_no_harm(data, decoded, tmp_p
 
 
 def test_memory_of_many_rows(tmp_path, monkeypatch):
-    """No more than 2 kB a row, the rows themselves included, with eight frames of its own for each."""
+    """No more than 6 kB a row, the rows themselves included, with eight frames of its own for each."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     count, frame, speech = 200, tmp_path / "f.png", tmp_path / "s.wav"
     Image.new("RGB", (4, 4)).save(frame)
@@ -355,7 +354,7 @@ def test_memory_of_many_rows(tmp_path, monkeypatch):
             assert len(rows) == limit
         return min(sizes)
 
-    assert (kept(count) - kept(count // 2)) / (count / 2) < 2048
+    assert (kept(count) - kept(count // 2)) / (count / 2) < 6144
 
 
 # --------------------------------------------------------------------------------------------------------------- flags

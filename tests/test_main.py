@@ -47,9 +47,12 @@ def test_unknown_and_abbreviated_flags_are_errors(flag, capsys):
         ),
         (
             [*FIXTURE_DATA, "--dry_run", "--max_train_frames", "0"],
-            "--max_train_frames must be at least 1; leave it out for all",
+            "--max_train_frames 0: must be at least 1; leave it out for all",
         ),
-        ([*FIXTURE_DATA, "--dry_run", "--max_eval_frames", "-1"], "--max_eval_frames must be 0 (all frames) or more"),
+        (
+            [*FIXTURE_DATA, "--dry_run", "--max_eval_frames", "-1"],
+            "--max_eval_frames -1: must be 0 (all frames) or more",
+        ),
         (
             [*FIXTURE_DATA, "--dry_run", "--checkpoint_every_n", "-1"],
             "--checkpoint_every_n must be 0 (none), 1 (every layer), N (every N-th layer) or auto",

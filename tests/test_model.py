@@ -3,6 +3,7 @@
 import itertools
 import json
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -460,7 +461,7 @@ HOW = pytest.mark.parametrize(
 def prompt_of(model, rows, frames, speech, question, mode, answer=None):
     """The batch of one question as training would build it."""
     processor = model.processor.with_mode(mode)
-    row = vqa.replace(rows[0], question=question or "", answer=answer or "")
+    row = replace(rows[0], question=question or "", answer=answer or "")
     frames = [vqa.shrink(frame, 56) for frame in frames]
     return vqa.VQACollator(497)([processor.encode(row, frames, speech, answer is not None)])
 

@@ -262,13 +262,9 @@ def test_liger_computes_the_norms_and_mlps_of_one_model_alone(fresh, batches, li
     assert list(changed.state_dict()) == names == list(plain.state_dict())
 
 
-def test_a_decoder_without_swiglu_is_refused_before_weights_load(fresh, liger, monkeypatch, tmp_path):
+def test_a_decoder_without_swiglu_is_refused_before_weights_load(monkeypatch, tmp_path):
     """Its config is all that it takes, so a dry run, which loads none, says so too."""
     message = "--use_liger_kernel needs hidden_act 'silu', config.json has 'gelu'; leave it out"
-    model = fresh()
-    model.config.text_config.hidden_act = "gelu"
-    with pytest.raises(vqa.VQAError, match=message):
-        vqa.use_liger(model)
     folder = shutil.copytree(FIXTURES / "tiny_model", tmp_path / "model")
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "hidden_act": "gelu"}))

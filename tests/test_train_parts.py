@@ -430,7 +430,7 @@ def test_going_on_with_other_parts_trained_is_refused(run, tiny, tmp_path, flags
 
 def test_a_checkpoint_from_before_these_flags_was_trained_by_lora_alone(run, tmp_path):
     settings = vqa.load_settings(run[0])
-    now = {**settings, "trained": {**settings["trained"], **dict.fromkeys(vqa.TOWERS, False), "decoder": "lora"}}
+    now = {**settings, "trained": {**settings["trained"], **dict.fromkeys(vqa.ENCODERS, False), "decoder": "lora"}}
     del settings["trained"]
     (tmp_path / vqa.SETTINGS_FILE).write_text(json.dumps(settings))
     vqa.refuse_other_settings(tmp_path, now)
