@@ -1852,7 +1852,7 @@ def read_data(
     if args.train_data_path:
         train_rows = [annotation_of(row) for row in vqa.read_rows(args.train_data_path)]
     lenders = {}
-    if "mismatched_audio" in modes:  # paired over the complete file: a larger --limit later leaves the pairs as they are
+    if "mismatched_audio" in modes:  # over the complete file: a larger --limit later leaves the pairs as they are
         pairs = pair_mismatched_audio([annotation_of(row) for row in every.values()], args.seed)
         lenders = {key: pairs[key] for key in rows}
     needed = [every[key] for key in dict.fromkeys((*rows, *lenders.values()))]

@@ -76,6 +76,15 @@ def compare(base: torch.Tensor, live: torch.Tensor, merged: torch.Tensor, dtype:
     )
 
 
+def pick_device(name: str | None) -> torch.device:
+    """The device of that name, for None the accelerator if there is one; VQAError where it is not here."""
+    device = name or (torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu")
+    try:
+        return torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError) as error:  # a name that is none, or a device that is not here
+        raise vqa.VQAError(f"--device {device}: not to be had here ({vqa.first_line(error)})") from error
+
+
 def check_disk(folder: Path, weight_bytes: int) -> None:
     """VQAError where `folder` (made if need be) has no room for a checkpoint of `weight_bytes`."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -114,7 +123,7 @@ def check_written(
     difference = (sample_logits(read.model, sample_inputs(read.model)) - logits).abs().max().item()
     if read.base_fingerprint != identity or not difference <= 1e-3 * logits.abs().max().item():
         raise vqa.VQAError(
-            f"{folder}: reads back as another model (logits differ by {difference:.3g}); is the disk sound?"
+            f"{folder}: reads back as another model (logits differ by {difference:.3g}); is the disk faulty?"
         )
 
 
@@ -125,12 +134,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     output, dtype = args.output_path.absolute(), getattr(torch, args.dtype)
     if output.exists():
         raise vqa.VQAError(f"--output_path {output}: is there already; name a new folder, or remove it")
-    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
-    device = args.device or device
-    try:
-        device = torch.empty(0, device=device).device
-    except (RuntimeError, AssertionError) as error:  # a name that is none, or a device that is not here
-        raise vqa.VQAError(f"--device {device}: not to be had here ({str(error).splitlines()[0]})") from error
+    device = pick_device(args.device)
     adapter = args.stage2_adapter_path
     if adapter and not (Path(adapter) / "adapter_config.json").is_file():
         raise vqa.VQAError(f"{adapter}: holds no adapter (adapter_config.json, adapter_model.safetensors)")

@@ -33,7 +33,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections import Counter, defaultdict
+from collections import ChainMap, Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from io import BytesIO
@@ -439,8 +439,8 @@ def draw_files(row: dict, frames_dir: Path, seed: int, size: tuple[int, int]) ->
         part.rename(path)
 
 
-def _draw_and_check(job: tuple[list[dict], Path, Path, int, tuple[int, int], Path]) -> np.ndarray:
-    """Draw the clips of some rows and check them as training does; returns the digests of the files that passed."""
+def _draw_and_check(job: tuple[list[dict], Path, Path, int, tuple[int, int], Path]) -> dict[str, list[int]]:
+    """Draw the clips of some rows and check them as training will; returns what is remembered of them."""
     import train_vqa as vqa
 
     rows, frames_dir, speech_dir, seed, size, cache = job
@@ -488,8 +488,8 @@ def render(args: argparse.Namespace) -> None:
     parts = [every[i : i + 64] for i in range(0, len(every), 64)]
     jobs = [(part, frames_dir, args.speech_dir, args.seed, args.size, work / "cache") for part in parts]
     with multiprocessing.Pool(os.cpu_count()) as pool:
-        digests = pool.map(_draw_and_check, jobs, chunksize=1)
-    vqa.write_passed(np.unique(np.concatenate([vqa.read_passed(), *digests])))
+        passed = pool.map(_draw_and_check, jobs, chunksize=1)
+    vqa.write_passed(dict(ChainMap(*passed, vqa.read_passed())))
     note(args, "render", {
         "seconds": time.monotonic() - started, "clips": len(every), "frames": sum(len(r["frames"]) for r in every),
         "rows": {split: len(rows) for split, rows in files.items()}, "cores": os.cpu_count(), "size": args.size,
