@@ -1,7 +1,9 @@
 """Evaluation with a model, by its command line: batches, stops, settings, gates, arms, failures, going on."""
 
 import json
+import re
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -336,16 +338,21 @@ def test_a_batch_that_does_not_fit_is_halved_where_the_size_is_left_to_us(evalua
     assert none.status == 2 and "--batch_size auto" in none.err
 
 
-def test_batches_that_fit():
-    """Qwen2-VL-7B's shapes by hand: 28 layers, 4 of 28 heads of 128 hold keys and values, MLP of 18944, bfloat16."""
+def test_batches_that_fit(base):
+    """Qwen2-VL-7B's shapes by hand: 28 layers, 4 of 28 heads of 128 hold keys and values, MLP of 18944, bfloat16; 92 %
+    of the limit can be used."""
     text = vqa.load_config(FULL_SIZE).text_config
     reading = 16384 * 2 * (4 * 18944 + 16 * 3584)
     row = (2904 + 12) * 2 * (2 * 128 * 4 * 30 + 2 * 128 * 28)
-    assert ev.batch_that_fits(reading + 3 * row, text, torch.bfloat16, 2904, 12) == 3
-    assert ev.batch_that_fits(reading + 3 * row - 1, text, torch.bfloat16, 2904, 12) == 2
-    assert ev.batch_that_fits(0, text, torch.bfloat16, 2904, 12) == 1
-    assert ev.batch_that_fits(reading + 500 * row, text, torch.bfloat16, 2904, 12) == 128
-    assert ev.batch_that_fits(reading + 3 * row, text, torch.float32, 2904, 12) == 1
+    model = SimpleNamespace(device=torch.device("cuda"), config=SimpleNamespace(text_config=text), parameters=list)
+
+    def fitting(rows, dtype=torch.bfloat16):
+        model.dtype = dtype
+        return ev.choose_batch_size(model, 2904, 12, (reading + rows * row) / 0.92 / 2**30)
+
+    assert [fitting(rows) for rows in (3.001, 2.999, -1, 500)] == [3, 2, 1, 128]
+    assert fitting(3, torch.float32) == 1
+    assert ev.choose_batch_size(base, 2904, 12, 0) == 8  # no GPU
 
 
 # --------------------------------------------------------------------------------------------------------------- merge
@@ -399,7 +406,7 @@ def test_a_model_whose_speech_or_frames_are_cut_off_gets_no_rows_and_no_figures(
 ):
     folder = merged_copy(trained, tiny, tmp_path / "cut", lambda tensors: tensors[name].zero_())
     result = evaluate(checkpoint=folder)
-    assert refused(result).startswith(f"liveness gate: the path of {path} is dead")
+    assert re.match(f"liveness gate: .*{path}", refused(result))
     assert "Accuracy" not in result.out and not list(tmp_path.glob("x*"))
 
 
@@ -434,15 +441,15 @@ def test_what_the_arms_change():
     speech = np.array([0.5, -0.25], dtype=np.float32)
 
     def colours(arm, draw="0/a", frames=frames):
-        changed, heard = ev.change_inputs(arm, frames, speech, draw)
+        change = {**ev.CONTENT_ARMS, **ev.ORDER_ARMS}[arm]
+        changed, heard = change(frames, speech, draw)
         assert all(frame.size == (3, 2) for frame in changed)
         assert heard.tolist() == ([0, 0] if arm == "silent_audio" else [0.5, -0.25])
         assert heard.dtype == np.float32
         return [frame.getpixel((0, 0)) for frame in changed]
 
     plain = [(value, 0, 9) for value in range(6)]
-    for arm in ("audio", "text", "audio_text", "mismatched_audio", "silent_audio"):
-        assert colours(arm) == plain
+    assert colours("silent_audio") == plain
     assert colours("black_frames") == [(0, 0, 0)] * 6
     assert colours("first_frame") == plain[:1]
     assert sorted(colours("shuffled_frames")) == plain
