@@ -118,6 +118,8 @@ class GraphDecoder:
         """As `answer_batch`, for answers that all have `max_new_tokens` tokens (no `stop_ids`)."""
         with torch.inference_mode(), grouped_attention():
             lengths, ids, positions, layers = ev.prefill(model, samples, pad_token_id)
+            if not lengths:
+                return []
             step = self.steps.get(len(lengths))
             if step is None or step.width < max(lengths) + max_new_tokens:
                 step = self.steps[len(lengths)] = GraphStep(model, layers, max(lengths) + max_new_tokens)
