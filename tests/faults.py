@@ -1,5 +1,6 @@
 """Ways to disturb what the tests run: a script in a fork, signals, limits, and stops as a file is about to change."""
 
+import builtins
 import contextlib
 import os
 import resource
@@ -46,9 +47,12 @@ def default_signals():
 
 
 class Script:
-    """A script of this project, run as `python script flags` would, but in a fork, which has torch already."""
+    """A script of this project, run as `python script flags` would, but in a fork, which has torch already.
 
-    def __init__(self, name, flags, file_limit=None):
+    No file it writes may grow beyond `file_limit` bytes; as it prints a line that starts with `stop_at` it gets a SIGTERM.
+    """
+
+    def __init__(self, name, flags, file_limit=None, stop_at=None):
         self.status, self.printed = None, b""
         self.reader, writer = os.pipe()  # no file, which `file_limit` would keep short
         os.set_blocking(self.reader, False)
@@ -65,6 +69,12 @@ class Script:
             sys.stdout, sys.stderr = (os.fdopen(fd, "w", buffering=1, closefd=False) for fd in (1, 2))
             if file_limit:
                 resource.setrlimit(resource.RLIMIT_FSIZE, (file_limit, -1))
+            if stop_at:
+                plain = builtins.print
+                builtins.print = lambda *words, **how: (
+                    plain(*words, **how),
+                    str(*words[:1]).startswith(stop_at) and os.kill(os.getpid(), signal.SIGTERM),
+                )
             sys.argv = [str(ROOT / name), *map(str, flags)]
             try:
                 runpy.run_path(sys.argv[0], run_name="__main__")

@@ -39,8 +39,8 @@ def start(command, tmp_path):
     """Starts the evaluation, whose rows go to x.jsonl; what still runs is killed in the end."""
     started = []
 
-    def start(*more, path=tmp_path / "x.jsonl", limit=None):
-        started.append(Script("evaluate_checkpoint.py", [*command, "--output_file", path, *more], limit))
+    def start(*more, path=tmp_path / "x.jsonl", **how):
+        started.append(Script("evaluate_checkpoint.py", [*command, "--output_file", path, *more], **how))
         return started[-1]
 
     yield start
@@ -104,10 +104,8 @@ def test_a_signal_ends_it_after_the_batch_and_the_same_command_goes_on(
 
 
 def test_a_signal_before_the_first_row_ends_it_at_once(start, tmp_path):
-    script = start()
-    script.wait_for(lambda: "📁 Loading Eval Data" in script.said())
-    script.send(signal.SIGTERM)
-    assert script.end() == 143
+    script = start(stop_at="📁 Loading Eval Data")
+    assert script.end() == 143, script.said()
     assert script.said().splitlines()[-1].startswith("Stopped by SIGTERM: no row was answered")
     assert not (tmp_path / "x.jsonl").exists()
 
@@ -136,7 +134,7 @@ def test_ten_kills_at_random_moments_change_nothing(start, command, undisturbed,
 
 def test_a_file_size_limit_is_one_line_and_no_row_is_lost_or_twice(start, command, undisturbed, tmp_path):
     path = tmp_path / "x.jsonl"
-    script = start(limit=undisturbed.stat().st_size // 2)
+    script = start(file_limit=undisturbed.stat().st_size // 2)
     assert script.end() == 2
     kept, said = read_jsonl(path), script.said()
     assert kept == list(ev.read_answer_rows(path).values()) and 0 < len(kept) < ROWS
@@ -165,7 +163,7 @@ def test_a_disk_full_at_the_summary_keeps_every_row(start, command, undisturbed,
     for file in undisturbed.parent.iterdir():
         if file != summary_of(undisturbed):
             shutil.copy(file, tmp_path)
-    script = start(limit=summary_of(undisturbed).stat().st_size // 2)
+    script = start(file_limit=summary_of(undisturbed).stat().st_size // 2)
     assert script.end() == 2 and path.read_bytes() == undisturbed.read_bytes()
     assert f"{summary_of(path)}: " in script.said() and "no row is lost" in script.said()
     assert "Traceback" not in script.said() and not list(tmp_path.glob("*.tmp")) and not summary_of(path).exists()
