@@ -49,7 +49,7 @@ def default_signals():
 class Script:
     """A script of this project, run as `python script flags` would, but in a fork, which has torch already.
 
-    No file it writes may grow beyond `file_limit` bytes; as it prints a line that starts with `stop_at` it gets a SIGTERM.
+    No file grows beyond `file_limit` bytes; as a line that starts with `stop_at` is printed it gets a SIGTERM.
     """
 
     def __init__(self, name, flags, file_limit=None, stop_at=None):
