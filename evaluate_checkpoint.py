@@ -1508,7 +1508,8 @@ def answer_batch(
     """Greedy answers of any number of samples: per row the new ids, stop token included, and `eos` or `length`.
 
     Prefill goes by groups (`prefill`), then all rows decode together, one token a step. Written out because `generate`
-    prefills all rows at once, under a mask that keeps sdpa from its fast kernels.
+    prefills all rows at once, under a mask that keeps sdpa from its fast kernels: 5.74 answers/s in place of 7.87 on
+    one H100, and 4 GiB more (docs/PERFORMANCE.md).
     """
     from transformers import DynamicCache
 
