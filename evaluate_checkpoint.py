@@ -1318,34 +1318,37 @@ def load_checkpoint(checkpoint: Checkpoint, device: Any) -> Any:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def black_frames(frames: list[Any], speech: Any, draw: str) -> tuple[list[Any], Any]:
+def black_frames(frames: list[Any], seed: str) -> list[Any]:
     """Black frames of the same size, so that the prompt stays the same token for token."""
-    return [frame.point(lambda _: 0) for frame in frames], speech
+    return [frame.point(lambda _: 0) for frame in frames]
 
 
-def silent_audio(frames: list[Any], speech: Any, draw: str) -> tuple[list[Any], Any]:
+def silent_audio(speech: Any, seed: str) -> Any:
     """Silence of the same length, so that the prompt stays the same token for token."""
-    return frames, speech * 0
+    return speech * 0
 
 
-def first_frame(frames: list[Any], speech: Any, draw: str) -> tuple[list[Any], Any]:
+def first_frame(frames: list[Any], seed: str) -> list[Any]:
     """The first frame once: the prompt is shorter by the tokens of the others."""
-    return frames[:1], speech
+    return frames[:1]
 
 
-def shuffled_frames(frames: list[Any], speech: Any, draw: str) -> tuple[list[Any], Any]:
-    """The frames in another order than that in time, drawn from `draw`."""
-    order, generator = list(range(len(frames))), random.Random(draw)
+def shuffled_frames(frames: list[Any], seed: str) -> list[Any]:
+    """The frames in another order than that in time, drawn from `seed`."""
+    order, generator = list(range(len(frames))), random.Random(seed)
     while order == sorted(order) and len(order) > 1:
         generator.shuffle(order)
-    return [frames[place] for place in order], speech
+    return [frames[index] for index in order]
 
 
-# An arm is a function of frames (PIL images) and speech (float32 [n] or None) that gives them back changed. The last
-# two take the frames' paths as well, so that kept features serve them. Arms that are not listed change nothing here:
-# the input modes, and `mismatched_audio`, whose rows name another row's speech.
-CONTENT_ARMS = {"black_frames": black_frames, "silent_audio": silent_audio}
+# What an arm does to frames (PIL images) or speech (float32 [n]); `seed` is another one for each row. Arms that are not
+# listed change nothing here: the input modes, and `mismatched_audio`, whose rows name another row's speech.
+# Arms that change what the files hold: the medium, `frames` or `speech`, and the function that changes it. Features of
+# that medium are neither cached nor read from the cache.
+CONTENT_ARMS = {"black_frames": ("frames", black_frames), "silent_audio": ("speech", silent_audio)}
+# Arms that choose or order frames. Their functions also work on lists of paths, so that cached features can be used.
 ORDER_ARMS = {"first_frame": first_frame, "shuffled_frames": shuffled_frames}
+SEEDED_ARMS = ("mismatched_audio", "shuffled_frames")  # rows of these made with another --seed are not mixed
 
 
 class ArmInputs:
@@ -1366,20 +1369,22 @@ class ArmInputs:
         self.features: Any = None  # train_vqa's FeatureStore, once it is filled
         self.batch_size: int | None = None  # rows answered at a time; `answer_arm` sets it
 
-    def change(self, change: Any, index: int, frames: list[Any], speech: Any) -> tuple[list[Any], Any]:
-        """Frames and speech of a row after `change`, a function of the tables above, or None."""
-        return change(frames, speech, f"{self.seed}/{self.rows[index].key}") if change else (frames, speech)
+    def row_seed(self, index: int) -> str:
+        """The seed that the functions of the tables above get for a row."""
+        return f"{self.seed}/{self.rows[index].key}"
 
     def clip(self, index: int) -> tuple[Path, ...]:
         """The files of the frames that a row shows, in the arm's order."""
         frames, _ = self.dataset.media_of(index)
-        return tuple(self.change(ORDER_ARMS.get(self.arm), index, list(frames), None)[0])
+        ordered = ORDER_ARMS.get(self.arm)
+        return tuple(ordered(list(frames), self.row_seed(index))) if ordered else frames
 
-    def media_of(self, index: int) -> tuple[tuple[Path, ...] | None, Path | None]:
+    def cacheable_media(self, index: int) -> tuple[tuple[Path, ...] | None, Path | None]:
         """The clip and the speech that the encoders get as they are in the files; None for what the arm changes."""
+        changed, _ = CONTENT_ARMS.get(self.arm, (None, None))
         complete = len(self.rows[index].frame_paths) == len(self.rows[index].frames)
-        clip = self.clip(index) if complete and self.arm != "black_frames" else None
-        return clip, None if self.arm == "silent_audio" else self.dataset.media_of(index)[1]
+        clip = self.clip(index) if complete and changed != "frames" else None
+        return clip, None if changed == "speech" else self.dataset.media_of(index)[1]
 
     def read(self, index: int, with_frames: bool = True, with_speech: bool = True) -> tuple[list[Any], Any]:
         """(frames as PIL images in the arm's order, speech float32 [n] or None); VQAError where they cannot be used."""
@@ -1394,17 +1399,23 @@ class ArmInputs:
 
     def sample(self, index: int) -> Row | str:
         """Model inputs of a row without a batch dimension, or what is wrong with its media; threads may call it."""
-        vision, speech_features = ((self.features and self.features.read(medium)) for medium in self.media_of(index))
+        clip, recording = self.cacheable_media(index)
+        vision = self.features and self.features.read(clip)
+        speech_features = self.features and self.features.read(recording)
+        changed, change = CONTENT_ARMS.get(self.arm, (None, None))
         try:
-            media = self.read(index, with_frames=not vision, with_speech=not speech_features)
-            media = self.change(CONTENT_ARMS.get(self.arm), index, *media)
-            return self.encode(index, *media, vision, speech_features and speech_features[0])
+            frames, speech = self.read(index, with_frames=not vision, with_speech=not speech_features)
+            if changed == "frames":
+                frames = change(frames, self.row_seed(index))
+            elif changed == "speech":
+                speech = change(speech, self.row_seed(index))
+            return self.make_sample(index, frames, speech, vision, speech_features and speech_features[0])
         except vqa.VQAError as error:
             return str(error)
 
-    def encode(self, index: int, frames: list[Any], speech: Any, *features: Any) -> Row:
+    def make_sample(self, index: int, frames: list[Any], speech: Any, *features: Any) -> Row:
         """Model inputs of a row with these frames and this speech, or with kept features of either."""
-        return self.processor.encode(self.rows[index], frames, speech, False, *features)
+        return self.processor.make_sample(self.rows[index], frames, speech, False, *features)
 
     def length(self, index: int) -> float:
         """Tokens of a row's prompt, from the headers of its media; infinite where these cannot be read."""
@@ -1464,7 +1475,7 @@ def check_liveness(model: Any, inputs: ArmInputs) -> Row:
     collate = vqa.VQACollator(inputs.processor.tokenizer.pad_token_id, "left")
 
     def logits(frames: list[Any], speech: Any) -> Any:
-        batch = collate([inputs.encode(index, frames, speech)])
+        batch = collate([inputs.make_sample(index, frames, speech)])
         with torch.inference_mode():
             return model(**on_device(batch, model.device), logits_to_keep=1).logits.float()
 
@@ -1943,7 +1954,7 @@ def run_fingerprint(args: argparse.Namespace, checkpoint: Checkpoint, inputs: Ar
         "max_eval_frames": checkpoint.inputs.max_eval_frames,
         "max_image_size": checkpoint.inputs.max_image_size,
         "max_new_tokens": args.max_new_tokens,
-        "seed": args.seed if inputs.arm in ("mismatched_audio", "shuffled_frames") else None,
+        "seed": args.seed if inputs.arm in SEEDED_ARMS else None,
     }
 
 

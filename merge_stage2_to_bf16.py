@@ -49,7 +49,7 @@ def sample_inputs(model: vqa.SpeechMixin) -> dict[str, torch.Tensor]:
     frames = [Image.fromarray(frame).convert("RGB") for frame in noise]
     tone = 0.3 * np.sin(2 * np.pi * 440 * np.arange(processor.max_samples)[: vqa.SAMPLE_RATE] / vqa.SAMPLE_RATE)
     row = vqa.VQARow("sample", 1, "tone", "noise", (), "?", "none", "The sample is noise.", "noise")
-    sample = processor.encode(row, frames, tone.astype(np.float32), with_answer=True)
+    sample = processor.make_sample(row, frames, tone.astype(np.float32), with_answer=True)
     batch = vqa.VQACollator(tokenizer.pad_token_id)([sample])
     del batch["labels"]  # with labels the model returns the loss alone
     return {name: value.to(model.device) for name, value in batch.items()}

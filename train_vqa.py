@@ -1057,7 +1057,7 @@ class VQAProcessor:
         speech = audio_tokens if self.input_mode != "text" else 0
         return sum(map(len, self.text_ids(question, answer))) + speech + sum(vision_tokens) + 2 * len(vision_tokens)
 
-    def encode(
+    def make_sample(
         self,
         row: VQARow,
         frames: Sequence[Image.Image],
@@ -1071,14 +1071,14 @@ class VQAProcessor:
         Args:
             row: question and answer.
             frames: RGB, from `load_frame`.
-            speech: float32 [n] at 16 kHz, or what `encode_speech` made of it; None in text mode.
+            speech: float32 [n] at 16 kHz, or what `log_mel` made of it; None in text mode.
             with_answer: append the answer and label it.
             vision_features: features and grid of the clip, used in place of `frames`.
             speech_features: features of the speech, used in place of `speech`.
 
         Returns:
-            The tensors of `build`; those of `encode_frames` as `pixel_values` and `image_grid_thw` or
-            `video_grid_thw`, and outside text mode those of `encode_speech` as `input_features` and `audio_lengths`;
+            The tensors of `build`; those of `patches_of` as `pixel_values` and `image_grid_thw` or
+            `video_grid_thw`, and outside text mode those of `log_mel` as `input_features` and `audio_lengths`;
             `vision_features` and `speech_features` in their place where given; with the answer `position_ids` int64
             [T, 3].
 
@@ -1087,13 +1087,13 @@ class VQAProcessor:
         """
         media, audio_tokens = {}, 0
         if vision_features is None:
-            media["pixel_values"], grid = self.encode_frames(frames, f"of {row.where}")
+            media["pixel_values"], grid = self.patches_of(frames, f"of {row.where}")
         else:
             media["vision_features"], grid = vision_features
         if speech_features is not None:
             media["speech_features"], audio_tokens = speech_features, len(speech_features)
         elif self.input_mode != "text":
-            mel, lengths = speech if isinstance(speech, tuple) else self.encode_speech(speech, f"of {row.where}")
+            mel, lengths = speech if isinstance(speech, tuple) else self.log_mel(speech, f"of {row.where}")
             media |= {"input_features": mel, "audio_lengths": lengths}
             audio_tokens = int(lengths)
         counts = (grid.prod(-1) // self.merge_size**2).tolist()
@@ -1105,7 +1105,7 @@ class VQAProcessor:
             sample["position_ids"] = mrope_positions(sample["mm_token_type_ids"], grid, self.merge_size)
         return sample
 
-    def encode_frames(self, frames: Sequence[Image.Image], source: str = "") -> tuple[torch.Tensor, torch.Tensor]:
+    def patches_of(self, frames: Sequence[Image.Image], source: str = "") -> tuple[torch.Tensor, torch.Tensor]:
         """Patches, uint8 [patches, 3 * patch * patch], and their grid int64 [frames, 3]; in video mode those of
         `pair_frames`, or VQAError, which names `source`, where the frames differ in size. The model scales the patches:
         see `scale_pixels`."""
@@ -1131,7 +1131,7 @@ class VQAProcessor:
         values = np.asarray(frame).reshape(shape).transpose(0, 3, 1, 4, 6, 2, 5)  # [rows..., columns..., 3, y, x]
         return values.reshape(rows * columns, -1), (1, rows, columns)
 
-    def encode_speech(self, speech: np.ndarray, source: Path | str) -> tuple[torch.Tensor, torch.Tensor]:
+    def log_mel(self, speech: np.ndarray, source: Path | str) -> tuple[torch.Tensor, torch.Tensor]:
         """Mel of float32 [n] at 16 kHz, float32 [1, mel bins, frames], and its tokens, int64 [1]; VQAError, which
         names `source`, where the encoder's window is too short for it."""
         if len(speech) > self.max_samples:
@@ -1229,11 +1229,11 @@ def check_labels(labels: torch.Tensor, row: VQARow) -> None:
 
 @lru_cache(SPEECH_KEPT)
 def mel_of(processor: VQAProcessor, path: Path, version: tuple) -> tuple[torch.Tensor, torch.Tensor]:
-    """What `encode_speech` makes of a speech file, which many rows and epochs share; it is decoded once a process.
+    """What `log_mel` makes of a speech file, which many rows and epochs share; it is decoded once a process.
 
     `version` is from `version_of`, so that a file that was replaced is decoded anew.
     """
-    return processor.encode_speech(load_speech(path), path)
+    return processor.log_mel(load_speech(path), path)
 
 
 def version_of(path: Path) -> tuple[int, ...]:
@@ -1295,17 +1295,20 @@ class SurgicalVQADataset(torch.utils.data.Dataset):
         row, (clip, speech_path) = self.rows[index], self.media_of(index)
         if self.features:
             speech_features = self.features.read(speech_path)[0] if speech_path else None
-            sample = self.processor.encode(row, (), None, self.with_answer, self.features.read(clip), speech_features)
+            vision_features = self.features.read(clip)
+            sample = self.processor.make_sample(row, (), None, self.with_answer, vision_features, speech_features)
         else:
             frames = [load_frame(path, self.processor.max_image_size) for path in clip]
             speech = mel_of(self.processor, speech_path, version_of(speech_path)) if speech_path else None
-            sample = self.processor.encode(row, frames, speech, self.with_answer)
+            sample = self.processor.make_sample(row, frames, speech, self.with_answer)
         return {**sample, "rows": [index]} if self.numbered else sample
 
     def media_of(self, index: int) -> tuple[tuple[Path, ...], Path | None]:
         """The clip of a row, that is, the selected frames in order; and its speech, None in text mode."""
         row, by_ear = self.rows[index], self.processor.input_mode != "text"
         return tuple(self._select_frames(row.frame_paths)), row.audio_path if by_ear else None
+
+    cacheable_media = media_of  # for `FeatureStore.fill`: a dataset changes neither
 
     def find_too_long(self) -> list[Problem]:
         """The rows whose samples take more tokens than the model has positions.
@@ -1348,7 +1351,7 @@ class VQACollator:
         self.pad_token_id, self.padding_side, self.multiple = pad_token_id, padding_side, multiple
 
     def __call__(self, samples: Sequence[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-        """The samples of `VQAProcessor.encode` as one batch.
+        """The samples of `VQAProcessor.make_sample` as one batch.
 
         `input_ids`, `labels`, `mm_token_type_ids` and, padded on the left, `attention_mask` are int64 [B, T],
         `position_ids` int64 [3, B, T]; the tensors of frames and speech follow each other along their first dimension;
@@ -1617,15 +1620,15 @@ class SpeechMixin:
         mode = "text" if speech is None else "audio" if question is None else "audio_text"
         processor, speech_features = self.processor.with_mode(mode), None
         tokenizer, collate = processor.tokenizer, VQACollator(processor.tokenizer.pad_token_id)
-        pixels, grid = processor.encode_frames([shrink(frame, processor.max_image_size) for frame in frames])
+        pixels, grid = processor.patches_of([shrink(frame, processor.max_image_size) for frame in frames])
         vision_features = self.see(pixels.to(self.device), grid.to(self.device)), grid
         if speech is not None:
-            mel, lengths = processor.encode_speech(speech, "given to answer()")
+            mel, lengths = processor.log_mel(speech, "given to answer()")
             speech_features = self.hear(mel.to(self.device), lengths.to(self.device))
 
         def batch(answer: str | None) -> dict[str, torch.Tensor]:
             row = VQARow("answer()", 1, "", "", (), question or "", "", answer or "", "")
-            sample = processor.encode(row, (), None, answer is not None, vision_features, speech_features)
+            sample = processor.make_sample(row, (), None, answer is not None, vision_features, speech_features)
             return {name: value.to(self.device) for name, value in collate([sample]).items()}
 
         inputs, log_probs = batch(None), {}
@@ -2602,7 +2605,7 @@ class FeatureStore:
     def fill(self, sources: Sequence, allow_errors: bool = False) -> None:
         """Encode what the clips and speech of `sources` lack here, and print how many that were.
 
-        `sources` are SurgicalVQADatasets, or have their `rows` and `media_of`; where that says None there is nothing.
+        `sources` are SurgicalVQADatasets, or have their `rows` and `cacheable_media`; None in these is not kept.
         VQAError for media that cannot be read, which `allow_errors` passes over (`read` then gives None for them), and
         for a full disk.
         """
@@ -2626,11 +2629,11 @@ class FeatureStore:
 
         def decode(medium) -> tuple[torch.Tensor, ...]:
             if isinstance(medium, Path):
-                return self.processor.encode_speech(load_speech(medium), medium)
+                return self.processor.log_mel(load_speech(medium), medium)
             frames = [load_frame(path, self.processor.max_image_size) for path in medium]
-            return self.processor.encode_frames(frames, f"beside {medium[0]}")
+            return self.processor.patches_of(frames, f"beside {medium[0]}")
 
-        every = (source.media_of(index) for source in sources for index in range(len(source.rows)))
+        every = (source.cacheable_media(index) for source in sources for index in range(len(source.rows)))
         media = list(dict.fromkeys(medium for both in every for medium in both if medium))
         file_of = dict(zip(media, ahead(partial(attempt, name), media, depth), strict=True))
         unique = {file: medium for medium, file in file_of.items() if file}  # media of one content are one file

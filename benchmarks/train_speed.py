@@ -82,7 +82,7 @@ class Clock(TrainerCallback):
         FILL(store, sources, *args, **kwargs)
         synchronize()
         self.filling += time.perf_counter() - start
-        media = {source.media_of(index) for source in sources for index in range(len(source.rows))}
+        media = {source.cacheable_media(index) for source in sources for index in range(len(source.rows))}
         pairs = {tuple(store.files.get(medium) for medium in both) for both in media}
         self.distinct = len(pairs) if before.isdisjoint(path for pair in pairs for path in pair) else 0
 

@@ -13,6 +13,7 @@ import soundfile
 import torch
 from safetensors.torch import load_file, save_file
 
+import evaluate_checkpoint as ev
 import train_vqa as vqa
 from tests.conftest import EVAL_DATA, PAD, TRAIN_DATA, refusal, same_tensors, weights_of
 
@@ -247,6 +248,27 @@ def test_training_and_every_arm_of_evaluation_with_the_cache_are_those_without_i
     assert answers["cached"] == answers["without"] and len(answers["cached"]) == 6
 
 
+@pytest.mark.parametrize("medium", ["frames", "speech"])
+def test_an_arm_gets_no_cached_features_of_the_medium_that_it_changes(
+    base, processor, rows, monkeypatch, tmp_path, medium
+):
+    ev.load_libraries()
+    monkeypatch.setitem(ev.CONTENT_ARMS, "new_arm", (medium, lambda given, seed: given[::-1]))
+    dataset = vqa.SurgicalVQADataset(rows[:2], processor, max_eval_frames=2, is_eval=True, with_answer=False)
+    main, new = ev.ArmInputs("audio", dataset), ev.ArmInputs("new_arm", dataset)
+    changed, unchanged = main.read(1)
+    if medium == "frames":
+        expected, name = processor.patches_of(changed[::-1])[0], "pixel_values"
+    else:
+        expected, name = processor.log_mel(unchanged[::-1], "")[0], "input_features"
+    main.features = new.features = vqa.FeatureStore(tmp_path, base, processor)
+    main.features.fill([main, new])
+    cached, sample = main.sample(1), new.sample(1)
+    assert {"vision_features", "speech_features"} <= cached.keys()
+    assert torch.equal(sample[name], expected)
+    assert {"frames": "speech_features", "speech": "vision_features"}[medium] in sample
+
+
 # -------------------------------------------------------------------------------- speech decoded before, without cache
 
 
@@ -256,7 +278,7 @@ def test_speech_that_rows_and_epochs_share_is_decoded_once_and_may_be_changed(
 ):
     processor = vqa.VQAProcessor(tokenizer, base.config, 56, "audio", audio_tokens)
     shared, decoded, decode = [rows[0], rows[1], rows[0]], [], vqa.load_speech
-    first = [processor.encode_speech(decode(row.audio_path), row.audio_path)[0] for row in shared]
+    first = [processor.log_mel(decode(row.audio_path), row.audio_path)[0] for row in shared]
     monkeypatch.setattr(vqa, "load_speech", lambda path: decoded.append(path) or decode(path))
     source = dataset(shared, processor)
     for _ in range(2):
@@ -284,6 +306,6 @@ def test_speech_that_was_replaced_is_decoded_anew_and_what_is_gone_is_named(data
     shutil.move(target, path)
     after = source[0]["input_features"]
     assert not torch.equal(after, before)
-    assert torch.equal(after, processor.encode_speech(vqa.load_speech(path), path)[0])
+    assert torch.equal(after, processor.log_mel(vqa.load_speech(path), path)[0])
     path.unlink()
     assert f"speech {path} cannot be decoded" in refusal(lambda: source[0])

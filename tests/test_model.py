@@ -170,7 +170,7 @@ def test_positions_are_those_of_qwen2_vl(tokenizer, base, rows, frame_mode, size
     processor = vqa.VQAProcessor(tokenizer, base.config, 112, "audio", "speech", frame_mode)
     frames = [Image.new("RGB", size) for size in sizes]
     for index in (0, 3):
-        sample = processor.encode(rows[index], frames, vqa.load_speech(rows[index].audio_path), True)
+        sample = processor.make_sample(rows[index], frames, vqa.load_speech(rows[index].audio_path), True)
         grids = {name: sample[name] for name in ("image_grid_thw", "video_grid_thw") if name in sample}
         expected, _ = base.model.get_rope_index(
             sample["input_ids"][None], mm_token_type_ids=sample["mm_token_type_ids"][None], **grids
@@ -212,7 +212,7 @@ def asked(request, rows, answerer):
     def prompt(answer=None):
         row = replace(rows[0], question=question or "", answer=answer or "")
         small = [vqa.shrink(frame, 56) for frame in frames]
-        sample = answerer.processor.with_mode(request.param).encode(row, small, speech, answer is not None)
+        sample = answerer.processor.with_mode(request.param).make_sample(row, small, speech, answer is not None)
         return vqa.VQACollator(PAD)([sample])
 
     return (frames, speech, question), prompt

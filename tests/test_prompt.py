@@ -202,7 +202,7 @@ def test_pairs_of_frames_become_temporal_patches(tokenizer, config):
     colours = [(250, 0, 0), (0, 250, 0), (0, 0, 250)]
     images = processor.image_processor(images=[Image.new("RGB", (56, 56), c) for c in colours], return_tensors="pt")
     frames = images["pixel_values"].view(3, 16, 3, 2, 196)
-    pixels, grid = processor.encode_frames([Image.new("RGB", (56, 56), c) for c in colours])
+    pixels, grid = processor.patches_of([Image.new("RGB", (56, 56), c) for c in colours])
     video, grid = vqa.pair_frames(pixels, grid)
     assert (video.shape, video.dtype, grid.tolist()) == ((32, 3 * 2 * 196), torch.uint8, [[2, 4, 4]])
     video = vqa.scale_pixels(video, 3 * 2 * 196, torch.float32).view(2, 16, 3, 2, 196)
@@ -250,7 +250,7 @@ def test_patches_are_those_of_the_library_bit_for_bit(tokenizer, size, patch):
     noise = np.random.default_rng(0).integers(0, 256, (3, size[1], size[0], 3), dtype=np.uint8)
     frames = [Image.fromarray(pixels) for pixels in noise]
     library = processor.image_processor(images=frames, return_tensors="pt")
-    pixels, grid = processor.encode_frames(frames)
+    pixels, grid = processor.patches_of(frames)
     assert pixels.dtype == torch.uint8 and torch.equal(grid, library["image_grid_thw"])
     for dtype in (torch.float32, torch.bfloat16):
         scaled = vqa.scale_pixels(pixels, library["pixel_values"].shape[1], dtype)
