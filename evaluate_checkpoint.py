@@ -2060,8 +2060,8 @@ def build_parser() -> argparse.ArgumentParser:
     model("--attn_implementation", help="attention: sdpa, eager or flash_attention_2. None: as in training")
     model("--init", choices=("pretrained", "random"), help="random: the base with weights drawn from --seed, to "
           "rehearse. None: as in training, else pretrained")
-    model("--no_merge", **switch, help="keep the adapter apart from the weights: slower; without it, it is folded in "
-          "once the weights are loaded")
+    model("--no_merge", **switch, help="keep the adapter unmerged: slower; without it, it is merged once the "
+          "weights are loaded")
     model("--gpu_memory_limit_gib", type=float, default=0.0, help="hard cap on this process's GPU memory, to rehearse "
           "a smaller card. 0: none")
     model("--cache_features", help="folder in which the outputs of the two encoders are kept, for other arms, "

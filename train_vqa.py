@@ -1470,7 +1470,7 @@ class SpeechMixin:
         self.audio_encoder.train(mode and self.trains_audio)
         return self
 
-    def see(self, pixel_values: torch.Tensor, grid: torch.Tensor) -> torch.Tensor:
+    def encode_vision(self, pixel_values: torch.Tensor, grid: torch.Tensor) -> torch.Tensor:
         """What the vision encoder makes of patches, uint8 or scaled, and their grid int64 [n, 3]: [tokens, hidden]."""
         visual, vision = self.model.visual, self.config.vision_config
         if pixel_values.dtype == torch.uint8:
@@ -1483,7 +1483,7 @@ class SpeechMixin:
         with torch.set_grad_enabled(self.trains_vision and torch.is_grad_enabled()):
             return visual(pixel_values.to(visual.dtype), grid_thw=grid, position_ids=positions).pooler_output
 
-    def hear(self, input_features: torch.Tensor, audio_lengths: torch.Tensor | None) -> torch.Tensor:
+    def encode_audio(self, input_features: torch.Tensor, audio_lengths: torch.Tensor | None) -> torch.Tensor:
         """What the speech encoder makes of speech [B, mel, frames]: the first `audio_lengths` int64 [B] outputs of
         each (None: all), one speech after the other, [tokens, d_audio]."""
         encoder = self.audio_encoder
@@ -1555,15 +1555,17 @@ class SpeechMixin:
     ) -> CausalLMOutputWithPast:
         """With `labels`: the loss alone, its logits built at answer positions only. Without: logits for generation.
 
-        What `VQACollator` makes comes in as it is. `vision_features` and `speech_features` are outputs of `see` and
-        `hear` along the batch, in place of pixels and mel. `logits_to_keep` is as in `pick_positions`,
-        `num_items_in_batch` the labels in the accumulated batch, which the loss is divided by (None: those of this
-        one). `inputs_embeds` is always None (PEFT passes it). `generate` looks for names in this signature.
+        What `VQACollator` makes comes in as it is. `vision_features` and `speech_features` are outputs of
+        `encode_vision` and `encode_audio` along the batch, in place of pixels and mel. `logits_to_keep` is as in
+        `pick_positions`, `num_items_in_batch` the labels in the accumulated batch, which the loss is divided by (None:
+        those of this one). `inputs_embeds` is always None (PEFT passes it). `generate` looks for names in this
+        signature.
         """
         if pixel_values is not None:
-            vision_features = self.see(pixel_values, image_grid_thw if video_grid_thw is None else video_grid_thw)
+            grid = image_grid_thw if video_grid_thw is None else video_grid_thw
+            vision_features = self.encode_vision(pixel_values, grid)
         if input_features is not None:
-            speech_features = self.hear(input_features, audio_lengths)
+            speech_features = self.encode_audio(input_features, audio_lengths)
         outputs = self.model(
             input_ids=input_ids,
             inputs_embeds=self.embed(input_ids, vision_features, speech_features, vision_at, speech_at),
@@ -1621,10 +1623,10 @@ class SpeechMixin:
         processor, speech_features = self.processor.with_mode(mode), None
         tokenizer, collate = processor.tokenizer, VQACollator(processor.tokenizer.pad_token_id)
         pixels, grid = processor.patches_of([shrink(frame, processor.max_image_size) for frame in frames])
-        vision_features = self.see(pixels.to(self.device), grid.to(self.device)), grid
+        vision_features = self.encode_vision(pixels.to(self.device), grid.to(self.device)), grid
         if speech is not None:
             mel, lengths = processor.log_mel(speech, "given to answer()")
-            speech_features = self.hear(mel.to(self.device), lengths.to(self.device))
+            speech_features = self.encode_audio(mel.to(self.device), lengths.to(self.device))
 
         def batch(answer: str | None) -> dict[str, torch.Tensor]:
             row = VQARow("answer()", 1, "", "", (), question or "", "", answer or "", "")
@@ -2387,8 +2389,8 @@ def load_adapter(model: SpeechMixin, path: str | Path, *, allow_pickle: bool = F
     return peft_model
 
 
-def fold_adapter(model: nn.Module) -> SpeechMixin:
-    """The base with the adapter in its own weights, changed in place, one layer at a time.
+def merge_adapter(model: nn.Module) -> SpeechMixin:
+    """The base with the adapter merged into its weights, changed in place, one layer at a time.
 
     `model` is a PeftModel, or its base with the adapter inside. W + alpha / r * B A is summed in float32 and rounded
     once, to the dtype of W; PEFT's `merge_and_unload` adds the update in the dtype of the weight. What was trained in
@@ -2415,7 +2417,7 @@ class Trained:
     processor: VQAProcessor
     settings: dict  # what training saved; {} for a base model
     base_fingerprint: str  # of the base, before the adapter
-    merged: bool  # the adapter is folded into the weights
+    merged: bool  # the adapter is merged into the weights
 
 
 def trained_settings(path: str | Path, device_type: str, changes: dict) -> tuple[dict, ModelSettings, InputSettings]:
@@ -2458,7 +2460,7 @@ def load_trained(
         device: that answers. Random weights are drawn where training drew them.
         dtype: to answer in. None: what training computed in; without settings float32 on a CPU, else bfloat16.
         base_dtype: of the base while the adapter goes in. None: what training computed in, without adapter `dtype`.
-        merge: fold the adapter into the weights (summed in float32 and rounded once), unless the base is in 4 bits.
+        merge: merge the adapter into the weights (summed in float32 and rounded once), unless the base is in 4 bits.
         allow_pickle: read pickles.
         changes: fields of ModelSettings and InputSettings that differ from the stored ones, such as
             `model_name_or_path`, where the base lies now.
@@ -2490,11 +2492,11 @@ def load_trained(
         load_adapter(model, path, allow_pickle=allow_pickle)
     model = model.to(device).eval()
     if merged and dtype != torch.float32:
-        model = fold_adapter(model)
+        model = merge_adapter(model)
     for part in [model] if dtype != base_dtype else [model.model.visual, model.audio_encoder]:
         round_weights(part, dtype)
     if merged and dtype == torch.float32:  # after widening, so that nothing is rounded
-        model = fold_adapter(model)
+        model = merge_adapter(model)
     model.processor = VQAProcessor(
         tokenizer, model.config, shown.max_image_size, shown.input_mode, shown.audio_tokens, shown.frame_mode
     )
@@ -2662,7 +2664,7 @@ class FeatureStore:
         """Write to `file` what its encoder makes of a medium's `inputs`."""
         is_speech = isinstance(medium, Path)
         with torch.no_grad():  # an adapter may bring an encoder that was trained
-            encoder = self.model.hear if is_speech else self.model.see
+            encoder = self.model.encode_audio if is_speech else self.model.encode_vision
             features = encoder(*(tensor.to(self.model.device) for tensor in inputs)).cpu()
         write_features(file, features, None if is_speech else inputs[1])
 

@@ -293,7 +293,7 @@ def main(argv: list[str] | None = None) -> None:
         for design in sorted(args.designs, key=lambda name: DESIGNS[name][2]):
             _, batched, merged = DESIGNS[design]
             if merged and adapted is not None:
-                model, adapted = vqa.fold_adapter(adapted), None
+                model, adapted = vqa.merge_adapter(adapted), None
             asked = repeated(rows, args.rows if batched else args.seed_rows)
             try:
                 results.append(measure(design, model, tokenizer, asked, args))

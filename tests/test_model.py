@@ -188,7 +188,7 @@ def test_attention_within_frames_is_that_of_transformers(base, grid):
     stock.model.visual.load_state_dict(base.model.visual.state_dict())
     with torch.no_grad():
         expected = stock.model.visual(pixels, grid_thw=grid).pooler_output
-        assert torch.equal(base.see(pixels, grid), expected)
+        assert torch.equal(base.encode_vision(pixels, grid), expected)
 
 
 # ------------------------------------------------------------------------------------------------------------- answers
