@@ -1552,7 +1552,7 @@ def answer_batch(
             produced.append(ids)
     answers = []
     for ids in torch.stack(produced, dim=1).tolist():
-        end = next((place for place, token in enumerate(ids) if token in stop_ids), None)
+        end = next((index for index, token in enumerate(ids) if token in stop_ids), None)
         answers.append((ids, "length") if end is None else (ids[: end + 1], "eos"))
     return answers
 
@@ -1577,14 +1577,12 @@ def prefill(model: Any, samples: Iterable[Row], pad_token_id: int) -> tuple[list
         last = torch.tensor([[len(sample["input_ids"]) - 1] for sample in group])
         grids = {name: batch[name] for name in ("image_grid_thw", "video_grid_thw") if name in batch}
         # On the CPU, where reading the ids does not wait for the group before.
-        places, _ = model.model.get_rope_index(
-            batch["input_ids"], mm_token_type_ids=batch["mm_token_type_ids"], **grids
-        )
-        inputs = on_device({**batch, "position_ids": places, "logits_to_keep": last}, model.device)
+        rope, _ = model.model.get_rope_index(batch["input_ids"], mm_token_type_ids=batch["mm_token_type_ids"], **grids)
+        inputs = on_device({**batch, "position_ids": rope, "logits_to_keep": last}, model.device)
         output = model(**inputs, past_key_values=DynamicCache(), use_cache=True)
         lengths += (last[:, 0] + 1).tolist()
         first.append(output.logits[:, 0].argmax(-1))
-        positions.append(places[0].gather(1, last)[:, 0] + 1)  # a prompt ends in words: its three positions are one
+        positions.append(rope[0].gather(1, last)[:, 0] + 1)  # a prompt ends in words: its three positions are one
         caches.append([(layer.keys, layer.values) for layer in output.past_key_values.layers])
         del output
     if not lengths:

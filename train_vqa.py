@@ -173,7 +173,7 @@ FOUR_BIT_KEY = re.compile(r"(.+)\.((?:nested_)?(?:absmax|quant_map)|quant_state\
 KEY_MAPPING = {r"^visual\.": "model.visual.", r"^model\.(?!language_model\.|visual\.)": "model.language_model."}
 # "flash" in the name: transformers then hands over all frames of a batch in one call.
 FRAME_ATTENTION = "sdpa_frames_by_the_flash_interface"
-CHECKPOINT = partial(torch.utils.checkpoint.checkpoint, use_reentrant=False)
+RECOMPUTE = partial(torch.utils.checkpoint.checkpoint, use_reentrant=False)
 
 SHARD_BYTES = 5 * 10**9  # what transformers wrote for years, and the hub is at ease with
 # Files of the base that other programs ask for and this project does not; none of them holds weights or code.
@@ -1201,16 +1201,16 @@ def mrope_positions(types: torch.Tensor, grid: torch.Tensor, merge_size: int) ->
     time, rows and columns.
     """
     positions, vision = np.empty((len(types), 3), np.int64), np.flatnonzero(types.numpy())
-    place = end = done = 0  # the next position, the next token, and the vision tokens that have theirs
+    position = end = done = 0  # the next position, the next token, and the vision tokens that have theirs
     for t, h, w in grid.tolist():
         sides = t, h // merge_size, w // merge_size
         start, done = int(vision[done]), done + math.prod(sides)
-        positions[end:start] = np.arange(place, place + start - end)[:, None]
-        place += start - end
+        positions[end:start] = np.arange(position, position + start - end)[:, None]
+        position += start - end
         end = start + math.prod(sides)
-        positions[start:end] = np.indices(sides).reshape(3, -1).T + place
-        place += max(sides[1:])
-    positions[end:] = np.arange(place, place + len(types) - end)[:, None]
+        positions[start:end] = np.indices(sides).reshape(3, -1).T + position
+        position += max(sides[1:])
+    positions[end:] = np.arange(position, position + len(types) - end)[:, None]
     return torch.from_numpy(positions)
 
 
@@ -1355,7 +1355,7 @@ class VQACollator:
 
         `input_ids`, `labels`, `mm_token_type_ids` and, padded on the left, `attention_mask` are int64 [B, T],
         `position_ids` int64 [3, B, T]; the tensors of frames and speech follow each other along their first dimension;
-        `vision_at`, `speech_at` and `answer_at` (see `learned_places`) are places in the flattened batch.
+        `vision_at`, `speech_at` and `answer_at` (see `answer_indices`) are indices into the flattened batch.
         """
         names = ("input_ids", "labels", "mm_token_type_ids", "position_ids")
         padded = {name: [s[name] for s in samples] for name in names if name in samples[0]}
@@ -1373,10 +1373,10 @@ class VQACollator:
         batch |= {name: torch.cat([s[name] for s in samples]) for name in self.JOINED if name in samples[0]}
         if "rows" in samples[0]:
             batch["rows"] = [index for s in samples for index in s["rows"]]
-        starts = [width * place + (longest - n if left else 0) for place, n in enumerate(lengths)]
+        starts = [width * row + (longest - n if left else 0) for row, n in enumerate(lengths)]
         for name in ("vision_at", "speech_at"):
             batch[name] = torch.cat([s[name] + start for s, start in zip(samples, starts, strict=True)])
-        batch["answer_at"] = learned_places(batch["labels"])
+        batch["answer_at"] = answer_indices(batch["labels"])
         return batch
 
 
@@ -1510,8 +1510,8 @@ class SpeechMixin:
         """Embeddings [B, T, hidden] of `input_ids` [B, T] with the encoders' outputs on their placeholders.
 
         `vision` [tokens, hidden] and `speech` [tokens, d_audio] go to `vision_at` and `speech_at` int64 [tokens],
-        places in the flattened batch from `VQACollator`. Where these are None they are looked for, for which the CPU
-        waits until the GPU has done all that it was given. ValueError where placeholders and outputs differ in number.
+        indices into the flattened batch from `VQACollator`. None: looked for, for which the CPU waits until the GPU has
+        done all that it was given. ValueError where placeholders and outputs differ in number.
         """
         embeds, config, media = self.get_input_embeddings()(input_ids), self.config, []
         if vision is not None:
@@ -1520,13 +1520,13 @@ class SpeechMixin:
             projector = self.audio_projector
             media.append(("speech", projector(speech.to(projector.weight.dtype)), speech_at, [config.audio_token_id]))
         width = input_ids.shape[1]
-        for kind, features, places, ids in media:
-            if places is None:
-                places = torch.isin(input_ids, torch.tensor(ids, device=input_ids.device)).flatten().nonzero()[:, 0]
-            if len(places) != len(features):
-                raise ValueError(f"{len(places)} {kind} placeholders but {len(features)} {kind} features")
+        for kind, features, indices, ids in media:
+            if indices is None:
+                indices = torch.isin(input_ids, torch.tensor(ids, device=input_ids.device)).flatten().nonzero()[:, 0]
+            if len(indices) != len(features):
+                raise ValueError(f"{len(indices)} {kind} placeholders but {len(features)} {kind} features")
             # Not into a flattened view, whose base torch.compile would guard: the first layer would be compiled twice.
-            embeds = embeds.index_put((places // width, places % width), features.to(embeds.dtype))
+            embeds = embeds.index_put((indices // width, indices % width), features.to(embeds.dtype))
         return embeds
 
     def forward(
@@ -1583,7 +1583,7 @@ class SpeechMixin:
             logits = self.lm_head(pick_positions(hidden, logits_to_keep))
             return CausalLMOutputWithPast(logits=logits, past_key_values=outputs.past_key_values)
         if answer_at is None:
-            answer_at = learned_places(labels)
+            answer_at = answer_indices(labels)
         logits = self.lm_head(hidden.flatten(0, 1)[answer_at]).float()
         total = F.cross_entropy(logits, labels.flatten()[answer_at + 1], reduction="sum")
         return CausalLMOutputWithPast(
@@ -1658,12 +1658,12 @@ def pick_positions(hidden: torch.Tensor, keep: int | torch.Tensor) -> torch.Tens
     return hidden[torch.arange(len(hidden), device=hidden.device)[:, None], keep] if keep.ndim == 2 else hidden[:, keep]
 
 
-def learned_places(labels: torch.Tensor) -> torch.Tensor:
-    """int64 [n]: the places in the flattened batch of `labels` [B, T] whose next token is learned."""
+def answer_indices(labels: torch.Tensor) -> torch.Tensor:
+    """int64 [n]: the indices into the flattened batch of `labels` [B, T] whose next token is learned."""
     return (F.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX) != IGNORE_INDEX).flatten().nonzero()[:, 0]
 
 
-def set_checkpointing(model: SpeechMixin, every_n: int) -> None:
+def set_recomputation(model: SpeechMixin, every_n: int) -> None:
     """Recompute every `every_n`-th layer of the decoder and of trained encoders in the backward pass; 0: none.
 
     Layers of frozen encoders take the setting without effect: they are in evaluation mode. transformers 5.17 knows no
@@ -1672,14 +1672,14 @@ def set_checkpointing(model: SpeechMixin, every_n: int) -> None:
     for layers in (model.model.language_model.layers, model.model.visual.blocks, model.audio_encoder.layers):
         for index, layer in enumerate(layers):
             layer.gradient_checkpointing = every_n > 0 and index % every_n == 0
-            layer._gradient_checkpointing_func = CHECKPOINT
+            layer._gradient_checkpointing_func = RECOMPUTE
 
 
 def compile_decoder(model: SpeechMixin) -> None:
     """Compile the decoder's layers, each by itself: they have one form, so that one compilation serves them all, and
     all lengths (a batch of one sample, and evaluation, take one more each). What cannot be compiled is an error.
 
-    After `set_checkpointing`. A layer's `forward` is replaced on the layer, since `layer.compile()` would take the
+    After `set_recomputation`. A layer's `forward` is replaced on the layer, since `layer.compile()` would take the
     checkpointing around it into the graph. Gain at full size: 1.38 x, and 0.7 x the memory (docs/PERFORMANCE.md).
     """
     torch._functorch.config.activation_memory_budget = ACTIVATION_MEMORY_BUDGET
@@ -1689,7 +1689,7 @@ def compile_decoder(model: SpeechMixin) -> None:
         plain = getattr(type(layer).forward, "__wrapped__", type(layer).forward)
         layer.forward = torch.compile(plain.__get__(layer), dynamic=True, fullgraph=True)
         if layer.gradient_checkpointing:
-            layer.forward, layer.gradient_checkpointing = partial(CHECKPOINT, layer.forward), False
+            layer.forward, layer.gradient_checkpointing = partial(RECOMPUTE, layer.forward), False
 
 
 def use_liger(model: SpeechMixin) -> None:
@@ -3332,7 +3332,7 @@ def memory_to_fit(args: ModelArguments) -> float:
     return torch.cuda.get_device_properties(0).total_memory / GIB - CUDA_CONTEXT_GIB
 
 
-def choose_checkpointing(args: ModelArguments, estimate: typing.Callable[[int], dict[str, int]]) -> int:
+def choose_recomputation(args: ModelArguments, estimate: typing.Callable[[int], dict[str, int]]) -> int:
     """`--checkpoint_every_n` as a number: for `auto` the fewest recomputed layers whose estimate fits."""
     if args.checkpoint_every_n != "auto":
         return int(args.checkpoint_every_n)
@@ -3468,7 +3468,7 @@ def plan(
     tokens = args.train_batch_size * math.ceil(lengths[-1] / multiple) * multiple
     kept_features = bool(data_args.cache_features)
     estimate = partial(estimate_memory, model, tokens, model_args, args.compute_dtype, kept_features)
-    every_n = choose_checkpointing(model_args, estimate)
+    every_n = choose_recomputation(model_args, estimate)
     if not data_args.dry_run:
         return every_n
     for name, counts in (("train", lengths), ("eval", sorted(evaluation.token_counts()) if evaluation else [])):
@@ -3548,7 +3548,7 @@ def train(
     every_n = plan(model, datasets, model_args, data_args, training_args)
     if data_args.dry_run:
         return 0
-    set_checkpointing(model, every_n)
+    set_recomputation(model, every_n)
     if model_args.compile_layers:
         compile_decoder(model)
     if model_args.use_liger_kernel:

@@ -144,7 +144,7 @@ def test_frozen_encoders_keep_no_graph(fresh, batch):
 @pytest.mark.parametrize(("every_n", "expected"), [(0, [False, False]), (1, [True, True]), (2, [True, False])])
 def test_checkpointed_layers(fresh, every_n, expected):
     model = fresh()
-    vqa.set_checkpointing(model, every_n)
+    vqa.set_recomputation(model, every_n)
     assert [layer.gradient_checkpointing for layer in model.model.language_model.layers] == expected
 
 

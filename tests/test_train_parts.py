@@ -134,7 +134,7 @@ def test_checkpointing_reaches_the_encoders_and_changes_no_gradient(build, batch
     for every_n in (0, 1):
         model, count = build(decoder, True, True).train(), []
         inside = grafted(model)
-        vqa.set_checkpointing(inside, every_n)
+        vqa.set_recomputation(inside, every_n)
         for layers in (inside.model.language_model.layers, inside.model.visual.blocks, inside.audio_encoder.layers):
             for layer in layers:
                 part = next(layer.children())  # checkpointed is what lies inside of the layer's own hooks
