@@ -1366,7 +1366,7 @@ class ArmInputs:
         self.arm, self.dataset, self.seed, self.lenders = arm, dataset, seed, lenders or {}
         self.rows, self.processor = dataset.rows, dataset.processor
         self.keys = [row_key(annotation_of(row)) for row in self.rows]
-        self.features: Any = None  # train_vqa's FeatureStore, once it is filled
+        self.feature_store: Any = None  # train_vqa's FeatureStore, once it is filled
         self.batch_size: int | None = None  # rows answered at a time; `answer_arm` sets it
 
     def row_seed(self, index: int) -> str:
@@ -1400,8 +1400,8 @@ class ArmInputs:
     def sample(self, index: int) -> Row | str:
         """Model inputs of a row without a batch dimension, or what is wrong with its media; threads may call it."""
         clip, recording = self.cacheable_media(index)
-        vision = self.features and self.features.read(clip)
-        speech_features = self.features and self.features.read(recording)
+        vision = self.feature_store and self.feature_store.read(clip)
+        speech_features = self.feature_store and self.feature_store.read(recording)
         changed, change = CONTENT_ARMS.get(self.arm, (None, None))
         try:
             frames, speech = self.read(index, with_frames=not vision, with_speech=not speech_features)
@@ -1414,7 +1414,7 @@ class ArmInputs:
             return str(error)
 
     def make_sample(self, index: int, frames: list[Any], speech: Any, *features: Any) -> Row:
-        """Model inputs of a row with these frames and this speech, or with kept features of either."""
+        """Model inputs of a row with these frames and this speech, or with cached features of either."""
         return self.processor.make_sample(self.rows[index], frames, speech, False, *features)
 
     def length(self, index: int) -> float:
@@ -1903,7 +1903,7 @@ def answer_arms(
             store = vqa.FeatureStore(args.cache_features, trained.model, trained.processor)
             store.fill(list(arms.values()), args.allow_errors)
             for inputs in arms.values():
-                inputs.features = store
+                inputs.feature_store = store
         stop.saves = True
         for arm, inputs in arms.items():
             answered += answer_arm(trained.model, inputs, files[arm], args, stop)

@@ -1282,7 +1282,7 @@ class SurgicalVQADataset(torch.utils.data.Dataset):
         self.rows, self.processor = rows, processor
         self.max_train_frames, self.max_eval_frames = max_train_frames, max_eval_frames
         self.is_eval, self.with_answer, self.numbered = is_eval, with_answer, numbered
-        self.features: FeatureStore | None = None  # once it is filled
+        self.feature_store: FeatureStore | None = None  # once it is filled
 
     def _select_frames(self, frames: Sequence) -> Sequence:
         """Those of a clip's frames that this dataset gives."""
@@ -1293,9 +1293,9 @@ class SurgicalVQADataset(torch.utils.data.Dataset):
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         row, (clip, speech_path) = self.rows[index], self.media_of(index)
-        if self.features:
-            speech_features = self.features.read(speech_path)[0] if speech_path else None
-            vision_features = self.features.read(clip)
+        if self.feature_store:
+            speech_features = self.feature_store.read(speech_path)[0] if speech_path else None
+            vision_features = self.feature_store.read(clip)
             sample = self.processor.make_sample(row, (), None, self.with_answer, vision_features, speech_features)
         else:
             frames = [load_frame(path, self.processor.max_image_size) for path in clip]
@@ -3152,7 +3152,7 @@ class RunGuard(TrainerCallback):
         if self.saved_step >= 0:
             trainer._tr_loss += self.unlogged_loss[0]
             trainer._globalstep_last_logged = self.unlogged_loss[1]
-        if trainer.train_dataset.features:
+        if trainer.train_dataset.feature_store:
             trainer.model.offload_encoders()
         if self.evaluation_due:
             self.evaluation_due = False
@@ -3271,7 +3271,7 @@ class StopAtLoss(TrainerCallback):
 
 
 def estimate_memory(
-    model: SpeechMixin, tokens: int, args: ModelArguments, dtype: torch.dtype, kept_features: bool, every_n: int
+    model: SpeechMixin, tokens: int, args: ModelArguments, dtype: torch.dtype, cached_features: bool, every_n: int
 ) -> dict[str, int]:
     """Bytes of GPU memory at the peak of training on batches of `tokens`, by what takes them; an estimate.
 
@@ -3284,7 +3284,7 @@ def estimate_memory(
     ACTIVATION_MEMORY_BUDGET), a recomputed one its input. Between layers values have the decoder's own dtype.
 
     Not counted: activations of trained encoders, and of frozen ones while they run; the logits at answer positions;
-    what --use_liger_kernel saves. `model` has its adapter, and may be on the meta device; with `kept_features` its
+    what --use_liger_kernel saves. `model` has its adapter, and may be on the meta device; with `cached_features` its
     frozen encoders are off the GPU.
     """
     text, size, adapted = model.config.text_config, dtype.itemsize, args.train_decoder == "lora"
@@ -3303,7 +3303,7 @@ def estimate_memory(
     recomputed = math.ceil(count / every_n) if every_n else 0
     kept = (count - recomputed) * layer + recomputed * stored * h + bool(recomputed) * layer
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    resting = [*model.model.visual.parameters(), *model.audio_encoder.parameters()] if kept_features else []
+    resting = [*model.model.visual.parameters(), *model.audio_encoder.parameters()] if cached_features else []
     return {
         "weights": sum(p.nbytes for p in model.parameters()) - sum(p.nbytes for p in resting),
         "gradients and optimizer": 12 * trained + (size * trained if size < 4 else 0),  # and autocast's copy
@@ -3466,8 +3466,8 @@ def plan(
     lengths = sorted(train.token_counts()) if counted else [0]
     multiple = PADDING_MULTIPLE if model_args.compile_layers else 1
     tokens = args.train_batch_size * math.ceil(lengths[-1] / multiple) * multiple
-    kept_features = bool(data_args.cache_features)
-    estimate = partial(estimate_memory, model, tokens, model_args, args.compute_dtype, kept_features)
+    cached_features = bool(data_args.cache_features)
+    estimate = partial(estimate_memory, model, tokens, model_args, args.compute_dtype, cached_features)
     every_n = choose_recomputation(model_args, estimate)
     if not data_args.dry_run:
         return every_n
@@ -3557,7 +3557,7 @@ def train(
         store = FeatureStore(data_args.cache_features, model, processor)
         store.fill([dataset for dataset in datasets if dataset])
         for dataset in filter(None, datasets):
-            dataset.features = store
+            dataset.feature_store = store
 
     # 5. Training
     settings = resolved_settings(model_args, data_args, training_args, processor, base_fingerprint, skipped)

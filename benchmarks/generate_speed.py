@@ -161,8 +161,8 @@ def measure(
     synchronize()
     clock, start = Clocked(), time.perf_counter()
     if cache:
-        inputs.features = vqa.FeatureStore(folder, model, processor)
-        inputs.features.fill([inputs])
+        inputs.feature_store = vqa.FeatureStore(folder, model, processor)
+        inputs.feature_store.fill([inputs])
     filling = time.perf_counter() - start
     if cache == "warm":
         start += filling

@@ -28,7 +28,7 @@ def fill(model, folder, source, **kwargs):
     """Fill `folder`, let the source read from it, and return it."""
     store = vqa.FeatureStore(folder, model, source.processor)
     store.fill([source], **kwargs)
-    source.features = store
+    source.feature_store = store
     return source
 
 
@@ -261,8 +261,8 @@ def test_an_arm_gets_no_cached_features_of_the_medium_that_it_changes(
         expected, name = processor.patches_of(changed[::-1])[0], "pixel_values"
     else:
         expected, name = processor.log_mel(unchanged[::-1], "")[0], "input_features"
-    main.features = new.features = vqa.FeatureStore(tmp_path, base, processor)
-    main.features.fill([main, new])
+    main.feature_store = new.feature_store = vqa.FeatureStore(tmp_path, base, processor)
+    main.feature_store.fill([main, new])
     cached, sample = main.sample(1), new.sample(1)
     assert {"vision_features", "speech_features"} <= cached.keys()
     assert torch.equal(sample[name], expected)
