@@ -1904,7 +1904,7 @@ def answer_arms(
             store.fill(list(arms.values()), args.allow_errors)
             for inputs in arms.values():
                 inputs.feature_store = store
-        stop.saves = True
+        stop.deferred = True
         for arm, inputs in arms.items():
             answered += answer_arm(trained.model, inputs, files[arm], args, stop)
             if stop.signum:

@@ -193,7 +193,8 @@ EVALUATION_DUE = "evaluation_due"  # laid beside them where a signal cut an eval
 RESUME_FILES = (SETTINGS_FILE, PROGRESS_FILE, "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json")
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 MAX_PROBLEMS_SHOWN = 20
-REMOVED_FLAGS = {
+# Flags of merge_stage2_to_bf16.py and of transformers that training does not take.
+REFUSED_FLAGS = {
     "--allow_pickle": "training reads safetensors alone; convert the model once with `python merge_stage2_to_bf16.py "
     "--stage1_model_path MODEL --output_path OUT --allow_pickle`",
     "--liger_kernel_config": "leave it out; --use_liger_kernel takes Liger's RMSNorm and SwiGLU alone, because the "
@@ -396,9 +397,9 @@ def parse_arguments(argv: Sequence[str]) -> tuple[ModelArguments, DataArguments,
         usage="%(prog)s [--FLAG VALUE ...]  (--help lists all flags)",
     )
     given = {"--" + a[2:].split("=")[0].replace("-", "_") for a in argv if a.startswith("--")}  # either spelling
-    for flag, advice in REMOVED_FLAGS.items():
-        if flag in given:
-            raise VQAError(f"{flag}: {advice}")
+    for name, advice in REFUSED_FLAGS.items():
+        if name in given:
+            raise VQAError(f"{name}: {advice}")
     parser.parse_args(argv)  # unknown flags: usage and status 2; transformers would raise
     if not torch.accelerator.is_available() and "--use_cpu" not in given:
         print("No accelerator found: training on the CPU (use_cpu).")
@@ -467,8 +468,8 @@ def refuse_contradictions(flags: SimpleNamespace, given: set[str]) -> None:
         if flags.load_in_4bit:
             raise VQAError("--load_in_4bit: 4-bit weights cannot be trained; leave it out, or --train_decoder full")
         if Path(flags.model_name_or_path).resolve() == Path(flags.output_dir).resolve():
-            trouble = "holds the base model, which the trained one would overwrite; name another folder"
-            raise VQAError(f"--output_dir {flags.output_dir}: {trouble}")
+            message = "holds the base model, which the trained one would overwrite; name another folder"
+            raise VQAError(f"--output_dir {flags.output_dir}: {message}")
 
 
 def refuse_surroundings(flags: SimpleNamespace, args: VQATrainingArguments) -> None:
@@ -964,9 +965,9 @@ class VQAProcessor:
     ):
         self.tokenizer, self.max_image_size, self.input_mode = tokenizer, max_image_size, input_mode
         self.audio_tokens, self.frame_mode = audio_tokens, frame_mode
-        for flag, choices in (("input_mode", INPUT_MODES), ("audio_tokens", AUDIO_TOKENS), ("frame_mode", FRAME_MODES)):
-            if getattr(self, flag) not in choices:
-                raise VQAError(f"--{flag} must be one of {', '.join(choices)}, not {getattr(self, flag)!r}")
+        for name, choices in (("input_mode", INPUT_MODES), ("audio_tokens", AUDIO_TOKENS), ("frame_mode", FRAME_MODES)):
+            if getattr(self, name) not in choices:
+                raise VQAError(f"--{name} must be one of {', '.join(choices)}, not {getattr(self, name)!r}")
         audio, vision = audio_config_of(config), config.vision_config
         self.encoder_tokens, self.context = audio.max_source_positions, config.text_config.max_position_embeddings
         self.merge_size = vision.spatial_merge_size
@@ -1323,8 +1324,8 @@ class SurgicalVQADataset(torch.utils.data.Dataset):
             most = processor.length(row.question, [largest] * len(frames), processor.encoder_tokens, row.answer)
             if most > context and (tokens := processor.count_tokens(row, frames)) > context:
                 text = f"{row.key} takes {tokens} tokens, more than the model's {context}; lower --max_image_size or "
-                flag = "eval" if self.is_eval else "train"
-                problems.append(Problem(row.source, (row.line,), f"{text}--max_{flag}_frames"))
+                part = "eval" if self.is_eval else "train"
+                problems.append(Problem(row.source, (row.line,), f"{text}--max_{part}_frames"))
         return problems
 
     def token_counts(self, indices: Iterable[int] | None = None) -> list[int]:
@@ -1784,10 +1785,10 @@ def load_settings(checkpoint: str | Path) -> dict:
     return settings
 
 
-def resolve_model_dir(name: str | Path, weights: bool = False, flag: str = "--model_name_or_path") -> Path:
+def resolve_model_dir(name: str | Path, weights: bool = False, flag_name: str = "--model_name_or_path") -> Path:
     """The folder of a model: `name` itself, or the snapshot of a hub id (config and tokenizer; `weights` if asked).
 
-    VQAError, which names `flag`, where it is neither a folder nor a hub id that can be fetched.
+    VQAError, which names `flag_name`, where it is neither a folder nor a hub id that can be fetched.
     """
     if Path(name).is_dir():
         return Path(name)
@@ -1796,7 +1797,7 @@ def resolve_model_dir(name: str | Path, weights: bool = False, flag: str = "--mo
         return Path(snapshot_download(str(name), allow_patterns=patterns))
     except (LocalEntryNotFoundError, HFValidationError, HfHubHTTPError, OSError) as error:
         raise VQAError(
-            f"{flag} {name}: no such folder, and not to be had from the hub ({first_line(error)}); "
+            f"{flag_name} {name}: no such folder, and not to be had from the hub ({first_line(error)}); "
             "name a folder with the model, or connect to the hub"
         ) from error
 
@@ -1938,7 +1939,7 @@ def check_attention(name: str, dtype: torch.dtype) -> None:
 
 def whisper_geometry(audio_encoder: str | Path) -> dict:
     """The geometry of the encoder of a Whisper, for `config.audio_config`; VQAError where it is another model."""
-    path = resolve_model_dir(audio_encoder, flag="--audio_encoder") / "config.json"
+    path = resolve_model_dir(audio_encoder, flag_name="--audio_encoder") / "config.json"
     whisper = read_config(path)
     if whisper.get("model_type") != "whisper":
         raise VQAError(f"--audio_encoder {path}: model_type is {whisper.get('model_type')!r}, not 'whisper'")
@@ -2179,7 +2180,7 @@ def round_weights(module: nn.Module, dtype: torch.dtype) -> None:
 def graft_encoder(model: SpeechMixin, audio_encoder: str | Path, allow_pickle: bool, seed: int) -> None:
     """Give `model` the encoder of a Whisper, every tensor accounted for, and a projector drawn from `seed` on the CPU
     with the config's `initializer_range`: the same on every device."""
-    folder = resolve_model_dir(audio_encoder, weights=True, flag="--audio_encoder")
+    folder = resolve_model_dir(audio_encoder, weights=True, flag_name="--audio_encoder")
     keys = stored_keys(folder, allow_pickle)
     prefix = next((match[0] for key in keys if (match := re.match(r"(?:model\.)?encoder\.", key))), "encoder.")
     encoder, report = read_quietly(
@@ -2375,7 +2376,7 @@ def load_adapter(model: SpeechMixin, path: str | Path, *, allow_pickle: bool = F
     config = read_adapter_config(path / "adapter_config.json")
     check_base(model, path)
     saved = {str(name).rpartition(".")[2] for name in config.get("modules_to_save") or ()}
-    encoders = {flag: name in saved for flag, name in ENCODERS.items()}
+    encoders = {encoder: name in saved for encoder, name in ENCODERS.items()}
     peft_model = add_lora(model, config["r"], config["lora_alpha"], config.get("lora_dropout", 0.0), **encoders)
     stored = {f"base_model.model.{current_name(key)}": tensor for key, tensor in tensors.items()}
     wanted = get_peft_model_state_dict(peft_model, save_embedding_layers=False)
@@ -2739,13 +2740,20 @@ class Interrupted(BaseException):
 class StopSignal:
     """Takes SIGTERM, SIGINT and SIGHUP while the `with` lasts, but those that the caller ignores (as nohup does).
 
-    Before training one of them ends the process at once, with the words `nothing`. While `saves` is True it only sets
-    `signum`, for the Trainer to finish its step and save, and says `finishing`.
+    Until `deferred` is set, a signal raises Interrupted at once, with `idle_message`. After that it only sets `signum`
+    and prints `deferred_message`; the caller stops after its step or batch.
     """
 
-    def __init__(self, finishing: str = "finishing the step and saving", nothing: str = "nothing had been trained yet"):
-        self.finishing, self.nothing = finishing, nothing
-        self.signum, self.saves, self.before = None, False, {}
+    def __init__(
+        self,
+        deferred_message: str = "finishing the step and saving",
+        idle_message: str = "nothing had been trained yet",
+    ):
+        self.deferred_message = deferred_message
+        self.idle_message = idle_message
+        self.deferred = False
+        self.signum: int | None = None
+        self.before = {}  # signal -> the handler that was there
 
     def __enter__(self) -> "StopSignal":
         for number in STOP_SIGNALS:
@@ -2759,9 +2767,10 @@ class StopSignal:
 
     def _handle(self, signum: int, _frame) -> None:
         self.signum = self.signum or signum
-        if not self.saves:
-            raise Interrupted(signum, self.nothing)
-        os.write(2, f"\n{signal.Signals(signum).name}: {self.finishing}\n".encode())  # print is not safe in a handler
+        if not self.deferred:
+            raise Interrupted(signum, self.idle_message)
+        # print is not safe in a handler
+        os.write(2, f"\n{signal.Signals(signum).name}: {self.deferred_message}\n".encode())
 
 
 @contextlib.contextmanager
@@ -2850,22 +2859,23 @@ def find_checkpoint(args: VQATrainingArguments) -> Path | None:
     True takes the newest one that is complete, and names those passed over. VQAError where the named one is not
     complete, none is, or the run would write among later checkpoints of another.
     """
-    flag, existing = args.resume_from_checkpoint, checkpoints_of(args.output_dir)
-    flag = {"true": True, "false": None}.get(flag.lower(), flag) if isinstance(flag, str) else flag
+    wanted, existing = args.resume_from_checkpoint, checkpoints_of(args.output_dir)
+    if isinstance(wanted, str):
+        wanted = {"true": True, "false": None}.get(wanted.lower(), wanted)
     chosen, damaged = None, []
-    for folder in existing.values() if flag is True else [Path(flag)] if flag else []:
+    for folder in existing.values() if wanted is True else [Path(wanted)] if wanted else []:
         damage = find_damage(folder, RESUME_FILES)
         if damage is None:
             chosen = folder
             break
         damaged.append(f"{folder}: {damage}")
-    if damaged and not chosen and flag is True:
+    if damaged and not chosen and wanted is True:
         advice = "no checkpoint is complete; move them away to start from the beginning"
         raise VQAError("\n".join([*damaged, advice]))
     if damaged and not chosen:
         raise VQAError(f"--resume_from_checkpoint {damaged[0]}; name another, or True for the newest complete one")
     print("".join(f"Passing over {text}\n" for text in damaged), end="")
-    if flag is True:
+    if wanted is True:
         if not chosen:
             print("No checkpoint to go on from; starting from the beginning.")
         return chosen
@@ -2938,7 +2948,8 @@ class VQATrainer(Trainer):
         finite, or a checkpoint cannot be read.
         """
         self.guard.resume(checkpoint)
-        self.stop_signal.saves, trouble = True, None
+        self.stop_signal.deferred = True
+        message = None
         try:
             self.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         except Interrupted:  # in an evaluation
@@ -2946,12 +2957,12 @@ class VQATrainer(Trainer):
         except VQAError:
             raise
         except Exception as error:
-            trouble = self.explain(error, checkpoint)
-        if trouble and "out of memory" in trouble:  # outside of `except`, so that the failed step's tensors are gone
+            message = self.explain(error, checkpoint)
+        if message and "out of memory" in message:  # outside of `except`, so that the failed step's tensors are gone
             accelerate.utils.memory.clear_device_cache(garbage_collection=True)
-            trouble += "; " + self.save_last_step()
-        if trouble:
-            raise VQAError(trouble)
+            message += "; " + self.save_last_step()
+        if message:
+            raise VQAError(message)
         if self.stop_signal.signum:
             raise Interrupted(self.stop_signal.signum, self.save_last_step())
 
@@ -3422,7 +3433,7 @@ def build_model(
     model = load_model(args.model_name_or_path, tokenizer, **options)
     print("✓ Model built without weights" if planned else f"✓ Model loaded in full {precision}")
     base_fingerprint = "" if planned else fingerprint(model)
-    encoders = {flag: getattr(args, f"train_{flag}") for flag in ENCODERS}
+    encoders = {encoder: getattr(args, f"train_{encoder}") for encoder in ENCODERS}
     set_seed(training_args.seed)
     if full:
         print("🧠 Training the whole decoder, without LoRA...")
