@@ -51,7 +51,7 @@ INPUT_MODES = ("audio", "audio_text", "text")
 ARMS = (*INPUT_MODES, "mismatched_audio", "silent_audio", "black_frames", "shuffled_frames", "first_frame")
 Z95 = 1.959963984540054  # 97.5 % quantile of the standard normal distribution
 SIGNIFICANCE = 0.05
-SEED_BASELINE = 0.46  # `contains`, audio + image, zero-shot, 50 clips of video 002-001: the author's figure
+ORIGINAL_BASELINE = 0.46  # `contains`, audio + image, zero-shot, 50 clips of video 002-001: the author's figure
 VIDEO_RESAMPLES = 2000
 COLLAPSE_SHARE = 0.9  # one answer for more than this share of a type is mode collapse, if the gold answers are balanced
 BALANCE_SLACK = 1.3  # balanced: the commonest of k gold answers holds at most 1.3 / k of the type's rows
@@ -697,8 +697,8 @@ def overlap_warnings(annotations: Sequence[Row], train_rows: Sequence[Row]) -> l
 
     lines = []
     for i, text in enumerate(("use a frame that training also used", "have a video and id that training also had")):
-        trained = set().union(*(parts(row)[i] for row in train_rows))
-        if count := sum(not parts(row)[i].isdisjoint(trained) for row in annotations):
+        in_training = set().union(*(parts(row)[i] for row in train_rows))
+        if count := sum(not parts(row)[i].isdisjoint(in_training) for row in annotations):
             lines.append(f"not held out: {count} of {len(annotations)} rows {text}")
     return lines
 
@@ -865,7 +865,7 @@ def leaked_words(prompt: str, question: str, constant_prompt: str) -> list[str]:
     return sorted(words(question).keys() & surplus.keys())
 
 
-def summarise_arms(main: str, rows_of: Mapping[str, Sequence[Scored]], files: Mapping[str, str]) -> Row:
+def summarise_arms(main_arm: str, rows_of: Mapping[str, Sequence[Scored]], files: Mapping[str, str]) -> Row:
     """Per arm: file, metrics, finish, and `versus`, each metric's paired comparison with the main arm (arm - main).
 
     The main arm's `versus` is None. All arms hold the same rows.
@@ -876,7 +876,9 @@ def summarise_arms(main: str, rows_of: Mapping[str, Sequence[Scored]], files: Ma
             "n_errors": finish_counts(rows)["error"],
             "metrics": accuracies(rows),
             "finish": finish_counts(rows),
-            "versus": None if arm == main else {m: paired_comparison(rows_of[main], rows, m) for m in METRICS},
+            "versus": None
+            if arm == main_arm
+            else {metric: paired_comparison(rows_of[main_arm], rows, metric) for metric in METRICS},
         }
         for arm, rows in rows_of.items()
     }
@@ -1014,7 +1016,7 @@ def render_summary(summary: Row) -> str:
         "",
         _wrap(
             f"By the seed's rule (contains): {seeds['correct']}/{n} correct = {_show(seeds['accuracy'])} %, "
-            f"95 % {_show(seeds['ci95'])}, beside the {100 * SEED_BASELINE:.0f} % baseline "
+            f"95 % {_show(seeds['ci95'])}, beside the {100 * ORIGINAL_BASELINE:.0f} % baseline "
             f"(audio + image, zero-shot, the 50 clips of 002-001)."
         ),
         _wrap(f"{finish['eos']}/{n} stopped by themselves = {_show(finish['eos'] / n)} %{unknown}."),
@@ -1045,10 +1047,10 @@ def summary_path(rows_path: str | Path) -> Path:
     return path.with_suffix(".summary.json")
 
 
-def arm_path(rows_path: str | Path, arm: str, main: str) -> Path:
+def arm_path(rows_path: str | Path, arm: str, main_arm: str) -> Path:
     """X.jsonl for the main arm, X.{arm}.jsonl for another."""
     path = Path(rows_path)
-    return path if arm == main else path.with_suffix(f".{arm}.jsonl")
+    return path if arm == main_arm else path.with_suffix(f".{arm}.jsonl")
 
 
 @contextlib.contextmanager
@@ -1082,15 +1084,15 @@ def write_json(path: str | Path, content: Row) -> None:
 class RowFile(contextlib.AbstractContextManager):
     """A rows file that a killed run can be resumed from: for one writer, each row flushed as it comes.
 
-    `done` maps key -> row, of earlier runs with the same fingerprint and as appended; `repaired` is the number of bytes
-    of a torn last line that were cut. The fingerprint (flat, JSON values: model, data, prompt, decoding) is kept in the
-    companion X.jsonl.run.json. Raises InputError for rows of another one or without one, and for a second writer.
+    `done` maps key -> row, of earlier runs with the same settings and as appended; `repaired` is the number of bytes of
+    a truncated last line that were cut. `settings` (from `run_settings`: flat, JSON values) are kept in the companion
+    X.jsonl.run.json. Raises InputError for rows made with others or without a companion, and for a second writer.
     """
 
-    def __init__(self, path: str | Path, fingerprint: Row, *, overwrite: bool = False):
+    def __init__(self, path: str | Path, settings: Row, *, overwrite: bool = False):
         self.path, self.companion = Path(path), Path(f"{path}.run.json")
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        with contextlib.ExitStack() as closing:  # of the file, if it cannot be gone on with
+        with contextlib.ExitStack() as closing:  # of the file, if it cannot be continued
             self._file = closing.enter_context(open(self.path, "ab"))
             try:
                 fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -1101,9 +1103,9 @@ class RowFile(contextlib.AbstractContextManager):
                 self._file.truncate(0)
             content = self.path.read_bytes()
             if content:
-                self._check(fingerprint)
+                self._check(settings)
             else:
-                write_json(self.companion, fingerprint)
+                write_json(self.companion, settings)
             # A row is written with its newline in one go: what lacks one is incomplete, and is done again.
             complete = content.rfind(b"\n") + 1
             self._file.truncate(complete)
@@ -1111,8 +1113,8 @@ class RowFile(contextlib.AbstractContextManager):
             self.done = read_answer_rows(self.path)
             self._closing = closing.pop_all()
 
-    def _check(self, fingerprint: Row) -> None:
-        fingerprint = json.loads(json.dumps(fingerprint, allow_nan=False))  # as the stored one was read back
+    def _check(self, settings: Row) -> None:
+        settings = json.loads(json.dumps(settings, allow_nan=False))  # as the stored ones are read back
         again = "choose another --output_file, or start again with --overwrite"
         try:
             stored = json.loads(self.companion.read_bytes())
@@ -1122,9 +1124,9 @@ class RowFile(contextlib.AbstractContextManager):
         except ValueError as error:
             raise InputError(f"{self.companion}: not JSON ({error}); {again}") from error
         differing = [
-            f"{name} ({stored.get(name)!r} then, {fingerprint.get(name)!r} now)"
-            for name in sorted(stored.keys() | fingerprint.keys())
-            if stored.get(name) != fingerprint.get(name)
+            f"{name} ({stored.get(name)!r} then, {settings.get(name)!r} now)"
+            for name in sorted(stored.keys() | settings.keys())
+            if stored.get(name) != settings.get(name)
         ]
         if differing:
             differences = "; ".join(differing)
@@ -1167,7 +1169,7 @@ def git_state(folder: str | Path) -> Row:
         return {"commit": None, "dirty": None}
 
 
-def base_manifest(args: argparse.Namespace) -> Row:
+def base_record(args: argparse.Namespace) -> Row:
     """What can be said of any run without a model: flags, data and script hashes, Python, git state."""
     files = {name: getattr(args, name) for name in ("eval_data_path", "train_data_path")}
     files["evaluate_checkpoint.py"] = __file__
@@ -1194,9 +1196,9 @@ def score_only(args: argparse.Namespace) -> int:
     target = summary_path(args.output_file)
     predictions = match_predictions(annotations, args.output_file)
     annotations = annotations[: args.limit or None]
-    manifest = base_manifest(args)
-    manifest["sha256"]["output_file"] = sha256_file(args.output_file)
-    summary = summarise(annotations, score_rows(annotations, predictions), train_rows=train_rows, manifest=manifest)
+    record = base_record(args)
+    record["sha256"]["output_file"] = sha256_file(args.output_file)
+    summary = summarise(annotations, score_rows(annotations, predictions), train_rows=train_rows, manifest=record)
     write_json(target, summary)
     print(render_summary(summary), f"\nSummary: {target}", sep="\n")
     return 1 if summary["n_errors"] else 0
@@ -1244,7 +1246,7 @@ def load_libraries() -> None:
 
 
 @dataclass(frozen=True)
-class Checkpoint:
+class ModelChoice:
     """What --checkpoint_path or --model_name_or_path names, and how it is to answer."""
 
     path: Path | str  # for `load_trained`: folder of an adapter or of a model, or a hub id
@@ -1256,7 +1258,7 @@ class Checkpoint:
     merged: bool  # the adapter goes into the weights
 
 
-def read_checkpoint(args: argparse.Namespace, device: Any) -> Checkpoint:
+def choose_model(args: argparse.Namespace, device: Any) -> ModelChoice:
     """Find out what is to answer, before any weights load.
 
     Raises InputError for a folder without adapter or model and for flags that contradict it; VQAError for unreadable
@@ -1294,20 +1296,20 @@ def read_checkpoint(args: argparse.Namespace, device: Any) -> Checkpoint:
     if adapter and model.load_in_4bit and not args.no_merge:
         print(f"   {path}: the base is kept in 4 bits, which cannot take the adapter in; it stays unmerged")
     merged = adapter and not model.load_in_4bit and not args.no_merge
-    return Checkpoint(path, adapter, model, inputs, changes, dtype, merged)
+    return ModelChoice(path, adapter, model, inputs, changes, dtype, merged)
 
 
-def load_checkpoint(checkpoint: Checkpoint, device: Any) -> Any:
+def load_chosen_model(chosen: ModelChoice, device: Any) -> Any:
     """train_vqa's Trained: the model with its adapter in place, its processor, the fingerprint of its base."""
-    kernel = vqa.ATTENTION_KERNELS[checkpoint.model.attn_implementation]
-    precision = {"bfloat16": "BF16", "float32": "FP32"}[checkpoint.dtype]
+    kernel = vqa.ATTENTION_KERNELS[chosen.model.attn_implementation]
+    precision = {"bfloat16": "BF16", "float32": "FP32"}[chosen.dtype]
     print(f"⏳ Loading merged {precision} model with {kernel} attention...", flush=True)
     trained = vqa.load_trained(
-        checkpoint.path,
+        chosen.path,
         device=device,
-        dtype=getattr(torch, checkpoint.dtype),
-        merge=checkpoint.merged,
-        **checkpoint.changes,
+        dtype=getattr(torch, chosen.dtype),
+        merge=chosen.merged,
+        **chosen.changes,
     )
     print(f"✓ Model loaded in full {precision}", flush=True)
     return trained
@@ -1359,11 +1361,11 @@ class ArmInputs:
         dataset: SurgicalVQADataset for generation; its processor has the arm's input mode, and its rows the speech
             that the arm plays.
         seed: of shuffled frames.
-        lenders: for rows that play another row's speech, that row.
+        speech_sources: for rows that play another row's speech, that row.
     """
 
-    def __init__(self, arm: str, dataset: Any, seed: int = 0, lenders: Mapping[Key, Key] | None = None):
-        self.arm, self.dataset, self.seed, self.lenders = arm, dataset, seed, lenders or {}
+    def __init__(self, arm: str, dataset: Any, seed: int = 0, speech_sources: Mapping[Key, Key] | None = None):
+        self.arm, self.dataset, self.seed, self.speech_sources = arm, dataset, seed, speech_sources or {}
         self.rows, self.processor = dataset.rows, dataset.processor
         self.keys = [row_key(annotation_of(row)) for row in self.rows]
         self.feature_store: Any = None  # train_vqa's FeatureStore, once it is filled
@@ -1499,7 +1501,7 @@ def check_liveness(model: Any, inputs: ArmInputs) -> Row:
         question = inputs.rows[index].question
         borrowed = (media[1] for other, media in readable() if inputs.rows[other].question != question)
         moved["speech"] = distance(frames, np.resize(next(borrowed, speech[::-1]), speech.shape))
-    dead = " and ".join(path for path, by in moved.items() if by == 0)
+    dead = " and ".join(modality for modality, by in moved.items() if by == 0)
     if dead:
         raise InputError(
             f"liveness gate: with other {dead} every logit stays as it is, so {dead} cannot reach an answer; check the "
@@ -1624,7 +1626,7 @@ def on_device(batch: Row, device: Any) -> Row:
     return {name: tensor.to(device) for name, tensor in tensors.items()}
 
 
-def answer_in_memory(
+def answer_with_halving(
     samples: Iterator[Row], size: int, may_halve: bool, answer: Callable[[Iterable[Row]], list[Any]]
 ) -> tuple[list[Any], int]:
     """Answers of `samples`, `size` at a time; with `may_halve` in halves where torch is out of memory.
@@ -1694,7 +1696,7 @@ def answer_arm(model: Any, inputs: ArmInputs, file: RowFile, args: argparse.Name
     slices = [order[i : i + size] for i in range(0, len(order), size)]
     slices = [part for part in slices if any(keys[index] not in file.done for index in part)]
     tokenizer = copy.deepcopy(inputs.processor.tokenizer)  # the other one is busy in the threads below
-    decoding = tokenizer.pad_token_id, vqa.turn_end_ids(tokenizer), args.max_new_tokens
+    decoding = tokenizer.pad_token_id, vqa.stop_token_ids(tokenizer), args.max_new_tokens
     decoded = vqa.ahead(inputs.sample, itertools.chain(*slices), 2 * size)
     answered, already = 0, sum(key in file.done for key in keys)
     with contextlib.closing(decoded), tqdm(total=len(keys), initial=already, desc=inputs.arm, unit="row") as bar:
@@ -1702,7 +1704,7 @@ def answer_arm(model: Any, inputs: ArmInputs, file: RowFile, args: argparse.Name
             # Two iterators over one slice: prefill begins while the rest of it is still being decoded.
             samples, again = itertools.tee(itertools.islice(decoded, len(part)))
             usable = (sample for sample in samples if not isinstance(sample, str))
-            answers, size = answer_in_memory(usable, size, auto, lambda batch: answer_batch(model, batch, *decoding))
+            answers, size = answer_with_halving(usable, size, auto, lambda batch: answer_batch(model, batch, *decoding))
             waiting = iter(answers)
             for index, sample in zip(part, again, strict=True):
                 error = sample if isinstance(sample, str) else None
@@ -1723,7 +1725,7 @@ def written_row(
     inputs: ArmInputs, index: int, text: str | None, finish_reason: str, n_tokens: int, error: str | None
 ) -> Row:
     """One row of the output file of an arm."""
-    speech, lender = inputs.dataset.media_of(index)[1], inputs.lenders.get(inputs.keys[index])
+    speech, source = inputs.dataset.media_of(index)[1], inputs.speech_sources.get(inputs.keys[index])
     return answer_row(
         annotation_of(inputs.rows[index]),
         text,
@@ -1731,7 +1733,7 @@ def written_row(
         n_tokens=n_tokens,
         input_mode=inputs.processor.input_mode,
         audio_file=None if speech is None else str(speech),
-        **({"audio_of": key_text(lender)} if lender else {}),
+        **({"audio_of": key_text(source)} if source else {}),
         media_sha256=inputs.media_sha256(index),
         **({"error": error} if error else {}),
     )
@@ -1778,50 +1780,48 @@ def answer_and_score(args: argparse.Namespace, stop: Any) -> int:
     target = summary_path(args.output_file)
     vqa.limit_gpu_memory(args.gpu_memory_limit_gib or None)
     device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
-    checkpoint = read_checkpoint(args, device)
-    main_arm = checkpoint.inputs.input_mode
+    chosen = choose_model(args, device)
+    main_arm = chosen.inputs.input_mode
     modes = choose_arms(args, main_arm)
 
     # 2. Data: everything is found and decoded once before the weights load
-    rows_of, lenders, train_rows = read_data(args, modes, checkpoint.inputs.max_eval_frames)
+    rows_of, speech_sources, train_rows = read_data(args, modes, chosen.inputs.max_eval_frames)
     annotations = [annotation_of(row) for row in rows_of[main_arm]]
 
     # 3. Model
-    trained = load_checkpoint(checkpoint, device)
-    arms, limit = {}, checkpoint.inputs.max_eval_frames
+    trained = load_chosen_model(chosen, device)
+    arms, limit = {}, chosen.inputs.max_eval_frames
     for arm, mode in modes.items():
         processor = trained.processor.with_mode(mode)
         dataset = vqa.SurgicalVQADataset(
             rows_of[arm], processor, max_eval_frames=limit, is_eval=True, with_answer=False
         )
-        arms[arm] = ArmInputs(arm, dataset, args.seed, lenders if arm == "mismatched_audio" else {})
+        arms[arm] = ArmInputs(arm, dataset, args.seed, speech_sources if arm == "mismatched_audio" else {})
 
     # 4. Gates
     check_leaks(arms.values())
-    by_ear = [inputs for arm, inputs in arms.items() if modes[arm] != "text"]
-    moved = check_liveness(trained.model, (by_ear or [arms[main_arm]])[0])
-    figures = ", ".join(f"other {path} by {by:.3g}" for path, by in moved.items() if by is not None)
+    with_speech = [inputs for arm, inputs in arms.items() if modes[arm] != "text"]
+    moved = check_liveness(trained.model, (with_speech or [arms[main_arm]])[0])
+    figures = ", ".join(f"other {modality} by {by:.3g}" for modality, by in moved.items() if by is not None)
     leaks = "no prompt gives its question away; " if "audio" in modes.values() else ""
     print(_wrap(f"Gates passed: {leaks}logits move with {figures}"))
 
     # 5. Answers
-    fingerprints = {
-        arm: run_fingerprint(args, checkpoint, inputs, trained.base_fingerprint) for arm, inputs in arms.items()
-    }
+    settings = {arm: run_settings(args, chosen, inputs, trained.base_fingerprint) for arm, inputs in arms.items()}
     start = time.monotonic()
-    done, answered = answer_arms(args, trained, arms, fingerprints, stop)
+    done, answered = answer_arms(args, trained, arms, settings, stop)
     seconds = time.monotonic() - start
     scored = {arm: score_rows(annotations, done[arm]) for arm in arms}
     peak = torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else None
 
     # 6. Figures
-    manifest = run_manifest(args, checkpoint, arms[main_arm], fingerprints[main_arm], device)
-    manifest["gates"] = moved
-    manifest["runtime"] = {"seconds": seconds, "rows_answered": answered, "peak_gpu_memory_gib": peak}
-    manifest["runtime"]["batch_size"] = {arm: inputs.batch_size for arm, inputs in arms.items()}
+    record = run_record(args, chosen, arms[main_arm], settings[main_arm], device)
+    record["gates"] = moved
+    record["runtime"] = {"seconds": seconds, "rows_answered": answered, "peak_gpu_memory_gib": peak}
+    record["runtime"]["batch_size"] = {arm: inputs.batch_size for arm, inputs in arms.items()}
     files = {arm: arm_path(args.output_file, arm, main_arm) for arm in arms}
     in_arms = summarise_arms(main_arm, scored, {arm: path.name for arm, path in files.items()})
-    summary = summarise(annotations, scored[main_arm], train_rows=train_rows, arms=in_arms, manifest=manifest)
+    summary = summarise(annotations, scored[main_arm], train_rows=train_rows, arms=in_arms, manifest=record)
     write_json(target, summary)
     print(render_summary(summary))
     memory = "" if peak is None else f", peak GPU memory {peak:.1f} GiB"
@@ -1860,13 +1860,13 @@ def read_data(
     train_rows = None
     if args.train_data_path:
         train_rows = [annotation_of(row) for row in vqa.read_rows(args.train_data_path)]
-    lenders = {}
+    speech_sources = {}
     if "mismatched_audio" in modes:  # over the complete file: a larger --limit later leaves the pairs as they are
         pairs = pair_mismatched_audio([annotation_of(row) for row in every.values()], args.seed)
-        lenders = {key: pairs[key] for key in rows}
-    needed = [every[key] for key in dict.fromkeys((*rows, *lenders.values()))]
-    by_ear = set(modes.values()) != {"text"}
-    problems = vqa.find_media(needed, args.frames_dir, args.audio_dir if by_ear else None, args.allow_symlinks)
+        speech_sources = {key: pairs[key] for key in rows}
+    needed = [every[key] for key in dict.fromkeys((*rows, *speech_sources.values()))]
+    audio_dir = args.audio_dir if set(modes.values()) != {"text"} else None
+    problems = vqa.find_media(needed, args.frames_dir, audio_dir, args.allow_symlinks)
     vqa.raise_problems(vqa.find_shared_speech(needed))
     problems += vqa.check_media(needed)
     if not args.allow_errors:
@@ -1874,17 +1874,17 @@ def read_data(
     for problem in problems:
         print(f"{problem} (--allow_errors: counted as wrong)", file=sys.stderr)
     rows_of = {arm: list(rows.values()) for arm in modes}
-    if lenders:
+    if speech_sources:
         rows_of["mismatched_audio"] = [
-            dataclasses.replace(row, audio_path=every[lenders[key]].audio_path) for key, row in rows.items()
+            dataclasses.replace(row, audio_path=every[speech_sources[key]].audio_path) for key, row in rows.items()
         ]
     if max_eval_frames and any(len(row.frames) > max_eval_frames for row in rows.values()):
         print(f"   Using {max_eval_frames} frames (evenly sampled) to reduce eval memory")
-    return rows_of, lenders, train_rows
+    return rows_of, speech_sources, train_rows
 
 
 def answer_arms(
-    args: argparse.Namespace, trained: Any, arms: Mapping[str, ArmInputs], fingerprints: Mapping[str, Row], stop: Any
+    args: argparse.Namespace, trained: Any, arms: Mapping[str, ArmInputs], settings: Mapping[str, Row], stop: Any
 ) -> tuple[dict[str, dict[Key, Row]], int]:
     """Each arm's rows as they stand in its file, and how many of them were answered now.
 
@@ -1896,7 +1896,7 @@ def answer_arms(
         files = {}
         for arm, inputs in arms.items():
             path = arm_path(args.output_file, arm, main_arm)
-            files[arm] = stack.enter_context(RowFile(path, fingerprints[arm], overwrite=args.overwrite))
+            files[arm] = stack.enter_context(RowFile(path, settings[arm], overwrite=args.overwrite))
             check_same_media(inputs, files[arm])
         target.unlink(missing_ok=True)  # the figures of fewer rows, or of other ones
         if args.cache_features:  # after the gates, whose changed frames and speech are encoded as they come
@@ -1926,9 +1926,9 @@ def check_same_media(inputs: ArmInputs, file: RowFile) -> None:
             )
 
 
-def run_fingerprint(args: argparse.Namespace, checkpoint: Checkpoint, inputs: ArmInputs, base_fingerprint: str) -> Row:
+def run_settings(args: argparse.Namespace, chosen: ModelChoice, inputs: ArmInputs, base_fingerprint: str) -> Row:
     """What the answers of an arm depend on, as flat JSON: rows made with other values are never mixed with them."""
-    folder, processor = Path(checkpoint.path), inputs.processor
+    folder, processor = Path(chosen.path), inputs.processor
 
     def digest(name: str, wanted: bool = True) -> str | None:
         return sha256_once(folder / name) if wanted and (folder / name).is_file() else None
@@ -1937,56 +1937,54 @@ def run_fingerprint(args: argparse.Namespace, checkpoint: Checkpoint, inputs: Ar
         "arm": inputs.arm,
         "input_mode": processor.input_mode,
         "base_fingerprint": base_fingerprint,
-        "adapter_sha256": digest("adapter_model.safetensors", checkpoint.adapter),
-        "adapter_config_sha256": digest("adapter_config.json", checkpoint.adapter),
-        # The fingerprint samples the weights: too few to tell neighbouring checkpoints of a full model apart.
-        "manifest_sha256": digest(vqa.MANIFEST_FILE, not checkpoint.adapter),
-        "adapter_merged": checkpoint.merged,
-        "dtype": checkpoint.dtype,
-        "attn_implementation": checkpoint.model.attn_implementation,
+        "adapter_sha256": digest("adapter_model.safetensors", chosen.adapter),
+        "adapter_config_sha256": digest("adapter_config.json", chosen.adapter),
+        # base_fingerprint samples the weights: too few to tell neighbouring checkpoints of a full model apart.
+        "manifest_sha256": digest(vqa.MANIFEST_FILE, not chosen.adapter),
+        "adapter_merged": chosen.merged,
+        "dtype": chosen.dtype,
+        "attn_implementation": chosen.model.attn_implementation,
         "eval_data_sha256": sha256_once(Path(args.eval_data_path)),
         "prompt_sha256": hashlib.sha256(inputs.prompt("{question}").encode()).hexdigest(),
         "audio_tokens": processor.audio_tokens,
         "encoder_tokens": processor.encoder_tokens,
         "frame_mode": processor.frame_mode,
-        "max_eval_frames": checkpoint.inputs.max_eval_frames,
-        "max_image_size": checkpoint.inputs.max_image_size,
+        "max_eval_frames": chosen.inputs.max_eval_frames,
+        "max_image_size": chosen.inputs.max_image_size,
         "max_new_tokens": args.max_new_tokens,
         "seed": args.seed if inputs.arm in SEEDED_ARMS else None,
     }
 
 
-def run_manifest(
-    args: argparse.Namespace, checkpoint: Checkpoint, inputs: ArmInputs, fingerprint: Row, device: Any
-) -> Row:
-    """What a reader needs to repeat the run: `base_manifest`, and how the main arm was answered."""
-    manifest, tokenizer, model = base_manifest(args), inputs.processor.tokenizer, checkpoint.model
-    manifest["sha256"] |= {
-        "adapter": fingerprint["adapter_sha256"],
-        "prompt": fingerprint["prompt_sha256"],
+def run_record(args: argparse.Namespace, chosen: ModelChoice, inputs: ArmInputs, settings: Row, device: Any) -> Row:
+    """What a reader needs to repeat the run: `base_record`, and how the main arm was answered."""
+    record, tokenizer, model = base_record(args), inputs.processor.tokenizer, chosen.model
+    record["sha256"] |= {
+        "adapter": settings["adapter_sha256"],
+        "prompt": settings["prompt_sha256"],
         "media": hashlib.sha256("".join(map(inputs.media_sha256, range(len(inputs.rows)))).encode()).hexdigest(),
         "train_vqa.py": sha256_file(vqa.__file__),
     }
     packages = ("torch", "transformers", "peft", "pillow", "torchaudio", "soundfile")
-    shown = ("input_mode", "audio_tokens", "encoder_tokens", "frame_mode", "max_eval_frames", "max_image_size")
-    return manifest | {
+    input_fields = ("input_mode", "audio_tokens", "encoder_tokens", "frame_mode", "max_eval_frames", "max_image_size")
+    return record | {
         "versions": {name: importlib.metadata.version(name) for name in packages},
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "model": {
             "base": model.model_name_or_path,
-            "base_fingerprint": fingerprint["base_fingerprint"],
+            "base_fingerprint": settings["base_fingerprint"],
             "init": model.init,
-            "adapter": str(checkpoint.path) if checkpoint.adapter else None,
-            "adapter_merged": checkpoint.merged,
-            "dtype": checkpoint.dtype,
+            "adapter": str(chosen.path) if chosen.adapter else None,
+            "adapter_merged": chosen.merged,
+            "dtype": chosen.dtype,
             "attn_implementation": model.attn_implementation,
         },
-        "input": {name: fingerprint[name] for name in shown} | {"prompt": inputs.prompt("{question}")},
+        "input": {name: settings[name] for name in input_fields} | {"prompt": inputs.prompt("{question}")},
         "seeds": {"arms": args.seed, "init": model.init_seed if model.init == "random" else None},
         "decoding": {
             "method": "greedy",
             "max_new_tokens": args.max_new_tokens,
-            "stop_ids": vqa.turn_end_ids(tokenizer),
+            "stop_ids": vqa.stop_token_ids(tokenizer),
             "pad_id": tokenizer.pad_token_id,
             "batch_size": args.batch_size,
         },

@@ -168,7 +168,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"Writing {output}")
         vqa.write_weights(model, partial)
         base = vqa.resolve_model_dir(args.stage1_model_path)
-        vqa.write_description(model, model.processor.tokenizer, base, partial)
+        vqa.write_config_and_tokenizer(model, model.processor.tokenizer, base, partial)
         identity = vqa.fingerprint(model)
         if settings:
             write_settings(settings, output, args.dtype, identity, partial)

@@ -138,7 +138,7 @@ INSTRUCTION = "Answer the question concisely based on the visual and audio evide
 # The published stage-2 checkpoint was trained with these two as plain text, which the tokenizer splits into pieces.
 AUDIO_BOS, AUDIO_EOS = "<|audio_bos|>", "<|audio_eos|>"
 AUDIO_PAD, NEW_PAD = "<|audio_pad|>", "<|pad|>"
-TURN_ENDS = ("<|im_end|>", "<|endoftext|>")
+STOP_TOKENS = ("<|im_end|>", "<|endoftext|>")
 IGNORE_INDEX = -100  # torch's cross entropy leaves these labels out
 
 # Only the linear layers of the decoder: the same suffixes also occur in the Whisper encoder.
@@ -212,11 +212,11 @@ class VQAError(ValueError):
 def raise_problems(problems: Sequence, meaning: str = "") -> None:
     """Raise one VQAError for all `problems` (a line each up to MAX_PROBLEMS_SHOWN, the total, and what they mean)."""
     if problems:
-        shown = [str(problem) for problem in problems[:MAX_PROBLEMS_SHOWN]]
+        lines = [str(problem) for problem in problems[:MAX_PROBLEMS_SHOWN]]
         if len(problems) > 1:
             cut = f", the first {MAX_PROBLEMS_SHOWN} shown" if len(problems) > MAX_PROBLEMS_SHOWN else ""
-            shown.append(f"{len(problems)} problems in all{cut}")
-        raise VQAError("\n".join([*shown, meaning] if meaning else shown))
+            lines.append(f"{len(problems)} problems in all{cut}")
+        raise VQAError("\n".join([*lines, meaning] if meaning else lines))
 
 
 def first_line(error: Exception) -> str:
@@ -1011,11 +1011,12 @@ class VQAProcessor:
 
     def text_ids(self, question: str, answer: str | None) -> tuple[list[int], ...]:
         """Ids of the text before the speech, between speech and frames, and after the frames; and those learned."""
-        words, by_ear = self.tokenize, self.input_mode != "text"
+        words = self.tokenize
+        with_speech = self.input_mode != "text"
         asked = words(f"Question: {question}\n", split_special_tokens=True) if self.input_mode != "audio" else []
         return (
-            words("<|im_start|>user\n" + AUDIO_BOS * by_ear),
-            words(AUDIO_EOS + "\n") if by_ear else [],
+            words("<|im_start|>user\n" + AUDIO_BOS * with_speech),
+            words(AUDIO_EOS + "\n") if with_speech else [],
             asked + words(f"{INSTRUCTION}<|im_end|>\n<|im_start|>assistant\n"),
             [] if answer is None else words(answer, split_special_tokens=True) + words("<|im_end|>"),
         )
@@ -1032,8 +1033,8 @@ class VQAProcessor:
             answer: to be learned, or None for the prompt alone.
 
         Returns:
-            `input_ids`, `mm_token_type_ids` (0 text and speech, 1 image, 2 video) and `labels` (the answer and its turn
-            end; -100 elsewhere), each int64 [T]; `vision_at` and `speech_at`, int64 [n], where frames and speech go.
+            `input_ids`, `mm_token_type_ids` (0 text and speech, 1 image, 2 video) and `labels` (the answer and its
+            stop token; -100 elsewhere), each int64 [T]; `vision_at` and `speech_at`, int64 [n], where they go.
         """
         before, between, after, learned = self.text_ids(question, answer)
         speech = [self.audio_id] * audio_tokens if self.input_mode != "text" else []
@@ -1263,7 +1264,7 @@ class SurgicalVQADataset(torch.utils.data.Dataset):
         max_train_frames: frames per clip when `is_eval` is False. None: all.
         max_eval_frames: frames per clip when `is_eval` is True. None: all.
         with_answer: False leaves the answer out, for generation.
-        numbered: add `rows`, so that the Trainer can name a sample.
+        with_index: add `row_indices`, so that the Trainer can name a sample.
     """
 
     def __init__(
@@ -1276,13 +1277,13 @@ class SurgicalVQADataset(torch.utils.data.Dataset):
         max_eval_frames: int | None = None,
         is_eval: bool = False,
         with_answer: bool = True,
-        numbered: bool = False,
+        with_index: bool = False,
     ):
         if isinstance(rows, str | Path):
             rows = load_rows(rows, frames_dir, audio_dir if processor.input_mode != "text" else None)
         self.rows, self.processor = rows, processor
         self.max_train_frames, self.max_eval_frames = max_train_frames, max_eval_frames
-        self.is_eval, self.with_answer, self.numbered = is_eval, with_answer, numbered
+        self.is_eval, self.with_answer, self.with_index = is_eval, with_answer, with_index
         self.feature_store: FeatureStore | None = None  # once it is filled
 
     def _select_frames(self, frames: Sequence) -> Sequence:
@@ -1302,12 +1303,13 @@ class SurgicalVQADataset(torch.utils.data.Dataset):
             frames = [load_frame(path, self.processor.max_image_size) for path in clip]
             speech = mel_of(self.processor, speech_path, version_of(speech_path)) if speech_path else None
             sample = self.processor.make_sample(row, frames, speech, self.with_answer)
-        return {**sample, "rows": [index]} if self.numbered else sample
+        return {**sample, "row_indices": [index]} if self.with_index else sample
 
     def media_of(self, index: int) -> tuple[tuple[Path, ...], Path | None]:
         """The clip of a row, that is, the selected frames in order; and its speech, None in text mode."""
-        row, by_ear = self.rows[index], self.processor.input_mode != "text"
-        return tuple(self._select_frames(row.frame_paths)), row.audio_path if by_ear else None
+        row = self.rows[index]
+        speech = row.audio_path if self.processor.input_mode != "text" else None
+        return tuple(self._select_frames(row.frame_paths)), speech
 
     cacheable_media = media_of  # for `FeatureStore.fill`: a dataset changes neither
 
@@ -1372,8 +1374,8 @@ class VQACollator:
             joined = joined.permute(2, 0, 1) if name == "position_ids" else joined
             batch[name] = F.pad(joined, (0, width - longest), value=fill)
         batch |= {name: torch.cat([s[name] for s in samples]) for name in self.JOINED if name in samples[0]}
-        if "rows" in samples[0]:
-            batch["rows"] = [index for s in samples for index in s["rows"]]
+        if "row_indices" in samples[0]:
+            batch["row_indices"] = [index for s in samples for index in s["row_indices"]]
         starts = [width * row + (longest - n if left else 0) for row, n in enumerate(lengths)]
         for name in ("vision_at", "speech_at"):
             batch[name] = torch.cat([s[name] + start for s, start in zip(samples, starts, strict=True)])
@@ -1454,7 +1456,8 @@ class SpeechMixin:
         audio.use_cache = False  # an encoder has none, and transformers warns of it beside checkpointing
         self.audio_encoder = WhisperEncoder(audio)
         self.audio_projector = nn.Linear(audio.d_model, config.text_config.hidden_size, bias=False)
-        self.stored_rows = config.text_config.vocab_size  # `grow_embeddings` may add rows, which no file holds
+        # `grow_embeddings` may add rows, which no file holds.
+        self.stored_vocab_size = config.text_config.vocab_size
         self.trains_vision, self.trains_audio = False, False  # whether the encoders are trained: see `add_lora`
         self.post_init()
 
@@ -1640,7 +1643,7 @@ class SpeechMixin:
         for candidate in candidates:
             labelled = batch(candidate)
             log_probs[candidate] = -self(**labelled).loss.item() * len(labelled["answer_at"])
-        stopped = bool(len(ids)) and int(ids[-1]) in turn_end_ids(tokenizer)
+        stopped = bool(len(ids)) and int(ids[-1]) in stop_token_ids(tokenizer)
         return Answer(tokenizer.decode(ids, skip_special_tokens=True).strip(), len(ids), stopped, log_probs)
 
 
@@ -1849,10 +1852,10 @@ def load_tokenizer(model_name_or_path: str | Path) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def turn_end_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Every id that ends a turn, sorted: `<|im_end|>`, `<|endoftext|>` and the tokenizer's EOS."""
+def stop_token_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Every id that ends an answer, sorted: `<|im_end|>`, `<|endoftext|>` and the tokenizer's EOS."""
     vocab = tokenizer.get_vocab()
-    return sorted({vocab[token] for token in (*TURN_ENDS, tokenizer.eos_token) if token in vocab})
+    return sorted({vocab[token] for token in (*STOP_TOKENS, tokenizer.eos_token) if token in vocab})
 
 
 def grow_embeddings(model: SpeechMixin, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -1903,24 +1906,26 @@ def load_model(
     if audio_encoder:
         config.audio_config = whisper_geometry(audio_encoder)
     options = {"dtype": dtype, "attn_implementation": attn_implementation}
-    drawn, planned = init == "random", device.type == "meta"
-    folder = resolve_model_dir(model_name_or_path, weights=not (drawn or planned))
-    if not drawn and (not planned or any(folder.glob("model*.safetensors"))):
+    random_weights = init == "random"
+    on_meta = device.type == "meta"
+    folder = resolve_model_dir(model_name_or_path, weights=not (random_weights or on_meta))
+    if not random_weights and (not on_meta or any(folder.glob("model*.safetensors"))):
         model = read_model(folder, config, device, audio_encoder, load_in_4bit, allow_pickle, **options)
-    elif load_in_4bit and drawn:
+    elif load_in_4bit and random_weights:
         raise VQAError("--load_in_4bit keeps weights that are stored in 4 bits, and here none are; leave it out")
     else:
         with torch.random.fork_rng(), device:
             torch.manual_seed(seed)
             model = MODEL_CLASSES[config.model_type]._from_config(config, **options)
-    if audio_encoder and not (drawn or planned):
+    if audio_encoder and not (random_weights or on_meta):
         graft_encoder(model, audio_encoder, allow_pickle, seed)
     if attn_implementation == "sdpa":
         model.set_attn_implementation({"vision_config": FRAME_ATTENTION})
     grow_embeddings(model, tokenizer)
     # Nothing of the folder's own, such as a penalty of repetition: answers are greedy.
-    ends = {"eos_token_id": turn_end_ids(tokenizer), "pad_token_id": tokenizer.pad_token_id}
-    model.generation_config = GenerationConfig(**ends)
+    model.generation_config = GenerationConfig(
+        eos_token_id=stop_token_ids(tokenizer), pad_token_id=tokenizer.pad_token_id
+    )
     return model.requires_grad_(False).eval()
 
 
@@ -2016,7 +2021,7 @@ def name_on_disk(name: str, keys: Iterable[str]) -> str:
     return name.replace("model.language_model.", "model.").replace("model.visual.", "visual.")
 
 
-def read_quietly(model_class: type, folder: Path, **options) -> tuple[nn.Module, dict]:
+def load_with_report(model_class: type, folder: Path, **options) -> tuple[nn.Module, dict]:
     """`from_pretrained` with its report, which it only prints: tensors missing, unexpected or mis-shaped. VQAError
     where the files cannot be read."""
     printed = io.StringIO()
@@ -2075,7 +2080,7 @@ def read_model(
     if packed:
         config.quantization_config = quantization_of(folder, keys, packed, options["dtype"])
     options |= {"config": config, "key_mapping": KEY_MAPPING, "use_safetensors": bool(keys), "device_map": {"": device}}
-    model, report = read_quietly(model_class, folder, **options)
+    model, report = load_with_report(model_class, folder, **options)
     missing = report["missing_keys"]
     if audio_encoder:  # which `graft_encoder` fills
         missing = [key for key in missing if not key.startswith(("audio_encoder.", PROJECTOR))]
@@ -2183,7 +2188,7 @@ def graft_encoder(model: SpeechMixin, audio_encoder: str | Path, allow_pickle: b
     folder = resolve_model_dir(audio_encoder, weights=True, flag_name="--audio_encoder")
     keys = stored_keys(folder, allow_pickle)
     prefix = next((match[0] for key in keys if (match := re.match(r"(?:model\.)?encoder\.", key))), "encoder.")
-    encoder, report = read_quietly(
+    encoder, report = load_with_report(
         WhisperEncoder,
         folder,
         config=audio_config_of(model.config),
@@ -2225,7 +2230,7 @@ def fingerprint(model: nn.Module) -> str:
 
             tensor = dequantize_4bit(tensor.data, tensor.quant_state)
         if name.endswith(("embed_tokens.weight", "lm_head.weight")):
-            tensor = tensor[: model.stored_rows]
+            tensor = tensor[: model.stored_vocab_size]
         flat = tensor.detach().flatten()
         picked = flat[:: max(1, flat.numel() // 16)][:16].to(torch.bfloat16).float().cpu()
         digest.update(f"{name}{tuple(tensor.shape)}".encode())
@@ -2287,8 +2292,8 @@ def print_trainable_parameters(model: SpeechMixin | PeftModel) -> None:
     if isinstance(model, PeftModel):
         return model.print_trainable_parameters()
     total = sum(p.numel() for p in model.parameters())
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    print(f"trainable params: {trained:,d} || all params: {total:,d} || trainable%: {100 * trained / total:.4f}")
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    print(f"trainable params: {trainable:,d} || all params: {total:,d} || trainable%: {100 * trainable / total:.4f}")
 
 
 def skip_input_casts(model: nn.Module) -> None:
@@ -2353,15 +2358,15 @@ def check_base(model: SpeechMixin, adapter: Path) -> None:
     if wanted is None:
         print(f"   {adapter}: no {SETTINGS_FILE} there names the base it was trained on, so none was compared")
     elif wanted != (found := fingerprint(model)):
-        base = f"its base was {settings['model_name_or_path']}, name that one"
+        advice = f"its base was {settings['model_name_or_path']}, name that one"
         if settings["init"] == "random":
-            base = (
+            advice = (
                 f"its base was drawn from seed {settings['init_seed']} in {settings.get('dtype')} on "
                 f"{settings.get('init_device')}; another seed, kind of device or torch version draws other weights"
             )
         raise VQAError(
             f"{adapter}: was trained on another base than the one loaded (fingerprint {wanted[:12]}, not "
-            f"{found[:12]}); {base}"
+            f"{found[:12]}); {advice}"
         )
 
 
@@ -2471,24 +2476,28 @@ def load_trained(
             they were saved, or a base whose speech encoder makes another number of tokens than in training.
     """
     device, adapter = torch.device(device), (Path(path) / "adapter_config.json").is_file()
-    settings, base, shown = trained_settings(path, device.type, changes)
+    settings, model_settings, input_settings = trained_settings(path, device.type, changes)
     if (Path(path) / MANIFEST_FILE).is_file() and (damage := find_damage(path)):
         raise VQAError(f"{path}: {damage}; take a complete checkpoint-N")
-    drawn_on = (base.init_device or device.type) if base.init == "random" else device.type
+    drawn_on = device.type
+    if model_settings.init == "random" and model_settings.init_device:
+        drawn_on = model_settings.init_device
     if drawn_on not in ("cpu", device.type):
         raise VQAError(
             f"{path}: its random base was drawn on {drawn_on}, and {device.type} draws other numbers; evaluate it on a "
             f"machine with {drawn_on}"
         )
-    dtype = dtype or getattr(torch, base.dtype)
-    base_dtype = base_dtype or (getattr(torch, base.dtype) if adapter else dtype)
+    dtype = dtype or getattr(torch, model_settings.dtype)
+    base_dtype = base_dtype or (getattr(torch, model_settings.dtype) if adapter else dtype)
     own_tokenizer = not adapter or (Path(path) / "tokenizer.json").is_file()
-    tokenizer = load_tokenizer(path if own_tokenizer else base.model_name_or_path)
+    base = model_settings.model_name_or_path
+    tokenizer = load_tokenizer(path if own_tokenizer else base)
     names = ("init", "attn_implementation", "audio_encoder", "load_in_4bit")
-    options = {name: getattr(base, name) for name in names}
-    options |= {"seed": base.init_seed, "dtype": base_dtype, "device": drawn_on, "allow_pickle": allow_pickle}
-    model = load_model(base.model_name_or_path, tokenizer, **options)
-    identity, merged = fingerprint(model), adapter and merge and not base.load_in_4bit
+    options = {name: getattr(model_settings, name) for name in names}
+    options |= {"seed": model_settings.init_seed, "dtype": base_dtype, "device": drawn_on}
+    model = load_model(base, tokenizer, allow_pickle=allow_pickle, **options)
+    identity = fingerprint(model)
+    merged = adapter and merge and not model_settings.load_in_4bit
     if adapter:
         load_adapter(model, path, allow_pickle=allow_pickle)
     model = model.to(device).eval()
@@ -2498,12 +2507,11 @@ def load_trained(
         round_weights(part, dtype)
     if merged and dtype == torch.float32:  # after widening, so that nothing is rounded
         model = merge_adapter(model)
-    model.processor = VQAProcessor(
-        tokenizer, model.config, shown.max_image_size, shown.input_mode, shown.audio_tokens, shown.frame_mode
-    )
-    if shown.encoder_tokens not in (None, model.processor.encoder_tokens):
+    names = ("max_image_size", "input_mode", "audio_tokens", "frame_mode")
+    model.processor = VQAProcessor(tokenizer, model.config, **{name: getattr(input_settings, name) for name in names})
+    if input_settings.encoder_tokens not in (None, model.processor.encoder_tokens):
         raise VQAError(
-            f"{path}: trained with {shown.encoder_tokens} audio tokens a question, this base makes "
+            f"{path}: trained with {input_settings.encoder_tokens} audio tokens a question, this base makes "
             f"{model.processor.encoder_tokens}; name the base of the training run with --model_name_or_path"
         )
     return Trained(model, model.processor, settings, identity, merged)
@@ -2520,17 +2528,20 @@ def write_weights(model: SpeechMixin, folder: Path) -> None:
         file.chmod(folder.stat().st_mode & 0o666)  # safetensors makes files that only their owner may read
 
 
-def write_description(model: SpeechMixin, tokenizer: PreTrainedTokenizerBase, base: Path, folder: Path) -> None:
-    """Write config, generation config, tokenizer and processor files; those of `base` where it has them."""
+def write_config_and_tokenizer(
+    model: SpeechMixin, tokenizer: PreTrainedTokenizerBase, base_folder: Path, folder: Path
+) -> None:
+    """Write config, generation config, tokenizer and processor files; those of `base_folder` where it has them."""
     model.config.architectures = ["Qwen2VLForConditionalGeneration"]
     model.config.save_pretrained(folder)
     model.generation_config.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     VQAProcessor(tokenizer, model.config).image_processor.save_pretrained(folder)
     for name in COPIED_FILES:
-        if (base / name).is_file():
-            read_config(base / name) if name.endswith(".json") else None  # refuses one that asks for code
-            shutil.copyfile(base / name, folder / name)
+        if (base_folder / name).is_file():
+            if name.endswith(".json"):
+                read_config(base_folder / name)  # refuses one that asks for code
+            shutil.copyfile(base_folder / name, folder / name)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -2706,21 +2717,21 @@ def resolved_settings(
 ) -> dict:
     """All that training chose, as JSON: `model` and `input` are what evaluation repeats, the rest is for the record."""
     given = {**vars(model_args), **vars(data_args)}
-    base = {"init_seed": training_args.seed, "init_device": training_args.device.type}
-    base |= {"dtype": str(training_args.compute_dtype).removeprefix("torch."), "base_fingerprint": base_fingerprint}
-    trained = {"decoder": model_args.train_decoder, **{name: given[f"train_{name}"] for name in ENCODERS}}
+    model = given | {"init_seed": training_args.seed, "init_device": training_args.device.type}
+    model |= {"dtype": str(training_args.compute_dtype).removeprefix("torch."), "base_fingerprint": base_fingerprint}
+    trained_parts = {"decoder": model_args.train_decoder, **{name: given[f"train_{name}"] for name in ENCODERS}}
     lora = {name: given[f"lora_{name}"] for name in ("r", "alpha", "dropout")}
     packages = ("torch", "transformers", "peft", "accelerate", "pillow", "torchaudio", "soundfile")
     return {
-        "model": asdict(from_stored(ModelSettings, given | base)),
+        "model": asdict(from_stored(ModelSettings, model)),
         "input": asdict(from_stored(InputSettings, given | {"encoder_tokens": processor.encoder_tokens})),
         # Compiled layers draw dropout from other random numbers, and Liger's round otherwise.
-        "trained": trained | {name: given[name] for name in ("compile_layers", "use_liger_kernel")},
+        "trained": trained_parts | {name: given[name] for name in ("compile_layers", "use_liger_kernel")},
         "lora": lora if model_args.train_decoder == "lora" else {},
         "tokens": {
             "pad": processor.tokenizer.pad_token_id,
             "audio": processor.audio_id,
-            "turn_ends": turn_end_ids(processor.tokenizer),
+            "turn_ends": stop_token_ids(processor.tokenizer),
         },
         "data": {k: v for k, v in asdict(data_args).items() if k.endswith(("_path", "_dir", "_samples", "_features"))},
         "skipped": list(skipped),
@@ -2925,7 +2936,7 @@ class VQATrainer(Trainer):
     `_tr_loss` and `_globalstep_last_logged`, so that the logged loss goes on where the checkpoint left it.
 
     `settings` are from `resolved_settings`, `stop_signal` says when to stop. The tokenizer is saved with every
-    checkpoint; as `processing_class` it would overwrite the model's turn-end ids.
+    checkpoint; as `processing_class` it would overwrite the model's stop tokens.
     """
 
     def __init__(
@@ -2937,7 +2948,8 @@ class VQATrainer(Trainer):
         self.total_limit, self.args.save_total_limit = self.args.save_total_limit, None
         self.saving = False  # a checkpoint is being written
         self.parameter_count: int | None = None
-        self.batches: list[tuple[list[int], int, torch.Tensor | None]] = []  # rows, tokens and loss, of this step
+        # Of this step: indices of the rows, tokens and loss of each batch.
+        self.batches: list[tuple[list[int], int, torch.Tensor | None]] = []
         self.guard = RunGuard(self)
         self.add_callback(self.guard)
 
@@ -2986,16 +2998,16 @@ class VQATrainer(Trainer):
         """One line for memory or disk that ran out, or a checkpoint that cannot be read; other errors are raised."""
         reason = first_line(error)
         if accelerate.utils.memory.should_reduce_batch_size(error):
-            rows, tokens, _ = self.batches[-1] if self.batches else ([], 0, None)
+            indices, tokens, _ = self.batches[-1] if self.batches else ([], 0, None)
             part, dataset = "train", self.train_dataset
             if not self.model.training:
                 part, dataset = "eval", self.eval_dataset or self.train_dataset
-            lengths = dataset.token_counts(rows)
-            key = dataset.rows[rows[lengths.index(max(lengths))]].key if rows else "none"
+            lengths = dataset.token_counts(indices)
+            key = dataset.rows[indices[lengths.index(max(lengths))]].key if indices else "none"
             asked = re.search(r"[Tt]ried to allocate [^.]*(?:\.\d+[^.]*)?\.?", str(error))
             return (
                 f"out of memory ({(asked[0] if asked else reason).strip('. ')}) at step {self.state.global_step + 1} "
-                f"with {len(rows)} samples of {tokens} tokens, the longest {key}; lower "
+                f"with {len(indices)} samples of {tokens} tokens, the longest {key}; lower "
                 f"--per_device_{part}_batch_size, --max_{part}_frames or --max_image_size, or set "
                 "--checkpoint_every_n 1"
             )
@@ -3042,7 +3054,7 @@ class VQATrainer(Trainer):
         else:
             write_weights(self.model, folder)
             base = resolve_model_dir(self.settings["model"]["model_name_or_path"])
-            write_description(self.model, self.tokenizer, base, folder)
+            write_config_and_tokenizer(self.model, self.tokenizer, base, folder)
         (folder / SETTINGS_FILE).write_text(json.dumps(self.settings, indent=2) + "\n", encoding="utf-8")
 
     def save_final(self) -> None:
@@ -3076,14 +3088,14 @@ class VQATrainer(Trainer):
 
     def training_step(self, model: nn.Module, inputs: dict, num_items_in_batch=None) -> torch.Tensor:
         """As usual, keeping which rows and how many tokens the batch has, and its loss."""
-        self.batches.append((inputs.pop("rows", []), inputs["input_ids"].shape[1], None))
+        self.batches.append((inputs.pop("row_indices", []), inputs["input_ids"].shape[1], None))
         loss = super().training_step(model, inputs, num_items_in_batch)
         self.batches[-1] = (*self.batches[-1][:2], loss)
         return loss
 
     def prediction_step(self, model: nn.Module, inputs: dict, *args, **kwargs):
         """As usual, keeping which rows and how many tokens the batch has."""
-        self.batches = [(inputs.pop("rows", []), inputs["input_ids"].shape[1], None)]
+        self.batches = [(inputs.pop("row_indices", []), inputs["input_ids"].shape[1], None)]
         return super().prediction_step(model, inputs, *args, **kwargs)
 
     def evaluate(self, *args, **kwargs) -> dict[str, float]:
@@ -3183,7 +3195,7 @@ class RunGuard(TrainerCallback):
         bad = [i for i, value in enumerate(values[: len(batches)]) if not math.isfinite(value)]
         what = f"the loss is {values[bad[0]]}" if bad else "the gradient is not finite"
         dataset = self.trainer.train_dataset
-        rows = [dataset.rows[row] for i in bad or range(len(batches)) for row in batches[i][0]]
+        rows = [dataset.rows[index] for i in bad or range(len(batches)) for index in batches[i][0]]
         raise VQAError(
             f"step {state.global_step + 1}: {what} with {', '.join(f'{row.key} ({row.where})' for row in rows)}; "
             f"stopped before the optimizer step; {self.last_checkpoint()}; look at these samples, or start another run "
@@ -3313,11 +3325,11 @@ def estimate_memory(
     count = text.num_hidden_layers
     recomputed = math.ceil(count / every_n) if every_n else 0
     kept = (count - recomputed) * layer + recomputed * stored * h + bool(recomputed) * layer
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     resting = [*model.model.visual.parameters(), *model.audio_encoder.parameters()] if cached_features else []
     return {
         "weights": sum(p.nbytes for p in model.parameters()) - sum(p.nbytes for p in resting),
-        "gradients and optimizer": 12 * trained + (size * trained if size < 4 else 0),  # and autocast's copy
+        "gradients and optimizer": 12 * trainable + (size * trainable if size < 4 else 0),  # and autocast's copy
         "activations": tokens * (kept + 6 * f * size),  # and what the backward pass of one MLP works with
     }
 
@@ -3422,7 +3434,9 @@ def build_model(
     On the `meta` device nothing is allocated, and there is no fingerprint.
     """
     kernel, precision = ATTENTION_KERNELS[args.attn_implementation], "BF16" if training_args.bf16 else "FP32"
-    dtype, full, planned = training_args.compute_dtype, args.train_decoder == "full", str(device) == "meta"
+    dtype = training_args.compute_dtype
+    full = args.train_decoder == "full"
+    on_meta = str(device) == "meta"
     if args.use_liger_kernel and (used := load_config(args.model_name_or_path).text_config.hidden_act) != "silu":
         raise VQAError(f"--use_liger_kernel needs hidden_act 'silu', config.json has {used!r}; leave it out")
     print(f"⏳ Loading merged {precision} model with {kernel} attention...")
@@ -3431,8 +3445,8 @@ def build_model(
     options = {name: getattr(args, name) for name in names} | {"seed": training_args.seed, "device": device}
     options |= {"dtype": torch.float32 if full else dtype, "compute_dtype": dtype}
     model = load_model(args.model_name_or_path, tokenizer, **options)
-    print("✓ Model built without weights" if planned else f"✓ Model loaded in full {precision}")
-    base_fingerprint = "" if planned else fingerprint(model)
+    print("✓ Model built without weights" if on_meta else f"✓ Model loaded in full {precision}")
+    base_fingerprint = "" if on_meta else fingerprint(model)
     encoders = {encoder: getattr(args, f"train_{encoder}") for encoder in ENCODERS}
     set_seed(training_args.seed)
     if full:
@@ -3453,11 +3467,11 @@ def build_datasets(
 ) -> tuple[SurgicalVQADataset, SurgicalVQADataset | None]:
     """The datasets of training and, where there are rows, of evaluation; VQAError where a sample is too long."""
     print(f"📁 Loading Train Data: {args.train_data_path}")
-    train = SurgicalVQADataset(train_rows, processor, max_train_frames=args.max_train_frames, numbered=True)
+    train = SurgicalVQADataset(train_rows, processor, max_train_frames=args.max_train_frames, with_index=True)
     evaluation, limit = None, args.max_eval_frames
     if eval_rows:
         print(f"📁 Loading Eval Data: {args.eval_data_path}")
-        evaluation = SurgicalVQADataset(eval_rows, processor, max_eval_frames=limit, is_eval=True, numbered=True)
+        evaluation = SurgicalVQADataset(eval_rows, processor, max_eval_frames=limit, is_eval=True, with_index=True)
         if limit is not None and any(len(row.frames) > limit for row in eval_rows):
             print(f"   Using {limit} frames (evenly sampled) to reduce eval memory")
     raise_problems(train.find_too_long() + (evaluation.find_too_long() if evaluation else []))

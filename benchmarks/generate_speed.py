@@ -289,7 +289,7 @@ def main(argv: list[str] | None = None) -> None:
             if "lora_B" in name:  # zero until now, so that merging would change nothing
                 weight.normal_(std=0.01)
     model, results, failed = adapted.get_base_model(), [], {}
-    with patch.object(vqa, "turn_end_ids", lambda tokenizer: []):
+    with patch.object(vqa, "stop_token_ids", lambda tokenizer: []):
         for design in sorted(args.designs, key=lambda name: DESIGNS[name][2]):
             _, batched, merged = DESIGNS[design]
             if merged and adapted is not None:

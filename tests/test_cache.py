@@ -39,7 +39,9 @@ def names(folder, kind=""):
 
 def same(one, two):
     """Whether two samples or batches hold the same tensors, bit for bit."""
-    return same_tensors({k: v for k, v in one.items() if k != "rows"}, {k: v for k, v in two.items() if k != "rows"})
+    return same_tensors(
+        {k: v for k, v in one.items() if k != "row_indices"}, {k: v for k, v in two.items() if k != "row_indices"}
+    )
 
 
 @pytest.fixture(scope="module")
@@ -64,8 +66,8 @@ def test_cached_samples_give_the_uncached_loss_bit_for_bit(
         one, two = (vqa.VQACollator(PAD)([source[index]]) for source in (plain, cached))
         assert two.keys() - one.keys() == {"vision_features", "speech_features"}
         assert one.keys() - two.keys() == {"pixel_values", "input_features", "audio_lengths"}
-        assert all(torch.equal(one[name], two[name]) for name in one.keys() & two.keys() - {"rows"})
-        pairs.append([{name: value for name, value in batch.items() if name != "rows"} for batch in (one, two)])
+        assert all(torch.equal(one[name], two[name]) for name in one.keys() & two.keys() - {"row_indices"})
+        pairs.append([{name: value for name, value in batch.items() if name != "row_indices"} for batch in (one, two)])
         with torch.no_grad():
             losses.append([model(**batch).loss for batch in pairs[-1]])
     model.offload_encoders()

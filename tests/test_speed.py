@@ -41,7 +41,7 @@ def adapted(fresh):
 def losses_and_gradients(model, batches):
     """The loss of each batch, and the gradients of their sum by name."""
     model.train()
-    losses = [model(**{k: v for k, v in batch.items() if k != "rows"}).loss for batch in batches]
+    losses = [model(**{k: v for k, v in batch.items() if k != "row_indices"}).loss for batch in batches]
     sum(losses).backward()
     return torch.stack(losses).detach(), {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
 
