@@ -191,7 +191,8 @@ def match_predictions(annotations: Sequence[Row], path: str | Path) -> dict[Key,
                 f"{where}: id {row['id']!r} stands for {len(keys)} rows, e.g. {' and '.join(map(key_text, keys[:2]))}; "
                 f"add {' and '.join(name for name in KEY_FIELDS if name not in given)} to the prediction rows"
             )
-        key, name = keys[0], key_text(keys[0])
+        key = keys[0]
+        name = key_text(keys[0])
         if first := lines.get(key):
             raise InputError(f"{where}: a second prediction for {name}, first on line {first}; remove one")
         for part in ("question", "short_answer"):
@@ -492,9 +493,12 @@ def score_rows(annotations: Sequence[Row], predictions: Mapping[Key, Row]) -> li
     """
     scored = []
     for row in annotations:
-        key, kind, short = row_key(row), row["question_type"], row["short_answer"]
+        key = row_key(row)
+        kind = row["question_type"]
+        short = row["short_answer"]
         found = predictions.get(key)
-        text, finish = found and found["predicted_answer"], "error" if found else "missing"
+        text = found and found["predicted_answer"]
+        finish = "error" if found else "missing"
         if text is not None:
             finish = found.get("finish_reason") or "unknown"
         scored.append(Scored(key, kind, normalise(short), text, judge(text, kind, short, row["answer"]), finish))
@@ -578,7 +582,8 @@ def paired_comparison(a: Sequence[Scored], b: Sequence[Scored], metric: str) -> 
     right_a, right_b = ({row.key: row.correct[metric] for row in rows} for rows in (a, b))
     if right_a.keys() != right_b.keys():
         raise ValueError("the two sides do not hold the same rows")
-    n, counts = len(right_a), Counter((right_a[key], right_b[key]) for key in right_a)
+    n = len(right_a)
+    counts = Counter((right_a[key], right_b[key]) for key in right_a)
     both, only_a, only_b, neither = (counts[pair] for pair in itertools.product((True, False), repeat=2))
     return {
         "n": n,
@@ -602,7 +607,9 @@ def video_interval(rows: Sequence[Scored], metric: str) -> list[float] | None:
         by_video[row.key[0]].append(row.correct[metric])
     if len(by_video) < 2:
         return None
-    counts, draw, accuracies = [(sum(right), len(right)) for _, right in sorted(by_video.items())], random.Random(0), []
+    counts = [(sum(right), len(right)) for _, right in sorted(by_video.items())]
+    draw = random.Random(0)
+    accuracies = []
     for _ in range(VIDEO_RESAMPLES):
         sample = draw.choices(counts, k=len(counts))
         accuracies.append(sum(right for right, _ in sample) / sum(n for _, n in sample))
@@ -676,7 +683,8 @@ def collapse_warnings(rows: Sequence[Scored]) -> list[str]:
     """
     lines = []
     for kind, group in group_by_type(rows).items():
-        n, gold = len(group), Counter(row.gold for row in group)
+        n = len(group)
+        gold = Counter(row.gold for row in group)
         given = Counter(predicted_label(row.prediction, kind) for row in group if row.prediction is not None)
         if n < COLLAPSE_MIN_ROWS or len(gold) < 2 or not given:
             continue
@@ -772,7 +780,9 @@ def summarise(
     def figures(part: Sequence[Scored]) -> Row:
         return {"metrics": accuracies(part), "baselines": reference_lines(part, majority)}
 
-    groups, finish, everything = group_by_type(rows), finish_counts(rows), figures(rows)
+    groups = group_by_type(rows)
+    finish = finish_counts(rows)
+    everything = figures(rows)
     unknown = {
         row["question_type"] for row in annotations if not gold_option(row["question_type"], row["short_answer"])
     }
@@ -843,7 +853,8 @@ def pair_mismatched_audio(annotations: Sequence[Row], seed: int = 0) -> dict[Key
 
     pairs = {}
     for key, question in asked.items():
-        others, name = partners(key[2], question), key_text(key)
+        others = partners(key[2], question)
+        name = key_text(key)
         if not others:
             what = f"{name} has no row of another question type to borrow speech from"
             raise InputError(f"--arms mismatched_audio: {what}; evaluate more question types or drop the arm")
@@ -963,7 +974,8 @@ def types_table(by_type: Row) -> Table:
     """`choice`, `contains` and the reference lines of each question type, from the summary's `by_type`."""
     rows = []
     for kind, part in by_type.items():
-        choice, contains = part["choice"], part["contains"]["accuracy"]
+        choice = part["choice"]
+        contains = part["contains"]["accuracy"]
         cells = (kind[:25], part["n"], choice["accuracy"], _show(choice["ci95"], "-", 0), contains)
         rows.append((*cells, *(part[line] for line in REFERENCES)))
     return ("question type", "n", "choice", "95 %", "contains", "chance", "train", "test"), rows
@@ -973,7 +985,8 @@ def arms_table(arms: Row) -> Table:
     """`choice` of each arm, its paired difference to the main arm and McNemar's p, from `summarise_arms`."""
     rows = []
     for arm, part in arms.items():
-        choice, versus = part["metrics"]["choice"], ("", "", "")
+        choice = part["metrics"]["choice"]
+        versus = ("", "", "")
         if part["versus"]:
             pair = part["versus"]["choice"]
             versus = _points(pair["difference"]), _points(*pair["ci95"]), _p_text(pair["p"])
@@ -986,7 +999,8 @@ def comparison_table(pairs: Row) -> Table:
     """Metric -> `paired_comparison`, a line a metric."""
     rows = []
     for metric, pair in pairs.items():
-        difference, ends = _points(pair["difference"]), _points(*pair["ci95"])
+        difference = _points(pair["difference"])
+        ends = _points(*pair["ci95"])
         counts = (pair["only_a"], pair["only_b"], _p_text(pair["p"]))
         rows.append((metric, pair["accuracy_a"], pair["accuracy_b"], difference, ends, *counts))
     return ("metric", "A", "B", "B - A", "95 % interval", "only A", "only B", "p"), rows
@@ -999,7 +1013,9 @@ def render_arms(arms: Row) -> str:
 
 def render_summary(summary: Row) -> str:
     """The report that the terminal shows: metrics, reference lines, question types, endings, baseline, warnings."""
-    n, finish, seeds = summary["n_total"], summary["finish"], summary["metrics"]["contains"]
+    n = summary["n_total"]
+    finish = summary["finish"]
+    seeds = summary["metrics"]["contains"]
     parts = [
         f"Accuracy in %, of all {n} rows ({summary['n_errors']} failed, {summary['n_missing']} missing: wrong)",
         render_table(*metrics_table(summary["metrics"])),
@@ -1067,7 +1083,8 @@ def _writing(path: Path, content: bytes, advice: str) -> Iterator[None]:
 
 def write_json(path: str | Path, content: Row) -> None:
     """Replace a file: a reader, or a crash, finds the old or the new one complete. InputError if the disk is full."""
-    path, data = Path(path), json.dumps(content, indent=2, allow_nan=False).encode() + b"\n"
+    path = Path(path)
+    data = json.dumps(content, indent=2, allow_nan=False).encode() + b"\n"
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
@@ -1090,7 +1107,8 @@ class RowFile(contextlib.AbstractContextManager):
     """
 
     def __init__(self, path: str | Path, settings: Row, *, overwrite: bool = False):
-        self.path, self.companion = Path(path), Path(f"{path}.run.json")
+        self.path = Path(path)
+        self.companion = Path(f"{path}.run.json")
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with contextlib.ExitStack() as closing:  # of the file, if it cannot be continued
             self._file = closing.enter_context(open(self.path, "ab"))
@@ -1134,7 +1152,8 @@ class RowFile(contextlib.AbstractContextManager):
 
     def append(self, row: Row) -> None:
         """Add a row at the end, completely or not at all; it survives a kill. InputError where the disk is full."""
-        line, size = json.dumps(row, allow_nan=False).encode() + b"\n", self.path.stat().st_size
+        line = json.dumps(row, allow_nan=False).encode() + b"\n"
+        size = self.path.stat().st_size
         advice = f"the {len(self.done)} rows before it are kept; make room, then the same command goes on"
         with _writing(self.path, line, advice):
             try:
@@ -1337,7 +1356,8 @@ def first_frame(frames: list[Any], seed: str) -> list[Any]:
 
 def shuffled_frames(frames: list[Any], seed: str) -> list[Any]:
     """The frames in another order than that in time, drawn from `seed`."""
-    order, generator = list(range(len(frames))), random.Random(seed)
+    order = list(range(len(frames)))
+    generator = random.Random(seed)
     while order == sorted(order) and len(order) > 1:
         generator.shuffle(order)
     return [frames[index] for index in order]
@@ -1390,7 +1410,8 @@ class ArmInputs:
 
     def read(self, index: int, with_frames: bool = True, with_speech: bool = True) -> tuple[list[Any], Any]:
         """(frames as PIL images in the arm's order, speech float32 [n] or None); VQAError where they cannot be used."""
-        row, speech = self.rows[index], self.dataset.media_of(index)[1]
+        row = self.rows[index]
+        speech = self.dataset.media_of(index)[1]
         if len(row.frame_paths) < len(row.frames):
             raise vqa.VQAError(f"{row.where}: a frame is missing")
         if speech is None and self.processor.input_mode != "text":
@@ -1432,6 +1453,17 @@ class ArmInputs:
         frames, speech = self.dataset.media_of(index)
         digests = (sha256_once(path) for path in (*frames, speech) if path)
         return hashlib.sha256("".join(digests).encode()).hexdigest()
+
+    def origin(self, index: int) -> Row:
+        """What a row of the output file says of the inputs of its answer."""
+        _, speech = self.dataset.media_of(index)
+        source = self.speech_sources.get(self.keys[index])
+        return {
+            "input_mode": self.processor.input_mode,
+            "audio_file": None if speech is None else str(speech),
+            **({"audio_of": key_text(source)} if source else {}),
+            "media_sha256": self.media_sha256(index),
+        }
 
     def prompt(self, question: str, n_frames: int = 1) -> str:
         """The rendered prompt as it can be read: one placeholder a frame, none for speech."""
@@ -1533,12 +1565,14 @@ def answer_batch(
         for index in range(len(layers)):
             cache.update(*layers[index], index)
             layers[index] = None  # freed, so that one layer at a time is there twice
-        width, mask = max(lengths), None
+        width = max(lengths)
+        mask = None
         if min(lengths) < width:
             starts = width - torch.tensor(lengths, device=ids.device)
             mask = (torch.arange(width, device=ids.device) >= starts[:, None]).long()
         stops = torch.tensor(list(stop_ids), dtype=ids.dtype, device=ids.device)
-        ended, produced = torch.isin(ids, stops), [ids]
+        ended = torch.isin(ids, stops)
+        produced = [ids]
         while len(produced) < max_new_tokens and not ended.all():
             if mask is not None:
                 mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
@@ -1549,7 +1583,8 @@ def answer_batch(
                 past_key_values=cache,
                 use_cache=True,
             )
-            ids, positions = output.logits[:, -1].argmax(-1), positions + 1
+            ids = output.logits[:, -1].argmax(-1)
+            positions = positions + 1
             ended |= torch.isin(ids, stops)
             produced.append(ids)
     answers = []
@@ -1591,7 +1626,8 @@ def prefill(model: Any, samples: Iterable[Row], pad_token_id: int) -> tuple[list
         return [], None, None, []
 
     def aligned(layer: int, side: int) -> Any:
-        parts, width = [cache[layer][side] for cache in caches], max(lengths)
+        parts = [cache[layer][side] for cache in caches]
+        width = max(lengths)
         if min(lengths) == width:
             return torch.cat(parts)
         rows = zip(lengths, (row for part in parts for row in part), strict=True)
@@ -1633,10 +1669,11 @@ def answer_with_halving(
 
     Returns the answers, and the size that fitted. Raises torch.OutOfMemoryError where halving is over or not wanted.
     """
-    (waiting,), answers = itertools.tee(samples, 1), []
+    answers = []
     while True:
+        samples, attempt = itertools.tee(samples)  # what fails is gone through again
         try:
-            batch = answer(itertools.islice(copy.copy(waiting), size))  # a copy: what fails is gone through again
+            batch = answer(itertools.islice(attempt, size))
         except torch.OutOfMemoryError:
             if not may_halve or size == 1:
                 raise
@@ -1647,7 +1684,7 @@ def answer_with_halving(
             print(f"   The GPU memory is full: going on with batches of {size}", flush=True)
         elif batch:
             answers += batch
-            next(itertools.islice(waiting, len(batch) - 1, None))
+            next(itertools.islice(samples, len(batch) - 1, None))  # goes past the samples of the batch
         else:
             return answers, size
 
@@ -1665,7 +1702,8 @@ def choose_batch_size(model: Any, longest: int, max_new_tokens: int, limit_gib: 
         return CPU_BATCH_SIZE
     total = limit_gib * 2**30 or torch.cuda.get_device_properties(model.device).total_memory
     weights = sum(weight.nbytes for weight in model.parameters())
-    text, item = model.config.text_config, model.dtype.itemsize
+    text = model.config.text_config
+    item = model.dtype.itemsize
     head = text.hidden_size // text.num_attention_heads
     # In prefill: four activations of the MLP's width (gate, its SiLU, up, their product), and about sixteen of the
     # hidden size, of which some are float32.
@@ -1689,7 +1727,8 @@ def answer_arm(model: Any, inputs: ArmInputs, file: RowFile, args: argparse.Name
     keys = inputs.keys
     lengths = [inputs.length(index) for index in range(len(keys))]
     order = sorted(range(len(keys)), key=lambda index: -lengths[index])  # of equal ones, in the order of the data
-    size, auto = args.batch_size, args.batch_size == "auto"
+    size = args.batch_size
+    auto = args.batch_size == "auto"
     if auto:
         known = [length for length in lengths if length < math.inf]
         size = choose_batch_size(model, max(known, default=1), args.max_new_tokens, args.gpu_memory_limit_gib)
@@ -1698,7 +1737,8 @@ def answer_arm(model: Any, inputs: ArmInputs, file: RowFile, args: argparse.Name
     tokenizer = copy.deepcopy(inputs.processor.tokenizer)  # the other one is busy in the threads below
     decoding = tokenizer.pad_token_id, vqa.stop_token_ids(tokenizer), args.max_new_tokens
     decoded = vqa.ahead(inputs.sample, itertools.chain(*slices), 2 * size)
-    answered, already = 0, sum(key in file.done for key in keys)
+    answered = 0
+    already = sum(key in file.done for key in keys)
     with contextlib.closing(decoded), tqdm(total=len(keys), initial=already, desc=inputs.arm, unit="row") as bar:
         for part in slices:
             # Two iterators over one slice: prefill begins while the rest of it is still being decoded.
@@ -1712,31 +1752,16 @@ def answer_arm(model: Any, inputs: ArmInputs, file: RowFile, args: argparse.Name
                 if keys[index] in file.done:
                     continue
                 text = None if error else tokenizer.decode(ids, skip_special_tokens=True).strip()
-                file.append(written_row(inputs, index, text, finish, len(ids), error))
+                how = {"finish_reason": finish, "n_tokens": len(ids), **inputs.origin(index)}
+                if error:
+                    how["error"] = error
+                file.append(answer_row(annotation_of(inputs.rows[index]), text, **how))
                 answered += 1
                 bar.update()
             inputs.batch_size = size
             if stop and stop.signum:
                 break
     return answered
-
-
-def written_row(
-    inputs: ArmInputs, index: int, text: str | None, finish_reason: str, n_tokens: int, error: str | None
-) -> Row:
-    """One row of the output file of an arm."""
-    speech, source = inputs.dataset.media_of(index)[1], inputs.speech_sources.get(inputs.keys[index])
-    return answer_row(
-        annotation_of(inputs.rows[index]),
-        text,
-        finish_reason=finish_reason,
-        n_tokens=n_tokens,
-        input_mode=inputs.processor.input_mode,
-        audio_file=None if speech is None else str(speech),
-        **({"audio_of": key_text(source)} if source else {}),
-        media_sha256=inputs.media_sha256(index),
-        **({"error": error} if error else {}),
-    )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1790,7 +1815,8 @@ def answer_and_score(args: argparse.Namespace, stop: Any) -> int:
 
     # 3. Model
     trained = load_chosen_model(chosen, device)
-    arms, limit = {}, chosen.inputs.max_eval_frames
+    arms = {}
+    limit = chosen.inputs.max_eval_frames
     for arm, mode in modes.items():
         processor = trained.processor.with_mode(mode)
         dataset = vqa.SurgicalVQADataset(
@@ -1891,7 +1917,8 @@ def answer_arms(
     Raises InputError for files of another run or media that changed, and Interrupted where a signal left rows undone.
     """
     main_arm, *_ = arms
-    target, answered = summary_path(args.output_file), 0
+    target = summary_path(args.output_file)
+    answered = 0
     with contextlib.ExitStack() as stack:  # all of them first, so that none is refused after hours of answering another
         files = {}
         for arm, inputs in arms.items():
@@ -1928,7 +1955,8 @@ def check_same_media(inputs: ArmInputs, file: RowFile) -> None:
 
 def run_settings(args: argparse.Namespace, chosen: ModelChoice, inputs: ArmInputs, base_fingerprint: str) -> Row:
     """What the answers of an arm depend on, as flat JSON: rows made with other values are never mixed with them."""
-    folder, processor = Path(chosen.path), inputs.processor
+    folder = Path(chosen.path)
+    processor = inputs.processor
 
     def digest(name: str, wanted: bool = True) -> str | None:
         return sha256_once(folder / name) if wanted and (folder / name).is_file() else None
@@ -1958,7 +1986,9 @@ def run_settings(args: argparse.Namespace, chosen: ModelChoice, inputs: ArmInput
 
 def run_record(args: argparse.Namespace, chosen: ModelChoice, inputs: ArmInputs, settings: Row, device: Any) -> Row:
     """What a reader needs to repeat the run: `base_record`, and how the main arm was answered."""
-    record, tokenizer, model = base_record(args), inputs.processor.tokenizer, chosen.model
+    record = base_record(args)
+    tokenizer = inputs.processor.tokenizer
+    model = chosen.model
     record["sha256"] |= {
         "adapter": settings["adapter_sha256"],
         "prompt": settings["prompt_sha256"],

@@ -969,7 +969,8 @@ class VQAProcessor:
             if getattr(self, name) not in choices:
                 raise VQAError(f"--{name} must be one of {', '.join(choices)}, not {getattr(self, name)!r}")
         audio, vision = audio_config_of(config), config.vision_config
-        self.encoder_tokens, self.context = audio.max_source_positions, config.text_config.max_position_embeddings
+        self.encoder_tokens = audio.max_source_positions
+        self.context = config.text_config.max_position_embeddings
         self.merge_size = vision.spatial_merge_size
         self.image_processor = Qwen2VLImageProcessorPil(
             patch_size=vision.patch_size, temporal_patch_size=vision.temporal_patch_size, merge_size=self.merge_size
@@ -979,7 +980,8 @@ class VQAProcessor:
         self.feature_extractor = WhisperFeatureExtractor(
             feature_size=audio.num_mel_bins, sampling_rate=SAMPLE_RATE, hop_length=HOP_LENGTH, chunk_length=1
         )
-        self.feature_extractor.n_samples, self.feature_extractor.nb_max_frames = self.max_samples, mel_frames
+        self.feature_extractor.n_samples = self.max_samples
+        self.feature_extractor.nb_max_frames = mel_frames
         self.known_texts: dict[tuple[str, bool], list[int]] = {}
         self.audio_id = tokenizer.convert_tokens_to_ids(AUDIO_PAD)
         video = frame_mode == "video"
@@ -1038,13 +1040,15 @@ class VQAProcessor:
         """
         before, between, after, learned = self.text_ids(question, answer)
         speech = [self.audio_id] * audio_tokens if self.input_mode != "text" else []
-        ids, vision_at = before + speech + between, []
+        ids = before + speech + between
+        vision_at = []
         for count in vision_tokens:
             vision_at += range(len(ids) + 1, len(ids) + 1 + count)
             ids += [self.vision_ids[0], *[self.vision_id] * count, self.vision_ids[1]]
         labels = [IGNORE_INDEX] * (len(ids) + len(after)) + learned
         ids += after + learned
-        vision_at, types = torch.tensor(vision_at, dtype=torch.long), torch.zeros(len(ids), dtype=torch.long)
+        vision_at = torch.tensor(vision_at, dtype=torch.long)
+        types = torch.zeros(len(ids), dtype=torch.long)
         types[vision_at] = self.vision_type
         return {
             "input_ids": torch.tensor(ids),
@@ -1087,7 +1091,8 @@ class VQAProcessor:
         VQAError for speech longer than the encoder's window, frames that cannot be paired, or labels all or none
         masked.
         """
-        media, audio_tokens = {}, 0
+        media = {}
+        audio_tokens = 0
         if vision_features is None:
             media["pixel_values"], grid = self.patches_of(frames, f"of {row.where}")
         else:
@@ -1112,7 +1117,8 @@ class VQAProcessor:
         `pair_frames`, or VQAError, which names `source`, where the frames differ in size. The model scales the patches:
         see `scale_pixels`."""
         cut = [self.cut_patches(frame) for frame in frames]
-        pixels, grid = torch.from_numpy(np.concatenate([p for p, _ in cut])), torch.tensor([g for _, g in cut])
+        pixels = torch.from_numpy(np.concatenate([p for p, _ in cut]))
+        grid = torch.tensor([g for _, g in cut])
         if self.frame_mode == "video":
             if (grid != grid[0]).any():
                 raise VQAError(f"the frames {source} differ in size; --frame_mode video cannot pair them")
@@ -1177,7 +1183,8 @@ def pair_frames(pixels: torch.Tensor, grid: torch.Tensor) -> tuple[torch.Tensor,
 @cache
 def pixel_levels(device: torch.device, dtype: torch.dtype) -> torch.Tensor:
     """What Qwen2-VL's image processor makes of the 256 values of red, green and blue, [768]."""
-    library, every = Qwen2VLImageProcessorPil(), np.tile(np.arange(256, dtype=np.uint8), (3, 1))[..., None]
+    library = Qwen2VLImageProcessorPil()
+    every = np.tile(np.arange(256, dtype=np.uint8), (3, 1))[..., None]
     scaled = library.normalize(library.rescale(every, library.rescale_factor), library.image_mean, library.image_std)
     return torch.from_numpy(scaled.astype(np.float32).flatten()).to(device, dtype)
 
@@ -1202,7 +1209,8 @@ def mrope_positions(types: torch.Tensor, grid: torch.Tensor, merge_size: int) ->
     sample from the cache takes 2. `types` are `mm_token_type_ids` [T], `grid` int64 [frames or clips, 3] the patches in
     time, rows and columns.
     """
-    positions, vision = np.empty((len(types), 3), np.int64), np.flatnonzero(types.numpy())
+    positions = np.empty((len(types), 3), np.int64)
+    vision = np.flatnonzero(types.numpy())
     position = end = done = 0  # the next position, the next token, and the vision tokens that have theirs
     for t, h, w in grid.tolist():
         sides = t, h // merge_size, w // merge_size
@@ -1318,7 +1326,9 @@ class SurgicalVQADataset(torch.utils.data.Dataset):
 
         Headers of frames are read only where the largest frames could bring that about.
         """
-        processor, problems, context = self.processor, [], self.processor.context
+        processor = self.processor
+        problems = []
+        context = self.processor.context
         unit = processor.image_processor.patch_size * processor.merge_size
         largest = max(16, math.ceil(processor.max_image_size / unit) ** 2)  # tiny frames are scaled up to 4 x 4 tokens
         for row in self.rows:
@@ -1367,7 +1377,8 @@ class VQACollator:
         lengths = [len(ids) for ids in padded["input_ids"]]
         longest = max(lengths)
         width = math.ceil(longest / self.multiple) * self.multiple
-        batch, left = {}, self.padding_side == "left"
+        batch = {}
+        left = self.padding_side == "left"
         for name, values in padded.items():
             fill = self.FILL.get(name, self.pad_token_id)
             joined = nn.utils.rnn.pad_sequence(values, True, fill, self.padding_side)
@@ -1413,7 +1424,8 @@ def attend_within_frames(
     int32 [frames + 1] says where they begin, `max_length_q` how large the largest is. Returns [1, patches, heads, head
     size], and no weights.
     """
-    frames, patches = len(cu_seq_lens_q) - 1, query.shape[2]
+    frames = len(cu_seq_lens_q) - 1
+    patches = query.shape[2]
     sizes = [max_length_q] * frames if frames * max_length_q == patches else cu_seq_lens_q.diff().tolist()
     parts = (query, key, value)
     if len(set(sizes)) == 1:
@@ -1476,7 +1488,8 @@ class SpeechMixin:
 
     def encode_vision(self, pixel_values: torch.Tensor, grid: torch.Tensor) -> torch.Tensor:
         """What the vision encoder makes of patches, uint8 or scaled, and their grid int64 [n, 3]: [tokens, hidden]."""
-        visual, vision = self.model.visual, self.config.vision_config
+        visual = self.model.visual
+        vision = self.config.vision_config
         if pixel_values.dtype == torch.uint8:
             width = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
             pixel_values = scale_pixels(pixel_values, width, visual.dtype)
@@ -1517,7 +1530,9 @@ class SpeechMixin:
         indices into the flattened batch from `VQACollator`. None: looked for, for which the CPU waits until the GPU has
         done all that it was given. ValueError where placeholders and outputs differ in number.
         """
-        embeds, config, media = self.get_input_embeddings()(input_ids), self.config, []
+        embeds = self.get_input_embeddings()(input_ids)
+        config = self.config
+        media = []
         if vision is not None:
             media.append(("vision", vision, vision_at, [config.image_token_id, config.video_token_id]))
         if speech is not None:
@@ -1624,8 +1639,10 @@ class SpeechMixin:
         if speech is None and question is None:
             raise VQAError("answer() needs speech, a question in words, or both")
         mode = "text" if speech is None else "audio" if question is None else "audio_text"
-        processor, speech_features = self.processor.with_mode(mode), None
-        tokenizer, collate = processor.tokenizer, VQACollator(processor.tokenizer.pad_token_id)
+        processor = self.processor.with_mode(mode)
+        speech_features = None
+        tokenizer = processor.tokenizer
+        collate = VQACollator(tokenizer.pad_token_id)
         pixels, grid = processor.patches_of([shrink(frame, processor.max_image_size) for frame in frames])
         vision_features = self.encode_vision(pixels.to(self.device), grid.to(self.device)), grid
         if speech is not None:
@@ -1637,7 +1654,8 @@ class SpeechMixin:
             sample = processor.make_sample(row, (), None, answer is not None, vision_features, speech_features)
             return {name: value.to(self.device) for name, value in collate([sample]).items()}
 
-        inputs, log_probs = batch(None), {}
+        inputs = batch(None)
+        log_probs = {}
         del inputs["labels"]
         ids = self.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)[0, inputs["input_ids"].shape[1] :]
         for candidate in candidates:
@@ -1693,7 +1711,8 @@ def compile_decoder(model: SpeechMixin) -> None:
         plain = getattr(type(layer).forward, "__wrapped__", type(layer).forward)
         layer.forward = torch.compile(plain.__get__(layer), dynamic=True, fullgraph=True)
         if layer.gradient_checkpointing:
-            layer.forward, layer.gradient_checkpointing = partial(RECOMPUTE, layer.forward), False
+            layer.forward = partial(RECOMPUTE, layer.forward)
+            layer.gradient_checkpointing = False
 
 
 def use_liger(model: SpeechMixin) -> None:
@@ -1778,7 +1797,8 @@ def read_config(path: Path, kind: str = "config", advice: str = "name a folder w
 
 def load_settings(checkpoint: str | Path) -> dict:
     """The settings saved beside an adapter; VQAError where there are none, or of another kind."""
-    path, advice = Path(checkpoint) / SETTINGS_FILE, "name a folder that train_vqa.py wrote"
+    path = Path(checkpoint) / SETTINGS_FILE
+    advice = "name a folder that train_vqa.py wrote"
     settings = read_config(path, "settings", advice)
     needed = {"model": {"model_name_or_path", "init", "init_seed"}, "input": {"input_mode"}}
     for part in ("model", "input", "trained", "lora", "training", "data"):
@@ -1861,7 +1881,8 @@ def stop_token_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
 def grow_embeddings(model: SpeechMixin, tokenizer: PreTrainedTokenizerBase) -> None:
     """Add embedding and head rows for ids that have none; never shrink. New rows are the mean of the old ones, and are
     never trained, so that every load makes the same ones."""
-    rows, needed = model.get_input_embeddings().num_embeddings, max(tokenizer.get_vocab().values()) + 1
+    rows = model.get_input_embeddings().num_embeddings
+    needed = max(tokenizer.get_vocab().values()) + 1
     if needed > rows:
         model.resize_token_embeddings(needed, mean_resizing=False)
         for matrix in (model.get_input_embeddings().weight, model.get_output_embeddings().weight):
@@ -1895,7 +1916,8 @@ def load_model(
     VQAError for no weights, or missing, unexpected or mis-shaped tensors.
     """
     check_attention(attn_implementation, compute_dtype or dtype)
-    config, device = load_config(model_name_or_path), torch.device(device)
+    config = load_config(model_name_or_path)
+    device = torch.device(device)
     audio_id = tokenizer.convert_tokens_to_ids(AUDIO_PAD)
     if (getattr(config, "audio_token_id", None) or audio_id) != audio_id:
         raise VQAError(
@@ -1965,7 +1987,8 @@ def stored_keys(folder: Path, allow_pickle: bool = False) -> list[str]:
 
     VQAError for pickles without `allow_pickle`, missing or torn files, or two tensors for one parameter.
     """
-    index, files = folder / "model.safetensors.index.json", sorted(folder.glob("model*.safetensors"))
+    index = folder / "model.safetensors.index.json"
+    files = sorted(folder.glob("model*.safetensors"))
     if not files and (pickles := sorted(folder.glob("pytorch_model*.bin"))):
         return [] if allow_pickle else refuse_pickle(pickles[0], folder)
     stored = read_config(index) if index.is_file() else {"metadata": {}, "weight_map": {"": "model.safetensors"}}
@@ -2201,7 +2224,8 @@ def graft_encoder(model: SpeechMixin, audio_encoder: str | Path, allow_pickle: b
     mismatched = [(prefix + name, *shapes) for name, *shapes in report["mismatched_keys"]]
     refuse_misfits(folder, keys, missing, unexpected, mismatched)
     model.audio_encoder.load_state_dict(encoder.state_dict())
-    weight, generator = torch.empty(model.audio_projector.weight.shape), torch.Generator().manual_seed(seed)
+    weight = torch.empty(model.audio_projector.weight.shape)
+    generator = torch.Generator().manual_seed(seed)
     weight.normal_(0.0, model.config.text_config.initializer_range, generator=generator)
     model.audio_projector.weight.data.copy_(weight)
     print(f"   The speech encoder is that of {audio_encoder}")
@@ -2305,7 +2329,8 @@ def skip_input_casts(model: nn.Module) -> None:
 
 def read_adapter_config(path: Path) -> dict:
     """An adapter's config; VQAError where it asks for another computation than plain LoRA."""
-    config, plain = read_config(path), LoraConfig()
+    config = read_config(path)
+    plain = LoraConfig()
     for name, value in config.items():
         if name not in ADAPTER_FIELDS_READ and value and value != getattr(plain, name, None):
             raise VQAError(f"{path}: {name} is {value!r}, which this script does not compute; it reads plain LoRA")
@@ -2317,7 +2342,8 @@ def read_adapter_config(path: Path) -> dict:
             f"{path}: init_lora_weights {config['init_lora_weights']!r} changed the base as well; merge the adapter "
             "where it was trained, and take the merged model"
         )
-    known, saved = (PROJECTOR, *ENCODERS.values()), config.get("modules_to_save") or []
+    known = (PROJECTOR, *ENCODERS.values())
+    saved = config.get("modules_to_save") or []
     if not isinstance(saved, list) or not {str(name).rpartition(".")[2] for name in saved} <= {*known}:
         raise VQAError(f"{path}: modules_to_save is {saved!r:.80}; this reads adapters that saved {', '.join(known)}")
     return config
@@ -2329,7 +2355,8 @@ def read_adapter(path: Path, allow_pickle: bool = False) -> dict[str, torch.Tens
     VQAError for no adapter, a torn file, a pickle without `allow_pickle`, values that are not finite, or LoRA that was
     never trained.
     """
-    file, pickled = path / "adapter_model.safetensors", path / "adapter_model.bin"
+    file = path / "adapter_model.safetensors"
+    pickled = path / "adapter_model.bin"
     if not file.is_file() and pickled.is_file() and not allow_pickle:
         refuse_pickle(pickled, "BASE", path)
     if not (path / "adapter_config.json").is_file() or not (file.is_file() or pickled.is_file()):
@@ -2436,7 +2463,8 @@ def trained_settings(path: str | Path, device_type: str, changes: dict) -> tuple
         raise TypeError(f"no fields of ModelSettings or InputSettings: {', '.join(sorted(unknown))}")
     folder = resolve_model_dir(path)
     settings = load_settings(folder) if (folder / SETTINGS_FILE).is_file() else {}
-    model, inputs = settings.get("model", {}), settings.get("input", {})
+    model = settings.get("model", {})
+    inputs = settings.get("input", {})
     if not (folder / "adapter_config.json").is_file():  # weights of its own, however the base came about
         kept = ("dtype", "attn_implementation") if settings.get("trained", {}).get("decoder") == "full" else ()
         model = {name: model[name] for name in kept if name in model} | {"model_name_or_path": str(path)}
@@ -2475,7 +2503,8 @@ def load_trained(
         VQAError: as the loaders, random weights that were drawn on a device which is not here, files that are not as
             they were saved, or a base whose speech encoder makes another number of tokens than in training.
     """
-    device, adapter = torch.device(device), (Path(path) / "adapter_config.json").is_file()
+    device = torch.device(device)
+    adapter = (Path(path) / "adapter_config.json").is_file()
     settings, model_settings, input_settings = trained_settings(path, device.type, changes)
     if (Path(path) / MANIFEST_FILE).is_file() and (damage := find_damage(path)):
         raise VQAError(f"{path}: {damage}; take a complete checkpoint-N")
@@ -2560,7 +2589,8 @@ def encoder_digest(encoder: nn.Module) -> str:
 
 def feature_recipes(model: SpeechMixin, processor: VQAProcessor) -> dict[str, str]:
     """All that the features of a clip (`vision`) and of a speech (`speech`) depend on but their files, as text."""
-    kind, version = model.device.type, importlib.metadata.version
+    kind = model.device.type
+    version = importlib.metadata.version
     shared = {
         "schema": FEATURE_SCHEMA,
         "dtype": str(model.dtype),
@@ -2623,8 +2653,10 @@ class FeatureStore:
         VQAError for media that cannot be read, which `allow_errors` passes over (`read` then gives None for them), and
         for a full disk.
         """
-        start, depth = time.monotonic(), 2 * MAX_WORKERS
-        recipes, digest_of = feature_recipes(self.model, self.processor), cache(sha256_of)
+        start = time.monotonic()
+        depth = 2 * MAX_WORKERS
+        recipes = feature_recipes(self.model, self.processor)
+        digest_of = cache(sha256_of)
 
         def attempt(step: typing.Callable, medium):
             try:
@@ -2685,7 +2717,8 @@ def read_features(file: Path) -> tuple[torch.Tensor, torch.Tensor | None]:
     """What `write_features` stored, the features mapped from the file; VQAError where it is missing or damaged."""
     try:
         with safe_open(file, framework="pt") as stored:
-            features, grid = stored.get_tensor("features"), stored.metadata()["grid"]
+            features = stored.get_tensor("features")
+            grid = stored.metadata()["grid"]
         return features, torch.tensor(json.loads(grid)) if grid else None
     except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
         raise VQAError(f"{file}: damaged or gone ({error}); remove it and start again") from error
@@ -2870,7 +2903,8 @@ def find_checkpoint(args: VQATrainingArguments) -> Path | None:
     True takes the newest one that is complete, and names those passed over. VQAError where the named one is not
     complete, none is, or the run would write among later checkpoints of another.
     """
-    wanted, existing = args.resume_from_checkpoint, checkpoints_of(args.output_dir)
+    wanted = args.resume_from_checkpoint
+    existing = checkpoints_of(args.output_dir)
     if isinstance(wanted, str):
         wanted = {"true": True, "false": None}.get(wanted.lower(), wanted)
     chosen, damaged = None, []
@@ -2945,7 +2979,8 @@ class VQATrainer(Trainer):
         super().__init__(*args, **kwargs)
         self.tokenizer, self.settings, self.stop_signal = tokenizer, settings, stop_signal or StopSignal()
         # The Trainer would delete old checkpoints before the new one is complete.
-        self.total_limit, self.args.save_total_limit = self.args.save_total_limit, None
+        self.total_limit = self.args.save_total_limit
+        self.args.save_total_limit = None
         self.saving = False  # a checkpoint is being written
         self.parameter_count: int | None = None
         # Of this step: indices of the rows, tokens and loss of each batch.
@@ -2980,7 +3015,8 @@ class VQATrainer(Trainer):
 
     def save_last_step(self) -> str:
         """Save the state after the last finished step, unless that is done; returns what there is to go on from."""
-        guard, step = self.guard, self.state.global_step
+        guard = self.guard
+        step = self.state.global_step
         if not step:
             return "no step was finished, so nothing is saved"
         if guard.stepping:
@@ -3044,7 +3080,8 @@ class VQATrainer(Trainer):
         Not the Trainer's own: PEFT's `auto` would save 152,000 rows of embeddings with an adapter once a row was added,
         and `training_args.bin` is a pickle that holds the hub's token.
         """
-        self.saving, folder = True, Path(output_dir or self.args.output_dir)
+        self.saving = True
+        folder = Path(output_dir or self.args.output_dir)
         folder.mkdir(parents=True, exist_ok=True)
         for name in (MANIFEST_FILE, EVALUATION_DUE):  # of an earlier save of this step
             (folder / name).unlink(missing_ok=True)
@@ -3059,7 +3096,8 @@ class VQATrainer(Trainer):
 
     def save_final(self) -> None:
         """Save the model that training ends with: aside, then moved in, its config and manifest last."""
-        root, part = Path(self.args.output_dir), Path(self.args.output_dir) / "tmp-final"
+        root = Path(self.args.output_dir)
+        part = Path(self.args.output_dir) / "tmp-final"
         last = ("adapter_config.json", "config.json", MANIFEST_FILE)  # without these it is not taken for a model
         shutil.rmtree(part, ignore_errors=True)
         try:
@@ -3142,7 +3180,8 @@ class RunGuard(TrainerCallback):
         self.trainer = trainer
         self.saved: Path | None = None  # the last complete checkpoint, or the one that the run went on from
         self.saved_step, self.resumed, self.already_finished = -1, False, False
-        self.began, self.stepping = False, False  # a first batch was given; the optimizer is changing the weights
+        self.began = False  # a first step has begun
+        self.stepping = False  # the optimizer is changing the weights
         self.evaluation_due = False  # a signal cut one short
         self.unlogged_loss = (0.0, 0)  # the sum of losses since the last log, and the step of that log
 
@@ -3166,7 +3205,7 @@ class RunGuard(TrainerCallback):
         return f"the last complete checkpoint is {self.saved}" if self.saved else "there is no checkpoint yet"
 
     def on_step_begin(self, args, state, control, **kwargs):
-        """All that is read of a checkpoint was read."""
+        """The checkpoint is loaded; later errors are not its."""
         self.began = True
 
     def on_train_begin(self, args, state, control, **kwargs):
@@ -3204,7 +3243,8 @@ class RunGuard(TrainerCallback):
 
     def on_step_end(self, args, state, control, **kwargs):
         """After a signal: save and stop; where the epoch ends with this step, what is due then comes first."""
-        self.stepping, self.trainer.batches = False, []
+        self.stepping = False
+        self.trainer.batches = []
         if self.trainer.stop_signal.signum:
             control.should_training_stop = True
             control.should_save |= not epoch_ends(state)
@@ -3223,7 +3263,8 @@ class RunGuard(TrainerCallback):
 
     def on_save(self, args, state, control, **kwargs):
         """Complete the checkpoint, its manifest last; then those beyond --save_total_limit go, but for the best."""
-        trainer, root = self.trainer, Path(args.output_dir)
+        trainer = self.trainer
+        root = Path(args.output_dir)
         folder = root / f"checkpoint-{state.global_step}"
         progress = {"step": state.global_step, "tr_loss": trainer._tr_loss.item(), "evaluate": self.evaluation_due}
         progress["last_logged"] = trainer._globalstep_last_logged
@@ -3310,7 +3351,9 @@ def estimate_memory(
     what --use_liger_kernel saves. `model` has its adapter, and may be on the meta device; with `cached_features` its
     frozen encoders are off the GPU.
     """
-    text, size, adapted = model.config.text_config, dtype.itemsize, args.train_decoder == "lora"
+    text = model.config.text_config
+    size = dtype.itemsize
+    adapted = args.train_decoder == "lora"
     stored = model.model.language_model.norm.weight.dtype.itemsize
     h, f, r = text.hidden_size, text.intermediate_size, args.lora_r * adapted
     k = text.num_key_value_heads * h // text.num_attention_heads
@@ -3433,7 +3476,8 @@ def build_model(
 
     On the `meta` device nothing is allocated, and there is no fingerprint.
     """
-    kernel, precision = ATTENTION_KERNELS[args.attn_implementation], "BF16" if training_args.bf16 else "FP32"
+    kernel = ATTENTION_KERNELS[args.attn_implementation]
+    precision = "BF16" if training_args.bf16 else "FP32"
     dtype = training_args.compute_dtype
     full = args.train_decoder == "full"
     on_meta = str(device) == "meta"
@@ -3468,7 +3512,8 @@ def build_datasets(
     """The datasets of training and, where there are rows, of evaluation; VQAError where a sample is too long."""
     print(f"📁 Loading Train Data: {args.train_data_path}")
     train = SurgicalVQADataset(train_rows, processor, max_train_frames=args.max_train_frames, with_index=True)
-    evaluation, limit = None, args.max_eval_frames
+    evaluation = None
+    limit = args.max_eval_frames
     if eval_rows:
         print(f"📁 Loading Eval Data: {args.eval_data_path}")
         evaluation = SurgicalVQADataset(eval_rows, processor, max_eval_frames=limit, is_eval=True, with_index=True)
