@@ -51,7 +51,7 @@ INPUT_MODES = ("audio", "audio_text", "text")
 ARMS = (*INPUT_MODES, "mismatched_audio", "silent_audio", "black_frames", "shuffled_frames", "first_frame")
 Z95 = 1.959963984540054  # 97.5 % quantile of the standard normal distribution
 SIGNIFICANCE = 0.05
-SEED_BASELINE = 0.46  # `contains`, audio + image, zero-shot, 50 clips of video 002-001: the author's figure
+ORIGINAL_BASELINE = 0.46  # `contains`, audio + image, zero-shot, 50 clips of video 002-001: the author's figure
 VIDEO_RESAMPLES = 2000
 COLLAPSE_SHARE = 0.9  # one answer for more than this share of a type is mode collapse, if the gold answers are balanced
 BALANCE_SLACK = 1.3  # balanced: the commonest of k gold answers holds at most 1.3 / k of the type's rows
@@ -191,7 +191,8 @@ def match_predictions(annotations: Sequence[Row], path: str | Path) -> dict[Key,
                 f"{where}: id {row['id']!r} stands for {len(keys)} rows, e.g. {' and '.join(map(key_text, keys[:2]))}; "
                 f"add {' and '.join(name for name in KEY_FIELDS if name not in given)} to the prediction rows"
             )
-        key, name = keys[0], key_text(keys[0])
+        key = keys[0]
+        name = key_text(keys[0])
         if first := lines.get(key):
             raise InputError(f"{where}: a second prediction for {name}, first on line {first}; remove one")
         for part in ("question", "short_answer"):
@@ -492,9 +493,12 @@ def score_rows(annotations: Sequence[Row], predictions: Mapping[Key, Row]) -> li
     """
     scored = []
     for row in annotations:
-        key, kind, short = row_key(row), row["question_type"], row["short_answer"]
+        key = row_key(row)
+        kind = row["question_type"]
+        short = row["short_answer"]
         found = predictions.get(key)
-        text, finish = found and found["predicted_answer"], "error" if found else "missing"
+        text = found and found["predicted_answer"]
+        finish = "error" if found else "missing"
         if text is not None:
             finish = found.get("finish_reason") or "unknown"
         scored.append(Scored(key, kind, normalise(short), text, judge(text, kind, short, row["answer"]), finish))
@@ -578,7 +582,8 @@ def paired_comparison(a: Sequence[Scored], b: Sequence[Scored], metric: str) -> 
     right_a, right_b = ({row.key: row.correct[metric] for row in rows} for rows in (a, b))
     if right_a.keys() != right_b.keys():
         raise ValueError("the two sides do not hold the same rows")
-    n, counts = len(right_a), Counter((right_a[key], right_b[key]) for key in right_a)
+    n = len(right_a)
+    counts = Counter((right_a[key], right_b[key]) for key in right_a)
     both, only_a, only_b, neither = (counts[pair] for pair in itertools.product((True, False), repeat=2))
     return {
         "n": n,
@@ -602,7 +607,9 @@ def video_interval(rows: Sequence[Scored], metric: str) -> list[float] | None:
         by_video[row.key[0]].append(row.correct[metric])
     if len(by_video) < 2:
         return None
-    counts, draw, accuracies = [(sum(right), len(right)) for _, right in sorted(by_video.items())], random.Random(0), []
+    counts = [(sum(right), len(right)) for _, right in sorted(by_video.items())]
+    draw = random.Random(0)
+    accuracies = []
     for _ in range(VIDEO_RESAMPLES):
         sample = draw.choices(counts, k=len(counts))
         accuracies.append(sum(right for right, _ in sample) / sum(n for _, n in sample))
@@ -676,7 +683,8 @@ def collapse_warnings(rows: Sequence[Scored]) -> list[str]:
     """
     lines = []
     for kind, group in group_by_type(rows).items():
-        n, gold = len(group), Counter(row.gold for row in group)
+        n = len(group)
+        gold = Counter(row.gold for row in group)
         given = Counter(predicted_label(row.prediction, kind) for row in group if row.prediction is not None)
         if n < COLLAPSE_MIN_ROWS or len(gold) < 2 or not given:
             continue
@@ -697,8 +705,8 @@ def overlap_warnings(annotations: Sequence[Row], train_rows: Sequence[Row]) -> l
 
     lines = []
     for i, text in enumerate(("use a frame that training also used", "have a video and id that training also had")):
-        trained = set().union(*(parts(row)[i] for row in train_rows))
-        if count := sum(not parts(row)[i].isdisjoint(trained) for row in annotations):
+        in_training = set().union(*(parts(row)[i] for row in train_rows))
+        if count := sum(not parts(row)[i].isdisjoint(in_training) for row in annotations):
             lines.append(f"not held out: {count} of {len(annotations)} rows {text}")
     return lines
 
@@ -772,7 +780,9 @@ def summarise(
     def figures(part: Sequence[Scored]) -> Row:
         return {"metrics": accuracies(part), "baselines": reference_lines(part, majority)}
 
-    groups, finish, everything = group_by_type(rows), finish_counts(rows), figures(rows)
+    groups = group_by_type(rows)
+    finish = finish_counts(rows)
+    everything = figures(rows)
     unknown = {
         row["question_type"] for row in annotations if not gold_option(row["question_type"], row["short_answer"])
     }
@@ -843,7 +853,8 @@ def pair_mismatched_audio(annotations: Sequence[Row], seed: int = 0) -> dict[Key
 
     pairs = {}
     for key, question in asked.items():
-        others, name = partners(key[2], question), key_text(key)
+        others = partners(key[2], question)
+        name = key_text(key)
         if not others:
             what = f"{name} has no row of another question type to borrow speech from"
             raise InputError(f"--arms mismatched_audio: {what}; evaluate more question types or drop the arm")
@@ -865,7 +876,7 @@ def leaked_words(prompt: str, question: str, constant_prompt: str) -> list[str]:
     return sorted(words(question).keys() & surplus.keys())
 
 
-def summarise_arms(main: str, rows_of: Mapping[str, Sequence[Scored]], files: Mapping[str, str]) -> Row:
+def summarise_arms(main_arm: str, rows_of: Mapping[str, Sequence[Scored]], files: Mapping[str, str]) -> Row:
     """Per arm: file, metrics, finish, and `versus`, each metric's paired comparison with the main arm (arm - main).
 
     The main arm's `versus` is None. All arms hold the same rows.
@@ -876,7 +887,9 @@ def summarise_arms(main: str, rows_of: Mapping[str, Sequence[Scored]], files: Ma
             "n_errors": finish_counts(rows)["error"],
             "metrics": accuracies(rows),
             "finish": finish_counts(rows),
-            "versus": None if arm == main else {m: paired_comparison(rows_of[main], rows, m) for m in METRICS},
+            "versus": None
+            if arm == main_arm
+            else {metric: paired_comparison(rows_of[main_arm], rows, metric) for metric in METRICS},
         }
         for arm, rows in rows_of.items()
     }
@@ -961,7 +974,8 @@ def types_table(by_type: Row) -> Table:
     """`choice`, `contains` and the reference lines of each question type, from the summary's `by_type`."""
     rows = []
     for kind, part in by_type.items():
-        choice, contains = part["choice"], part["contains"]["accuracy"]
+        choice = part["choice"]
+        contains = part["contains"]["accuracy"]
         cells = (kind[:25], part["n"], choice["accuracy"], _show(choice["ci95"], "-", 0), contains)
         rows.append((*cells, *(part[line] for line in REFERENCES)))
     return ("question type", "n", "choice", "95 %", "contains", "chance", "train", "test"), rows
@@ -971,7 +985,8 @@ def arms_table(arms: Row) -> Table:
     """`choice` of each arm, its paired difference to the main arm and McNemar's p, from `summarise_arms`."""
     rows = []
     for arm, part in arms.items():
-        choice, versus = part["metrics"]["choice"], ("", "", "")
+        choice = part["metrics"]["choice"]
+        versus = ("", "", "")
         if part["versus"]:
             pair = part["versus"]["choice"]
             versus = _points(pair["difference"]), _points(*pair["ci95"]), _p_text(pair["p"])
@@ -984,7 +999,8 @@ def comparison_table(pairs: Row) -> Table:
     """Metric -> `paired_comparison`, a line a metric."""
     rows = []
     for metric, pair in pairs.items():
-        difference, ends = _points(pair["difference"]), _points(*pair["ci95"])
+        difference = _points(pair["difference"])
+        ends = _points(*pair["ci95"])
         counts = (pair["only_a"], pair["only_b"], _p_text(pair["p"]))
         rows.append((metric, pair["accuracy_a"], pair["accuracy_b"], difference, ends, *counts))
     return ("metric", "A", "B", "B - A", "95 % interval", "only A", "only B", "p"), rows
@@ -997,7 +1013,9 @@ def render_arms(arms: Row) -> str:
 
 def render_summary(summary: Row) -> str:
     """The report that the terminal shows: metrics, reference lines, question types, endings, baseline, warnings."""
-    n, finish, seeds = summary["n_total"], summary["finish"], summary["metrics"]["contains"]
+    n = summary["n_total"]
+    finish = summary["finish"]
+    seeds = summary["metrics"]["contains"]
     parts = [
         f"Accuracy in %, of all {n} rows ({summary['n_errors']} failed, {summary['n_missing']} missing: wrong)",
         render_table(*metrics_table(summary["metrics"])),
@@ -1014,7 +1032,7 @@ def render_summary(summary: Row) -> str:
         "",
         _wrap(
             f"By the seed's rule (contains): {seeds['correct']}/{n} correct = {_show(seeds['accuracy'])} %, "
-            f"95 % {_show(seeds['ci95'])}, beside the {100 * SEED_BASELINE:.0f} % baseline "
+            f"95 % {_show(seeds['ci95'])}, beside the {100 * ORIGINAL_BASELINE:.0f} % baseline "
             f"(audio + image, zero-shot, the 50 clips of 002-001)."
         ),
         _wrap(f"{finish['eos']}/{n} stopped by themselves = {_show(finish['eos'] / n)} %{unknown}."),
@@ -1045,10 +1063,10 @@ def summary_path(rows_path: str | Path) -> Path:
     return path.with_suffix(".summary.json")
 
 
-def arm_path(rows_path: str | Path, arm: str, main: str) -> Path:
+def arm_path(rows_path: str | Path, arm: str, main_arm: str) -> Path:
     """X.jsonl for the main arm, X.{arm}.jsonl for another."""
     path = Path(rows_path)
-    return path if arm == main else path.with_suffix(f".{arm}.jsonl")
+    return path if arm == main_arm else path.with_suffix(f".{arm}.jsonl")
 
 
 @contextlib.contextmanager
@@ -1065,7 +1083,8 @@ def _writing(path: Path, content: bytes, advice: str) -> Iterator[None]:
 
 def write_json(path: str | Path, content: Row) -> None:
     """Replace a file: a reader, or a crash, finds the old or the new one complete. InputError if the disk is full."""
-    path, data = Path(path), json.dumps(content, indent=2, allow_nan=False).encode() + b"\n"
+    path = Path(path)
+    data = json.dumps(content, indent=2, allow_nan=False).encode() + b"\n"
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
@@ -1082,15 +1101,16 @@ def write_json(path: str | Path, content: Row) -> None:
 class RowFile(contextlib.AbstractContextManager):
     """A rows file that a killed run can be resumed from: for one writer, each row flushed as it comes.
 
-    `done` maps key -> row, of earlier runs with the same fingerprint and as appended; `repaired` is the number of bytes
-    of a torn last line that were cut. The fingerprint (flat, JSON values: model, data, prompt, decoding) is kept in the
-    companion X.jsonl.run.json. Raises InputError for rows of another one or without one, and for a second writer.
+    `done` maps key -> row, of earlier runs with the same settings and as appended; `repaired` is the number of bytes of
+    a truncated last line that were cut. `settings` (from `run_settings`: flat, JSON values) are kept in the companion
+    X.jsonl.run.json. Raises InputError for rows made with others or without a companion, and for a second writer.
     """
 
-    def __init__(self, path: str | Path, fingerprint: Row, *, overwrite: bool = False):
-        self.path, self.companion = Path(path), Path(f"{path}.run.json")
+    def __init__(self, path: str | Path, settings: Row, *, overwrite: bool = False):
+        self.path = Path(path)
+        self.companion = Path(f"{path}.run.json")
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        with contextlib.ExitStack() as closing:  # of the file, if it cannot be gone on with
+        with contextlib.ExitStack() as closing:  # of the file, if it cannot be continued
             self._file = closing.enter_context(open(self.path, "ab"))
             try:
                 fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -1101,9 +1121,9 @@ class RowFile(contextlib.AbstractContextManager):
                 self._file.truncate(0)
             content = self.path.read_bytes()
             if content:
-                self._check(fingerprint)
+                self._check(settings)
             else:
-                write_json(self.companion, fingerprint)
+                write_json(self.companion, settings)
             # A row is written with its newline in one go: what lacks one is incomplete, and is done again.
             complete = content.rfind(b"\n") + 1
             self._file.truncate(complete)
@@ -1111,8 +1131,8 @@ class RowFile(contextlib.AbstractContextManager):
             self.done = read_answer_rows(self.path)
             self._closing = closing.pop_all()
 
-    def _check(self, fingerprint: Row) -> None:
-        fingerprint = json.loads(json.dumps(fingerprint, allow_nan=False))  # as the stored one was read back
+    def _check(self, settings: Row) -> None:
+        settings = json.loads(json.dumps(settings, allow_nan=False))  # as the stored ones are read back
         again = "choose another --output_file, or start again with --overwrite"
         try:
             stored = json.loads(self.companion.read_bytes())
@@ -1122,9 +1142,9 @@ class RowFile(contextlib.AbstractContextManager):
         except ValueError as error:
             raise InputError(f"{self.companion}: not JSON ({error}); {again}") from error
         differing = [
-            f"{name} ({stored.get(name)!r} then, {fingerprint.get(name)!r} now)"
-            for name in sorted(stored.keys() | fingerprint.keys())
-            if stored.get(name) != fingerprint.get(name)
+            f"{name} ({stored.get(name)!r} then, {settings.get(name)!r} now)"
+            for name in sorted(stored.keys() | settings.keys())
+            if stored.get(name) != settings.get(name)
         ]
         if differing:
             differences = "; ".join(differing)
@@ -1132,7 +1152,8 @@ class RowFile(contextlib.AbstractContextManager):
 
     def append(self, row: Row) -> None:
         """Add a row at the end, completely or not at all; it survives a kill. InputError where the disk is full."""
-        line, size = json.dumps(row, allow_nan=False).encode() + b"\n", self.path.stat().st_size
+        line = json.dumps(row, allow_nan=False).encode() + b"\n"
+        size = self.path.stat().st_size
         advice = f"the {len(self.done)} rows before it are kept; make room, then the same command goes on"
         with _writing(self.path, line, advice):
             try:
@@ -1167,7 +1188,7 @@ def git_state(folder: str | Path) -> Row:
         return {"commit": None, "dirty": None}
 
 
-def base_manifest(args: argparse.Namespace) -> Row:
+def base_record(args: argparse.Namespace) -> Row:
     """What can be said of any run without a model: flags, data and script hashes, Python, git state."""
     files = {name: getattr(args, name) for name in ("eval_data_path", "train_data_path")}
     files["evaluate_checkpoint.py"] = __file__
@@ -1194,9 +1215,9 @@ def score_only(args: argparse.Namespace) -> int:
     target = summary_path(args.output_file)
     predictions = match_predictions(annotations, args.output_file)
     annotations = annotations[: args.limit or None]
-    manifest = base_manifest(args)
-    manifest["sha256"]["output_file"] = sha256_file(args.output_file)
-    summary = summarise(annotations, score_rows(annotations, predictions), train_rows=train_rows, manifest=manifest)
+    record = base_record(args)
+    record["sha256"]["output_file"] = sha256_file(args.output_file)
+    summary = summarise(annotations, score_rows(annotations, predictions), train_rows=train_rows, manifest=record)
     write_json(target, summary)
     print(render_summary(summary), f"\nSummary: {target}", sep="\n")
     return 1 if summary["n_errors"] else 0
@@ -1244,7 +1265,7 @@ def load_libraries() -> None:
 
 
 @dataclass(frozen=True)
-class Checkpoint:
+class ModelChoice:
     """What --checkpoint_path or --model_name_or_path names, and how it is to answer."""
 
     path: Path | str  # for `load_trained`: folder of an adapter or of a model, or a hub id
@@ -1256,7 +1277,7 @@ class Checkpoint:
     merged: bool  # the adapter goes into the weights
 
 
-def read_checkpoint(args: argparse.Namespace, device: Any) -> Checkpoint:
+def choose_model(args: argparse.Namespace, device: Any) -> ModelChoice:
     """Find out what is to answer, before any weights load.
 
     Raises InputError for a folder without adapter or model and for flags that contradict it; VQAError for unreadable
@@ -1294,20 +1315,20 @@ def read_checkpoint(args: argparse.Namespace, device: Any) -> Checkpoint:
     if adapter and model.load_in_4bit and not args.no_merge:
         print(f"   {path}: the base is kept in 4 bits, which cannot take the adapter in; it stays unmerged")
     merged = adapter and not model.load_in_4bit and not args.no_merge
-    return Checkpoint(path, adapter, model, inputs, changes, dtype, merged)
+    return ModelChoice(path, adapter, model, inputs, changes, dtype, merged)
 
 
-def load_checkpoint(checkpoint: Checkpoint, device: Any) -> Any:
+def load_chosen_model(chosen: ModelChoice, device: Any) -> Any:
     """train_vqa's Trained: the model with its adapter in place, its processor, the fingerprint of its base."""
-    kernel = vqa.ATTENTION_KERNELS[checkpoint.model.attn_implementation]
-    precision = {"bfloat16": "BF16", "float32": "FP32"}[checkpoint.dtype]
+    kernel = vqa.ATTENTION_KERNELS[chosen.model.attn_implementation]
+    precision = {"bfloat16": "BF16", "float32": "FP32"}[chosen.dtype]
     print(f"⏳ Loading merged {precision} model with {kernel} attention...", flush=True)
     trained = vqa.load_trained(
-        checkpoint.path,
+        chosen.path,
         device=device,
-        dtype=getattr(torch, checkpoint.dtype),
-        merge=checkpoint.merged,
-        **checkpoint.changes,
+        dtype=getattr(torch, chosen.dtype),
+        merge=chosen.merged,
+        **chosen.changes,
     )
     print(f"✓ Model loaded in full {precision}", flush=True)
     return trained
@@ -1318,34 +1339,38 @@ def load_checkpoint(checkpoint: Checkpoint, device: Any) -> Any:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def black_frames(frames: list[Any], speech: Any, draw: str) -> tuple[list[Any], Any]:
+def black_frames(frames: list[Any], seed: str) -> list[Any]:
     """Black frames of the same size, so that the prompt stays the same token for token."""
-    return [frame.point(lambda _: 0) for frame in frames], speech
+    return [frame.point(lambda _: 0) for frame in frames]
 
 
-def silent_audio(frames: list[Any], speech: Any, draw: str) -> tuple[list[Any], Any]:
+def silent_audio(speech: Any, seed: str) -> Any:
     """Silence of the same length, so that the prompt stays the same token for token."""
-    return frames, speech * 0
+    return speech * 0
 
 
-def first_frame(frames: list[Any], speech: Any, draw: str) -> tuple[list[Any], Any]:
+def first_frame(frames: list[Any], seed: str) -> list[Any]:
     """The first frame once: the prompt is shorter by the tokens of the others."""
-    return frames[:1], speech
+    return frames[:1]
 
 
-def shuffled_frames(frames: list[Any], speech: Any, draw: str) -> tuple[list[Any], Any]:
-    """The frames in another order than that in time, drawn from `draw`."""
-    order, generator = list(range(len(frames))), random.Random(draw)
+def shuffled_frames(frames: list[Any], seed: str) -> list[Any]:
+    """The frames in another order than that in time, drawn from `seed`."""
+    order = list(range(len(frames)))
+    generator = random.Random(seed)
     while order == sorted(order) and len(order) > 1:
         generator.shuffle(order)
-    return [frames[place] for place in order], speech
+    return [frames[index] for index in order]
 
 
-# An arm is a function of frames (PIL images) and speech (float32 [n] or None) that gives them back changed. The last
-# two take the frames' paths as well, so that kept features serve them. Arms that are not listed change nothing here:
-# the input modes, and `mismatched_audio`, whose rows name another row's speech.
-CONTENT_ARMS = {"black_frames": black_frames, "silent_audio": silent_audio}
+# What an arm does to frames (PIL images) or speech (float32 [n]); `seed` is another one for each row. Arms that are not
+# listed change nothing here: the input modes, and `mismatched_audio`, whose rows name another row's speech.
+# Arms that change what the files hold: the medium, `frames` or `speech`, and the function that changes it. Features of
+# that medium are neither cached nor read from the cache.
+CONTENT_ARMS = {"black_frames": ("frames", black_frames), "silent_audio": ("speech", silent_audio)}
+# Arms that choose or order frames. Their functions also work on lists of paths, so that cached features can be used.
 ORDER_ARMS = {"first_frame": first_frame, "shuffled_frames": shuffled_frames}
+SEEDED_ARMS = ("mismatched_audio", "shuffled_frames")  # rows of these made with another --seed are not mixed
 
 
 class ArmInputs:
@@ -1356,34 +1381,37 @@ class ArmInputs:
         dataset: SurgicalVQADataset for generation; its processor has the arm's input mode, and its rows the speech
             that the arm plays.
         seed: of shuffled frames.
-        lenders: for rows that play another row's speech, that row.
+        speech_sources: for rows that play another row's speech, that row.
     """
 
-    def __init__(self, arm: str, dataset: Any, seed: int = 0, lenders: Mapping[Key, Key] | None = None):
-        self.arm, self.dataset, self.seed, self.lenders = arm, dataset, seed, lenders or {}
+    def __init__(self, arm: str, dataset: Any, seed: int = 0, speech_sources: Mapping[Key, Key] | None = None):
+        self.arm, self.dataset, self.seed, self.speech_sources = arm, dataset, seed, speech_sources or {}
         self.rows, self.processor = dataset.rows, dataset.processor
         self.keys = [row_key(annotation_of(row)) for row in self.rows]
-        self.features: Any = None  # train_vqa's FeatureStore, once it is filled
+        self.feature_store: Any = None  # train_vqa's FeatureStore, once it is filled
         self.batch_size: int | None = None  # rows answered at a time; `answer_arm` sets it
 
-    def change(self, change: Any, index: int, frames: list[Any], speech: Any) -> tuple[list[Any], Any]:
-        """Frames and speech of a row after `change`, a function of the tables above, or None."""
-        return change(frames, speech, f"{self.seed}/{self.rows[index].key}") if change else (frames, speech)
+    def row_seed(self, index: int) -> str:
+        """The seed that the functions of the tables above get for a row."""
+        return f"{self.seed}/{self.rows[index].key}"
 
     def clip(self, index: int) -> tuple[Path, ...]:
         """The files of the frames that a row shows, in the arm's order."""
         frames, _ = self.dataset.media_of(index)
-        return tuple(self.change(ORDER_ARMS.get(self.arm), index, list(frames), None)[0])
+        ordered = ORDER_ARMS.get(self.arm)
+        return tuple(ordered(list(frames), self.row_seed(index))) if ordered else frames
 
-    def media_of(self, index: int) -> tuple[tuple[Path, ...] | None, Path | None]:
+    def cacheable_media(self, index: int) -> tuple[tuple[Path, ...] | None, Path | None]:
         """The clip and the speech that the encoders get as they are in the files; None for what the arm changes."""
+        changed, _ = CONTENT_ARMS.get(self.arm, (None, None))
         complete = len(self.rows[index].frame_paths) == len(self.rows[index].frames)
-        clip = self.clip(index) if complete and self.arm != "black_frames" else None
-        return clip, None if self.arm == "silent_audio" else self.dataset.media_of(index)[1]
+        clip = self.clip(index) if complete and changed != "frames" else None
+        return clip, None if changed == "speech" else self.dataset.media_of(index)[1]
 
     def read(self, index: int, with_frames: bool = True, with_speech: bool = True) -> tuple[list[Any], Any]:
         """(frames as PIL images in the arm's order, speech float32 [n] or None); VQAError where they cannot be used."""
-        row, speech = self.rows[index], self.dataset.media_of(index)[1]
+        row = self.rows[index]
+        speech = self.dataset.media_of(index)[1]
         if len(row.frame_paths) < len(row.frames):
             raise vqa.VQAError(f"{row.where}: a frame is missing")
         if speech is None and self.processor.input_mode != "text":
@@ -1394,17 +1422,23 @@ class ArmInputs:
 
     def sample(self, index: int) -> Row | str:
         """Model inputs of a row without a batch dimension, or what is wrong with its media; threads may call it."""
-        vision, speech_features = ((self.features and self.features.read(medium)) for medium in self.media_of(index))
+        clip, recording = self.cacheable_media(index)
+        vision = self.feature_store and self.feature_store.read(clip)
+        speech_features = self.feature_store and self.feature_store.read(recording)
+        changed, change = CONTENT_ARMS.get(self.arm, (None, None))
         try:
-            media = self.read(index, with_frames=not vision, with_speech=not speech_features)
-            media = self.change(CONTENT_ARMS.get(self.arm), index, *media)
-            return self.encode(index, *media, vision, speech_features and speech_features[0])
+            frames, speech = self.read(index, with_frames=not vision, with_speech=not speech_features)
+            if changed == "frames":
+                frames = change(frames, self.row_seed(index))
+            elif changed == "speech":
+                speech = change(speech, self.row_seed(index))
+            return self.make_sample(index, frames, speech, vision, speech_features and speech_features[0])
         except vqa.VQAError as error:
             return str(error)
 
-    def encode(self, index: int, frames: list[Any], speech: Any, *features: Any) -> Row:
-        """Model inputs of a row with these frames and this speech, or with kept features of either."""
-        return self.processor.encode(self.rows[index], frames, speech, False, *features)
+    def make_sample(self, index: int, frames: list[Any], speech: Any, *features: Any) -> Row:
+        """Model inputs of a row with these frames and this speech, or with cached features of either."""
+        return self.processor.make_sample(self.rows[index], frames, speech, False, *features)
 
     def length(self, index: int) -> float:
         """Tokens of a row's prompt, from the headers of its media; infinite where these cannot be read."""
@@ -1419,6 +1453,17 @@ class ArmInputs:
         frames, speech = self.dataset.media_of(index)
         digests = (sha256_once(path) for path in (*frames, speech) if path)
         return hashlib.sha256("".join(digests).encode()).hexdigest()
+
+    def origin(self, index: int) -> Row:
+        """What a row of the output file says of the inputs of its answer."""
+        _, speech = self.dataset.media_of(index)
+        source = self.speech_sources.get(self.keys[index])
+        return {
+            "input_mode": self.processor.input_mode,
+            "audio_file": None if speech is None else str(speech),
+            **({"audio_of": key_text(source)} if source else {}),
+            "media_sha256": self.media_sha256(index),
+        }
 
     def prompt(self, question: str, n_frames: int = 1) -> str:
         """The rendered prompt as it can be read: one placeholder a frame, none for speech."""
@@ -1464,7 +1509,7 @@ def check_liveness(model: Any, inputs: ArmInputs) -> Row:
     collate = vqa.VQACollator(inputs.processor.tokenizer.pad_token_id, "left")
 
     def logits(frames: list[Any], speech: Any) -> Any:
-        batch = collate([inputs.encode(index, frames, speech)])
+        batch = collate([inputs.make_sample(index, frames, speech)])
         with torch.inference_mode():
             return model(**on_device(batch, model.device), logits_to_keep=1).logits.float()
 
@@ -1488,7 +1533,7 @@ def check_liveness(model: Any, inputs: ArmInputs) -> Row:
         question = inputs.rows[index].question
         borrowed = (media[1] for other, media in readable() if inputs.rows[other].question != question)
         moved["speech"] = distance(frames, np.resize(next(borrowed, speech[::-1]), speech.shape))
-    dead = " and ".join(path for path, by in moved.items() if by == 0)
+    dead = " and ".join(modality for modality, by in moved.items() if by == 0)
     if dead:
         raise InputError(
             f"liveness gate: with other {dead} every logit stays as it is, so {dead} cannot reach an answer; check the "
@@ -1521,12 +1566,14 @@ def answer_batch(
         for index in range(len(layers)):
             cache.update(*layers[index], index)
             layers[index] = None  # freed, so that one layer at a time is there twice
-        width, mask = max(lengths), None
+        width = max(lengths)
+        mask = None
         if min(lengths) < width:
             starts = width - torch.tensor(lengths, device=ids.device)
             mask = (torch.arange(width, device=ids.device) >= starts[:, None]).long()
         stops = torch.tensor(list(stop_ids), dtype=ids.dtype, device=ids.device)
-        ended, produced = torch.isin(ids, stops), [ids]
+        ended = torch.isin(ids, stops)
+        produced = [ids]
         while len(produced) < max_new_tokens and not ended.all():
             if mask is not None:
                 mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
@@ -1537,12 +1584,13 @@ def answer_batch(
                 past_key_values=cache,
                 use_cache=True,
             )
-            ids, positions = output.logits[:, -1].argmax(-1), positions + 1
+            ids = output.logits[:, -1].argmax(-1)
+            positions = positions + 1
             ended |= torch.isin(ids, stops)
             produced.append(ids)
     answers = []
     for ids in torch.stack(produced, dim=1).tolist():
-        end = next((place for place, token in enumerate(ids) if token in stop_ids), None)
+        end = next((index for index, token in enumerate(ids) if token in stop_ids), None)
         answers.append((ids, "length") if end is None else (ids[: end + 1], "eos"))
     return answers
 
@@ -1567,21 +1615,20 @@ def prefill(model: Any, samples: Iterable[Row], pad_token_id: int) -> tuple[list
         last = torch.tensor([[len(sample["input_ids"]) - 1] for sample in group])
         grids = {name: batch[name] for name in ("image_grid_thw", "video_grid_thw") if name in batch}
         # On the CPU, where reading the ids does not wait for the group before.
-        places, _ = model.model.get_rope_index(
-            batch["input_ids"], mm_token_type_ids=batch["mm_token_type_ids"], **grids
-        )
-        inputs = on_device({**batch, "position_ids": places, "logits_to_keep": last}, model.device)
+        rope, _ = model.model.get_rope_index(batch["input_ids"], mm_token_type_ids=batch["mm_token_type_ids"], **grids)
+        inputs = on_device({**batch, "position_ids": rope, "logits_to_keep": last}, model.device)
         output = model(**inputs, past_key_values=DynamicCache(), use_cache=True)
         lengths += (last[:, 0] + 1).tolist()
         first.append(output.logits[:, 0].argmax(-1))
-        positions.append(places[0].gather(1, last)[:, 0] + 1)  # a prompt ends in words: its three positions are one
+        positions.append(rope[0].gather(1, last)[:, 0] + 1)  # a prompt ends in words: its three positions are one
         caches.append([(layer.keys, layer.values) for layer in output.past_key_values.layers])
         del output
     if not lengths:
         return [], None, None, []
 
     def aligned(layer: int, side: int) -> Any:
-        parts, width = [cache[layer][side] for cache in caches], max(lengths)
+        parts = [cache[layer][side] for cache in caches]
+        width = max(lengths)
         if min(lengths) == width:
             return torch.cat(parts)
         rows = zip(lengths, (row for part in parts for row in part), strict=True)
@@ -1616,17 +1663,18 @@ def on_device(batch: Row, device: Any) -> Row:
     return {name: tensor.to(device) for name, tensor in tensors.items()}
 
 
-def answer_in_memory(
+def answer_with_halving(
     samples: Iterator[Row], size: int, may_halve: bool, answer: Callable[[Iterable[Row]], list[Any]]
 ) -> tuple[list[Any], int]:
     """Answers of `samples`, `size` at a time; with `may_halve` in halves where torch is out of memory.
 
     Returns the answers, and the size that fitted. Raises torch.OutOfMemoryError where halving is over or not wanted.
     """
-    (waiting,), answers = itertools.tee(samples, 1), []
+    answers = []
     while True:
+        samples, attempt = itertools.tee(samples)  # what fails is gone through again
         try:
-            batch = answer(itertools.islice(copy.copy(waiting), size))  # a copy: what fails is gone through again
+            batch = answer(itertools.islice(attempt, size))
         except torch.OutOfMemoryError:
             if not may_halve or size == 1:
                 raise
@@ -1637,7 +1685,7 @@ def answer_in_memory(
             print(f"   The GPU memory is full: going on with batches of {size}", flush=True)
         elif batch:
             answers += batch
-            next(itertools.islice(waiting, len(batch) - 1, None))
+            next(itertools.islice(samples, len(batch) - 1, None))  # goes past the samples of the batch
         else:
             return answers, size
 
@@ -1655,7 +1703,8 @@ def choose_batch_size(model: Any, longest: int, max_new_tokens: int, limit_gib: 
         return CPU_BATCH_SIZE
     total = limit_gib * 2**30 or torch.cuda.get_device_properties(model.device).total_memory
     weights = sum(weight.nbytes for weight in model.parameters())
-    text, item = model.config.text_config, model.dtype.itemsize
+    text = model.config.text_config
+    item = model.dtype.itemsize
     head = text.hidden_size // text.num_attention_heads
     # In prefill: four activations of the MLP's width (gate, its SiLU, up, their product), and about sixteen of the
     # hidden size, of which some are float32.
@@ -1679,22 +1728,24 @@ def answer_arm(model: Any, inputs: ArmInputs, file: RowFile, args: argparse.Name
     keys = inputs.keys
     lengths = [inputs.length(index) for index in range(len(keys))]
     order = sorted(range(len(keys)), key=lambda index: -lengths[index])  # of equal ones, in the order of the data
-    size, auto = args.batch_size, args.batch_size == "auto"
+    size = args.batch_size
+    auto = args.batch_size == "auto"
     if auto:
         known = [length for length in lengths if length < math.inf]
         size = choose_batch_size(model, max(known, default=1), args.max_new_tokens, args.gpu_memory_limit_gib)
     slices = [order[i : i + size] for i in range(0, len(order), size)]
     slices = [part for part in slices if any(keys[index] not in file.done for index in part)]
     tokenizer = copy.deepcopy(inputs.processor.tokenizer)  # the other one is busy in the threads below
-    decoding = tokenizer.pad_token_id, vqa.turn_end_ids(tokenizer), args.max_new_tokens
+    decoding = tokenizer.pad_token_id, vqa.stop_token_ids(tokenizer), args.max_new_tokens
     decoded = vqa.ahead(inputs.sample, itertools.chain(*slices), 2 * size)
-    answered, already = 0, sum(key in file.done for key in keys)
+    answered = 0
+    already = sum(key in file.done for key in keys)
     with contextlib.closing(decoded), tqdm(total=len(keys), initial=already, desc=inputs.arm, unit="row") as bar:
         for part in slices:
             # Two iterators over one slice: prefill begins while the rest of it is still being decoded.
             samples, again = itertools.tee(itertools.islice(decoded, len(part)))
             usable = (sample for sample in samples if not isinstance(sample, str))
-            answers, size = answer_in_memory(usable, size, auto, lambda batch: answer_batch(model, batch, *decoding))
+            answers, size = answer_with_halving(usable, size, auto, lambda batch: answer_batch(model, batch, *decoding))
             waiting = iter(answers)
             for index, sample in zip(part, again, strict=True):
                 error = sample if isinstance(sample, str) else None
@@ -1702,31 +1753,16 @@ def answer_arm(model: Any, inputs: ArmInputs, file: RowFile, args: argparse.Name
                 if keys[index] in file.done:
                     continue
                 text = None if error else tokenizer.decode(ids, skip_special_tokens=True).strip()
-                file.append(written_row(inputs, index, text, finish, len(ids), error))
+                how = {"finish_reason": finish, "n_tokens": len(ids), **inputs.origin(index)}
+                if error:
+                    how["error"] = error
+                file.append(answer_row(annotation_of(inputs.rows[index]), text, **how))
                 answered += 1
                 bar.update()
             inputs.batch_size = size
             if stop and stop.signum:
                 break
     return answered
-
-
-def written_row(
-    inputs: ArmInputs, index: int, text: str | None, finish_reason: str, n_tokens: int, error: str | None
-) -> Row:
-    """One row of the output file of an arm."""
-    speech, lender = inputs.dataset.media_of(index)[1], inputs.lenders.get(inputs.keys[index])
-    return answer_row(
-        annotation_of(inputs.rows[index]),
-        text,
-        finish_reason=finish_reason,
-        n_tokens=n_tokens,
-        input_mode=inputs.processor.input_mode,
-        audio_file=None if speech is None else str(speech),
-        **({"audio_of": key_text(lender)} if lender else {}),
-        media_sha256=inputs.media_sha256(index),
-        **({"error": error} if error else {}),
-    )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1770,50 +1806,49 @@ def answer_and_score(args: argparse.Namespace, stop: Any) -> int:
     target = summary_path(args.output_file)
     vqa.limit_gpu_memory(args.gpu_memory_limit_gib or None)
     device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
-    checkpoint = read_checkpoint(args, device)
-    main_arm = checkpoint.inputs.input_mode
+    chosen = choose_model(args, device)
+    main_arm = chosen.inputs.input_mode
     modes = choose_arms(args, main_arm)
 
     # 2. Data: everything is found and decoded once before the weights load
-    rows_of, lenders, train_rows = read_data(args, modes, checkpoint.inputs.max_eval_frames)
+    rows_of, speech_sources, train_rows = read_data(args, modes, chosen.inputs.max_eval_frames)
     annotations = [annotation_of(row) for row in rows_of[main_arm]]
 
     # 3. Model
-    trained = load_checkpoint(checkpoint, device)
-    arms, limit = {}, checkpoint.inputs.max_eval_frames
+    trained = load_chosen_model(chosen, device)
+    arms = {}
+    limit = chosen.inputs.max_eval_frames
     for arm, mode in modes.items():
         processor = trained.processor.with_mode(mode)
         dataset = vqa.SurgicalVQADataset(
             rows_of[arm], processor, max_eval_frames=limit, is_eval=True, with_answer=False
         )
-        arms[arm] = ArmInputs(arm, dataset, args.seed, lenders if arm == "mismatched_audio" else {})
+        arms[arm] = ArmInputs(arm, dataset, args.seed, speech_sources if arm == "mismatched_audio" else {})
 
     # 4. Gates
     check_leaks(arms.values())
-    by_ear = [inputs for arm, inputs in arms.items() if modes[arm] != "text"]
-    moved = check_liveness(trained.model, (by_ear or [arms[main_arm]])[0])
-    figures = ", ".join(f"other {path} by {by:.3g}" for path, by in moved.items() if by is not None)
+    with_speech = [inputs for arm, inputs in arms.items() if modes[arm] != "text"]
+    moved = check_liveness(trained.model, (with_speech or [arms[main_arm]])[0])
+    figures = ", ".join(f"other {modality} by {by:.3g}" for modality, by in moved.items() if by is not None)
     leaks = "no prompt gives its question away; " if "audio" in modes.values() else ""
     print(_wrap(f"Gates passed: {leaks}logits move with {figures}"))
 
     # 5. Answers
-    fingerprints = {
-        arm: run_fingerprint(args, checkpoint, inputs, trained.base_fingerprint) for arm, inputs in arms.items()
-    }
+    settings = {arm: run_settings(args, chosen, inputs, trained.base_fingerprint) for arm, inputs in arms.items()}
     start = time.monotonic()
-    done, answered = answer_arms(args, trained, arms, fingerprints, stop)
+    done, answered = answer_arms(args, trained, arms, settings, stop)
     seconds = time.monotonic() - start
     scored = {arm: score_rows(annotations, done[arm]) for arm in arms}
     peak = torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else None
 
     # 6. Figures
-    manifest = run_manifest(args, checkpoint, arms[main_arm], fingerprints[main_arm], device)
-    manifest["gates"] = moved
-    manifest["runtime"] = {"seconds": seconds, "rows_answered": answered, "peak_gpu_memory_gib": peak}
-    manifest["runtime"]["batch_size"] = {arm: inputs.batch_size for arm, inputs in arms.items()}
+    record = run_record(args, chosen, arms[main_arm], settings[main_arm], device)
+    record["gates"] = moved
+    record["runtime"] = {"seconds": seconds, "rows_answered": answered, "peak_gpu_memory_gib": peak}
+    record["runtime"]["batch_size"] = {arm: inputs.batch_size for arm, inputs in arms.items()}
     files = {arm: arm_path(args.output_file, arm, main_arm) for arm in arms}
     in_arms = summarise_arms(main_arm, scored, {arm: path.name for arm, path in files.items()})
-    summary = summarise(annotations, scored[main_arm], train_rows=train_rows, arms=in_arms, manifest=manifest)
+    summary = summarise(annotations, scored[main_arm], train_rows=train_rows, arms=in_arms, manifest=record)
     write_json(target, summary)
     print(render_summary(summary))
     memory = "" if peak is None else f", peak GPU memory {peak:.1f} GiB"
@@ -1852,13 +1887,13 @@ def read_data(
     train_rows = None
     if args.train_data_path:
         train_rows = [annotation_of(row) for row in vqa.read_rows(args.train_data_path)]
-    lenders = {}
+    speech_sources = {}
     if "mismatched_audio" in modes:  # over the complete file: a larger --limit later leaves the pairs as they are
         pairs = pair_mismatched_audio([annotation_of(row) for row in every.values()], args.seed)
-        lenders = {key: pairs[key] for key in rows}
-    needed = [every[key] for key in dict.fromkeys((*rows, *lenders.values()))]
-    by_ear = set(modes.values()) != {"text"}
-    problems = vqa.find_media(needed, args.frames_dir, args.audio_dir if by_ear else None, args.allow_symlinks)
+        speech_sources = {key: pairs[key] for key in rows}
+    needed = [every[key] for key in dict.fromkeys((*rows, *speech_sources.values()))]
+    audio_dir = args.audio_dir if set(modes.values()) != {"text"} else None
+    problems = vqa.find_media(needed, args.frames_dir, audio_dir, args.allow_symlinks)
     vqa.raise_problems(vqa.find_shared_speech(needed))
     problems += vqa.check_media(needed)
     if not args.allow_errors:
@@ -1866,37 +1901,38 @@ def read_data(
     for problem in problems:
         print(f"{problem} (--allow_errors: counted as wrong)", file=sys.stderr)
     rows_of = {arm: list(rows.values()) for arm in modes}
-    if lenders:
+    if speech_sources:
         rows_of["mismatched_audio"] = [
-            dataclasses.replace(row, audio_path=every[lenders[key]].audio_path) for key, row in rows.items()
+            dataclasses.replace(row, audio_path=every[speech_sources[key]].audio_path) for key, row in rows.items()
         ]
     if max_eval_frames and any(len(row.frames) > max_eval_frames for row in rows.values()):
         print(f"   Using {max_eval_frames} frames (evenly sampled) to reduce eval memory")
-    return rows_of, lenders, train_rows
+    return rows_of, speech_sources, train_rows
 
 
 def answer_arms(
-    args: argparse.Namespace, trained: Any, arms: Mapping[str, ArmInputs], fingerprints: Mapping[str, Row], stop: Any
+    args: argparse.Namespace, trained: Any, arms: Mapping[str, ArmInputs], settings: Mapping[str, Row], stop: Any
 ) -> tuple[dict[str, dict[Key, Row]], int]:
     """Each arm's rows as they stand in its file, and how many of them were answered now.
 
     Raises InputError for files of another run or media that changed, and Interrupted where a signal left rows undone.
     """
     main_arm, *_ = arms
-    target, answered = summary_path(args.output_file), 0
+    target = summary_path(args.output_file)
+    answered = 0
     with contextlib.ExitStack() as stack:  # all of them first, so that none is refused after hours of answering another
         files = {}
         for arm, inputs in arms.items():
             path = arm_path(args.output_file, arm, main_arm)
-            files[arm] = stack.enter_context(RowFile(path, fingerprints[arm], overwrite=args.overwrite))
+            files[arm] = stack.enter_context(RowFile(path, settings[arm], overwrite=args.overwrite))
             check_same_media(inputs, files[arm])
         target.unlink(missing_ok=True)  # the figures of fewer rows, or of other ones
         if args.cache_features:  # after the gates, whose changed frames and speech are encoded as they come
             store = vqa.FeatureStore(args.cache_features, trained.model, trained.processor)
             store.fill(list(arms.values()), args.allow_errors)
             for inputs in arms.values():
-                inputs.features = store
-        stop.saves = True
+                inputs.feature_store = store
+        stop.deferred = True
         for arm, inputs in arms.items():
             answered += answer_arm(trained.model, inputs, files[arm], args, stop)
             if stop.signum:
@@ -1918,9 +1954,10 @@ def check_same_media(inputs: ArmInputs, file: RowFile) -> None:
             )
 
 
-def run_fingerprint(args: argparse.Namespace, checkpoint: Checkpoint, inputs: ArmInputs, base_fingerprint: str) -> Row:
+def run_settings(args: argparse.Namespace, chosen: ModelChoice, inputs: ArmInputs, base_fingerprint: str) -> Row:
     """What the answers of an arm depend on, as flat JSON: rows made with other values are never mixed with them."""
-    folder, processor = Path(checkpoint.path), inputs.processor
+    folder = Path(chosen.path)
+    processor = inputs.processor
 
     def digest(name: str, wanted: bool = True) -> str | None:
         return sha256_once(folder / name) if wanted and (folder / name).is_file() else None
@@ -1929,56 +1966,56 @@ def run_fingerprint(args: argparse.Namespace, checkpoint: Checkpoint, inputs: Ar
         "arm": inputs.arm,
         "input_mode": processor.input_mode,
         "base_fingerprint": base_fingerprint,
-        "adapter_sha256": digest("adapter_model.safetensors", checkpoint.adapter),
-        "adapter_config_sha256": digest("adapter_config.json", checkpoint.adapter),
-        # The fingerprint samples the weights: too few to tell neighbouring checkpoints of a full model apart.
-        "manifest_sha256": digest(vqa.MANIFEST_FILE, not checkpoint.adapter),
-        "adapter_merged": checkpoint.merged,
-        "dtype": checkpoint.dtype,
-        "attn_implementation": checkpoint.model.attn_implementation,
+        "adapter_sha256": digest("adapter_model.safetensors", chosen.adapter),
+        "adapter_config_sha256": digest("adapter_config.json", chosen.adapter),
+        # base_fingerprint samples the weights: too few to tell neighbouring checkpoints of a full model apart.
+        "manifest_sha256": digest(vqa.MANIFEST_FILE, not chosen.adapter),
+        "adapter_merged": chosen.merged,
+        "dtype": chosen.dtype,
+        "attn_implementation": chosen.model.attn_implementation,
         "eval_data_sha256": sha256_once(Path(args.eval_data_path)),
         "prompt_sha256": hashlib.sha256(inputs.prompt("{question}").encode()).hexdigest(),
         "audio_tokens": processor.audio_tokens,
         "encoder_tokens": processor.encoder_tokens,
         "frame_mode": processor.frame_mode,
-        "max_eval_frames": checkpoint.inputs.max_eval_frames,
-        "max_image_size": checkpoint.inputs.max_image_size,
+        "max_eval_frames": chosen.inputs.max_eval_frames,
+        "max_image_size": chosen.inputs.max_image_size,
         "max_new_tokens": args.max_new_tokens,
-        "seed": args.seed if inputs.arm in ("mismatched_audio", "shuffled_frames") else None,
+        "seed": args.seed if inputs.arm in SEEDED_ARMS else None,
     }
 
 
-def run_manifest(
-    args: argparse.Namespace, checkpoint: Checkpoint, inputs: ArmInputs, fingerprint: Row, device: Any
-) -> Row:
-    """What a reader needs to repeat the run: `base_manifest`, and how the main arm was answered."""
-    manifest, tokenizer, model = base_manifest(args), inputs.processor.tokenizer, checkpoint.model
-    manifest["sha256"] |= {
-        "adapter": fingerprint["adapter_sha256"],
-        "prompt": fingerprint["prompt_sha256"],
+def run_record(args: argparse.Namespace, chosen: ModelChoice, inputs: ArmInputs, settings: Row, device: Any) -> Row:
+    """What a reader needs to repeat the run: `base_record`, and how the main arm was answered."""
+    record = base_record(args)
+    tokenizer = inputs.processor.tokenizer
+    model = chosen.model
+    record["sha256"] |= {
+        "adapter": settings["adapter_sha256"],
+        "prompt": settings["prompt_sha256"],
         "media": hashlib.sha256("".join(map(inputs.media_sha256, range(len(inputs.rows)))).encode()).hexdigest(),
         "train_vqa.py": sha256_file(vqa.__file__),
     }
     packages = ("torch", "transformers", "peft", "pillow", "torchaudio", "soundfile")
-    shown = ("input_mode", "audio_tokens", "encoder_tokens", "frame_mode", "max_eval_frames", "max_image_size")
-    return manifest | {
+    input_fields = ("input_mode", "audio_tokens", "encoder_tokens", "frame_mode", "max_eval_frames", "max_image_size")
+    return record | {
         "versions": {name: importlib.metadata.version(name) for name in packages},
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "model": {
             "base": model.model_name_or_path,
-            "base_fingerprint": fingerprint["base_fingerprint"],
+            "base_fingerprint": settings["base_fingerprint"],
             "init": model.init,
-            "adapter": str(checkpoint.path) if checkpoint.adapter else None,
-            "adapter_merged": checkpoint.merged,
-            "dtype": checkpoint.dtype,
+            "adapter": str(chosen.path) if chosen.adapter else None,
+            "adapter_merged": chosen.merged,
+            "dtype": chosen.dtype,
             "attn_implementation": model.attn_implementation,
         },
-        "input": {name: fingerprint[name] for name in shown} | {"prompt": inputs.prompt("{question}")},
+        "input": {name: settings[name] for name in input_fields} | {"prompt": inputs.prompt("{question}")},
         "seeds": {"arms": args.seed, "init": model.init_seed if model.init == "random" else None},
         "decoding": {
             "method": "greedy",
             "max_new_tokens": args.max_new_tokens,
-            "stop_ids": vqa.turn_end_ids(tokenizer),
+            "stop_ids": vqa.stop_token_ids(tokenizer),
             "pad_id": tokenizer.pad_token_id,
             "batch_size": args.batch_size,
         },
@@ -2050,8 +2087,8 @@ def build_parser() -> argparse.ArgumentParser:
     model("--attn_implementation", help="attention: sdpa, eager or flash_attention_2. None: as in training")
     model("--init", choices=("pretrained", "random"), help="random: the base with weights drawn from --seed, to "
           "rehearse. None: as in training, else pretrained")
-    model("--no_merge", **switch, help="keep the adapter apart from the weights: slower; without it, it is folded in "
-          "once the weights are loaded")
+    model("--no_merge", **switch, help="keep the adapter unmerged: slower; without it, it is merged once the "
+          "weights are loaded")
     model("--gpu_memory_limit_gib", type=float, default=0.0, help="hard cap on this process's GPU memory, to rehearse "
           "a smaller card. 0: none")
     model("--cache_features", help="folder in which the outputs of the two encoders are kept, for other arms, "

@@ -1,4 +1,4 @@
-"""Fold a trained adapter into its base: one BF16 checkpoint that trains and evaluates without any other flag.
+"""Merge a trained adapter into its base: one BF16 checkpoint that trains and evaluates without any other flag.
 
     python merge_stage2_to_bf16.py --stage1_model_path BASE --stage2_adapter_path ADAPTER --output_path OUT
     python merge_stage2_to_bf16.py --stage1_model_path BASE --output_path OUT     # no adapter: only converts the layout
@@ -49,7 +49,7 @@ def sample_inputs(model: vqa.SpeechMixin) -> dict[str, torch.Tensor]:
     frames = [Image.fromarray(frame).convert("RGB") for frame in noise]
     tone = 0.3 * np.sin(2 * np.pi * 440 * np.arange(processor.max_samples)[: vqa.SAMPLE_RATE] / vqa.SAMPLE_RATE)
     row = vqa.VQARow("sample", 1, "tone", "noise", (), "?", "none", "The sample is noise.", "noise")
-    sample = processor.encode(row, frames, tone.astype(np.float32), with_answer=True)
+    sample = processor.make_sample(row, frames, tone.astype(np.float32), with_answer=True)
     batch = vqa.VQACollator(tokenizer.pad_token_id)([sample])
     del batch["labels"]  # with labels the model returns the loss alone
     return {name: value.to(model.device) for name, value in batch.items()}
@@ -62,12 +62,12 @@ def sample_logits(model: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> to
 
 
 def compare(base: torch.Tensor, live: torch.Tensor, merged: torch.Tensor, dtype: torch.dtype) -> str:
-    """One line on logits [T, vocabulary] without the adapter, with it and with it folded in, and why these differ."""
+    """One line on logits [T, vocabulary] without the adapter, with it unmerged and merged, and why these differ."""
     moved, difference = ((live - other).abs().max().item() for other in (base, merged))
     same = (live.argmax(-1) == merged.argmax(-1)).sum().item()
     why = {
         torch.bfloat16: "expected: a merged weight is rounded to bf16, to 1 part in 256, where the live adapter adds "
-        "its update unrounded, and bf16 products round anew at every layer",
+        "its update unrounded, and bf16 rounds again in every layer",
         torch.float32: "expected: the same sums in another order",
     }[dtype]
     return (
@@ -142,7 +142,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     changes |= {"audio_encoder": args.audio_encoder} if args.audio_encoder else {}
     changes |= {"init_seed": args.seed} if args.seed is not None else {}
 
-    # 2. Load, fold, and answer one sample before and after
+    # 2. Load, merge, and answer one sample before and after
     print(f"Loading {args.stage1_model_path} on {device} in {args.dtype}")
     source = adapter or args.stage1_model_path
     changes |= {"device": device, "dtype": dtype, "base_dtype": dtype, "allow_pickle": args.allow_pickle}
@@ -151,12 +151,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     check_disk(output.parent, sum(p.numel() for p in model.parameters()) * dtype.itemsize)
     inputs = sample_inputs(model)
     if adapter:
-        print(f"Folding {adapter}")
+        print(f"Merging {adapter}")
         live = sample_logits(model, inputs)
         use_adapter(model, False)
         before = sample_logits(model, inputs)
         use_adapter(model, True)
-        model = vqa.fold_adapter(model)
+        model = vqa.merge_adapter(model)
         for weight in model.parameters():  # what was trained in full is float32; one checkpoint has one dtype
             weight.data = weight.data.to(dtype)
     merged = sample_logits(model, inputs)
@@ -168,7 +168,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"Writing {output}")
         vqa.write_weights(model, partial)
         base = vqa.resolve_model_dir(args.stage1_model_path)
-        vqa.write_description(model, model.processor.tokenizer, base, partial)
+        vqa.write_config_and_tokenizer(model, model.processor.tokenizer, base, partial)
         identity = vqa.fingerprint(model)
         if settings:
             write_settings(settings, output, args.dtype, identity, partial)

@@ -138,7 +138,7 @@ INSTRUCTION = "Answer the question concisely based on the visual and audio evide
 # The published stage-2 checkpoint was trained with these two as plain text, which the tokenizer splits into pieces.
 AUDIO_BOS, AUDIO_EOS = "<|audio_bos|>", "<|audio_eos|>"
 AUDIO_PAD, NEW_PAD = "<|audio_pad|>", "<|pad|>"
-TURN_ENDS = ("<|im_end|>", "<|endoftext|>")
+STOP_TOKENS = ("<|im_end|>", "<|endoftext|>")
 IGNORE_INDEX = -100  # torch's cross entropy leaves these labels out
 
 # Only the linear layers of the decoder: the same suffixes also occur in the Whisper encoder.
@@ -173,7 +173,7 @@ FOUR_BIT_KEY = re.compile(r"(.+)\.((?:nested_)?(?:absmax|quant_map)|quant_state\
 KEY_MAPPING = {r"^visual\.": "model.visual.", r"^model\.(?!language_model\.|visual\.)": "model.language_model."}
 # "flash" in the name: transformers then hands over all frames of a batch in one call.
 FRAME_ATTENTION = "sdpa_frames_by_the_flash_interface"
-CHECKPOINT = partial(torch.utils.checkpoint.checkpoint, use_reentrant=False)
+RECOMPUTE = partial(torch.utils.checkpoint.checkpoint, use_reentrant=False)
 
 SHARD_BYTES = 5 * 10**9  # what transformers wrote for years, and the hub is at ease with
 # Files of the base that other programs ask for and this project does not; none of them holds weights or code.
@@ -193,7 +193,8 @@ EVALUATION_DUE = "evaluation_due"  # laid beside them where a signal cut an eval
 RESUME_FILES = (SETTINGS_FILE, PROGRESS_FILE, "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json")
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 MAX_PROBLEMS_SHOWN = 20
-REMOVED_FLAGS = {
+# Flags of merge_stage2_to_bf16.py and of transformers that training does not take.
+REFUSED_FLAGS = {
     "--allow_pickle": "training reads safetensors alone; convert the model once with `python merge_stage2_to_bf16.py "
     "--stage1_model_path MODEL --output_path OUT --allow_pickle`",
     "--liger_kernel_config": "leave it out; --use_liger_kernel takes Liger's RMSNorm and SwiGLU alone, because the "
@@ -211,11 +212,11 @@ class VQAError(ValueError):
 def raise_problems(problems: Sequence, meaning: str = "") -> None:
     """Raise one VQAError for all `problems` (a line each up to MAX_PROBLEMS_SHOWN, the total, and what they mean)."""
     if problems:
-        shown = [str(problem) for problem in problems[:MAX_PROBLEMS_SHOWN]]
+        lines = [str(problem) for problem in problems[:MAX_PROBLEMS_SHOWN]]
         if len(problems) > 1:
             cut = f", the first {MAX_PROBLEMS_SHOWN} shown" if len(problems) > MAX_PROBLEMS_SHOWN else ""
-            shown.append(f"{len(problems)} problems in all{cut}")
-        raise VQAError("\n".join([*shown, meaning] if meaning else shown))
+            lines.append(f"{len(problems)} problems in all{cut}")
+        raise VQAError("\n".join([*lines, meaning] if meaning else lines))
 
 
 def first_line(error: Exception) -> str:
@@ -396,9 +397,9 @@ def parse_arguments(argv: Sequence[str]) -> tuple[ModelArguments, DataArguments,
         usage="%(prog)s [--FLAG VALUE ...]  (--help lists all flags)",
     )
     given = {"--" + a[2:].split("=")[0].replace("-", "_") for a in argv if a.startswith("--")}  # either spelling
-    for flag, advice in REMOVED_FLAGS.items():
-        if flag in given:
-            raise VQAError(f"{flag}: {advice}")
+    for name, advice in REFUSED_FLAGS.items():
+        if name in given:
+            raise VQAError(f"{name}: {advice}")
     parser.parse_args(argv)  # unknown flags: usage and status 2; transformers would raise
     if not torch.accelerator.is_available() and "--use_cpu" not in given:
         print("No accelerator found: training on the CPU (use_cpu).")
@@ -467,8 +468,8 @@ def refuse_contradictions(flags: SimpleNamespace, given: set[str]) -> None:
         if flags.load_in_4bit:
             raise VQAError("--load_in_4bit: 4-bit weights cannot be trained; leave it out, or --train_decoder full")
         if Path(flags.model_name_or_path).resolve() == Path(flags.output_dir).resolve():
-            trouble = "holds the base model, which the trained one would overwrite; name another folder"
-            raise VQAError(f"--output_dir {flags.output_dir}: {trouble}")
+            message = "holds the base model, which the trained one would overwrite; name another folder"
+            raise VQAError(f"--output_dir {flags.output_dir}: {message}")
 
 
 def refuse_surroundings(flags: SimpleNamespace, args: VQATrainingArguments) -> None:
@@ -964,11 +965,12 @@ class VQAProcessor:
     ):
         self.tokenizer, self.max_image_size, self.input_mode = tokenizer, max_image_size, input_mode
         self.audio_tokens, self.frame_mode = audio_tokens, frame_mode
-        for flag, choices in (("input_mode", INPUT_MODES), ("audio_tokens", AUDIO_TOKENS), ("frame_mode", FRAME_MODES)):
-            if getattr(self, flag) not in choices:
-                raise VQAError(f"--{flag} must be one of {', '.join(choices)}, not {getattr(self, flag)!r}")
+        for name, choices in (("input_mode", INPUT_MODES), ("audio_tokens", AUDIO_TOKENS), ("frame_mode", FRAME_MODES)):
+            if getattr(self, name) not in choices:
+                raise VQAError(f"--{name} must be one of {', '.join(choices)}, not {getattr(self, name)!r}")
         audio, vision = audio_config_of(config), config.vision_config
-        self.encoder_tokens, self.context = audio.max_source_positions, config.text_config.max_position_embeddings
+        self.encoder_tokens = audio.max_source_positions
+        self.context = config.text_config.max_position_embeddings
         self.merge_size = vision.spatial_merge_size
         self.image_processor = Qwen2VLImageProcessorPil(
             patch_size=vision.patch_size, temporal_patch_size=vision.temporal_patch_size, merge_size=self.merge_size
@@ -978,7 +980,8 @@ class VQAProcessor:
         self.feature_extractor = WhisperFeatureExtractor(
             feature_size=audio.num_mel_bins, sampling_rate=SAMPLE_RATE, hop_length=HOP_LENGTH, chunk_length=1
         )
-        self.feature_extractor.n_samples, self.feature_extractor.nb_max_frames = self.max_samples, mel_frames
+        self.feature_extractor.n_samples = self.max_samples
+        self.feature_extractor.nb_max_frames = mel_frames
         self.known_texts: dict[tuple[str, bool], list[int]] = {}
         self.audio_id = tokenizer.convert_tokens_to_ids(AUDIO_PAD)
         video = frame_mode == "video"
@@ -1010,11 +1013,12 @@ class VQAProcessor:
 
     def text_ids(self, question: str, answer: str | None) -> tuple[list[int], ...]:
         """Ids of the text before the speech, between speech and frames, and after the frames; and those learned."""
-        words, by_ear = self.tokenize, self.input_mode != "text"
+        words = self.tokenize
+        with_speech = self.input_mode != "text"
         asked = words(f"Question: {question}\n", split_special_tokens=True) if self.input_mode != "audio" else []
         return (
-            words("<|im_start|>user\n" + AUDIO_BOS * by_ear),
-            words(AUDIO_EOS + "\n") if by_ear else [],
+            words("<|im_start|>user\n" + AUDIO_BOS * with_speech),
+            words(AUDIO_EOS + "\n") if with_speech else [],
             asked + words(f"{INSTRUCTION}<|im_end|>\n<|im_start|>assistant\n"),
             [] if answer is None else words(answer, split_special_tokens=True) + words("<|im_end|>"),
         )
@@ -1031,18 +1035,20 @@ class VQAProcessor:
             answer: to be learned, or None for the prompt alone.
 
         Returns:
-            `input_ids`, `mm_token_type_ids` (0 text and speech, 1 image, 2 video) and `labels` (the answer and its turn
-            end; -100 elsewhere), each int64 [T]; `vision_at` and `speech_at`, int64 [n], where frames and speech go.
+            `input_ids`, `mm_token_type_ids` (0 text and speech, 1 image, 2 video) and `labels` (the answer and its
+            stop token; -100 elsewhere), each int64 [T]; `vision_at` and `speech_at`, int64 [n], where they go.
         """
         before, between, after, learned = self.text_ids(question, answer)
         speech = [self.audio_id] * audio_tokens if self.input_mode != "text" else []
-        ids, vision_at = before + speech + between, []
+        ids = before + speech + between
+        vision_at = []
         for count in vision_tokens:
             vision_at += range(len(ids) + 1, len(ids) + 1 + count)
             ids += [self.vision_ids[0], *[self.vision_id] * count, self.vision_ids[1]]
         labels = [IGNORE_INDEX] * (len(ids) + len(after)) + learned
         ids += after + learned
-        vision_at, types = torch.tensor(vision_at, dtype=torch.long), torch.zeros(len(ids), dtype=torch.long)
+        vision_at = torch.tensor(vision_at, dtype=torch.long)
+        types = torch.zeros(len(ids), dtype=torch.long)
         types[vision_at] = self.vision_type
         return {
             "input_ids": torch.tensor(ids),
@@ -1057,7 +1063,7 @@ class VQAProcessor:
         speech = audio_tokens if self.input_mode != "text" else 0
         return sum(map(len, self.text_ids(question, answer))) + speech + sum(vision_tokens) + 2 * len(vision_tokens)
 
-    def encode(
+    def make_sample(
         self,
         row: VQARow,
         frames: Sequence[Image.Image],
@@ -1071,29 +1077,30 @@ class VQAProcessor:
         Args:
             row: question and answer.
             frames: RGB, from `load_frame`.
-            speech: float32 [n] at 16 kHz, or what `encode_speech` made of it; None in text mode.
+            speech: float32 [n] at 16 kHz, or what `log_mel` made of it; None in text mode.
             with_answer: append the answer and label it.
             vision_features: features and grid of the clip, used in place of `frames`.
             speech_features: features of the speech, used in place of `speech`.
 
         Returns:
-            The tensors of `build`; those of `encode_frames` as `pixel_values` and `image_grid_thw` or
-            `video_grid_thw`, and outside text mode those of `encode_speech` as `input_features` and `audio_lengths`;
+            The tensors of `build`; those of `patches_of` as `pixel_values` and `image_grid_thw` or
+            `video_grid_thw`, and outside text mode those of `log_mel` as `input_features` and `audio_lengths`;
             `vision_features` and `speech_features` in their place where given; with the answer `position_ids` int64
             [T, 3].
 
         VQAError for speech longer than the encoder's window, frames that cannot be paired, or labels all or none
         masked.
         """
-        media, audio_tokens = {}, 0
+        media = {}
+        audio_tokens = 0
         if vision_features is None:
-            media["pixel_values"], grid = self.encode_frames(frames, f"of {row.where}")
+            media["pixel_values"], grid = self.patches_of(frames, f"of {row.where}")
         else:
             media["vision_features"], grid = vision_features
         if speech_features is not None:
             media["speech_features"], audio_tokens = speech_features, len(speech_features)
         elif self.input_mode != "text":
-            mel, lengths = speech if isinstance(speech, tuple) else self.encode_speech(speech, f"of {row.where}")
+            mel, lengths = speech if isinstance(speech, tuple) else self.log_mel(speech, f"of {row.where}")
             media |= {"input_features": mel, "audio_lengths": lengths}
             audio_tokens = int(lengths)
         counts = (grid.prod(-1) // self.merge_size**2).tolist()
@@ -1105,12 +1112,13 @@ class VQAProcessor:
             sample["position_ids"] = mrope_positions(sample["mm_token_type_ids"], grid, self.merge_size)
         return sample
 
-    def encode_frames(self, frames: Sequence[Image.Image], source: str = "") -> tuple[torch.Tensor, torch.Tensor]:
+    def patches_of(self, frames: Sequence[Image.Image], source: str = "") -> tuple[torch.Tensor, torch.Tensor]:
         """Patches, uint8 [patches, 3 * patch * patch], and their grid int64 [frames, 3]; in video mode those of
         `pair_frames`, or VQAError, which names `source`, where the frames differ in size. The model scales the patches:
         see `scale_pixels`."""
         cut = [self.cut_patches(frame) for frame in frames]
-        pixels, grid = torch.from_numpy(np.concatenate([p for p, _ in cut])), torch.tensor([g for _, g in cut])
+        pixels = torch.from_numpy(np.concatenate([p for p, _ in cut]))
+        grid = torch.tensor([g for _, g in cut])
         if self.frame_mode == "video":
             if (grid != grid[0]).any():
                 raise VQAError(f"the frames {source} differ in size; --frame_mode video cannot pair them")
@@ -1131,7 +1139,7 @@ class VQAProcessor:
         values = np.asarray(frame).reshape(shape).transpose(0, 3, 1, 4, 6, 2, 5)  # [rows..., columns..., 3, y, x]
         return values.reshape(rows * columns, -1), (1, rows, columns)
 
-    def encode_speech(self, speech: np.ndarray, source: Path | str) -> tuple[torch.Tensor, torch.Tensor]:
+    def log_mel(self, speech: np.ndarray, source: Path | str) -> tuple[torch.Tensor, torch.Tensor]:
         """Mel of float32 [n] at 16 kHz, float32 [1, mel bins, frames], and its tokens, int64 [1]; VQAError, which
         names `source`, where the encoder's window is too short for it."""
         if len(speech) > self.max_samples:
@@ -1175,7 +1183,8 @@ def pair_frames(pixels: torch.Tensor, grid: torch.Tensor) -> tuple[torch.Tensor,
 @cache
 def pixel_levels(device: torch.device, dtype: torch.dtype) -> torch.Tensor:
     """What Qwen2-VL's image processor makes of the 256 values of red, green and blue, [768]."""
-    library, every = Qwen2VLImageProcessorPil(), np.tile(np.arange(256, dtype=np.uint8), (3, 1))[..., None]
+    library = Qwen2VLImageProcessorPil()
+    every = np.tile(np.arange(256, dtype=np.uint8), (3, 1))[..., None]
     scaled = library.normalize(library.rescale(every, library.rescale_factor), library.image_mean, library.image_std)
     return torch.from_numpy(scaled.astype(np.float32).flatten()).to(device, dtype)
 
@@ -1200,17 +1209,18 @@ def mrope_positions(types: torch.Tensor, grid: torch.Tensor, merge_size: int) ->
     sample from the cache takes 2. `types` are `mm_token_type_ids` [T], `grid` int64 [frames or clips, 3] the patches in
     time, rows and columns.
     """
-    positions, vision = np.empty((len(types), 3), np.int64), np.flatnonzero(types.numpy())
-    place = end = done = 0  # the next position, the next token, and the vision tokens that have theirs
+    positions = np.empty((len(types), 3), np.int64)
+    vision = np.flatnonzero(types.numpy())
+    position = end = done = 0  # the next position, the next token, and the vision tokens that have theirs
     for t, h, w in grid.tolist():
         sides = t, h // merge_size, w // merge_size
         start, done = int(vision[done]), done + math.prod(sides)
-        positions[end:start] = np.arange(place, place + start - end)[:, None]
-        place += start - end
+        positions[end:start] = np.arange(position, position + start - end)[:, None]
+        position += start - end
         end = start + math.prod(sides)
-        positions[start:end] = np.indices(sides).reshape(3, -1).T + place
-        place += max(sides[1:])
-    positions[end:] = np.arange(place, place + len(types) - end)[:, None]
+        positions[start:end] = np.indices(sides).reshape(3, -1).T + position
+        position += max(sides[1:])
+    positions[end:] = np.arange(position, position + len(types) - end)[:, None]
     return torch.from_numpy(positions)
 
 
@@ -1229,11 +1239,11 @@ def check_labels(labels: torch.Tensor, row: VQARow) -> None:
 
 @lru_cache(SPEECH_KEPT)
 def mel_of(processor: VQAProcessor, path: Path, version: tuple) -> tuple[torch.Tensor, torch.Tensor]:
-    """What `encode_speech` makes of a speech file, which many rows and epochs share; it is decoded once a process.
+    """What `log_mel` makes of a speech file, which many rows and epochs share; it is decoded once a process.
 
     `version` is from `version_of`, so that a file that was replaced is decoded anew.
     """
-    return processor.encode_speech(load_speech(path), path)
+    return processor.log_mel(load_speech(path), path)
 
 
 def version_of(path: Path) -> tuple[int, ...]:
@@ -1262,7 +1272,7 @@ class SurgicalVQADataset(torch.utils.data.Dataset):
         max_train_frames: frames per clip when `is_eval` is False. None: all.
         max_eval_frames: frames per clip when `is_eval` is True. None: all.
         with_answer: False leaves the answer out, for generation.
-        numbered: add `rows`, so that the Trainer can name a sample.
+        with_index: add `row_indices`, so that the Trainer can name a sample.
     """
 
     def __init__(
@@ -1275,14 +1285,14 @@ class SurgicalVQADataset(torch.utils.data.Dataset):
         max_eval_frames: int | None = None,
         is_eval: bool = False,
         with_answer: bool = True,
-        numbered: bool = False,
+        with_index: bool = False,
     ):
         if isinstance(rows, str | Path):
             rows = load_rows(rows, frames_dir, audio_dir if processor.input_mode != "text" else None)
         self.rows, self.processor = rows, processor
         self.max_train_frames, self.max_eval_frames = max_train_frames, max_eval_frames
-        self.is_eval, self.with_answer, self.numbered = is_eval, with_answer, numbered
-        self.features: FeatureStore | None = None  # once it is filled
+        self.is_eval, self.with_answer, self.with_index = is_eval, with_answer, with_index
+        self.feature_store: FeatureStore | None = None  # once it is filled
 
     def _select_frames(self, frames: Sequence) -> Sequence:
         """Those of a clip's frames that this dataset gives."""
@@ -1293,26 +1303,32 @@ class SurgicalVQADataset(torch.utils.data.Dataset):
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         row, (clip, speech_path) = self.rows[index], self.media_of(index)
-        if self.features:
-            speech_features = self.features.read(speech_path)[0] if speech_path else None
-            sample = self.processor.encode(row, (), None, self.with_answer, self.features.read(clip), speech_features)
+        if self.feature_store:
+            speech_features = self.feature_store.read(speech_path)[0] if speech_path else None
+            vision_features = self.feature_store.read(clip)
+            sample = self.processor.make_sample(row, (), None, self.with_answer, vision_features, speech_features)
         else:
             frames = [load_frame(path, self.processor.max_image_size) for path in clip]
             speech = mel_of(self.processor, speech_path, version_of(speech_path)) if speech_path else None
-            sample = self.processor.encode(row, frames, speech, self.with_answer)
-        return {**sample, "rows": [index]} if self.numbered else sample
+            sample = self.processor.make_sample(row, frames, speech, self.with_answer)
+        return {**sample, "row_indices": [index]} if self.with_index else sample
 
     def media_of(self, index: int) -> tuple[tuple[Path, ...], Path | None]:
         """The clip of a row, that is, the selected frames in order; and its speech, None in text mode."""
-        row, by_ear = self.rows[index], self.processor.input_mode != "text"
-        return tuple(self._select_frames(row.frame_paths)), row.audio_path if by_ear else None
+        row = self.rows[index]
+        speech = row.audio_path if self.processor.input_mode != "text" else None
+        return tuple(self._select_frames(row.frame_paths)), speech
+
+    cacheable_media = media_of  # for `FeatureStore.fill`: a dataset changes neither
 
     def find_too_long(self) -> list[Problem]:
         """The rows whose samples take more tokens than the model has positions.
 
         Headers of frames are read only where the largest frames could bring that about.
         """
-        processor, problems, context = self.processor, [], self.processor.context
+        processor = self.processor
+        problems = []
+        context = self.processor.context
         unit = processor.image_processor.patch_size * processor.merge_size
         largest = max(16, math.ceil(processor.max_image_size / unit) ** 2)  # tiny frames are scaled up to 4 x 4 tokens
         for row in self.rows:
@@ -1320,8 +1336,8 @@ class SurgicalVQADataset(torch.utils.data.Dataset):
             most = processor.length(row.question, [largest] * len(frames), processor.encoder_tokens, row.answer)
             if most > context and (tokens := processor.count_tokens(row, frames)) > context:
                 text = f"{row.key} takes {tokens} tokens, more than the model's {context}; lower --max_image_size or "
-                flag = "eval" if self.is_eval else "train"
-                problems.append(Problem(row.source, (row.line,), f"{text}--max_{flag}_frames"))
+                part = "eval" if self.is_eval else "train"
+                problems.append(Problem(row.source, (row.line,), f"{text}--max_{part}_frames"))
         return problems
 
     def token_counts(self, indices: Iterable[int] | None = None) -> list[int]:
@@ -1348,11 +1364,11 @@ class VQACollator:
         self.pad_token_id, self.padding_side, self.multiple = pad_token_id, padding_side, multiple
 
     def __call__(self, samples: Sequence[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-        """The samples of `VQAProcessor.encode` as one batch.
+        """The samples of `VQAProcessor.make_sample` as one batch.
 
         `input_ids`, `labels`, `mm_token_type_ids` and, padded on the left, `attention_mask` are int64 [B, T],
         `position_ids` int64 [3, B, T]; the tensors of frames and speech follow each other along their first dimension;
-        `vision_at`, `speech_at` and `answer_at` (see `learned_places`) are places in the flattened batch.
+        `vision_at`, `speech_at` and `answer_at` (see `answer_indices`) are indices into the flattened batch.
         """
         names = ("input_ids", "labels", "mm_token_type_ids", "position_ids")
         padded = {name: [s[name] for s in samples] for name in names if name in samples[0]}
@@ -1361,19 +1377,20 @@ class VQACollator:
         lengths = [len(ids) for ids in padded["input_ids"]]
         longest = max(lengths)
         width = math.ceil(longest / self.multiple) * self.multiple
-        batch, left = {}, self.padding_side == "left"
+        batch = {}
+        left = self.padding_side == "left"
         for name, values in padded.items():
             fill = self.FILL.get(name, self.pad_token_id)
             joined = nn.utils.rnn.pad_sequence(values, True, fill, self.padding_side)
             joined = joined.permute(2, 0, 1) if name == "position_ids" else joined
             batch[name] = F.pad(joined, (0, width - longest), value=fill)
         batch |= {name: torch.cat([s[name] for s in samples]) for name in self.JOINED if name in samples[0]}
-        if "rows" in samples[0]:
-            batch["rows"] = [index for s in samples for index in s["rows"]]
-        starts = [width * place + (longest - n if left else 0) for place, n in enumerate(lengths)]
+        if "row_indices" in samples[0]:
+            batch["row_indices"] = [index for s in samples for index in s["row_indices"]]
+        starts = [width * row + (longest - n if left else 0) for row, n in enumerate(lengths)]
         for name in ("vision_at", "speech_at"):
             batch[name] = torch.cat([s[name] + start for s, start in zip(samples, starts, strict=True)])
-        batch["answer_at"] = learned_places(batch["labels"])
+        batch["answer_at"] = answer_indices(batch["labels"])
         return batch
 
 
@@ -1407,7 +1424,8 @@ def attend_within_frames(
     int32 [frames + 1] says where they begin, `max_length_q` how large the largest is. Returns [1, patches, heads, head
     size], and no weights.
     """
-    frames, patches = len(cu_seq_lens_q) - 1, query.shape[2]
+    frames = len(cu_seq_lens_q) - 1
+    patches = query.shape[2]
     sizes = [max_length_q] * frames if frames * max_length_q == patches else cu_seq_lens_q.diff().tolist()
     parts = (query, key, value)
     if len(set(sizes)) == 1:
@@ -1450,7 +1468,8 @@ class SpeechMixin:
         audio.use_cache = False  # an encoder has none, and transformers warns of it beside checkpointing
         self.audio_encoder = WhisperEncoder(audio)
         self.audio_projector = nn.Linear(audio.d_model, config.text_config.hidden_size, bias=False)
-        self.stored_rows = config.text_config.vocab_size  # `grow_embeddings` may add rows, which no file holds
+        # `grow_embeddings` may add rows, which no file holds.
+        self.stored_vocab_size = config.text_config.vocab_size
         self.trains_vision, self.trains_audio = False, False  # whether the encoders are trained: see `add_lora`
         self.post_init()
 
@@ -1467,9 +1486,10 @@ class SpeechMixin:
         self.audio_encoder.train(mode and self.trains_audio)
         return self
 
-    def see(self, pixel_values: torch.Tensor, grid: torch.Tensor) -> torch.Tensor:
+    def encode_vision(self, pixel_values: torch.Tensor, grid: torch.Tensor) -> torch.Tensor:
         """What the vision encoder makes of patches, uint8 or scaled, and their grid int64 [n, 3]: [tokens, hidden]."""
-        visual, vision = self.model.visual, self.config.vision_config
+        visual = self.model.visual
+        vision = self.config.vision_config
         if pixel_values.dtype == torch.uint8:
             width = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
             pixel_values = scale_pixels(pixel_values, width, visual.dtype)
@@ -1480,7 +1500,7 @@ class SpeechMixin:
         with torch.set_grad_enabled(self.trains_vision and torch.is_grad_enabled()):
             return visual(pixel_values.to(visual.dtype), grid_thw=grid, position_ids=positions).pooler_output
 
-    def hear(self, input_features: torch.Tensor, audio_lengths: torch.Tensor | None) -> torch.Tensor:
+    def encode_audio(self, input_features: torch.Tensor, audio_lengths: torch.Tensor | None) -> torch.Tensor:
         """What the speech encoder makes of speech [B, mel, frames]: the first `audio_lengths` int64 [B] outputs of
         each (None: all), one speech after the other, [tokens, d_audio]."""
         encoder = self.audio_encoder
@@ -1507,23 +1527,25 @@ class SpeechMixin:
         """Embeddings [B, T, hidden] of `input_ids` [B, T] with the encoders' outputs on their placeholders.
 
         `vision` [tokens, hidden] and `speech` [tokens, d_audio] go to `vision_at` and `speech_at` int64 [tokens],
-        places in the flattened batch from `VQACollator`. Where these are None they are looked for, for which the CPU
-        waits until the GPU has done all that it was given. ValueError where placeholders and outputs differ in number.
+        indices into the flattened batch from `VQACollator`. None: looked for, for which the CPU waits until the GPU has
+        done all that it was given. ValueError where placeholders and outputs differ in number.
         """
-        embeds, config, media = self.get_input_embeddings()(input_ids), self.config, []
+        embeds = self.get_input_embeddings()(input_ids)
+        config = self.config
+        media = []
         if vision is not None:
             media.append(("vision", vision, vision_at, [config.image_token_id, config.video_token_id]))
         if speech is not None:
             projector = self.audio_projector
             media.append(("speech", projector(speech.to(projector.weight.dtype)), speech_at, [config.audio_token_id]))
         width = input_ids.shape[1]
-        for kind, features, places, ids in media:
-            if places is None:
-                places = torch.isin(input_ids, torch.tensor(ids, device=input_ids.device)).flatten().nonzero()[:, 0]
-            if len(places) != len(features):
-                raise ValueError(f"{len(places)} {kind} placeholders but {len(features)} {kind} features")
+        for kind, features, indices, ids in media:
+            if indices is None:
+                indices = torch.isin(input_ids, torch.tensor(ids, device=input_ids.device)).flatten().nonzero()[:, 0]
+            if len(indices) != len(features):
+                raise ValueError(f"{len(indices)} {kind} placeholders but {len(features)} {kind} features")
             # Not into a flattened view, whose base torch.compile would guard: the first layer would be compiled twice.
-            embeds = embeds.index_put((places // width, places % width), features.to(embeds.dtype))
+            embeds = embeds.index_put((indices // width, indices % width), features.to(embeds.dtype))
         return embeds
 
     def forward(
@@ -1552,15 +1574,17 @@ class SpeechMixin:
     ) -> CausalLMOutputWithPast:
         """With `labels`: the loss alone, its logits built at answer positions only. Without: logits for generation.
 
-        What `VQACollator` makes comes in as it is. `vision_features` and `speech_features` are outputs of `see` and
-        `hear` along the batch, in place of pixels and mel. `logits_to_keep` is as in `pick_positions`,
-        `num_items_in_batch` the labels in the accumulated batch, which the loss is divided by (None: those of this
-        one). `inputs_embeds` is always None (PEFT passes it). `generate` looks for names in this signature.
+        What `VQACollator` makes comes in as it is. `vision_features` and `speech_features` are outputs of
+        `encode_vision` and `encode_audio` along the batch, in place of pixels and mel. `logits_to_keep` is as in
+        `pick_positions`, `num_items_in_batch` the labels in the accumulated batch, which the loss is divided by (None:
+        those of this one). `inputs_embeds` is always None (PEFT passes it). `generate` looks for names in this
+        signature.
         """
         if pixel_values is not None:
-            vision_features = self.see(pixel_values, image_grid_thw if video_grid_thw is None else video_grid_thw)
+            grid = image_grid_thw if video_grid_thw is None else video_grid_thw
+            vision_features = self.encode_vision(pixel_values, grid)
         if input_features is not None:
-            speech_features = self.hear(input_features, audio_lengths)
+            speech_features = self.encode_audio(input_features, audio_lengths)
         outputs = self.model(
             input_ids=input_ids,
             inputs_embeds=self.embed(input_ids, vision_features, speech_features, vision_at, speech_at),
@@ -1578,7 +1602,7 @@ class SpeechMixin:
             logits = self.lm_head(pick_positions(hidden, logits_to_keep))
             return CausalLMOutputWithPast(logits=logits, past_key_values=outputs.past_key_values)
         if answer_at is None:
-            answer_at = learned_places(labels)
+            answer_at = answer_indices(labels)
         logits = self.lm_head(hidden.flatten(0, 1)[answer_at]).float()
         total = F.cross_entropy(logits, labels.flatten()[answer_at + 1], reduction="sum")
         return CausalLMOutputWithPast(
@@ -1615,26 +1639,29 @@ class SpeechMixin:
         if speech is None and question is None:
             raise VQAError("answer() needs speech, a question in words, or both")
         mode = "text" if speech is None else "audio" if question is None else "audio_text"
-        processor, speech_features = self.processor.with_mode(mode), None
-        tokenizer, collate = processor.tokenizer, VQACollator(processor.tokenizer.pad_token_id)
-        pixels, grid = processor.encode_frames([shrink(frame, processor.max_image_size) for frame in frames])
-        vision_features = self.see(pixels.to(self.device), grid.to(self.device)), grid
+        processor = self.processor.with_mode(mode)
+        speech_features = None
+        tokenizer = processor.tokenizer
+        collate = VQACollator(tokenizer.pad_token_id)
+        pixels, grid = processor.patches_of([shrink(frame, processor.max_image_size) for frame in frames])
+        vision_features = self.encode_vision(pixels.to(self.device), grid.to(self.device)), grid
         if speech is not None:
-            mel, lengths = processor.encode_speech(speech, "given to answer()")
-            speech_features = self.hear(mel.to(self.device), lengths.to(self.device))
+            mel, lengths = processor.log_mel(speech, "given to answer()")
+            speech_features = self.encode_audio(mel.to(self.device), lengths.to(self.device))
 
         def batch(answer: str | None) -> dict[str, torch.Tensor]:
             row = VQARow("answer()", 1, "", "", (), question or "", "", answer or "", "")
-            sample = processor.encode(row, (), None, answer is not None, vision_features, speech_features)
+            sample = processor.make_sample(row, (), None, answer is not None, vision_features, speech_features)
             return {name: value.to(self.device) for name, value in collate([sample]).items()}
 
-        inputs, log_probs = batch(None), {}
+        inputs = batch(None)
+        log_probs = {}
         del inputs["labels"]
         ids = self.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)[0, inputs["input_ids"].shape[1] :]
         for candidate in candidates:
             labelled = batch(candidate)
             log_probs[candidate] = -self(**labelled).loss.item() * len(labelled["answer_at"])
-        stopped = bool(len(ids)) and int(ids[-1]) in turn_end_ids(tokenizer)
+        stopped = bool(len(ids)) and int(ids[-1]) in stop_token_ids(tokenizer)
         return Answer(tokenizer.decode(ids, skip_special_tokens=True).strip(), len(ids), stopped, log_probs)
 
 
@@ -1653,12 +1680,12 @@ def pick_positions(hidden: torch.Tensor, keep: int | torch.Tensor) -> torch.Tens
     return hidden[torch.arange(len(hidden), device=hidden.device)[:, None], keep] if keep.ndim == 2 else hidden[:, keep]
 
 
-def learned_places(labels: torch.Tensor) -> torch.Tensor:
-    """int64 [n]: the places in the flattened batch of `labels` [B, T] whose next token is learned."""
+def answer_indices(labels: torch.Tensor) -> torch.Tensor:
+    """int64 [n]: the indices into the flattened batch of `labels` [B, T] whose next token is learned."""
     return (F.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX) != IGNORE_INDEX).flatten().nonzero()[:, 0]
 
 
-def set_checkpointing(model: SpeechMixin, every_n: int) -> None:
+def set_recomputation(model: SpeechMixin, every_n: int) -> None:
     """Recompute every `every_n`-th layer of the decoder and of trained encoders in the backward pass; 0: none.
 
     Layers of frozen encoders take the setting without effect: they are in evaluation mode. transformers 5.17 knows no
@@ -1667,14 +1694,14 @@ def set_checkpointing(model: SpeechMixin, every_n: int) -> None:
     for layers in (model.model.language_model.layers, model.model.visual.blocks, model.audio_encoder.layers):
         for index, layer in enumerate(layers):
             layer.gradient_checkpointing = every_n > 0 and index % every_n == 0
-            layer._gradient_checkpointing_func = CHECKPOINT
+            layer._gradient_checkpointing_func = RECOMPUTE
 
 
 def compile_decoder(model: SpeechMixin) -> None:
     """Compile the decoder's layers, each by itself: they have one form, so that one compilation serves them all, and
     all lengths (a batch of one sample, and evaluation, take one more each). What cannot be compiled is an error.
 
-    After `set_checkpointing`. A layer's `forward` is replaced on the layer, since `layer.compile()` would take the
+    After `set_recomputation`. A layer's `forward` is replaced on the layer, since `layer.compile()` would take the
     checkpointing around it into the graph. Gain at full size: 1.38 x, and 0.7 x the memory (docs/PERFORMANCE.md).
     """
     torch._functorch.config.activation_memory_budget = ACTIVATION_MEMORY_BUDGET
@@ -1684,7 +1711,8 @@ def compile_decoder(model: SpeechMixin) -> None:
         plain = getattr(type(layer).forward, "__wrapped__", type(layer).forward)
         layer.forward = torch.compile(plain.__get__(layer), dynamic=True, fullgraph=True)
         if layer.gradient_checkpointing:
-            layer.forward, layer.gradient_checkpointing = partial(CHECKPOINT, layer.forward), False
+            layer.forward = partial(RECOMPUTE, layer.forward)
+            layer.gradient_checkpointing = False
 
 
 def use_liger(model: SpeechMixin) -> None:
@@ -1769,7 +1797,8 @@ def read_config(path: Path, kind: str = "config", advice: str = "name a folder w
 
 def load_settings(checkpoint: str | Path) -> dict:
     """The settings saved beside an adapter; VQAError where there are none, or of another kind."""
-    path, advice = Path(checkpoint) / SETTINGS_FILE, "name a folder that train_vqa.py wrote"
+    path = Path(checkpoint) / SETTINGS_FILE
+    advice = "name a folder that train_vqa.py wrote"
     settings = read_config(path, "settings", advice)
     needed = {"model": {"model_name_or_path", "init", "init_seed"}, "input": {"input_mode"}}
     for part in ("model", "input", "trained", "lora", "training", "data"):
@@ -1779,10 +1808,10 @@ def load_settings(checkpoint: str | Path) -> dict:
     return settings
 
 
-def resolve_model_dir(name: str | Path, weights: bool = False, flag: str = "--model_name_or_path") -> Path:
+def resolve_model_dir(name: str | Path, weights: bool = False, flag_name: str = "--model_name_or_path") -> Path:
     """The folder of a model: `name` itself, or the snapshot of a hub id (config and tokenizer; `weights` if asked).
 
-    VQAError, which names `flag`, where it is neither a folder nor a hub id that can be fetched.
+    VQAError, which names `flag_name`, where it is neither a folder nor a hub id that can be fetched.
     """
     if Path(name).is_dir():
         return Path(name)
@@ -1791,7 +1820,7 @@ def resolve_model_dir(name: str | Path, weights: bool = False, flag: str = "--mo
         return Path(snapshot_download(str(name), allow_patterns=patterns))
     except (LocalEntryNotFoundError, HFValidationError, HfHubHTTPError, OSError) as error:
         raise VQAError(
-            f"{flag} {name}: no such folder, and not to be had from the hub ({first_line(error)}); "
+            f"{flag_name} {name}: no such folder, and not to be had from the hub ({first_line(error)}); "
             "name a folder with the model, or connect to the hub"
         ) from error
 
@@ -1843,16 +1872,17 @@ def load_tokenizer(model_name_or_path: str | Path) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def turn_end_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Every id that ends a turn, sorted: `<|im_end|>`, `<|endoftext|>` and the tokenizer's EOS."""
+def stop_token_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Every id that ends an answer, sorted: `<|im_end|>`, `<|endoftext|>` and the tokenizer's EOS."""
     vocab = tokenizer.get_vocab()
-    return sorted({vocab[token] for token in (*TURN_ENDS, tokenizer.eos_token) if token in vocab})
+    return sorted({vocab[token] for token in (*STOP_TOKENS, tokenizer.eos_token) if token in vocab})
 
 
 def grow_embeddings(model: SpeechMixin, tokenizer: PreTrainedTokenizerBase) -> None:
     """Add embedding and head rows for ids that have none; never shrink. New rows are the mean of the old ones, and are
     never trained, so that every load makes the same ones."""
-    rows, needed = model.get_input_embeddings().num_embeddings, max(tokenizer.get_vocab().values()) + 1
+    rows = model.get_input_embeddings().num_embeddings
+    needed = max(tokenizer.get_vocab().values()) + 1
     if needed > rows:
         model.resize_token_embeddings(needed, mean_resizing=False)
         for matrix in (model.get_input_embeddings().weight, model.get_output_embeddings().weight):
@@ -1886,7 +1916,8 @@ def load_model(
     VQAError for no weights, or missing, unexpected or mis-shaped tensors.
     """
     check_attention(attn_implementation, compute_dtype or dtype)
-    config, device = load_config(model_name_or_path), torch.device(device)
+    config = load_config(model_name_or_path)
+    device = torch.device(device)
     audio_id = tokenizer.convert_tokens_to_ids(AUDIO_PAD)
     if (getattr(config, "audio_token_id", None) or audio_id) != audio_id:
         raise VQAError(
@@ -1897,24 +1928,26 @@ def load_model(
     if audio_encoder:
         config.audio_config = whisper_geometry(audio_encoder)
     options = {"dtype": dtype, "attn_implementation": attn_implementation}
-    drawn, planned = init == "random", device.type == "meta"
-    folder = resolve_model_dir(model_name_or_path, weights=not (drawn or planned))
-    if not drawn and (not planned or any(folder.glob("model*.safetensors"))):
+    random_weights = init == "random"
+    on_meta = device.type == "meta"
+    folder = resolve_model_dir(model_name_or_path, weights=not (random_weights or on_meta))
+    if not random_weights and (not on_meta or any(folder.glob("model*.safetensors"))):
         model = read_model(folder, config, device, audio_encoder, load_in_4bit, allow_pickle, **options)
-    elif load_in_4bit and drawn:
+    elif load_in_4bit and random_weights:
         raise VQAError("--load_in_4bit keeps weights that are stored in 4 bits, and here none are; leave it out")
     else:
         with torch.random.fork_rng(), device:
             torch.manual_seed(seed)
             model = MODEL_CLASSES[config.model_type]._from_config(config, **options)
-    if audio_encoder and not (drawn or planned):
+    if audio_encoder and not (random_weights or on_meta):
         graft_encoder(model, audio_encoder, allow_pickle, seed)
     if attn_implementation == "sdpa":
         model.set_attn_implementation({"vision_config": FRAME_ATTENTION})
     grow_embeddings(model, tokenizer)
     # Nothing of the folder's own, such as a penalty of repetition: answers are greedy.
-    ends = {"eos_token_id": turn_end_ids(tokenizer), "pad_token_id": tokenizer.pad_token_id}
-    model.generation_config = GenerationConfig(**ends)
+    model.generation_config = GenerationConfig(
+        eos_token_id=stop_token_ids(tokenizer), pad_token_id=tokenizer.pad_token_id
+    )
     return model.requires_grad_(False).eval()
 
 
@@ -1933,7 +1966,7 @@ def check_attention(name: str, dtype: torch.dtype) -> None:
 
 def whisper_geometry(audio_encoder: str | Path) -> dict:
     """The geometry of the encoder of a Whisper, for `config.audio_config`; VQAError where it is another model."""
-    path = resolve_model_dir(audio_encoder, flag="--audio_encoder") / "config.json"
+    path = resolve_model_dir(audio_encoder, flag_name="--audio_encoder") / "config.json"
     whisper = read_config(path)
     if whisper.get("model_type") != "whisper":
         raise VQAError(f"--audio_encoder {path}: model_type is {whisper.get('model_type')!r}, not 'whisper'")
@@ -1954,7 +1987,8 @@ def stored_keys(folder: Path, allow_pickle: bool = False) -> list[str]:
 
     VQAError for pickles without `allow_pickle`, missing or torn files, or two tensors for one parameter.
     """
-    index, files = folder / "model.safetensors.index.json", sorted(folder.glob("model*.safetensors"))
+    index = folder / "model.safetensors.index.json"
+    files = sorted(folder.glob("model*.safetensors"))
     if not files and (pickles := sorted(folder.glob("pytorch_model*.bin"))):
         return [] if allow_pickle else refuse_pickle(pickles[0], folder)
     stored = read_config(index) if index.is_file() else {"metadata": {}, "weight_map": {"": "model.safetensors"}}
@@ -2010,7 +2044,7 @@ def name_on_disk(name: str, keys: Iterable[str]) -> str:
     return name.replace("model.language_model.", "model.").replace("model.visual.", "visual.")
 
 
-def read_quietly(model_class: type, folder: Path, **options) -> tuple[nn.Module, dict]:
+def load_with_report(model_class: type, folder: Path, **options) -> tuple[nn.Module, dict]:
     """`from_pretrained` with its report, which it only prints: tensors missing, unexpected or mis-shaped. VQAError
     where the files cannot be read."""
     printed = io.StringIO()
@@ -2069,7 +2103,7 @@ def read_model(
     if packed:
         config.quantization_config = quantization_of(folder, keys, packed, options["dtype"])
     options |= {"config": config, "key_mapping": KEY_MAPPING, "use_safetensors": bool(keys), "device_map": {"": device}}
-    model, report = read_quietly(model_class, folder, **options)
+    model, report = load_with_report(model_class, folder, **options)
     missing = report["missing_keys"]
     if audio_encoder:  # which `graft_encoder` fills
         missing = [key for key in missing if not key.startswith(("audio_encoder.", PROJECTOR))]
@@ -2174,10 +2208,10 @@ def round_weights(module: nn.Module, dtype: torch.dtype) -> None:
 def graft_encoder(model: SpeechMixin, audio_encoder: str | Path, allow_pickle: bool, seed: int) -> None:
     """Give `model` the encoder of a Whisper, every tensor accounted for, and a projector drawn from `seed` on the CPU
     with the config's `initializer_range`: the same on every device."""
-    folder = resolve_model_dir(audio_encoder, weights=True, flag="--audio_encoder")
+    folder = resolve_model_dir(audio_encoder, weights=True, flag_name="--audio_encoder")
     keys = stored_keys(folder, allow_pickle)
     prefix = next((match[0] for key in keys if (match := re.match(r"(?:model\.)?encoder\.", key))), "encoder.")
-    encoder, report = read_quietly(
+    encoder, report = load_with_report(
         WhisperEncoder,
         folder,
         config=audio_config_of(model.config),
@@ -2190,7 +2224,8 @@ def graft_encoder(model: SpeechMixin, audio_encoder: str | Path, allow_pickle: b
     mismatched = [(prefix + name, *shapes) for name, *shapes in report["mismatched_keys"]]
     refuse_misfits(folder, keys, missing, unexpected, mismatched)
     model.audio_encoder.load_state_dict(encoder.state_dict())
-    weight, generator = torch.empty(model.audio_projector.weight.shape), torch.Generator().manual_seed(seed)
+    weight = torch.empty(model.audio_projector.weight.shape)
+    generator = torch.Generator().manual_seed(seed)
     weight.normal_(0.0, model.config.text_config.initializer_range, generator=generator)
     model.audio_projector.weight.data.copy_(weight)
     print(f"   The speech encoder is that of {audio_encoder}")
@@ -2219,7 +2254,7 @@ def fingerprint(model: nn.Module) -> str:
 
             tensor = dequantize_4bit(tensor.data, tensor.quant_state)
         if name.endswith(("embed_tokens.weight", "lm_head.weight")):
-            tensor = tensor[: model.stored_rows]
+            tensor = tensor[: model.stored_vocab_size]
         flat = tensor.detach().flatten()
         picked = flat[:: max(1, flat.numel() // 16)][:16].to(torch.bfloat16).float().cpu()
         digest.update(f"{name}{tuple(tensor.shape)}".encode())
@@ -2281,8 +2316,8 @@ def print_trainable_parameters(model: SpeechMixin | PeftModel) -> None:
     if isinstance(model, PeftModel):
         return model.print_trainable_parameters()
     total = sum(p.numel() for p in model.parameters())
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    print(f"trainable params: {trained:,d} || all params: {total:,d} || trainable%: {100 * trained / total:.4f}")
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    print(f"trainable params: {trainable:,d} || all params: {total:,d} || trainable%: {100 * trainable / total:.4f}")
 
 
 def skip_input_casts(model: nn.Module) -> None:
@@ -2294,7 +2329,8 @@ def skip_input_casts(model: nn.Module) -> None:
 
 def read_adapter_config(path: Path) -> dict:
     """An adapter's config; VQAError where it asks for another computation than plain LoRA."""
-    config, plain = read_config(path), LoraConfig()
+    config = read_config(path)
+    plain = LoraConfig()
     for name, value in config.items():
         if name not in ADAPTER_FIELDS_READ and value and value != getattr(plain, name, None):
             raise VQAError(f"{path}: {name} is {value!r}, which this script does not compute; it reads plain LoRA")
@@ -2306,7 +2342,8 @@ def read_adapter_config(path: Path) -> dict:
             f"{path}: init_lora_weights {config['init_lora_weights']!r} changed the base as well; merge the adapter "
             "where it was trained, and take the merged model"
         )
-    known, saved = (PROJECTOR, *ENCODERS.values()), config.get("modules_to_save") or []
+    known = (PROJECTOR, *ENCODERS.values())
+    saved = config.get("modules_to_save") or []
     if not isinstance(saved, list) or not {str(name).rpartition(".")[2] for name in saved} <= {*known}:
         raise VQAError(f"{path}: modules_to_save is {saved!r:.80}; this reads adapters that saved {', '.join(known)}")
     return config
@@ -2318,7 +2355,8 @@ def read_adapter(path: Path, allow_pickle: bool = False) -> dict[str, torch.Tens
     VQAError for no adapter, a torn file, a pickle without `allow_pickle`, values that are not finite, or LoRA that was
     never trained.
     """
-    file, pickled = path / "adapter_model.safetensors", path / "adapter_model.bin"
+    file = path / "adapter_model.safetensors"
+    pickled = path / "adapter_model.bin"
     if not file.is_file() and pickled.is_file() and not allow_pickle:
         refuse_pickle(pickled, "BASE", path)
     if not (path / "adapter_config.json").is_file() or not (file.is_file() or pickled.is_file()):
@@ -2347,15 +2385,15 @@ def check_base(model: SpeechMixin, adapter: Path) -> None:
     if wanted is None:
         print(f"   {adapter}: no {SETTINGS_FILE} there names the base it was trained on, so none was compared")
     elif wanted != (found := fingerprint(model)):
-        base = f"its base was {settings['model_name_or_path']}, name that one"
+        advice = f"its base was {settings['model_name_or_path']}, name that one"
         if settings["init"] == "random":
-            base = (
+            advice = (
                 f"its base was drawn from seed {settings['init_seed']} in {settings.get('dtype')} on "
                 f"{settings.get('init_device')}; another seed, kind of device or torch version draws other weights"
             )
         raise VQAError(
             f"{adapter}: was trained on another base than the one loaded (fingerprint {wanted[:12]}, not "
-            f"{found[:12]}); {base}"
+            f"{found[:12]}); {advice}"
         )
 
 
@@ -2370,7 +2408,7 @@ def load_adapter(model: SpeechMixin, path: str | Path, *, allow_pickle: bool = F
     config = read_adapter_config(path / "adapter_config.json")
     check_base(model, path)
     saved = {str(name).rpartition(".")[2] for name in config.get("modules_to_save") or ()}
-    encoders = {flag: name in saved for flag, name in ENCODERS.items()}
+    encoders = {encoder: name in saved for encoder, name in ENCODERS.items()}
     peft_model = add_lora(model, config["r"], config["lora_alpha"], config.get("lora_dropout", 0.0), **encoders)
     stored = {f"base_model.model.{current_name(key)}": tensor for key, tensor in tensors.items()}
     wanted = get_peft_model_state_dict(peft_model, save_embedding_layers=False)
@@ -2384,8 +2422,8 @@ def load_adapter(model: SpeechMixin, path: str | Path, *, allow_pickle: bool = F
     return peft_model
 
 
-def fold_adapter(model: nn.Module) -> SpeechMixin:
-    """The base with the adapter in its own weights, changed in place, one layer at a time.
+def merge_adapter(model: nn.Module) -> SpeechMixin:
+    """The base with the adapter merged into its weights, changed in place, one layer at a time.
 
     `model` is a PeftModel, or its base with the adapter inside. W + alpha / r * B A is summed in float32 and rounded
     once, to the dtype of W; PEFT's `merge_and_unload` adds the update in the dtype of the weight. What was trained in
@@ -2412,7 +2450,7 @@ class Trained:
     processor: VQAProcessor
     settings: dict  # what training saved; {} for a base model
     base_fingerprint: str  # of the base, before the adapter
-    merged: bool  # the adapter is folded into the weights
+    merged: bool  # the adapter is merged into the weights
 
 
 def trained_settings(path: str | Path, device_type: str, changes: dict) -> tuple[dict, ModelSettings, InputSettings]:
@@ -2425,7 +2463,8 @@ def trained_settings(path: str | Path, device_type: str, changes: dict) -> tuple
         raise TypeError(f"no fields of ModelSettings or InputSettings: {', '.join(sorted(unknown))}")
     folder = resolve_model_dir(path)
     settings = load_settings(folder) if (folder / SETTINGS_FILE).is_file() else {}
-    model, inputs = settings.get("model", {}), settings.get("input", {})
+    model = settings.get("model", {})
+    inputs = settings.get("input", {})
     if not (folder / "adapter_config.json").is_file():  # weights of its own, however the base came about
         kept = ("dtype", "attn_implementation") if settings.get("trained", {}).get("decoder") == "full" else ()
         model = {name: model[name] for name in kept if name in model} | {"model_name_or_path": str(path)}
@@ -2455,7 +2494,7 @@ def load_trained(
         device: that answers. Random weights are drawn where training drew them.
         dtype: to answer in. None: what training computed in; without settings float32 on a CPU, else bfloat16.
         base_dtype: of the base while the adapter goes in. None: what training computed in, without adapter `dtype`.
-        merge: fold the adapter into the weights (summed in float32 and rounded once), unless the base is in 4 bits.
+        merge: merge the adapter into the weights (summed in float32 and rounded once), unless the base is in 4 bits.
         allow_pickle: read pickles.
         changes: fields of ModelSettings and InputSettings that differ from the stored ones, such as
             `model_name_or_path`, where the base lies now.
@@ -2464,40 +2503,44 @@ def load_trained(
         VQAError: as the loaders, random weights that were drawn on a device which is not here, files that are not as
             they were saved, or a base whose speech encoder makes another number of tokens than in training.
     """
-    device, adapter = torch.device(device), (Path(path) / "adapter_config.json").is_file()
-    settings, base, shown = trained_settings(path, device.type, changes)
+    device = torch.device(device)
+    adapter = (Path(path) / "adapter_config.json").is_file()
+    settings, model_settings, input_settings = trained_settings(path, device.type, changes)
     if (Path(path) / MANIFEST_FILE).is_file() and (damage := find_damage(path)):
         raise VQAError(f"{path}: {damage}; take a complete checkpoint-N")
-    drawn_on = (base.init_device or device.type) if base.init == "random" else device.type
+    drawn_on = device.type
+    if model_settings.init == "random" and model_settings.init_device:
+        drawn_on = model_settings.init_device
     if drawn_on not in ("cpu", device.type):
         raise VQAError(
             f"{path}: its random base was drawn on {drawn_on}, and {device.type} draws other numbers; evaluate it on a "
             f"machine with {drawn_on}"
         )
-    dtype = dtype or getattr(torch, base.dtype)
-    base_dtype = base_dtype or (getattr(torch, base.dtype) if adapter else dtype)
+    dtype = dtype or getattr(torch, model_settings.dtype)
+    base_dtype = base_dtype or (getattr(torch, model_settings.dtype) if adapter else dtype)
     own_tokenizer = not adapter or (Path(path) / "tokenizer.json").is_file()
-    tokenizer = load_tokenizer(path if own_tokenizer else base.model_name_or_path)
+    base = model_settings.model_name_or_path
+    tokenizer = load_tokenizer(path if own_tokenizer else base)
     names = ("init", "attn_implementation", "audio_encoder", "load_in_4bit")
-    options = {name: getattr(base, name) for name in names}
-    options |= {"seed": base.init_seed, "dtype": base_dtype, "device": drawn_on, "allow_pickle": allow_pickle}
-    model = load_model(base.model_name_or_path, tokenizer, **options)
-    identity, merged = fingerprint(model), adapter and merge and not base.load_in_4bit
+    options = {name: getattr(model_settings, name) for name in names}
+    options |= {"seed": model_settings.init_seed, "dtype": base_dtype, "device": drawn_on}
+    model = load_model(base, tokenizer, allow_pickle=allow_pickle, **options)
+    identity = fingerprint(model)
+    merged = adapter and merge and not model_settings.load_in_4bit
     if adapter:
         load_adapter(model, path, allow_pickle=allow_pickle)
     model = model.to(device).eval()
     if merged and dtype != torch.float32:
-        model = fold_adapter(model)
+        model = merge_adapter(model)
     for part in [model] if dtype != base_dtype else [model.model.visual, model.audio_encoder]:
         round_weights(part, dtype)
     if merged and dtype == torch.float32:  # after widening, so that nothing is rounded
-        model = fold_adapter(model)
-    model.processor = VQAProcessor(
-        tokenizer, model.config, shown.max_image_size, shown.input_mode, shown.audio_tokens, shown.frame_mode
-    )
-    if shown.encoder_tokens not in (None, model.processor.encoder_tokens):
+        model = merge_adapter(model)
+    names = ("max_image_size", "input_mode", "audio_tokens", "frame_mode")
+    model.processor = VQAProcessor(tokenizer, model.config, **{name: getattr(input_settings, name) for name in names})
+    if input_settings.encoder_tokens not in (None, model.processor.encoder_tokens):
         raise VQAError(
-            f"{path}: trained with {shown.encoder_tokens} audio tokens a question, this base makes "
+            f"{path}: trained with {input_settings.encoder_tokens} audio tokens a question, this base makes "
             f"{model.processor.encoder_tokens}; name the base of the training run with --model_name_or_path"
         )
     return Trained(model, model.processor, settings, identity, merged)
@@ -2514,17 +2557,20 @@ def write_weights(model: SpeechMixin, folder: Path) -> None:
         file.chmod(folder.stat().st_mode & 0o666)  # safetensors makes files that only their owner may read
 
 
-def write_description(model: SpeechMixin, tokenizer: PreTrainedTokenizerBase, base: Path, folder: Path) -> None:
-    """Write config, generation config, tokenizer and processor files; those of `base` where it has them."""
+def write_config_and_tokenizer(
+    model: SpeechMixin, tokenizer: PreTrainedTokenizerBase, base_folder: Path, folder: Path
+) -> None:
+    """Write config, generation config, tokenizer and processor files; those of `base_folder` where it has them."""
     model.config.architectures = ["Qwen2VLForConditionalGeneration"]
     model.config.save_pretrained(folder)
     model.generation_config.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     VQAProcessor(tokenizer, model.config).image_processor.save_pretrained(folder)
     for name in COPIED_FILES:
-        if (base / name).is_file():
-            read_config(base / name) if name.endswith(".json") else None  # refuses one that asks for code
-            shutil.copyfile(base / name, folder / name)
+        if (base_folder / name).is_file():
+            if name.endswith(".json"):
+                read_config(base_folder / name)  # refuses one that asks for code
+            shutil.copyfile(base_folder / name, folder / name)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -2543,7 +2589,8 @@ def encoder_digest(encoder: nn.Module) -> str:
 
 def feature_recipes(model: SpeechMixin, processor: VQAProcessor) -> dict[str, str]:
     """All that the features of a clip (`vision`) and of a speech (`speech`) depend on but their files, as text."""
-    kind, version = model.device.type, importlib.metadata.version
+    kind = model.device.type
+    version = importlib.metadata.version
     shared = {
         "schema": FEATURE_SCHEMA,
         "dtype": str(model.dtype),
@@ -2602,12 +2649,14 @@ class FeatureStore:
     def fill(self, sources: Sequence, allow_errors: bool = False) -> None:
         """Encode what the clips and speech of `sources` lack here, and print how many that were.
 
-        `sources` are SurgicalVQADatasets, or have their `rows` and `media_of`; where that says None there is nothing.
+        `sources` are SurgicalVQADatasets, or have their `rows` and `cacheable_media`; None in these is not kept.
         VQAError for media that cannot be read, which `allow_errors` passes over (`read` then gives None for them), and
         for a full disk.
         """
-        start, depth = time.monotonic(), 2 * MAX_WORKERS
-        recipes, digest_of = feature_recipes(self.model, self.processor), cache(sha256_of)
+        start = time.monotonic()
+        depth = 2 * MAX_WORKERS
+        recipes = feature_recipes(self.model, self.processor)
+        digest_of = cache(sha256_of)
 
         def attempt(step: typing.Callable, medium):
             try:
@@ -2626,11 +2675,11 @@ class FeatureStore:
 
         def decode(medium) -> tuple[torch.Tensor, ...]:
             if isinstance(medium, Path):
-                return self.processor.encode_speech(load_speech(medium), medium)
+                return self.processor.log_mel(load_speech(medium), medium)
             frames = [load_frame(path, self.processor.max_image_size) for path in medium]
-            return self.processor.encode_frames(frames, f"beside {medium[0]}")
+            return self.processor.patches_of(frames, f"beside {medium[0]}")
 
-        every = (source.media_of(index) for source in sources for index in range(len(source.rows)))
+        every = (source.cacheable_media(index) for source in sources for index in range(len(source.rows)))
         media = list(dict.fromkeys(medium for both in every for medium in both if medium))
         file_of = dict(zip(media, ahead(partial(attempt, name), media, depth), strict=True))
         unique = {file: medium for medium, file in file_of.items() if file}  # media of one content are one file
@@ -2659,7 +2708,7 @@ class FeatureStore:
         """Write to `file` what its encoder makes of a medium's `inputs`."""
         is_speech = isinstance(medium, Path)
         with torch.no_grad():  # an adapter may bring an encoder that was trained
-            encoder = self.model.hear if is_speech else self.model.see
+            encoder = self.model.encode_audio if is_speech else self.model.encode_vision
             features = encoder(*(tensor.to(self.model.device) for tensor in inputs)).cpu()
         write_features(file, features, None if is_speech else inputs[1])
 
@@ -2668,7 +2717,8 @@ def read_features(file: Path) -> tuple[torch.Tensor, torch.Tensor | None]:
     """What `write_features` stored, the features mapped from the file; VQAError where it is missing or damaged."""
     try:
         with safe_open(file, framework="pt") as stored:
-            features, grid = stored.get_tensor("features"), stored.metadata()["grid"]
+            features = stored.get_tensor("features")
+            grid = stored.metadata()["grid"]
         return features, torch.tensor(json.loads(grid)) if grid else None
     except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
         raise VQAError(f"{file}: damaged or gone ({error}); remove it and start again") from error
@@ -2700,21 +2750,21 @@ def resolved_settings(
 ) -> dict:
     """All that training chose, as JSON: `model` and `input` are what evaluation repeats, the rest is for the record."""
     given = {**vars(model_args), **vars(data_args)}
-    base = {"init_seed": training_args.seed, "init_device": training_args.device.type}
-    base |= {"dtype": str(training_args.compute_dtype).removeprefix("torch."), "base_fingerprint": base_fingerprint}
-    trained = {"decoder": model_args.train_decoder, **{name: given[f"train_{name}"] for name in ENCODERS}}
+    model = given | {"init_seed": training_args.seed, "init_device": training_args.device.type}
+    model |= {"dtype": str(training_args.compute_dtype).removeprefix("torch."), "base_fingerprint": base_fingerprint}
+    trained_parts = {"decoder": model_args.train_decoder, **{name: given[f"train_{name}"] for name in ENCODERS}}
     lora = {name: given[f"lora_{name}"] for name in ("r", "alpha", "dropout")}
     packages = ("torch", "transformers", "peft", "accelerate", "pillow", "torchaudio", "soundfile")
     return {
-        "model": asdict(from_stored(ModelSettings, given | base)),
+        "model": asdict(from_stored(ModelSettings, model)),
         "input": asdict(from_stored(InputSettings, given | {"encoder_tokens": processor.encoder_tokens})),
         # Compiled layers draw dropout from other random numbers, and Liger's round otherwise.
-        "trained": trained | {name: given[name] for name in ("compile_layers", "use_liger_kernel")},
+        "trained": trained_parts | {name: given[name] for name in ("compile_layers", "use_liger_kernel")},
         "lora": lora if model_args.train_decoder == "lora" else {},
         "tokens": {
             "pad": processor.tokenizer.pad_token_id,
             "audio": processor.audio_id,
-            "turn_ends": turn_end_ids(processor.tokenizer),
+            "turn_ends": stop_token_ids(processor.tokenizer),
         },
         "data": {k: v for k, v in asdict(data_args).items() if k.endswith(("_path", "_dir", "_samples", "_features"))},
         "skipped": list(skipped),
@@ -2734,13 +2784,20 @@ class Interrupted(BaseException):
 class StopSignal:
     """Takes SIGTERM, SIGINT and SIGHUP while the `with` lasts, but those that the caller ignores (as nohup does).
 
-    Before training one of them ends the process at once, with the words `nothing`. While `saves` is True it only sets
-    `signum`, for the Trainer to finish its step and save, and says `finishing`.
+    Until `deferred` is set, a signal raises Interrupted at once, with `idle_message`. After that it only sets `signum`
+    and prints `deferred_message`; the caller stops after its step or batch.
     """
 
-    def __init__(self, finishing: str = "finishing the step and saving", nothing: str = "nothing had been trained yet"):
-        self.finishing, self.nothing = finishing, nothing
-        self.signum, self.saves, self.before = None, False, {}
+    def __init__(
+        self,
+        deferred_message: str = "finishing the step and saving",
+        idle_message: str = "nothing had been trained yet",
+    ):
+        self.deferred_message = deferred_message
+        self.idle_message = idle_message
+        self.deferred = False
+        self.signum: int | None = None
+        self.before = {}  # signal -> the handler that was there
 
     def __enter__(self) -> "StopSignal":
         for number in STOP_SIGNALS:
@@ -2754,9 +2811,10 @@ class StopSignal:
 
     def _handle(self, signum: int, _frame) -> None:
         self.signum = self.signum or signum
-        if not self.saves:
-            raise Interrupted(signum, self.nothing)
-        os.write(2, f"\n{signal.Signals(signum).name}: {self.finishing}\n".encode())  # print is not safe in a handler
+        if not self.deferred:
+            raise Interrupted(signum, self.idle_message)
+        # print is not safe in a handler
+        os.write(2, f"\n{signal.Signals(signum).name}: {self.deferred_message}\n".encode())
 
 
 @contextlib.contextmanager
@@ -2845,22 +2903,24 @@ def find_checkpoint(args: VQATrainingArguments) -> Path | None:
     True takes the newest one that is complete, and names those passed over. VQAError where the named one is not
     complete, none is, or the run would write among later checkpoints of another.
     """
-    flag, existing = args.resume_from_checkpoint, checkpoints_of(args.output_dir)
-    flag = {"true": True, "false": None}.get(flag.lower(), flag) if isinstance(flag, str) else flag
+    wanted = args.resume_from_checkpoint
+    existing = checkpoints_of(args.output_dir)
+    if isinstance(wanted, str):
+        wanted = {"true": True, "false": None}.get(wanted.lower(), wanted)
     chosen, damaged = None, []
-    for folder in existing.values() if flag is True else [Path(flag)] if flag else []:
+    for folder in existing.values() if wanted is True else [Path(wanted)] if wanted else []:
         damage = find_damage(folder, RESUME_FILES)
         if damage is None:
             chosen = folder
             break
         damaged.append(f"{folder}: {damage}")
-    if damaged and not chosen and flag is True:
+    if damaged and not chosen and wanted is True:
         advice = "no checkpoint is complete; move them away to start from the beginning"
         raise VQAError("\n".join([*damaged, advice]))
     if damaged and not chosen:
         raise VQAError(f"--resume_from_checkpoint {damaged[0]}; name another, or True for the newest complete one")
     print("".join(f"Passing over {text}\n" for text in damaged), end="")
-    if flag is True:
+    if wanted is True:
         if not chosen:
             print("No checkpoint to go on from; starting from the beginning.")
         return chosen
@@ -2910,7 +2970,7 @@ class VQATrainer(Trainer):
     `_tr_loss` and `_globalstep_last_logged`, so that the logged loss goes on where the checkpoint left it.
 
     `settings` are from `resolved_settings`, `stop_signal` says when to stop. The tokenizer is saved with every
-    checkpoint; as `processing_class` it would overwrite the model's turn-end ids.
+    checkpoint; as `processing_class` it would overwrite the model's stop tokens.
     """
 
     def __init__(
@@ -2919,10 +2979,12 @@ class VQATrainer(Trainer):
         super().__init__(*args, **kwargs)
         self.tokenizer, self.settings, self.stop_signal = tokenizer, settings, stop_signal or StopSignal()
         # The Trainer would delete old checkpoints before the new one is complete.
-        self.total_limit, self.args.save_total_limit = self.args.save_total_limit, None
+        self.total_limit = self.args.save_total_limit
+        self.args.save_total_limit = None
         self.saving = False  # a checkpoint is being written
         self.parameter_count: int | None = None
-        self.batches: list[tuple[list[int], int, torch.Tensor | None]] = []  # rows, tokens and loss, of this step
+        # Of this step: indices of the rows, tokens and loss of each batch.
+        self.batches: list[tuple[list[int], int, torch.Tensor | None]] = []
         self.guard = RunGuard(self)
         self.add_callback(self.guard)
 
@@ -2933,7 +2995,8 @@ class VQATrainer(Trainer):
         finite, or a checkpoint cannot be read.
         """
         self.guard.resume(checkpoint)
-        self.stop_signal.saves, trouble = True, None
+        self.stop_signal.deferred = True
+        message = None
         try:
             self.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         except Interrupted:  # in an evaluation
@@ -2941,18 +3004,19 @@ class VQATrainer(Trainer):
         except VQAError:
             raise
         except Exception as error:
-            trouble = self.explain(error, checkpoint)
-        if trouble and "out of memory" in trouble:  # outside of `except`, so that the failed step's tensors are gone
+            message = self.explain(error, checkpoint)
+        if message and "out of memory" in message:  # outside of `except`, so that the failed step's tensors are gone
             accelerate.utils.memory.clear_device_cache(garbage_collection=True)
-            trouble += "; " + self.save_last_step()
-        if trouble:
-            raise VQAError(trouble)
+            message += "; " + self.save_last_step()
+        if message:
+            raise VQAError(message)
         if self.stop_signal.signum:
             raise Interrupted(self.stop_signal.signum, self.save_last_step())
 
     def save_last_step(self) -> str:
         """Save the state after the last finished step, unless that is done; returns what there is to go on from."""
-        guard, step = self.guard, self.state.global_step
+        guard = self.guard
+        step = self.state.global_step
         if not step:
             return "no step was finished, so nothing is saved"
         if guard.stepping:
@@ -2970,16 +3034,16 @@ class VQATrainer(Trainer):
         """One line for memory or disk that ran out, or a checkpoint that cannot be read; other errors are raised."""
         reason = first_line(error)
         if accelerate.utils.memory.should_reduce_batch_size(error):
-            rows, tokens, _ = self.batches[-1] if self.batches else ([], 0, None)
+            indices, tokens, _ = self.batches[-1] if self.batches else ([], 0, None)
             part, dataset = "train", self.train_dataset
             if not self.model.training:
                 part, dataset = "eval", self.eval_dataset or self.train_dataset
-            lengths = dataset.token_counts(rows)
-            key = dataset.rows[rows[lengths.index(max(lengths))]].key if rows else "none"
+            lengths = dataset.token_counts(indices)
+            key = dataset.rows[indices[lengths.index(max(lengths))]].key if indices else "none"
             asked = re.search(r"[Tt]ried to allocate [^.]*(?:\.\d+[^.]*)?\.?", str(error))
             return (
                 f"out of memory ({(asked[0] if asked else reason).strip('. ')}) at step {self.state.global_step + 1} "
-                f"with {len(rows)} samples of {tokens} tokens, the longest {key}; lower "
+                f"with {len(indices)} samples of {tokens} tokens, the longest {key}; lower "
                 f"--per_device_{part}_batch_size, --max_{part}_frames or --max_image_size, or set "
                 "--checkpoint_every_n 1"
             )
@@ -3016,7 +3080,8 @@ class VQATrainer(Trainer):
         Not the Trainer's own: PEFT's `auto` would save 152,000 rows of embeddings with an adapter once a row was added,
         and `training_args.bin` is a pickle that holds the hub's token.
         """
-        self.saving, folder = True, Path(output_dir or self.args.output_dir)
+        self.saving = True
+        folder = Path(output_dir or self.args.output_dir)
         folder.mkdir(parents=True, exist_ok=True)
         for name in (MANIFEST_FILE, EVALUATION_DUE):  # of an earlier save of this step
             (folder / name).unlink(missing_ok=True)
@@ -3026,12 +3091,13 @@ class VQATrainer(Trainer):
         else:
             write_weights(self.model, folder)
             base = resolve_model_dir(self.settings["model"]["model_name_or_path"])
-            write_description(self.model, self.tokenizer, base, folder)
+            write_config_and_tokenizer(self.model, self.tokenizer, base, folder)
         (folder / SETTINGS_FILE).write_text(json.dumps(self.settings, indent=2) + "\n", encoding="utf-8")
 
     def save_final(self) -> None:
         """Save the model that training ends with: aside, then moved in, its config and manifest last."""
-        root, part = Path(self.args.output_dir), Path(self.args.output_dir) / "tmp-final"
+        root = Path(self.args.output_dir)
+        part = Path(self.args.output_dir) / "tmp-final"
         last = ("adapter_config.json", "config.json", MANIFEST_FILE)  # without these it is not taken for a model
         shutil.rmtree(part, ignore_errors=True)
         try:
@@ -3060,14 +3126,14 @@ class VQATrainer(Trainer):
 
     def training_step(self, model: nn.Module, inputs: dict, num_items_in_batch=None) -> torch.Tensor:
         """As usual, keeping which rows and how many tokens the batch has, and its loss."""
-        self.batches.append((inputs.pop("rows", []), inputs["input_ids"].shape[1], None))
+        self.batches.append((inputs.pop("row_indices", []), inputs["input_ids"].shape[1], None))
         loss = super().training_step(model, inputs, num_items_in_batch)
         self.batches[-1] = (*self.batches[-1][:2], loss)
         return loss
 
     def prediction_step(self, model: nn.Module, inputs: dict, *args, **kwargs):
         """As usual, keeping which rows and how many tokens the batch has."""
-        self.batches = [(inputs.pop("rows", []), inputs["input_ids"].shape[1], None)]
+        self.batches = [(inputs.pop("row_indices", []), inputs["input_ids"].shape[1], None)]
         return super().prediction_step(model, inputs, *args, **kwargs)
 
     def evaluate(self, *args, **kwargs) -> dict[str, float]:
@@ -3114,7 +3180,8 @@ class RunGuard(TrainerCallback):
         self.trainer = trainer
         self.saved: Path | None = None  # the last complete checkpoint, or the one that the run went on from
         self.saved_step, self.resumed, self.already_finished = -1, False, False
-        self.began, self.stepping = False, False  # a first batch was given; the optimizer is changing the weights
+        self.began = False  # a first step has begun
+        self.stepping = False  # the optimizer is changing the weights
         self.evaluation_due = False  # a signal cut one short
         self.unlogged_loss = (0.0, 0)  # the sum of losses since the last log, and the step of that log
 
@@ -3138,7 +3205,7 @@ class RunGuard(TrainerCallback):
         return f"the last complete checkpoint is {self.saved}" if self.saved else "there is no checkpoint yet"
 
     def on_step_begin(self, args, state, control, **kwargs):
-        """All that is read of a checkpoint was read."""
+        """The checkpoint is loaded; later errors are not its."""
         self.began = True
 
     def on_train_begin(self, args, state, control, **kwargs):
@@ -3147,7 +3214,7 @@ class RunGuard(TrainerCallback):
         if self.saved_step >= 0:
             trainer._tr_loss += self.unlogged_loss[0]
             trainer._globalstep_last_logged = self.unlogged_loss[1]
-        if trainer.train_dataset.features:
+        if trainer.train_dataset.feature_store:
             trainer.model.offload_encoders()
         if self.evaluation_due:
             self.evaluation_due = False
@@ -3167,7 +3234,7 @@ class RunGuard(TrainerCallback):
         bad = [i for i, value in enumerate(values[: len(batches)]) if not math.isfinite(value)]
         what = f"the loss is {values[bad[0]]}" if bad else "the gradient is not finite"
         dataset = self.trainer.train_dataset
-        rows = [dataset.rows[row] for i in bad or range(len(batches)) for row in batches[i][0]]
+        rows = [dataset.rows[index] for i in bad or range(len(batches)) for index in batches[i][0]]
         raise VQAError(
             f"step {state.global_step + 1}: {what} with {', '.join(f'{row.key} ({row.where})' for row in rows)}; "
             f"stopped before the optimizer step; {self.last_checkpoint()}; look at these samples, or start another run "
@@ -3176,7 +3243,8 @@ class RunGuard(TrainerCallback):
 
     def on_step_end(self, args, state, control, **kwargs):
         """After a signal: save and stop; where the epoch ends with this step, what is due then comes first."""
-        self.stepping, self.trainer.batches = False, []
+        self.stepping = False
+        self.trainer.batches = []
         if self.trainer.stop_signal.signum:
             control.should_training_stop = True
             control.should_save |= not epoch_ends(state)
@@ -3195,7 +3263,8 @@ class RunGuard(TrainerCallback):
 
     def on_save(self, args, state, control, **kwargs):
         """Complete the checkpoint, its manifest last; then those beyond --save_total_limit go, but for the best."""
-        trainer, root = self.trainer, Path(args.output_dir)
+        trainer = self.trainer
+        root = Path(args.output_dir)
         folder = root / f"checkpoint-{state.global_step}"
         progress = {"step": state.global_step, "tr_loss": trainer._tr_loss.item(), "evaluate": self.evaluation_due}
         progress["last_logged"] = trainer._globalstep_last_logged
@@ -3266,7 +3335,7 @@ class StopAtLoss(TrainerCallback):
 
 
 def estimate_memory(
-    model: SpeechMixin, tokens: int, args: ModelArguments, dtype: torch.dtype, kept_features: bool, every_n: int
+    model: SpeechMixin, tokens: int, args: ModelArguments, dtype: torch.dtype, cached_features: bool, every_n: int
 ) -> dict[str, int]:
     """Bytes of GPU memory at the peak of training on batches of `tokens`, by what takes them; an estimate.
 
@@ -3279,10 +3348,12 @@ def estimate_memory(
     ACTIVATION_MEMORY_BUDGET), a recomputed one its input. Between layers values have the decoder's own dtype.
 
     Not counted: activations of trained encoders, and of frozen ones while they run; the logits at answer positions;
-    what --use_liger_kernel saves. `model` has its adapter, and may be on the meta device; with `kept_features` its
+    what --use_liger_kernel saves. `model` has its adapter, and may be on the meta device; with `cached_features` its
     frozen encoders are off the GPU.
     """
-    text, size, adapted = model.config.text_config, dtype.itemsize, args.train_decoder == "lora"
+    text = model.config.text_config
+    size = dtype.itemsize
+    adapted = args.train_decoder == "lora"
     stored = model.model.language_model.norm.weight.dtype.itemsize
     h, f, r = text.hidden_size, text.intermediate_size, args.lora_r * adapted
     k = text.num_key_value_heads * h // text.num_attention_heads
@@ -3297,11 +3368,11 @@ def estimate_memory(
     count = text.num_hidden_layers
     recomputed = math.ceil(count / every_n) if every_n else 0
     kept = (count - recomputed) * layer + recomputed * stored * h + bool(recomputed) * layer
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    resting = [*model.model.visual.parameters(), *model.audio_encoder.parameters()] if kept_features else []
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    resting = [*model.model.visual.parameters(), *model.audio_encoder.parameters()] if cached_features else []
     return {
         "weights": sum(p.nbytes for p in model.parameters()) - sum(p.nbytes for p in resting),
-        "gradients and optimizer": 12 * trained + (size * trained if size < 4 else 0),  # and autocast's copy
+        "gradients and optimizer": 12 * trainable + (size * trainable if size < 4 else 0),  # and autocast's copy
         "activations": tokens * (kept + 6 * f * size),  # and what the backward pass of one MLP works with
     }
 
@@ -3327,7 +3398,7 @@ def memory_to_fit(args: ModelArguments) -> float:
     return torch.cuda.get_device_properties(0).total_memory / GIB - CUDA_CONTEXT_GIB
 
 
-def choose_checkpointing(args: ModelArguments, estimate: typing.Callable[[int], dict[str, int]]) -> int:
+def choose_recomputation(args: ModelArguments, estimate: typing.Callable[[int], dict[str, int]]) -> int:
     """`--checkpoint_every_n` as a number: for `auto` the fewest recomputed layers whose estimate fits."""
     if args.checkpoint_every_n != "auto":
         return int(args.checkpoint_every_n)
@@ -3405,8 +3476,11 @@ def build_model(
 
     On the `meta` device nothing is allocated, and there is no fingerprint.
     """
-    kernel, precision = ATTENTION_KERNELS[args.attn_implementation], "BF16" if training_args.bf16 else "FP32"
-    dtype, full, planned = training_args.compute_dtype, args.train_decoder == "full", str(device) == "meta"
+    kernel = ATTENTION_KERNELS[args.attn_implementation]
+    precision = "BF16" if training_args.bf16 else "FP32"
+    dtype = training_args.compute_dtype
+    full = args.train_decoder == "full"
+    on_meta = str(device) == "meta"
     if args.use_liger_kernel and (used := load_config(args.model_name_or_path).text_config.hidden_act) != "silu":
         raise VQAError(f"--use_liger_kernel needs hidden_act 'silu', config.json has {used!r}; leave it out")
     print(f"⏳ Loading merged {precision} model with {kernel} attention...")
@@ -3415,9 +3489,9 @@ def build_model(
     options = {name: getattr(args, name) for name in names} | {"seed": training_args.seed, "device": device}
     options |= {"dtype": torch.float32 if full else dtype, "compute_dtype": dtype}
     model = load_model(args.model_name_or_path, tokenizer, **options)
-    print("✓ Model built without weights" if planned else f"✓ Model loaded in full {precision}")
-    base_fingerprint = "" if planned else fingerprint(model)
-    encoders = {flag: getattr(args, f"train_{flag}") for flag in ENCODERS}
+    print("✓ Model built without weights" if on_meta else f"✓ Model loaded in full {precision}")
+    base_fingerprint = "" if on_meta else fingerprint(model)
+    encoders = {encoder: getattr(args, f"train_{encoder}") for encoder in ENCODERS}
     set_seed(training_args.seed)
     if full:
         print("🧠 Training the whole decoder, without LoRA...")
@@ -3437,11 +3511,12 @@ def build_datasets(
 ) -> tuple[SurgicalVQADataset, SurgicalVQADataset | None]:
     """The datasets of training and, where there are rows, of evaluation; VQAError where a sample is too long."""
     print(f"📁 Loading Train Data: {args.train_data_path}")
-    train = SurgicalVQADataset(train_rows, processor, max_train_frames=args.max_train_frames, numbered=True)
-    evaluation, limit = None, args.max_eval_frames
+    train = SurgicalVQADataset(train_rows, processor, max_train_frames=args.max_train_frames, with_index=True)
+    evaluation = None
+    limit = args.max_eval_frames
     if eval_rows:
         print(f"📁 Loading Eval Data: {args.eval_data_path}")
-        evaluation = SurgicalVQADataset(eval_rows, processor, max_eval_frames=limit, is_eval=True, numbered=True)
+        evaluation = SurgicalVQADataset(eval_rows, processor, max_eval_frames=limit, is_eval=True, with_index=True)
         if limit is not None and any(len(row.frames) > limit for row in eval_rows):
             print(f"   Using {limit} frames (evenly sampled) to reduce eval memory")
     raise_problems(train.find_too_long() + (evaluation.find_too_long() if evaluation else []))
@@ -3461,9 +3536,9 @@ def plan(
     lengths = sorted(train.token_counts()) if counted else [0]
     multiple = PADDING_MULTIPLE if model_args.compile_layers else 1
     tokens = args.train_batch_size * math.ceil(lengths[-1] / multiple) * multiple
-    kept_features = bool(data_args.cache_features)
-    estimate = partial(estimate_memory, model, tokens, model_args, args.compute_dtype, kept_features)
-    every_n = choose_checkpointing(model_args, estimate)
+    cached_features = bool(data_args.cache_features)
+    estimate = partial(estimate_memory, model, tokens, model_args, args.compute_dtype, cached_features)
+    every_n = choose_recomputation(model_args, estimate)
     if not data_args.dry_run:
         return every_n
     for name, counts in (("train", lengths), ("eval", sorted(evaluation.token_counts()) if evaluation else [])):
@@ -3543,7 +3618,7 @@ def train(
     every_n = plan(model, datasets, model_args, data_args, training_args)
     if data_args.dry_run:
         return 0
-    set_checkpointing(model, every_n)
+    set_recomputation(model, every_n)
     if model_args.compile_layers:
         compile_decoder(model)
     if model_args.use_liger_kernel:
@@ -3552,7 +3627,7 @@ def train(
         store = FeatureStore(data_args.cache_features, model, processor)
         store.fill([dataset for dataset in datasets if dataset])
         for dataset in filter(None, datasets):
-            dataset.features = store
+            dataset.feature_store = store
 
     # 5. Training
     settings = resolved_settings(model_args, data_args, training_args, processor, base_fingerprint, skipped)

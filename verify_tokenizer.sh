@@ -35,7 +35,7 @@ def main():
     print()
     after = train_vqa.load_tokenizer(model)
     show("After load_tokenizer", after)
-    stops = train_vqa.turn_end_ids(after)
+    stops = train_vqa.stop_token_ids(after)
     print(f"   Generation stops at: {', '.join(f'{after.convert_ids_to_tokens(i)!r} (ID: {i})' for i in stops)}")
     print()
     if after.pad_token_id in (None, after.eos_token_id) or not stops:

@@ -81,7 +81,7 @@ def main() -> None:
         frames = [vqa.load_frame(path, args.max_image_size) for path in clip]
         speech = vqa.load_speech(speech_path)
         target = vqa.fit_size(decoded[0].size, args.max_image_size)
-        pixels, _ = processor.encode_frames(frames)
+        pixels, _ = processor.patches_of(frames)
         vision = torch.randn(1344, 3584).bfloat16()
         audio = torch.randn(1500, 1280).bfloat16()
         vqa.write_features(folder / "vision", vision, torch.tensor([[1, 24, 28]] * 8))
@@ -93,11 +93,11 @@ def main() -> None:
 
         def uncached() -> None:
             media = [vqa.load_frame(path, args.max_image_size) for path in clip], vqa.load_speech(speech_path)
-            collate([processor.encode(row, *media, True)])
+            collate([processor.make_sample(row, *media, True)])
 
         def cached() -> None:
             images, (voice, _) = vqa.read_features(folder / "vision"), vqa.read_features(folder / "speech")
-            collate([processor.encode(row, (), None, True, images, voice)])
+            collate([processor.make_sample(row, (), None, True, images, voice)])
 
         collate = vqa.VQACollator(tokenizer.pad_token_id)
         stages = {
@@ -108,11 +108,11 @@ def main() -> None:
                 load_draft(path, args.max_image_size) for path in clip
             ],
             f"resize to {target[0]} x {target[1]}": resize,
-            f"cut into {len(pixels)} patches": lambda: processor.encode_frames(frames),
+            f"cut into {len(pixels)} patches": lambda: processor.patches_of(frames),
             f"decode {len(speech) / vqa.SAMPLE_RATE:.1f} s of speech and resample": lambda: vqa.load_speech(
                 speech_path
             ),
-            "mel of 30 s": lambda: processor.encode_speech(speech, speech_path),
+            "mel of 30 s": lambda: processor.log_mel(speech, speech_path),
             "tokens": lambda: processor.build(row.question, [168] * len(clip), 1500, row.answer),
             "read features of a clip": lambda: vqa.read_features(folder / "vision"),
             "read features of a speech": lambda: vqa.read_features(folder / "speech"),

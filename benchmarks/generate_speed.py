@@ -161,8 +161,8 @@ def measure(
     synchronize()
     clock, start = Clocked(), time.perf_counter()
     if cache:
-        inputs.features = vqa.FeatureStore(folder, model, processor)
-        inputs.features.fill([inputs])
+        inputs.feature_store = vqa.FeatureStore(folder, model, processor)
+        inputs.feature_store.fill([inputs])
     filling = time.perf_counter() - start
     if cache == "warm":
         start += filling
@@ -289,11 +289,11 @@ def main(argv: list[str] | None = None) -> None:
             if "lora_B" in name:  # zero until now, so that merging would change nothing
                 weight.normal_(std=0.01)
     model, results, failed = adapted.get_base_model(), [], {}
-    with patch.object(vqa, "turn_end_ids", lambda tokenizer: []):
+    with patch.object(vqa, "stop_token_ids", lambda tokenizer: []):
         for design in sorted(args.designs, key=lambda name: DESIGNS[name][2]):
             _, batched, merged = DESIGNS[design]
             if merged and adapted is not None:
-                model, adapted = vqa.fold_adapter(adapted), None
+                model, adapted = vqa.merge_adapter(adapted), None
             asked = repeated(rows, args.rows if batched else args.seed_rows)
             try:
                 results.append(measure(design, model, tokenizer, asked, args))

@@ -221,7 +221,8 @@ class Worker:
 
     def merged_in_memory(self, adapter: Path, model):
         """`model` with an adapter merged into its weights."""
-        return self.vqa.fold_adapter(self.vqa.load_adapter(model, adapter))
+        merge = getattr(self.vqa, "merge_adapter", None) or self.vqa.fold_adapter  # its name up to commit d04b519
+        return merge(self.vqa.load_adapter(model, adapter))
 
     def merged(self, name: str, dtype: str, target: Path) -> dict:
         """The checkpoint that merge_stage2_to_bf16.py writes for an adapter."""

@@ -82,7 +82,7 @@ class Clock(TrainerCallback):
         FILL(store, sources, *args, **kwargs)
         synchronize()
         self.filling += time.perf_counter() - start
-        media = {source.media_of(index) for source in sources for index in range(len(source.rows))}
+        media = {source.cacheable_media(index) for source in sources for index in range(len(source.rows))}
         pairs = {tuple(store.files.get(medium) for medium in both) for both in media}
         self.distinct = len(pairs) if before.isdisjoint(path for pair in pairs for path in pair) else 0
 
@@ -284,11 +284,11 @@ def run_seed(args: argparse.Namespace, flags: list[str], clock: Clock) -> tuple[
 
 def run_ours(clock: Clock, flags: list[str]) -> tuple[int, int]:
     """Train with `train_vqa.main`; returns N, and n if every n-th layer is recomputed (0: none)."""
-    choose, chosen = vqa.choose_checkpointing, []
+    choose, chosen = vqa.choose_recomputation, []
     with (
         patch.object(vqa, "VQATrainer", counting(vqa.VQATrainer, clock)),
         patch.object(vqa.FeatureStore, "fill", lambda store, *args: clock.fill(store, *args)),
-        patch.object(vqa, "choose_checkpointing", lambda *args: chosen.append(choose(*args)) or chosen[-1]),
+        patch.object(vqa, "choose_recomputation", lambda *args: chosen.append(choose(*args)) or chosen[-1]),
     ):
         if vqa.main(flags):
             raise SystemExit("training failed")

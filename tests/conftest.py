@@ -68,7 +68,7 @@ def stir(model, part="lora_", scale=0.1, seed=3):
 
 def last_logits(model, batch):
     """Of each row's last position, [rows, 512]."""
-    inputs = {name: value for name, value in batch.items() if name not in ("labels", "rows")}
+    inputs = {name: value for name, value in batch.items() if name not in ("labels", "row_indices")}
     with torch.no_grad():
         return model(**inputs, logits_to_keep=1).logits[:, -1]
 

@@ -13,6 +13,7 @@ import soundfile
 import torch
 from safetensors.torch import load_file, save_file
 
+import evaluate_checkpoint as ev
 import train_vqa as vqa
 from tests.conftest import EVAL_DATA, PAD, TRAIN_DATA, refusal, same_tensors, weights_of
 
@@ -27,7 +28,7 @@ def fill(model, folder, source, **kwargs):
     """Fill `folder`, let the source read from it, and return it."""
     store = vqa.FeatureStore(folder, model, source.processor)
     store.fill([source], **kwargs)
-    source.features = store
+    source.feature_store = store
     return source
 
 
@@ -38,7 +39,9 @@ def names(folder, kind=""):
 
 def same(one, two):
     """Whether two samples or batches hold the same tensors, bit for bit."""
-    return same_tensors({k: v for k, v in one.items() if k != "rows"}, {k: v for k, v in two.items() if k != "rows"})
+    return same_tensors(
+        {k: v for k, v in one.items() if k != "row_indices"}, {k: v for k, v in two.items() if k != "row_indices"}
+    )
 
 
 @pytest.fixture(scope="module")
@@ -63,8 +66,8 @@ def test_cached_samples_give_the_uncached_loss_bit_for_bit(
         one, two = (vqa.VQACollator(PAD)([source[index]]) for source in (plain, cached))
         assert two.keys() - one.keys() == {"vision_features", "speech_features"}
         assert one.keys() - two.keys() == {"pixel_values", "input_features", "audio_lengths"}
-        assert all(torch.equal(one[name], two[name]) for name in one.keys() & two.keys() - {"rows"})
-        pairs.append([{name: value for name, value in batch.items() if name != "rows"} for batch in (one, two)])
+        assert all(torch.equal(one[name], two[name]) for name in one.keys() & two.keys() - {"row_indices"})
+        pairs.append([{name: value for name, value in batch.items() if name != "row_indices"} for batch in (one, two)])
         with torch.no_grad():
             losses.append([model(**batch).loss for batch in pairs[-1]])
     model.offload_encoders()
@@ -247,6 +250,27 @@ def test_training_and_every_arm_of_evaluation_with_the_cache_are_those_without_i
     assert answers["cached"] == answers["without"] and len(answers["cached"]) == 6
 
 
+@pytest.mark.parametrize("medium", ["frames", "speech"])
+def test_an_arm_gets_no_cached_features_of_the_medium_that_it_changes(
+    base, processor, rows, monkeypatch, tmp_path, medium
+):
+    ev.load_libraries()
+    monkeypatch.setitem(ev.CONTENT_ARMS, "new_arm", (medium, lambda given, seed: given[::-1]))
+    dataset = vqa.SurgicalVQADataset(rows[:2], processor, max_eval_frames=2, is_eval=True, with_answer=False)
+    main, new = ev.ArmInputs("audio", dataset), ev.ArmInputs("new_arm", dataset)
+    changed, unchanged = main.read(1)
+    if medium == "frames":
+        expected, name = processor.patches_of(changed[::-1])[0], "pixel_values"
+    else:
+        expected, name = processor.log_mel(unchanged[::-1], "")[0], "input_features"
+    main.feature_store = new.feature_store = vqa.FeatureStore(tmp_path, base, processor)
+    main.feature_store.fill([main, new])
+    cached, sample = main.sample(1), new.sample(1)
+    assert {"vision_features", "speech_features"} <= cached.keys()
+    assert torch.equal(sample[name], expected)
+    assert {"frames": "speech_features", "speech": "vision_features"}[medium] in sample
+
+
 # -------------------------------------------------------------------------------- speech decoded before, without cache
 
 
@@ -256,7 +280,7 @@ def test_speech_that_rows_and_epochs_share_is_decoded_once_and_may_be_changed(
 ):
     processor = vqa.VQAProcessor(tokenizer, base.config, 56, "audio", audio_tokens)
     shared, decoded, decode = [rows[0], rows[1], rows[0]], [], vqa.load_speech
-    first = [processor.encode_speech(decode(row.audio_path), row.audio_path)[0] for row in shared]
+    first = [processor.log_mel(decode(row.audio_path), row.audio_path)[0] for row in shared]
     monkeypatch.setattr(vqa, "load_speech", lambda path: decoded.append(path) or decode(path))
     source = dataset(shared, processor)
     for _ in range(2):
@@ -284,6 +308,6 @@ def test_speech_that_was_replaced_is_decoded_anew_and_what_is_gone_is_named(data
     shutil.move(target, path)
     after = source[0]["input_features"]
     assert not torch.equal(after, before)
-    assert torch.equal(after, processor.encode_speech(vqa.load_speech(path), path)[0])
+    assert torch.equal(after, processor.log_mel(vqa.load_speech(path), path)[0])
     path.unlink()
     assert f"speech {path} cannot be decoded" in refusal(lambda: source[0])

@@ -575,7 +575,7 @@ def merged(trained, tmp_path_factory):
     return folder, "\n".join(printed)
 
 
-def test_an_adapter_apart_or_folded_and_its_merge_on_disk_answer_alike(trained, merged):
+def test_an_adapter_unmerged_or_merged_and_its_merge_on_disk_answer_alike(trained, merged):
     noise = np.random.default_rng(1).integers(0, 256, (2, 60, 90, 3), dtype=np.uint8)
     tone = 0.3 * np.sin(2 * np.pi * 440 * np.arange(16000) / 16000)
     asked = [Image.fromarray(pixels) for pixels in noise], tone.astype(np.float32)
@@ -585,9 +585,9 @@ def test_an_adapter_apart_or_folded_and_its_merge_on_disk_answer_alike(trained, 
     assert apart.base_fingerprint == apart.settings["model"]["base_fingerprint"]
     assert apart.model.processor is apart.processor and not apart.model.training
     wanted = apart.model.answer(*asked, **how)
-    folded = vqa.load_trained(trained)
-    assert folded.merged and not any("lora_" in name for name, _ in folded.model.named_parameters())
-    for other in (folded, vqa.load_trained(merged[0])):
+    inside = vqa.load_trained(trained)
+    assert inside.merged and not any("lora_" in name for name, _ in inside.model.named_parameters())
+    for other in (inside, vqa.load_trained(merged[0])):
         answer = other.model.answer(*asked, **how)
         assert (answer.text, answer.n_tokens, answer.stopped) == (wanted.text, wanted.n_tokens, wanted.stopped)
         assert answer.log_probs == pytest.approx(wanted.log_probs, rel=1e-4)
@@ -604,7 +604,7 @@ def test_settings_travel_with_what_was_trained_and_can_be_changed(checkpoint, ti
         vqa.load_trained(tiny, frames_mode="video")
 
 
-def test_a_base_alone_is_loaded_by_the_same_door(stored, base, batch):
+def test_a_base_alone_is_loaded_by_the_same_function(stored, base, batch):
     held = stored("b").write()
     alone = vqa.load_trained(held.folder)
     assert (alone.settings, alone.merged, alone.base_fingerprint) == ({}, False, vqa.fingerprint(base))

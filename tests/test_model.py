@@ -144,7 +144,7 @@ def test_frozen_encoders_keep_no_graph(fresh, batch):
 @pytest.mark.parametrize(("every_n", "expected"), [(0, [False, False]), (1, [True, True]), (2, [True, False])])
 def test_checkpointed_layers(fresh, every_n, expected):
     model = fresh()
-    vqa.set_checkpointing(model, every_n)
+    vqa.set_recomputation(model, every_n)
     assert [layer.gradient_checkpointing for layer in model.model.language_model.layers] == expected
 
 
@@ -170,7 +170,7 @@ def test_positions_are_those_of_qwen2_vl(tokenizer, base, rows, frame_mode, size
     processor = vqa.VQAProcessor(tokenizer, base.config, 112, "audio", "speech", frame_mode)
     frames = [Image.new("RGB", size) for size in sizes]
     for index in (0, 3):
-        sample = processor.encode(rows[index], frames, vqa.load_speech(rows[index].audio_path), True)
+        sample = processor.make_sample(rows[index], frames, vqa.load_speech(rows[index].audio_path), True)
         grids = {name: sample[name] for name in ("image_grid_thw", "video_grid_thw") if name in sample}
         expected, _ = base.model.get_rope_index(
             sample["input_ids"][None], mm_token_type_ids=sample["mm_token_type_ids"][None], **grids
@@ -188,7 +188,7 @@ def test_attention_within_frames_is_that_of_transformers(base, grid):
     stock.model.visual.load_state_dict(base.model.visual.state_dict())
     with torch.no_grad():
         expected = stock.model.visual(pixels, grid_thw=grid).pooler_output
-        assert torch.equal(base.see(pixels, grid), expected)
+        assert torch.equal(base.encode_vision(pixels, grid), expected)
 
 
 # ------------------------------------------------------------------------------------------------------------- answers
@@ -212,7 +212,7 @@ def asked(request, rows, answerer):
     def prompt(answer=None):
         row = replace(rows[0], question=question or "", answer=answer or "")
         small = [vqa.shrink(frame, 56) for frame in frames]
-        sample = answerer.processor.with_mode(request.param).encode(row, small, speech, answer is not None)
+        sample = answerer.processor.with_mode(request.param).make_sample(row, small, speech, answer is not None)
         return vqa.VQACollator(PAD)([sample])
 
     return (frames, speech, question), prompt

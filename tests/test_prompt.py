@@ -131,7 +131,7 @@ def test_speech_longer_than_the_encoder_window_is_refused(tokenizer, config, row
     processor = vqa.VQAProcessor(tokenizer, config)
     processor.max_samples = 16000
     frame, speech = vqa.load_frame(rows[0].frame_paths[0], 56), torch.zeros(24000).numpy()
-    message = refusal(processor.encode, rows[0], [frame], speech, True)
+    message = refusal(processor.make_sample, rows[0], [frame], speech, True)
     assert "smoke.jsonl:1" in message and "1.5 s" in message and "1.0" in message
 
 
@@ -202,7 +202,7 @@ def test_pairs_of_frames_become_temporal_patches(tokenizer, config):
     colours = [(250, 0, 0), (0, 250, 0), (0, 0, 250)]
     images = processor.image_processor(images=[Image.new("RGB", (56, 56), c) for c in colours], return_tensors="pt")
     frames = images["pixel_values"].view(3, 16, 3, 2, 196)
-    pixels, grid = processor.encode_frames([Image.new("RGB", (56, 56), c) for c in colours])
+    pixels, grid = processor.patches_of([Image.new("RGB", (56, 56), c) for c in colours])
     video, grid = vqa.pair_frames(pixels, grid)
     assert (video.shape, video.dtype, grid.tolist()) == ((32, 3 * 2 * 196), torch.uint8, [[2, 4, 4]])
     video = vqa.scale_pixels(video, 3 * 2 * 196, torch.float32).view(2, 16, 3, 2, 196)
@@ -237,7 +237,7 @@ def test_ids_types_and_positions_of_a_video(tokenizer, base, config, rows):
 def test_frames_of_two_sizes_cannot_be_paired(tokenizer, config, rows):
     processor = vqa.VQAProcessor(tokenizer, config, frame_mode="video")
     frames = [Image.new("RGB", (56, 56)), Image.new("RGB", (112, 56))]
-    message = refusal(processor.encode, rows[0], frames, vqa.load_speech(rows[0].audio_path), True)
+    message = refusal(processor.make_sample, rows[0], frames, vqa.load_speech(rows[0].audio_path), True)
     assert "smoke.jsonl:1" in message and "--frame_mode video" in message
 
 
@@ -250,7 +250,7 @@ def test_patches_are_those_of_the_library_bit_for_bit(tokenizer, size, patch):
     noise = np.random.default_rng(0).integers(0, 256, (3, size[1], size[0], 3), dtype=np.uint8)
     frames = [Image.fromarray(pixels) for pixels in noise]
     library = processor.image_processor(images=frames, return_tensors="pt")
-    pixels, grid = processor.encode_frames(frames)
+    pixels, grid = processor.patches_of(frames)
     assert pixels.dtype == torch.uint8 and torch.equal(grid, library["image_grid_thw"])
     for dtype in (torch.float32, torch.bfloat16):
         scaled = vqa.scale_pixels(pixels, library["pixel_values"].shape[1], dtype)
@@ -262,5 +262,5 @@ def test_the_model_sees_bytes_as_it_sees_what_the_library_makes_of_them(base, pr
     frames = [vqa.load_frame(path, 56) for path in dataset._select_frames(row.frame_paths)]
     library = processor.image_processor(images=frames, return_tensors="pt")
     with torch.no_grad():
-        seen = base.see(sample["pixel_values"], sample["image_grid_thw"])
-        assert torch.equal(seen, base.see(library["pixel_values"], library["image_grid_thw"]))
+        seen = base.encode_vision(sample["pixel_values"], sample["image_grid_thw"])
+        assert torch.equal(seen, base.encode_vision(library["pixel_values"], library["image_grid_thw"]))

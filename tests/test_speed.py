@@ -41,7 +41,7 @@ def adapted(fresh):
 def losses_and_gradients(model, batches):
     """The loss of each batch, and the gradients of their sum by name."""
     model.train()
-    losses = [model(**{k: v for k, v in batch.items() if k != "rows"}).loss for batch in batches]
+    losses = [model(**{k: v for k, v in batch.items() if k != "row_indices"}).loss for batch in batches]
     sum(losses).backward()
     return torch.stack(losses).detach(), {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
 
@@ -124,7 +124,7 @@ def test_what_is_told_to_train_and_to_evaluate(fresh, encoders):
 @pytest.mark.parametrize("every_n", [0, *(pytest.param(n, marks=pytest.mark.slow) for n in (1, 2))])
 def test_compiled_layers_give_the_plain_loss_and_gradients_from_one_graph(adapted, batches, monkeypatch, every_n):
     def prepare(model, compiled):
-        vqa.set_checkpointing(model, every_n if compiled else 0)
+        vqa.set_recomputation(model, every_n if compiled else 0)
         if compiled:
             vqa.compile_decoder(model)
 
@@ -251,7 +251,7 @@ def build(fresh, train_decoder, dtype, dropout=0.0):
 def test_liger_computes_the_norms_and_mlps_of_one_model_alone(fresh, batches, liger, every_n, train_decoder):
     plain, changed = (build(fresh, train_decoder, torch.float32) for _ in range(2))
     for model in (plain, changed):
-        vqa.set_checkpointing(model, every_n)
+        vqa.set_recomputation(model, every_n)
     names = list(changed.state_dict())
     vqa.use_liger(changed)
     wanted = losses_and_gradients(plain, batches[:1])
@@ -315,9 +315,9 @@ def test_auto_recomputes_as_few_layers_as_fit(limit, every_n, capsys):
         return {"weights": 2**30, "activations": (28 - recomputed) * 100 * 2**20}
 
     args = vqa.ModelArguments(checkpoint_every_n="auto", gpu_memory_limit_gib=limit)
-    assert vqa.choose_checkpointing(args, layers_times_100_mib) == every_n
+    assert vqa.choose_recomputation(args, layers_times_100_mib) == every_n
     assert f"--checkpoint_every_n auto takes {every_n}\n" in capsys.readouterr().out
-    assert vqa.choose_checkpointing(vqa.ModelArguments(checkpoint_every_n="3"), None) == 3
+    assert vqa.choose_recomputation(vqa.ModelArguments(checkpoint_every_n="3"), None) == 3
 
 
 @pytest.mark.parametrize(
@@ -380,7 +380,7 @@ def test_estimate_of_a_case_done_by_hand(fresh):
 def test_estimate_counts_what_autograd_keeps_of_a_layer(fresh, train_decoder, dtype):
     """But for rotary tables, statistics of rows, and autocast's copies of weights."""
     model = build(fresh, train_decoder, dtype)
-    vqa.set_checkpointing(model, 0)
+    vqa.set_recomputation(model, 0)
     model.train()
     decoder, tokens = model.model.language_model, 1000
     weights = {p.untyped_storage().data_ptr() for p in model.parameters()}

@@ -52,7 +52,7 @@ def test_real_ids():
     tokenizer = vqa.load_tokenizer(FULL_SIZE)
     names = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|image_pad|>", "<|audio_pad|>"]
     assert tokenizer.convert_tokens_to_ids(names) == [151643, 151644, 151645, 151652, 151655, 151657]
-    assert tokenizer.pad_token_id == 151660 and vqa.turn_end_ids(tokenizer) == [151643, 151645]
+    assert tokenizer.pad_token_id == 151660 and vqa.stop_token_ids(tokenizer) == [151643, 151645]
 
 
 def test_audio_pad_is_added_where_the_tokenizer_has_none(variant):
@@ -75,10 +75,10 @@ def test_spare_rows_are_used_none_is_cut_and_the_embedding_grows_by_what_is_need
 
 
 def test_generation_stops_at_every_turn_end(base, tokenizer, variant):
-    assert vqa.turn_end_ids(tokenizer) == base.generation_config.eos_token_id == [480, 482]
+    assert vqa.stop_token_ids(tokenizer) == base.generation_config.eos_token_id == [480, 482]
     assert base.generation_config.pad_token_id == 497
     own = vqa.load_tokenizer(variant({"eos_token": "<|audio_end|>"}))  # and its PAD is sound
-    assert vqa.turn_end_ids(own) == [480, 482, 496]
+    assert vqa.stop_token_ids(own) == [480, 482, 496]
 
 
 def test_config_and_tokenizer_that_disagree_are_refused(variant, tokenizer):

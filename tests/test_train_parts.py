@@ -134,7 +134,7 @@ def test_checkpointing_reaches_the_encoders_and_changes_no_gradient(build, batch
     for every_n in (0, 1):
         model, count = build(decoder, True, True).train(), []
         inside = grafted(model)
-        vqa.set_checkpointing(inside, every_n)
+        vqa.set_recomputation(inside, every_n)
         for layers in (inside.model.language_model.layers, inside.model.visual.blocks, inside.audio_encoder.layers):
             for layer in layers:
                 part = next(layer.children())  # checkpointed is what lies inside of the layer's own hooks
@@ -223,9 +223,9 @@ def test_an_adapter_brings_its_encoders_along_apart_folded_and_merged(adapter, f
     dtypes = [p.dtype for name, p in halved if "modules_to_save" in name]
     assert dtypes == [torch.float32] * (len(encoders) + 1)
 
-    folded = vqa.fold_adapter(loaded)
-    assert [name for name, _ in folded.named_parameters()] == [name for name, _ in base.named_parameters()]
-    assert (last_logits(folded, batches[0]) - live).abs().max() <= 1e-5 * live.abs().max()
+    merged = vqa.merge_adapter(loaded)
+    assert [name for name, _ in merged.named_parameters()] == [name for name, _ in base.named_parameters()]
+    assert (last_logits(merged, batches[0]) - live).abs().max() <= 1e-5 * live.abs().max()
 
     shutil.copytree(tiny, tmp_path / "base")
     save_file({name: p.detach() for name, p in base.named_parameters()}, tmp_path / "base/model.safetensors")
