@@ -330,7 +330,7 @@ def test_a_batch_that_does_not_fit_is_halved_where_the_size_is_left_to_us(evalua
     full_memory(2)
     halved = evaluate("--batch_size", "auto")
     assert (halved.status, halved.rows) == (0, alone.rows)
-    assert "going on with batches of 2\n" in halved.out
+    assert "continuing with batches of 2\n" in halved.out
     manifest = halved.summary["manifest"]
     assert (manifest["decoding"]["batch_size"], manifest["runtime"]["batch_size"]) == ("auto", {"audio": 2})
     full_memory(0, calls=4)  # behind the gates
