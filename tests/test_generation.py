@@ -1,4 +1,4 @@
-"""Evaluation with a model, by its command line: batches, stops, settings, gates, arms, failures, going on."""
+"""Evaluation with a model, by its command line: batches, stops, settings, gates, arms, failures, resuming."""
 
 import json
 import re
@@ -97,7 +97,7 @@ def answers_of_generate(model, samples, max_new_tokens):
 def test_in_any_batch_the_answers_are_those_of_generate_longest_prompts_first(
     evaluate, stopping, uneven, tmp_path, monkeypatch, audio_tokens, frame_mode
 ):
-    """Each row stops at its own turn end, of two kinds; torn inside a batch, a run goes on to the same rows."""
+    """Each row stops at its own stop token, of two kinds; stopped inside a batch, a run continues to the same rows."""
     folder = shutil.copytree(stopping, tmp_path / "model")
     edit_json(folder / vqa.SETTINGS_FILE, input={"audio_tokens": audio_tokens, "frame_mode": frame_mode})
 
@@ -458,7 +458,7 @@ def test_what_the_arms_change():
     assert colours("shuffled_frames", "0", frames[:1]) == plain[:1]
 
 
-# ------------------------------------------------------------------------------------------------------------ going on
+# ------------------------------------------------------------------------------------------------------------ resuming
 
 
 def test_a_larger_limit_goes_on_and_other_decoding_does_not(evaluate):
