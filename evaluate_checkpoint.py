@@ -92,6 +92,7 @@ def key_text(key: Key) -> str:
     return "/".join(key)
 
 
+# This and the next are repeated from train_vqa.py, so that scoring needs no torch.
 def _unique_pairs(pairs: list[tuple[str, Any]]) -> Row:
     names = [name for name, _ in pairs]
     if len(set(names)) < len(names):
