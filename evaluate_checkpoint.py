@@ -12,7 +12,7 @@ with the standard library alone:
 Does it hear, does it see? Add `--arms audio,mismatched_audio,black_frames`.
 `X.jsonl` gets one row a sample, `X.summary.json` the figures. docs/EVAL_STRATEGY.md explains every figure.
 Exit status: 0 all rows answered, 1 some rows failed (they count as wrong), 2 nothing was measured, 143, 130 or 129
-stopped by SIGTERM, SIGINT or SIGHUP (the same command goes on).
+stopped by SIGTERM, SIGINT or SIGHUP (the same command continues).
 """
 
 import argparse
@@ -47,11 +47,11 @@ from typing import Any
 
 SCHEMA_VERSION = 1
 METRICS = ("choice", "strict", "contains")  # the headline first
-INPUT_MODES = ("audio", "audio_text", "text")
+INPUT_MODES = ("audio", "audio_text", "text")  # repeated from train_vqa.py, so that scoring needs no torch
 ARMS = (*INPUT_MODES, "mismatched_audio", "silent_audio", "black_frames", "shuffled_frames", "first_frame")
 Z95 = 1.959963984540054  # 97.5 % quantile of the standard normal distribution
 SIGNIFICANCE = 0.05
-ORIGINAL_BASELINE = 0.46  # `contains`, audio + image, zero-shot, 50 clips of video 002-001: the author's figure
+ORIGINAL_BASELINE = 0.46  # of the original project: `contains`, audio + image, zero-shot, 50 clips of 002-001
 VIDEO_RESAMPLES = 2000
 COLLAPSE_SHARE = 0.9  # one answer for more than this share of a type is mode collapse, if the gold answers are balanced
 BALANCE_SLACK = 1.3  # balanced: the commonest of k gold answers holds at most 1.3 / k of the type's rows
@@ -68,7 +68,10 @@ Key = tuple[str, str, str]
 
 
 class InputError(ValueError):
-    """The data or the flags cannot be used. The text is one line: what is wrong, where, and what to do."""
+    """The data or the flags cannot be used. The text is one line: what is wrong, where, and what to do.
+
+    train_vqa's VQAError under another name, so that scoring needs no torch.
+    """
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -89,6 +92,7 @@ def key_text(key: Key) -> str:
     return "/".join(key)
 
 
+# This and the next are repeated from train_vqa.py, so that scoring needs no torch.
 def _unique_pairs(pairs: list[tuple[str, Any]]) -> Row:
     names = [name for name, _ in pairs]
     if len(set(names)) < len(names):
@@ -113,7 +117,7 @@ def read_jsonl(path: str | Path) -> Iterator[tuple[int, Row]]:
             try:
                 row = json.loads(line.decode(), object_pairs_hook=_unique_pairs, parse_constant=_refuse_constant)
             except (ValueError, RecursionError) as error:  # JSONDecodeError, UnicodeDecodeError; brackets without end
-                raise InputError(f"{path}:{number}: not a JSON object ({error}); mend or remove the line") from error
+                raise InputError(f"{path}:{number}: not a JSON object ({error}); fix or remove the line") from error
             if not isinstance(row, dict):
                 raise InputError(f"{path}:{number}: a JSON object is expected, found {type(row).__name__}")
             yield number, row
@@ -411,7 +415,7 @@ def _named_in_clause(clause: str, closed: ClosedAnswers) -> set[str]:
     return named
 
 
-@functools.cache  # a text is judged once: when it is written, scored and counted, the answer is here
+@functools.cache  # the same text is asked for when it is written, scored and counted
 def named_options(prediction: str, closed: ClosedAnswers) -> frozenset[str]:
     """The options of a question type that a prediction names; OTHER stands for an answer of the kind that is none.
 
@@ -443,12 +447,13 @@ def gold_option(question_type: str, short_answer: str) -> str | None:
 
 
 def judge(prediction: str | None, question_type: str, short_answer: str, answer: str) -> dict[str, bool]:
-    """Right or wrong per metric. No prediction is wrong by all of them.
+    """Right or wrong per metric. A missing prediction (None) is wrong by every metric.
 
     choice: the prediction names exactly one option of its question type, and it is the gold one; `strict` where the
     table does not know the type or the gold answer.
     strict: the normalised prediction is the short or the full gold answer and nothing else.
-    contains: the seed's rule, the short answer occurs in it, case aside. "normal" is right where "no" is asked.
+    contains: the rule of the original project: the short answer occurs in it, case aside. "normal" is right where "no"
+    is asked.
     """
     if prediction is None:
         return dict.fromkeys(METRICS, False)
@@ -506,7 +511,7 @@ def score_rows(annotations: Sequence[Row], predictions: Mapping[Key, Row]) -> li
 
 
 def answer_row(annotation: Row, predicted_answer: str | None, **how: Any) -> Row:
-    """One row of the output file. `correct` is the seed's rule.
+    """One row of the output file. `correct` is by `contains`, the rule of the original project.
 
     `how` goes into the row as it is: finish_reason (eos, length or error), n_tokens, input_mode, audio_file (None: no
     speech), and where they apply audio_of (key of the row that the speech was borrowed from), media_sha256, error.
@@ -618,7 +623,7 @@ def video_interval(rows: Sequence[Scored], metric: str) -> list[float] | None:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Reference lines: what a model without ears and eyes would score
+# Reference lines: what a model without speech or frames would score
 # ---------------------------------------------------------------------------------------------------------------------
 
 REFERENCES = ("chance", "train_majority", "test_majority")
@@ -830,7 +835,8 @@ def summarise(
 # Arms: the same rows with the speech or the frames taken away
 # ---------------------------------------------------------------------------------------------------------------------
 
-# Which arm answers which question, the plainest first. `text` gives the question without speech, so it tells neither.
+# Arms that test an ability, and their words in the verdict, for which the first one that was asked for is used. `text`
+# is in neither table: it removes the speech but gives the question in words.
 HEARING_ARMS = {"mismatched_audio": "another question's speech", "silent_audio": "silence in place of speech"}
 SEEING_ARMS = {
     "black_frames": "black frames",
@@ -840,7 +846,7 @@ SEEING_ARMS = {
 
 
 def pair_mismatched_audio(annotations: Sequence[Row], seed: int = 0) -> dict[Key, Key]:
-    """For each row, the row of another question type whose speech it gets to hear instead of its own.
+    """For each row, the row of another question type whose speech it gets instead of its own.
 
     The choice depends on the seed, the row and the set of rows, not on their order: a hash of seed and key picks among
     the rows of other types with another question, sorted by key. Raises InputError if a row has no such partner.
@@ -866,7 +872,7 @@ def pair_mismatched_audio(annotations: Sequence[Row], seed: int = 0) -> dict[Key
 def leaked_words(prompt: str, question: str, constant_prompt: str) -> list[str]:
     """Words of the question that the rendered prompt holds more often than the prompt rendered without any question.
 
-    Sorted; empty means that the question can reach the model by ear alone. Special tokens <|...|> are left out.
+    Sorted; empty means that only the speech carries the question. Special tokens <|...|> are left out.
     """
 
     def words(text: str) -> Counter:
@@ -1015,12 +1021,12 @@ def render_summary(summary: Row) -> str:
     """The report that the terminal shows: metrics, reference lines, question types, endings, baseline, warnings."""
     n = summary["n_total"]
     finish = summary["finish"]
-    seeds = summary["metrics"]["contains"]
+    contains = summary["metrics"]["contains"]
     parts = [
         f"Accuracy in %, of all {n} rows ({summary['n_errors']} failed, {summary['n_missing']} missing: wrong)",
         render_table(*metrics_table(summary["metrics"])),
         "",
-        "choice beside what needs neither ears nor eyes",
+        "choice beside what needs neither speech nor frames",
         render_table(*reference_table(summary)),
     ]
     if excluded := summary["discriminative"]["types_excluded"]:
@@ -1031,8 +1037,8 @@ def render_summary(summary: Row) -> str:
         render_table(*types_table(summary["by_type"])),
         "",
         _wrap(
-            f"By the seed's rule (contains): {seeds['correct']}/{n} correct = {_show(seeds['accuracy'])} %, "
-            f"95 % {_show(seeds['ci95'])}, beside the {100 * ORIGINAL_BASELINE:.0f} % baseline "
+            f"By the original rule (contains): {contains['correct']}/{n} correct = {_show(contains['accuracy'])} %, "
+            f"95 % {_show(contains['ci95'])}, beside the {100 * ORIGINAL_BASELINE:.0f} % baseline "
             f"(audio + image, zero-shot, the 50 clips of 002-001)."
         ),
         _wrap(f"{finish['eos']}/{n} stopped by themselves = {_show(finish['eos'] / n)} %{unknown}."),
@@ -1154,7 +1160,7 @@ class RowFile(contextlib.AbstractContextManager):
         """Add a row at the end, completely or not at all; it survives a kill. InputError where the disk is full."""
         line = json.dumps(row, allow_nan=False).encode() + b"\n"
         size = self.path.stat().st_size
-        advice = f"the {len(self.done)} rows before it are kept; make room, then the same command goes on"
+        advice = f"the {len(self.done)} rows before it are kept; make room, then the same command continues"
         with _writing(self.path, line, advice):
             try:
                 written = 0
@@ -1266,19 +1272,19 @@ def load_libraries() -> None:
 
 @dataclass(frozen=True)
 class ModelChoice:
-    """What --checkpoint_path or --model_name_or_path names, and how it is to answer."""
+    """The model that --checkpoint_path or --model_name_or_path names, and how it is loaded."""
 
-    path: Path | str  # for `load_trained`: folder of an adapter or of a model, or a hub id
+    path: Path | str  # for `load_trained`: folder of an adapter or a model, or a hub id
     adapter: bool
     model: Any  # train_vqa's ModelSettings and InputSettings, the flags applied
     inputs: Any
     changes: Row  # fields of these two that the flags set
-    dtype: str  # to answer in
-    merged: bool  # the adapter goes into the weights
+    dtype: str  # of inference
+    merged: bool  # the adapter is merged into the weights
 
 
 def choose_model(args: argparse.Namespace, device: Any) -> ModelChoice:
-    """Find out what is to answer, before any weights load.
+    """Find the model to evaluate, before any weights load.
 
     Raises InputError for a folder without adapter or model and for flags that contradict it; VQAError for unreadable
     settings, or an attention kernel that is not supported.
@@ -1293,7 +1299,7 @@ def choose_model(args: argparse.Namespace, device: Any) -> ModelChoice:
                 f"{f'it holds {inside}: name one of them' if inside else 'name a folder that training wrote'}"
             )
         if args.model_name_or_path:
-            raise InputError(f"--checkpoint_path {path} is a complete model; leave --model_name_or_path out")
+            raise InputError(f"--checkpoint_path {path} is a full model; leave --model_name_or_path out")
     stored = vqa.load_settings(path) if adapter else {}
     if args.init not in (None, stored.get("model", {}).get("init", "pretrained")) and args.checkpoint_path:
         raise InputError(f"--init {args.init}: {path} was not trained so; leave the flag out")
@@ -1313,13 +1319,13 @@ def choose_model(args: argparse.Namespace, device: Any) -> ModelChoice:
     dtype = model.dtype if args.dtype == "auto" else args.dtype
     vqa.check_attention(model.attn_implementation, getattr(torch, dtype))
     if adapter and model.load_in_4bit and not args.no_merge:
-        print(f"   {path}: the base is kept in 4 bits, which cannot take the adapter in; it stays unmerged")
+        print(f"   {path}: the base is kept in 4 bits, into which no adapter is merged; it stays unmerged")
     merged = adapter and not model.load_in_4bit and not args.no_merge
     return ModelChoice(path, adapter, model, inputs, changes, dtype, merged)
 
 
 def load_chosen_model(chosen: ModelChoice, device: Any) -> Any:
-    """train_vqa's Trained: the model with its adapter in place, its processor, the fingerprint of its base."""
+    """train_vqa's Trained: the model with its adapter, its processor, the fingerprint of its base."""
     kernel = vqa.ATTENTION_KERNELS[chosen.model.attn_implementation]
     precision = {"bfloat16": "BF16", "float32": "FP32"}[chosen.dtype]
     print(f"⏳ Loading merged {precision} model with {kernel} attention...", flush=True)
@@ -1363,8 +1369,8 @@ def shuffled_frames(frames: list[Any], seed: str) -> list[Any]:
     return [frames[index] for index in order]
 
 
-# What an arm does to frames (PIL images) or speech (float32 [n]); `seed` is another one for each row. Arms that are not
-# listed change nothing here: the input modes, and `mismatched_audio`, whose rows name another row's speech.
+# The functions of arms get frames (PIL images) or speech (float32 [n]), and a seed of the row. Arms that are not listed
+# change nothing here: the input modes, and `mismatched_audio`, whose rows name another row's speech.
 # Arms that change what the files hold: the medium, `frames` or `speech`, and the function that changes it. Features of
 # that medium are neither cached nor read from the cache.
 CONTENT_ARMS = {"black_frames": ("frames", black_frames), "silent_audio": ("speech", silent_audio)}
@@ -1381,7 +1387,7 @@ class ArmInputs:
         dataset: SurgicalVQADataset for generation; its processor has the arm's input mode, and its rows the speech
             that the arm plays.
         seed: of shuffled frames.
-        speech_sources: for rows that play another row's speech, that row.
+        speech_sources: for rows that play another row's speech, the key of that row.
     """
 
     def __init__(self, arm: str, dataset: Any, seed: int = 0, speech_sources: Mapping[Key, Key] | None = None):
@@ -1682,7 +1688,7 @@ def answer_with_halving(
         if batch is None:  # out of the handler, which holds on to the tensors of the failed batch
             size = math.ceil(size / 2)
             torch.cuda.empty_cache()
-            print(f"   The GPU memory is full: going on with batches of {size}", flush=True)
+            print(f"   The GPU memory is full: continuing with batches of {size}", flush=True)
         elif batch:
             answers += batch
             next(itertools.islice(samples, len(batch) - 1, None))  # goes past the samples of the batch
@@ -1771,7 +1777,8 @@ def answer_arm(model: Any, inputs: ArmInputs, file: RowFile, args: argparse.Name
 
 
 def annotation_of(row: Any) -> Row:
-    """A VQARow of train_vqa, whose reader reads question files wherever a model runs, as scoring takes it."""
+    """A VQARow as the dict that scoring takes. With a model, train_vqa reads the question files; without one,
+    `read_annotations`."""
     return {name: getattr(row, name) for name in (*KEY_FIELDS, *GOLD_FIELDS, "frames")}
 
 
@@ -1780,7 +1787,7 @@ def generate(args: argparse.Namespace) -> int:
 
     A signal ends it after the batch under way, with one line that says how many rows there are, and 128 + its number.
 
-    Raises InputError for whatever the user can mend.
+    Raises InputError for whatever the user can fix.
     """
     load_libraries()
     stop = vqa.StopSignal("finishing the batch", "no row was answered; run the same command again")
@@ -1801,7 +1808,7 @@ def generate(args: argparse.Namespace) -> int:
 
 def answer_and_score(args: argparse.Namespace, stop: Any) -> int:
     """The steps of `generate`: settings, data, model, gates, answers, figures."""
-    # 1. What answers, in which arms
+    # 1. The model, and the arms
     sha256_once.cache_clear()
     target = summary_path(args.output_file)
     vqa.limit_gpu_memory(args.gpu_memory_limit_gib or None)
@@ -1864,7 +1871,7 @@ def choose_arms(args: argparse.Namespace, main_arm: str) -> dict[str, str]:
     modes = {arm: arm if arm in INPUT_MODES else main_arm for arm in (main_arm, *(args.arms or ()))}
     without_speech = [arm for arm, mode in modes.items() if arm in HEARING_ARMS and mode == "text"]
     if without_speech:
-        raise InputError(f"--arms {','.join(without_speech)}: in text mode the model hears nothing; drop the arm")
+        raise InputError(f"--arms {','.join(without_speech)}: in text mode the model gets no speech; drop the arm")
     if set(modes.values()) != {"text"} and not args.audio_dir:
         raise InputError("--audio_dir must be given: the questions are spoken (or use --input_mode text)")
     return modes
@@ -1939,7 +1946,7 @@ def answer_arms(
                 there = sum(key in file.done for file in files.values() for key in inputs.keys)
                 if there < len(inputs.keys) * len(arms):
                     again = "the same command" + " without --overwrite" * args.overwrite
-                    text = f"{there} of {len(inputs.keys) * len(arms)} rows are answered; {again} goes on"
+                    text = f"{there} of {len(inputs.keys) * len(arms)} rows are answered; {again} continues"
                     raise vqa.Interrupted(stop.signum, text)
     return {arm: file.done for arm, file in files.items()}, answered
 
@@ -2077,8 +2084,10 @@ def build_parser() -> argparse.ArgumentParser:
          "stops the run before the model loads")
     data("--allow_symlinks", **switch, help="links may lead out of --frames_dir and --audio_dir")
 
-    model("--checkpoint_path", help="final folder, checkpoint-N or merged model. None: the base model, zero-shot")
-    model("--model_name_or_path", help="base model. None: the one the adapter was trained on")
+    model("--checkpoint_path", help="adapter or full model: final folder, checkpoint-N or merged model. None: the base "
+          "model, zero-shot")
+    model("--model_name_or_path", help="base model. None: the base of the adapter, or without --checkpoint_path the "
+          "published model")
     model("--input_mode", choices=INPUT_MODES, help="how the question reaches the model. None: as in training")
     model("--max_eval_frames", type=_at_least(0), help="frames a clip, evenly spaced. 0: all; None: as in training")
     model("--max_image_size", type=_at_least(1), help="longer side of a frame in pixels. None: as in training")
@@ -2092,9 +2101,9 @@ def build_parser() -> argparse.ArgumentParser:
     model("--gpu_memory_limit_gib", type=float, default=0.0, help="hard cap on this process's GPU memory, to rehearse "
           "a smaller card. 0: none")
     model("--cache_features", help="folder in which the outputs of the two encoders are kept, for other arms, "
-          "evaluations and training of the same base: up to 11.2 MB a clip of 8 frames and 3.8 MB a speech in "
-          "bfloat16. Each clip is then encoded alone: in float32 at --batch_size 1 that changes nothing, else a near "
-          "tie may tip. Black frames and silence are never kept. None: encode for every answer")
+          "evaluations and training of the same base: up to 11.2 MB a clip of 8 frames and 3.8 MB a recording "
+          "in bfloat16. Each clip is then encoded alone: in float32 at --batch_size 1 that changes nothing, else a "
+          "near tie may tip. Black frames and silence are never cached. None: encode for every answer")
 
     answers("--batch_size", type=_batch_size, default="auto", help="samples answered at a time; in bfloat16 another "
             "number may tip a near tie to another answer. auto: as many as the GPU or --gpu_memory_limit_gib has room "

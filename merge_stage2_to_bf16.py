@@ -172,7 +172,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         identity = vqa.fingerprint(model)
         if settings:
             write_settings(settings, output, args.dtype, identity, partial)
-        for path in [*partial.iterdir(), partial]:  # a power cut must not leave a finished name on torn files
+        for path in [*partial.iterdir(), partial]:  # a power cut must not leave a finished name on truncated files
             vqa.sync(path)
         vocab = model.processor.tokenizer.get_vocab()
         del model, trained

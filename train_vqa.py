@@ -16,7 +16,7 @@ Qwen2-VL answers, the encoder of Whisper listens, one linear layer joins them:
 
 `--train_decoder full`, `--train_vision_tower` and `--train_audio_encoder` train more than that.
 
-In reading order: arguments, data, prompt and labels, dataset, model, loaders, feature cache, saving and going on,
+In reading order: arguments, data, prompt and labels, dataset, model, loaders, feature cache, saving and resuming,
 Trainer, main(). `evaluate_checkpoint.py` imports from here, so that training and evaluation cannot drift apart.
 """
 
@@ -148,11 +148,11 @@ LORA_MODULES_PER_LAYER = 7
 WHISPER_LARGE_V3_TURBO = {"d_model": 1280, "encoder_layers": 32, "encoder_attention_heads": 20, "encoder_ffn_dim": 5120}
 WHISPER_LARGE_V3_TURBO |= {"num_mel_bins": 128, "max_source_positions": 1500}
 
-# Of what torch.compile would keep by itself: the results of products stay, norms, activations and dropped-out copies of
-# LoRA's inputs are computed again.
+# Fraction of the activations that torch.compile keeps. At 0.5 it keeps the outputs of matrix multiplications, and
+# recomputes norms, activations and dropout.
 ACTIVATION_MEMORY_BUDGET = 0.5
-# Tokens, for batches of compiled layers: cuDNN's attention plans anew for each length (0.15 s, a step takes 0.76). 16
-# leaves 2 of the 14 lengths of 50 questions for 0.2 % more tokens, 64 one for 1.1 %.
+# Compiled batches are padded to a multiple of this many tokens, because cuDNN's attention plans anew for each length
+# (0.15 s; a step takes 0.76 s). Of 14 lengths in 50 questions, 16 leaves 2 (0.2 % more tokens) and 64 leaves 1 (1.1 %).
 PADDING_MULTIPLE = 16
 LIGER = "liger-kernel>=0.8"  # whose SwiGLU takes a factor for the gate and one for the product
 GIB = 2**30
@@ -167,6 +167,7 @@ ATTENTION_KERNELS = {"sdpa": "SDPA", "eager": "eager", "flash_attention_2": "Fla
 DECODER_TRAINING = ("lora", "full")
 # How PEFT's modules_to_save call the projector, which is always trained, and the encoders, which are on request.
 PROJECTOR, ENCODERS = "audio_projector", {"vision_tower": "visual", "audio_encoder": "audio_encoder"}
+NO_4_BIT_WEIGHTS = "--load_in_4bit keeps weights that are stored in 4 bits, and here none are; leave it out"
 # bitsandbytes keeps the statistics of a 4-bit weight as tensors of their own, beside the packed one.
 FOUR_BIT_KEY = re.compile(r"(.+)\.((?:nested_)?(?:absmax|quant_map)|quant_state\.bitsandbytes__(?:nf4|fp4))")
 # transformers 4 wrote other names; `from_pretrained` renames them, for this class only if told to.
@@ -175,7 +176,7 @@ KEY_MAPPING = {r"^visual\.": "model.visual.", r"^model\.(?!language_model\.|visu
 FRAME_ATTENTION = "sdpa_frames_by_the_flash_interface"
 RECOMPUTE = partial(torch.utils.checkpoint.checkpoint, use_reentrant=False)
 
-SHARD_BYTES = 5 * 10**9  # what transformers wrote for years, and the hub is at ease with
+SHARD_BYTES = 5 * 10**9  # a file of weights
 # Files of the base that other programs ask for and this project does not; none of them holds weights or code.
 COPIED_FILES = ("preprocessor_config.json", "video_preprocessor_config.json")
 COPIED_FILES += ("chat_template.json", "chat_template.jinja")
@@ -188,8 +189,8 @@ ADAPTER_FIELDS_READ = (
 )
 MANIFEST_FILE = "manifest.json"  # sizes and hashes of all other files of a checkpoint
 PROGRESS_FILE = "vqa_progress.json"  # what the loss log has so far
-EVALUATION_DUE = "evaluation_due"  # laid beside them where a signal cut an evaluation short after the save
-# What a run goes on from, beside the adapter or the complete model.
+EVALUATION_DUE = "evaluation_due"  # marker file: a signal interrupted the evaluation after this save
+# What a run resumes from, beside the adapter or the full model.
 RESUME_FILES = (SETTINGS_FILE, PROGRESS_FILE, "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json")
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 MAX_PROBLEMS_SHOWN = 20
@@ -201,12 +202,12 @@ REFUSED_FLAGS = {
     "fused cross entropy bypasses the speech",
 }
 
-# PEFT asks for the model's state of checkpointing under the name that transformers 5 gave up.
+# PEFT reads a deprecated attribute of the model.
 warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
 
 
 class VQAError(ValueError):
-    """Something the user can mend: its text names the file, line, id or flag, and says what to do."""
+    """Something the user can fix: its text names the file, line, id or flag, and says what to do."""
 
 
 def raise_problems(problems: Sequence, meaning: str = "") -> None:
@@ -262,7 +263,7 @@ class ModelArguments:
     train_decoder: str = flag(
         "lora",
         "lora: adapters on the decoder's linear layers. full: full fine-tuning of the decoder, its embeddings "
-        "and its head, in float32 (16 bytes a parameter with Adam); what is saved is then a complete model.",
+        "and its head, in float32 (16 bytes a parameter with Adam); what is saved is then a full model.",
         list(DECODER_TRAINING),
     )
     train_vision_tower: bool = flag(False, "Train Qwen2-VL's vision encoder in full, in float32. False: frozen.")
@@ -293,6 +294,11 @@ class ModelArguments:
     gpu_memory_limit_gib: float | None = flag(
         None, "Hard cap in GiB on this process's GPU memory, to rehearse a smaller card. None: no cap."
     )
+
+    @property
+    def padding_multiple(self) -> int:
+        """Batches are padded to a multiple of this many tokens."""
+        return PADDING_MULTIPLE if self.compile_layers else 1
 
 
 @dataclass
@@ -379,7 +385,7 @@ class VQATrainingArguments(TrainingArguments):
 
     @property
     def compute_dtype(self) -> torch.dtype:
-        """What products are computed in."""
+        """The dtype of the computation, by autocast."""
         return torch.bfloat16 if self.bf16 else torch.float32
 
 
@@ -458,7 +464,7 @@ def refuse_contradictions(flags: SimpleNamespace, given: set[str]) -> None:
     if flags.use_liger_kernel and flags.compile_layers:
         raise VQAError("--use_liger_kernel: --compile_layers True fuses the same operations; leave one of them out")
     if flags.train_audio_encoder and flags.input_mode == "text":
-        raise VQAError("--train_audio_encoder: with --input_mode text no speech is heard; leave one of them out")
+        raise VQAError("--train_audio_encoder: with --input_mode text there is no speech; leave one of them out")
     for name in ("train_vision_tower", "train_audio_encoder"):
         if flags.cache_features and getattr(flags, name):
             raise VQAError(f"--cache_features keeps what frozen encoders put out, and --{name} trains one; drop either")
@@ -1088,8 +1094,7 @@ class VQAProcessor:
             `vision_features` and `speech_features` in their place where given; with the answer `position_ids` int64
             [T, 3].
 
-        VQAError for speech longer than the encoder's window, frames that cannot be paired, or labels all or none
-        masked.
+        VQAError for speech longer than the encoder's window, or frames that cannot be paired.
         """
         media = {}
         audio_tokens = 0
@@ -1107,7 +1112,6 @@ class VQAProcessor:
         sample = self.build(row.question, counts, audio_tokens, row.answer if with_answer else None) | media
         sample["video_grid_thw" if self.frame_mode == "video" else "image_grid_thw"] = grid
         if with_answer:
-            check_labels(sample["labels"], row)
             # Here, in the loader's workers, and not by the model, which would do it sample by sample on the GPU.
             sample["position_ids"] = mrope_positions(sample["mm_token_type_ids"], grid, self.merge_size)
         return sample
@@ -1222,14 +1226,6 @@ def mrope_positions(types: torch.Tensor, grid: torch.Tensor, merge_size: int) ->
         position += max(sides[1:])
     positions[end:] = np.arange(position, position + len(types) - end)[:, None]
     return torch.from_numpy(positions)
-
-
-def check_labels(labels: torch.Tensor, row: VQARow) -> None:
-    """VQAError where the labels [T] of a training sample are all or none masked: nothing, or the prompt, is learned."""
-    learned = int((labels != IGNORE_INDEX).sum())
-    if learned in (0, len(labels)):
-        masked = "all" if learned == 0 else "none"
-        raise VQAError(f"{row.where}: {masked} of the labels are masked; the answer {row.answer!r} cannot be learned")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1442,7 +1438,7 @@ AttentionInterface.register(FRAME_ATTENTION, attend_within_frames)
 
 @dataclass
 class Answer:
-    """What `SpeechMixin.answer` says."""
+    """What `SpeechMixin.answer` returns."""
 
     text: str
     n_tokens: int  # the stop token included
@@ -1474,7 +1470,7 @@ class SpeechMixin:
         self.post_init()
 
     def train(self, mode: bool = True) -> "SpeechMixin":
-        """As usual, but frozen encoders stay in evaluation mode.
+        """That of torch, but frozen encoders stay in evaluation mode.
 
         A model in training mode is left as it is: the Trainer asks at each batch, and setting all 3,027 modules of the
         full size takes 15 ms, for which the GPU would wait.
@@ -1610,7 +1606,7 @@ class SpeechMixin:
         )
 
     def prepare_inputs_for_generation(self, *args, is_first_iteration: bool = False, **kwargs) -> dict:
-        """As usual: frames and speech are read with the prompt, and not again with each token of the answer."""
+        """That of the parent class, without frames and speech after the first step: they are read with the prompt."""
         inputs = super().prepare_inputs_for_generation(*args, is_first_iteration=is_first_iteration, **kwargs)
         if not is_first_iteration and kwargs.get("use_cache", True):
             inputs = {name: value for name, value in inputs.items() if not name.endswith("_features")}
@@ -1629,9 +1625,9 @@ class SpeechMixin:
 
         Args:
             frames: RGB, in order in time; all of them are shown, scaled down to the size that training had.
-            speech: float32 [n] at 16 kHz, from `load_speech`. None: the question is only read.
-            question: in words. None: it is only spoken.
-            max_new_tokens: where an answer that does not stop is cut off.
+            speech: float32 [n] at 16 kHz, from `load_speech`. None: text mode, which needs `question`.
+            question: in words. None: audio mode, which needs `speech`. With both: audio_text mode.
+            max_new_tokens: where an answer that does not stop is cut off. evaluate_checkpoint.py cuts at 32.
             candidates: answers whose log-probability, stop token included, is computed as well.
 
         VQAError for neither speech nor question, and for speech longer than the encoder's window.
@@ -1725,7 +1721,7 @@ def use_liger(model: SpeechMixin) -> None:
 
     decoder = model.model.language_model
 
-    # No offset; rounded where Qwen2-VL's own norm is; only products read its output, so gradients go in place.
+    # No offset; rounded where Qwen2-VL's own norm is; only linear layers read its output, so gradients go in place.
     def norm(module, x):
         return LigerRMSNormFunction.apply(x, module.weight, module.variance_epsilon, 0.0, "llama", True, None)
 
@@ -1752,11 +1748,11 @@ class ModelSettings:
     init: str = "pretrained"
     init_seed: int = 42
     init_device: str | None = None  # device type that random weights are drawn on. None: any
-    dtype: str = "bfloat16"  # of the products in training
+    dtype: str = "bfloat16"  # of the computation in training
     attn_implementation: str = "sdpa"
     audio_encoder: str | None = None
     load_in_4bit: bool = False
-    allow_pickle: bool = False
+    allow_pickle: bool = False  # never read; settings files keep their fields
     base_fingerprint: str | None = None
 
 
@@ -1775,7 +1771,7 @@ class InputSettings:
 
 
 def from_stored(kind: type, stored: dict):
-    """A settings dataclass from its section of SETTINGS_FILE; fields that it does not have are passed over."""
+    """A settings dataclass from its section of SETTINGS_FILE; fields that it does not have are ignored."""
     return kind(**{f.name: stored[f.name] for f in fields(kind) if f.name in stored})
 
 
@@ -1911,7 +1907,7 @@ def load_model(
         seed: of the random weights, and of the projector where a Whisper encoder is newly grafted on.
         device: `meta` allocates nothing, and checks names and shapes of 16-bit weights that are already on disk.
         allow_pickle: read pickled weights where there are no safetensors.
-        compute_dtype: of the products, which autocast decides. None: `dtype`.
+        compute_dtype: of the computation, by autocast. None: `dtype`.
 
     VQAError for no weights, or missing, unexpected or mis-shaped tensors.
     """
@@ -1934,7 +1930,7 @@ def load_model(
     if not random_weights and (not on_meta or any(folder.glob("model*.safetensors"))):
         model = read_model(folder, config, device, audio_encoder, load_in_4bit, allow_pickle, **options)
     elif load_in_4bit and random_weights:
-        raise VQAError("--load_in_4bit keeps weights that are stored in 4 bits, and here none are; leave it out")
+        raise VQAError(NO_4_BIT_WEIGHTS)
     else:
         with torch.random.fork_rng(), device:
             torch.manual_seed(seed)
@@ -1985,7 +1981,7 @@ def refuse_pickle(file: Path, base: str | Path, adapter: str | Path = "") -> Non
 def stored_keys(folder: Path, allow_pickle: bool = False) -> list[str]:
     """The keys of all tensors of a model folder, from the headers of its safetensors; none where pickles are read.
 
-    VQAError for pickles without `allow_pickle`, missing or torn files, or two tensors for one parameter.
+    VQAError for pickles without `allow_pickle`, missing or truncated files, or two tensors for one parameter.
     """
     index = folder / "model.safetensors.index.json"
     files = sorted(folder.glob("model*.safetensors"))
@@ -2007,7 +2003,7 @@ def stored_keys(folder: Path, allow_pickle: bool = False) -> list[str]:
 
 
 def refuse_twice(where: Path, keys: Iterable[str]) -> None:
-    """VQAError for keys that stand for one parameter, under transformers 4's and today's names or in two files."""
+    """VQAError for keys that stand for one parameter, under transformers 4 and 5 names or in two files."""
     names: dict[str, list[str]] = {}
     for key in keys:
         names.setdefault(current_name(key), []).append(key)
@@ -2016,7 +2012,7 @@ def refuse_twice(where: Path, keys: Iterable[str]) -> None:
 
 @contextlib.contextmanager
 def open_safetensors(file: Path):
-    """A safetensors file, opened; VQAError where it is torn."""
+    """A safetensors file, opened; VQAError where it is truncated."""
     try:
         with safe_open(file, framework="pt") as stored:
             yield stored
@@ -2077,7 +2073,7 @@ def read_model(
     allow_pickle: bool,
     **options,
 ) -> SpeechMixin:
-    """`from_pretrained` under transformers 4's or today's names, every tensor accounted for; prints how many.
+    """`from_pretrained` under transformers 4 or 5 names, every tensor accounted for; prints how many.
 
     Weights that are stored in bitsandbytes' 4 bits are dequantised, but the decoder's with `load_in_4bit`. Arguments
     as in `load_model`; `options` are `dtype` and `attn_implementation`. VQAError for no speech encoder, or two, a
@@ -2096,7 +2092,7 @@ def read_model(
     for match in filter(None, map(FOUR_BIT_KEY.fullmatch, keys)):
         packed.setdefault(match[1], set()).add(match[2])
     if load_in_4bit and not packed:
-        raise VQAError("--load_in_4bit keeps weights that are stored in 4 bits, and here none are; leave it out")
+        raise VQAError(NO_4_BIT_WEIGHTS)
     model_class = MODEL_CLASSES[config.model_type]
     if packed and device.type == "meta":
         return model_class(config).to(device, options["dtype"])
@@ -2293,7 +2289,7 @@ def add_lora(
         if isinstance(module, ModulesToSaveWrapper):
             module.modules_to_save.float()
     model.trains_vision, model.trains_audio = vision_tower, audio_encoder
-    model.audio_encoder.embed_positions.requires_grad_(False)  # Whisper's positions are fixed; PEFT does not know
+    model.audio_encoder.embed_positions.requires_grad_(False)  # Whisper's fixed sinusoids
     return peft_model.eval()
 
 
@@ -2307,7 +2303,7 @@ def train_fully(
     for encoder, trained in ((model.model.visual, vision_tower), (model.audio_encoder, audio_encoder)):
         if not trained:
             round_weights(encoder.requires_grad_(False), dtype)
-    model.audio_encoder.embed_positions.requires_grad_(False)  # Whisper's positions are fixed sinusoids
+    model.audio_encoder.embed_positions.requires_grad_(False)  # as in `add_lora`
     return model
 
 
@@ -2352,8 +2348,8 @@ def read_adapter_config(path: Path) -> dict:
 def read_adapter(path: Path, allow_pickle: bool = False) -> dict[str, torch.Tensor]:
     """Every tensor of an adapter folder, by its stored key.
 
-    VQAError for no adapter, a torn file, a pickle without `allow_pickle`, values that are not finite, or LoRA that was
-    never trained.
+    VQAError for no adapter, a truncated file, a pickle without `allow_pickle`, values that are not finite, or LoRA that
+    was never trained.
     """
     file = path / "adapter_model.safetensors"
     pickled = path / "adapter_model.bin"
@@ -2398,7 +2394,7 @@ def check_base(model: SpeechMixin, adapter: Path) -> None:
 
 
 def load_adapter(model: SpeechMixin, path: str | Path, *, allow_pickle: bool = False) -> PeftModel:
-    """`model`, changed in place, with the adapter of `path`, under transformers 4's or today's names.
+    """`model`, changed in place, with the adapter of `path`, under transformers 4 or 5 names.
 
     Every tensor is accounted for: PEFT's own loader only warns of what is missing, and not of a missing projector.
     VQAError as `read_adapter` and `check_base`, and for tensors that do not fit.
@@ -2487,13 +2483,13 @@ def load_trained(
     allow_pickle: bool = False,
     **changes,
 ) -> Trained:
-    """The one door to a trained model: an adapter on its base, a fully trained or merged model, or a base alone.
+    """Load a trained model: an adapter on its base, a fully trained or merged model, or a base alone.
 
     Args:
         path: folder that training or merging wrote, or folder or hub id of a base.
-        device: that answers. Random weights are drawn where training drew them.
-        dtype: to answer in. None: what training computed in; without settings float32 on a CPU, else bfloat16.
-        base_dtype: of the base while the adapter goes in. None: what training computed in, without adapter `dtype`.
+        device: of inference. Random weights are drawn where training drew them.
+        dtype: of inference. None: what training computed in; without settings float32 on a CPU, else bfloat16.
+        base_dtype: of the base when the adapter is loaded. None: what training computed in, without adapter `dtype`.
         merge: merge the adapter into the weights (summed in float32 and rounded once), unless the base is in 4 bits.
         allow_pickle: read pickles.
         changes: fields of ModelSettings and InputSettings that differ from the stored ones, such as
@@ -2588,7 +2584,7 @@ def encoder_digest(encoder: nn.Module) -> str:
 
 
 def feature_recipes(model: SpeechMixin, processor: VQAProcessor) -> dict[str, str]:
-    """All that the features of a clip (`vision`) and of a speech (`speech`) depend on but their files, as text."""
+    """All that the features of a clip (`vision`) and of a recording (`speech`) depend on but their files, as text."""
     kind = model.device.type
     version = importlib.metadata.version
     shared = {
@@ -2615,11 +2611,11 @@ def feature_recipes(model: SpeechMixin, processor: VQAProcessor) -> dict[str, st
 
 
 class FeatureStore:
-    """Outputs of the two frozen encoders in a folder, a file a clip and a file a speech; several runs may share it.
+    """Outputs of the two frozen encoders in a folder, a file a clip and a file a recording; several runs may share it.
 
-    A medium is a clip, the tuple of its selected frames' paths in order, or a speech, a path. Each goes through its
-    encoder alone, so that what is read is the same, bit for bit, whatever batch it comes to stand in. A file is named
-    by what it depends on (`feature_recipes` and the bytes of its media), written aside and then renamed.
+    A medium is a clip, the tuple of its selected frames' paths in order, or a recording, a path. Each goes through its
+    encoder alone, so that what is read is the same, bit for bit, whatever batch it is in. A file is named by what it
+    depends on (`feature_recipes` and the bytes of its media), written aside and then renamed.
 
     `model` is on the device that computes, and its encoders stay as they are from here on. VQAError where `folder`,
     made where it is missing, cannot be written.
@@ -2650,8 +2646,8 @@ class FeatureStore:
         """Encode what the clips and speech of `sources` lack here, and print how many that were.
 
         `sources` are SurgicalVQADatasets, or have their `rows` and `cacheable_media`; None in these is not kept.
-        VQAError for media that cannot be read, which `allow_errors` passes over (`read` then gives None for them), and
-        for a full disk.
+        VQAError for media that cannot be read, which `allow_errors` skips (`read` then gives None for them), and for a
+        full disk.
         """
         start = time.monotonic()
         depth = 2 * MAX_WORKERS
@@ -2736,7 +2732,7 @@ def write_features(file: Path, features: torch.Tensor, grid: torch.Tensor | None
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Stopping, saving and going on
+# Stopping, saving and resuming
 # ----------------------------------------------------------------------------------------------------------------------
 
 
@@ -2900,7 +2896,7 @@ def checkpoints_of(folder: str | Path) -> dict[int, Path]:
 def find_checkpoint(args: VQATrainingArguments) -> Path | None:
     """The checkpoint that --resume_from_checkpoint asks for; None: start at the beginning.
 
-    True takes the newest one that is complete, and names those passed over. VQAError where the named one is not
+    True takes the newest one that is complete, and names those skipped. VQAError where the named one is not
     complete, none is, or the run would write among later checkpoints of another.
     """
     wanted = args.resume_from_checkpoint
@@ -2919,27 +2915,29 @@ def find_checkpoint(args: VQATrainingArguments) -> Path | None:
         raise VQAError("\n".join([*damaged, advice]))
     if damaged and not chosen:
         raise VQAError(f"--resume_from_checkpoint {damaged[0]}; name another, or True for the newest complete one")
-    print("".join(f"Passing over {text}\n" for text in damaged), end="")
+    print("".join(f"Skipping {text}\n" for text in damaged), end="")
     if wanted is True:
         if not chosen:
-            print("No checkpoint to go on from; starting from the beginning.")
+            print("No checkpoint to resume from; starting from the beginning.")
         return chosen
     step = int(chosen.name[11:]) if chosen and re.fullmatch(r"checkpoint-\d+", chosen.name) else -1
     if later := [folder for number, folder in existing.items() if number > step]:
         raise VQAError(
-            f"{later[0]} is there from an earlier run; --resume_from_checkpoint True goes on from it, or move it away, "
-            "or name another --output_dir"
+            f"{later[0]} is there from an earlier run; --resume_from_checkpoint True continues from it, or move it "
+            "away, or name another --output_dir"
         )
     return chosen
 
 
 def refuse_other_settings(checkpoint: Path, settings: dict) -> None:
-    """VQAError where a run would go on from a checkpoint of another model, input, LoRA shape, schedule or data.
+    """VQAError where a run would resume from a checkpoint of another model, input, LoRA shape, schedule or data.
 
-    The optimizer's state brings its learning rate along, so that another --learning_rate would be passed over.
+    The optimizer's state brings its learning rate along, so that another --learning_rate would be ignored.
     """
     stored = load_settings(checkpoint)
-    once = dict.fromkeys((*ENCODERS, "compile_layers", "use_liger_kernel"), False)  # there was nothing else
+    once = dict.fromkeys(
+        (*ENCODERS, "compile_layers", "use_liger_kernel"), False
+    )  # defaults for settings files without these keys
     stored["trained"] = once | {"decoder": "lora"} | stored.get("trained", {})
     fixed = {part: settings[part].keys() - {"max_eval_frames"} for part in ("model", "input", "trained", "lora")}
     fixed["training"] = {"learning_rate", "lr_scheduler_type", "optim", "weight_decay", "seed"}
@@ -2948,7 +2946,7 @@ def refuse_other_settings(checkpoint: Path, settings: dict) -> None:
     raise_problems(
         [
             f"{checkpoint}: was trained with {name} {stored.get(part, {}).get(name)!r}, this run has "
-            f"{settings[part][name]!r}; go on with the same flags, or start another run"
+            f"{settings[part][name]!r}; continue with the same flags, or start another run"
             for part, names in fixed.items()
             for name in sorted(names)
             if stored.get(part, {}).get(name) != settings[part][name]
@@ -2964,10 +2962,10 @@ def refuse_other_settings(checkpoint: Path, settings: dict) -> None:
 class VQATrainer(Trainer):
     """Trainer whose checkpoints hold the adapter (or without one the full model), the tokenizer and the settings.
 
-    `RunGuard`, its callback, completes them. A run that ended early and went on from its last checkpoint has the same
+    `RunGuard`, its callback, completes them. A run that ended early and resumed from its last checkpoint has the same
     weights, bit for bit on the CPU, as one that did not. Of the Trainer's private parts three are used, each where no
     public one serves: `_save_checkpoint`, after a step that a signal or full memory cut off, for which no hook is left;
-    `_tr_loss` and `_globalstep_last_logged`, so that the logged loss goes on where the checkpoint left it.
+    `_tr_loss` and `_globalstep_last_logged`, so that the logged loss continues where the checkpoint left it.
 
     `settings` are from `resolved_settings`, `stop_signal` says when to stop. The tokenizer is saved with every
     checkpoint; as `processing_class` it would overwrite the model's stop tokens.
@@ -3014,7 +3012,7 @@ class VQATrainer(Trainer):
             raise Interrupted(self.stop_signal.signum, self.save_last_step())
 
     def save_last_step(self) -> str:
-        """Save the state after the last finished step, unless that is done; returns what there is to go on from."""
+        """Save the state after the last finished step, unless that is done; returns what there is to resume from."""
         guard = self.guard
         step = self.state.global_step
         if not step:
@@ -3027,8 +3025,10 @@ class VQATrainer(Trainer):
                 guard.on_save(self.args, self.state, self.control)
             elif guard.evaluation_due:  # what is saved stays as it is
                 (guard.saved / EVALUATION_DUE).touch()
-        go_on = "it holds no optimizer" if self.args.save_only_model else "go on with --resume_from_checkpoint True"
-        return f"{guard.saved} is complete; {go_on}"
+        advice = "continue with --resume_from_checkpoint True"
+        if self.args.save_only_model:
+            advice = "it holds no optimizer"
+        return f"{guard.saved} is complete; {advice}"
 
     def explain(self, error: Exception, checkpoint: Path | None) -> str:
         """One line for memory or disk that ran out, or a checkpoint that cannot be read; other errors are raised."""
@@ -3062,8 +3062,8 @@ class VQATrainer(Trainer):
         root = self.args.output_dir
         return (
             f"{root}: step {self.state.global_step} could not be saved ({first_line(error)}): "
-            f"{shutil.disk_usage(root).free:,} bytes are free there; {self.guard.last_checkpoint()}; make room and go "
-            "on with --resume_from_checkpoint True"
+            f"{shutil.disk_usage(root).free:,} bytes are free there; {self.guard.last_checkpoint()}; make room and "
+            "continue with --resume_from_checkpoint True"
         )
 
     @contextlib.contextmanager
@@ -3115,46 +3115,46 @@ class VQATrainer(Trainer):
             shutil.rmtree(part, ignore_errors=True)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """As usual, without the mean loss of a run that was gone on with, of which the Trainer knows the rest alone."""
+        """Omit `train_loss` after a resume: the Trainer would average over the steps since then only."""
         if self.guard.resumed:
             logs.pop("train_loss", None)
         super().log(logs, start_time)
 
     def get_batch_samples(self, *args, **kwargs):
-        """As usual; no batches where nothing is left to train: the Trainer would add a step to the last one."""
+        """No batches where nothing is left to train: the Trainer would add a step to the last one."""
         return ([], None) if self.control.should_training_stop else super().get_batch_samples(*args, **kwargs)
 
     def training_step(self, model: nn.Module, inputs: dict, num_items_in_batch=None) -> torch.Tensor:
-        """As usual, keeping which rows and how many tokens the batch has, and its loss."""
+        """The Trainer's; keeps the row indices, the token count and the loss of the batch."""
         self.batches.append((inputs.pop("row_indices", []), inputs["input_ids"].shape[1], None))
         loss = super().training_step(model, inputs, num_items_in_batch)
         self.batches[-1] = (*self.batches[-1][:2], loss)
         return loss
 
     def prediction_step(self, model: nn.Module, inputs: dict, *args, **kwargs):
-        """As usual, keeping which rows and how many tokens the batch has."""
+        """The Trainer's; keeps the row indices and the token count of the batch."""
         self.batches = [(inputs.pop("row_indices", []), inputs["input_ids"].shape[1], None)]
         return super().prediction_step(model, inputs, *args, **kwargs)
 
     def evaluate(self, *args, **kwargs) -> dict[str, float]:
-        """As usual, but drawing nothing from the random states that training goes on with: it may be cut short."""
+        """The Trainer's; leaves the random states of training as they are, because it may be interrupted."""
         with torch.random.fork_rng():
             metrics = super().evaluate(*args, **kwargs)
         self.batches = []
         return metrics
 
     def floating_point_ops(self, inputs: dict) -> int:
-        """As usual, but the parameters are counted once: for each batch anew that takes longer than a small step."""
+        """The Trainer's figure; counts the parameters once, which for each batch takes longer than a small step."""
         if self.parameter_count is None:
             self.parameter_count = self.model.num_parameters(exclude_embeddings=True)
         return 6 * inputs["input_ids"].numel() * self.parameter_count
 
     def get_train_dataloader(self):
-        """As usual, with workers that leave signals to this process."""
+        """The Trainer's, by `let_workers_ignore_signals`, as the next."""
         return let_workers_ignore_signals(super().get_train_dataloader())
 
     def get_eval_dataloader(self, *args, **kwargs):
-        """As usual, with workers that leave signals to this process."""
+        """The Trainer's, for evaluation."""
         return let_workers_ignore_signals(super().get_eval_dataloader(*args, **kwargs))
 
 
@@ -3178,7 +3178,7 @@ class RunGuard(TrainerCallback):
 
     def __init__(self, trainer: VQATrainer):
         self.trainer = trainer
-        self.saved: Path | None = None  # the last complete checkpoint, or the one that the run went on from
+        self.saved: Path | None = None  # the last complete checkpoint, or the one that the run resumed from
         self.saved_step, self.resumed, self.already_finished = -1, False, False
         self.began = False  # a first step has begun
         self.stepping = False  # the optimizer is changing the weights
@@ -3201,7 +3201,7 @@ class RunGuard(TrainerCallback):
             raise VQAError(f"{checkpoint}: {PROGRESS_FILE} or trainer_state.json cannot be read ({error})") from error
 
     def last_checkpoint(self) -> str:
-        """Which one there is to go on from, in words."""
+        """Which one there is to resume from, in words."""
         return f"the last complete checkpoint is {self.saved}" if self.saved else "there is no checkpoint yet"
 
     def on_step_begin(self, args, state, control, **kwargs):
@@ -3257,7 +3257,7 @@ class RunGuard(TrainerCallback):
             control.should_save = self.saved_step != state.global_step
 
     def on_prediction_step(self, args, state, control, **kwargs):
-        """After a signal an evaluation ends at once; it is made up for when the run goes on."""
+        """After a signal an evaluation ends at once; it is made up for when the run is resumed."""
         if self.trainer.stop_signal.signum:
             raise Interrupted(self.trainer.stop_signal.signum)
 
@@ -3340,7 +3340,7 @@ def estimate_memory(
     """Bytes of GPU memory at the peak of training on batches of `tokens`, by what takes them; an estimate.
 
     Counted are the tensors that a decoder layer keeps for its backward pass. In float32: both norms' inputs (2 h), and
-    what comes of them where the norms are trained (2 h). In `dtype`, in which products are computed: queries and
+    what comes of them where the norms are trained (2 h). In `dtype`, that of the computation: queries and
     attention output (2 h), keys and values (2 k), gate, up and their activation (3 f), LoRA's narrow outputs (7 r), and
     the inputs of the linear layers: with dropout a copy each and a byte of mask (6 h + f); else the two that they share
     and the product (2 h + f), or, where autocast casts float32 weights' inputs, one for each but the output's (5 h +
@@ -3424,7 +3424,7 @@ def check_compiler(device_type: str) -> None:
             failure = str(error)
     if failure:
         raise VQAError(
-            f"--compile_layers: the compiler {compiler} does not work ({failure.splitlines()[0]}); mend it (Python.h "
+            f"--compile_layers: the compiler {compiler} does not work ({failure.splitlines()[0]}); fix it (Python.h "
             f"is in the package python3-dev), name another in {variable}, or leave the flag out"
         )
 
@@ -3494,7 +3494,7 @@ def build_model(
     encoders = {encoder: getattr(args, f"train_{encoder}") for encoder in ENCODERS}
     set_seed(training_args.seed)
     if full:
-        print("🧠 Training the whole decoder, without LoRA...")
+        print("🧠 Training the full decoder, without LoRA...")
         trained = train_fully(model, dtype, **encoders)
     else:
         print("🧠 Adding LoRA Adapters...")
@@ -3530,11 +3530,14 @@ def plan(
     data_args: DataArguments,
     args: VQATrainingArguments,
 ) -> int:
-    """How many layers are recomputed; with --dry_run also prints tokens, optimizer steps and memory."""
+    """--checkpoint_every_n as a number: every N-th layer is recomputed, 0: none.
+
+    With --dry_run also prints tokens, optimizer steps and memory.
+    """
     train, evaluation = datasets
     counted = data_args.dry_run or model_args.checkpoint_every_n == "auto"
     lengths = sorted(train.token_counts()) if counted else [0]
-    multiple = PADDING_MULTIPLE if model_args.compile_layers else 1
+    multiple = model_args.padding_multiple
     tokens = args.train_batch_size * math.ceil(lengths[-1] / multiple) * multiple
     cached_features = bool(data_args.cache_features)
     estimate = partial(estimate_memory, model, tokens, model_args, args.compute_dtype, cached_features)
@@ -3601,7 +3604,7 @@ def train(
     model_args: ModelArguments, data_args: DataArguments, training_args: VQATrainingArguments, stop_signal: StopSignal
 ) -> int:
     """The steps of `main` after the arguments; returns the exit status."""
-    # 2. Data, before any weight is loaded; what a run goes on from
+    # 2. Data, before any weight is loaded; what the run resumes from
     train_rows, eval_rows, skipped = prepare_data(data_args)
     if data_args.check_data:
         return 0
@@ -3633,11 +3636,11 @@ def train(
     settings = resolved_settings(model_args, data_args, training_args, processor, base_fingerprint, skipped)
     if checkpoint:
         refuse_other_settings(checkpoint, settings)
-        print(f"Going on from {checkpoint}")
+        print(f"Resuming from {checkpoint}")
     memory = PeakMemory()
     target = StopAtLoss(data_args.target_train_loss) if data_args.target_train_loss is not None else None
-    multiple = PADDING_MULTIPLE if model_args.compile_layers else 1
     callbacks = [memory, *([target] if target else [])]
+    multiple = model_args.padding_multiple
     trainer = make_trainer(trained, datasets, settings, multiple, callbacks, training_args, stop_signal)
     trainer.train_safely(checkpoint)
 

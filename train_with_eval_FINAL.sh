@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Trains with the seed's settings, then evaluates the result by generation.
+# Trains with the settings of the original project, then evaluates the result by generation.
 #
 #   bash train_with_eval_FINAL.sh [flags...]        flags are passed to train_vqa.py and override the ones below
 #   bash train_with_eval_FINAL.sh --smoke           the same two steps with the tiny model and the fixtures, on the CPU

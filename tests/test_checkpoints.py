@@ -555,7 +555,7 @@ def test_rows_for_new_tokens_are_those_of_training_at_every_load(stored, changed
     assert torch.equal(last_logits(one, batch), last_logits(two, batch))
 
 
-# ------------------------------------------------------------------------------------------------- one door, and merge
+# ---------------------------------------------------------------------------------------------- load_trained, and merge
 
 
 def run_merge(adapter, output, *flags):

@@ -49,7 +49,7 @@ def test_smoke_ends_with_five_of_five(smoke):
     folder, printed = smoke
     lines = printed.splitlines()
     assert lines[-1] == "smoke: 5/5 correct, 5/5 stopped by themselves"
-    assert any(line.startswith("By the seed's rule (contains): 5/5 correct = 100.0 %") for line in lines)
+    assert any(line.startswith("By the original rule (contains): 5/5 correct = 100.0 %") for line in lines)
     assert "5/5 stopped by themselves = 100.0 %." in lines
     rows = read_jsonl(folder / "results" / "smoke.jsonl")
     assert [row["predicted_answer"] for row in rows] == [row["ground_truth"] for row in rows]

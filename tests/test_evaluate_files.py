@@ -1,4 +1,4 @@
-"""evaluate_checkpoint.py's files: what it reads, goes on with, refuses and writes without a model."""
+"""evaluate_checkpoint.py's files: what it reads, continues, refuses and writes without a model."""
 
 import json
 import os

@@ -98,7 +98,7 @@ def test_a_signal_ends_it_after_the_batch_and_the_same_command_goes_on(
     rows = ev.read_answer_rows(path)  # raises where a line is torn
     assert 0 < len(rows) <= before + 2  # the batch under way
     last = script.said().splitlines()[-1]
-    assert last.startswith(f"Stopped by {number.name}: {len(rows)} of {ROWS} rows") and "same command goes on" in last
+    assert last.startswith(f"Stopped by {number.name}: {len(rows)} of {ROWS} rows") and "same command continues" in last
     assert "Traceback" not in script.said() and not summary_of(path).exists()
     assert_ends_like(undisturbed, path, command)
 

@@ -1,4 +1,4 @@
-"""Training that ends early or is attacked: what is saved, what is refused, and that going on changes nothing."""
+"""Training that ends early or is attacked: what is saved, what is refused, and that resuming changes nothing."""
 
 import fcntl
 import itertools
@@ -172,7 +172,7 @@ def test_the_best_model_is_loaded_after_a_signal_in_the_last_evaluation(train, t
 
 @pytest.mark.slow
 def test_killed_or_stopped_with_loader_workers(argv, train, tmp_path):
-    """SIGKILL to the main process, then going on: the same as a run nothing disturbed. And each signal to the group."""
+    """SIGKILL to the main process, then resuming: the same as a run nothing disturbed. And each signal to the group."""
     workers = (*SIX_STEPS, "--save_steps", "2", "--dataloader_num_workers", "2")
     script = Script("train_vqa.py", argv(tmp_path / "out", *workers))
     script.wait_for(lambda: (tmp_path / "out/checkpoint-2").exists() and is_complete(tmp_path / "out/checkpoint-2"))
@@ -279,7 +279,7 @@ def test_rotation_keeps_the_best_checkpoint_beside_the_newest(train, tmp_path, m
     folder = Path("./out") if relative else tmp_path / "out"
     flags = (*SIX_STEPS, *EVALUATION, "--eval_steps", "1", "--save_steps", "1", "--save_total_limit", "2")
     flags += ("--load_best_model_at_end", "True", "--lr_scheduler_type", "constant", "--greater_is_better", "True")
-    flags += ("--metric_for_best_model", "eval_loss", *RESUME)  # the first start may already ask to go on
+    flags += ("--metric_for_best_model", "eval_loss", *RESUME)  # the first start may already ask to resume
     assert train(folder, *flags, "--max_steps", "3") == 0
     assert set(vqa.checkpoints_of(folder)) == {3, 2, 1}
     shutil.rmtree(folder / "checkpoint-3")

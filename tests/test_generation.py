@@ -1,4 +1,4 @@
-"""Evaluation with a model, by its command line: batches, stops, settings, gates, arms, failures, going on."""
+"""Evaluation with a model, by its command line: batches, stops, settings, gates, arms, failures, resuming."""
 
 import json
 import re
@@ -97,7 +97,7 @@ def answers_of_generate(model, samples, max_new_tokens):
 def test_in_any_batch_the_answers_are_those_of_generate_longest_prompts_first(
     evaluate, stopping, uneven, tmp_path, monkeypatch, audio_tokens, frame_mode
 ):
-    """Each row stops at its own turn end, of two kinds; torn inside a batch, a run goes on to the same rows."""
+    """Each row stops at its own stop token, of two kinds; stopped inside a batch, a run continues to the same rows."""
     folder = shutil.copytree(stopping, tmp_path / "model")
     edit_json(folder / vqa.SETTINGS_FILE, input={"audio_tokens": audio_tokens, "frame_mode": frame_mode})
 
@@ -330,7 +330,7 @@ def test_a_batch_that_does_not_fit_is_halved_where_the_size_is_left_to_us(evalua
     full_memory(2)
     halved = evaluate("--batch_size", "auto")
     assert (halved.status, halved.rows) == (0, alone.rows)
-    assert "going on with batches of 2\n" in halved.out
+    assert "continuing with batches of 2\n" in halved.out
     manifest = halved.summary["manifest"]
     assert (manifest["decoding"]["batch_size"], manifest["runtime"]["batch_size"]) == ("auto", {"audio": 2})
     full_memory(0, calls=4)  # behind the gates
@@ -458,7 +458,7 @@ def test_what_the_arms_change():
     assert colours("shuffled_frames", "0", frames[:1]) == plain[:1]
 
 
-# ------------------------------------------------------------------------------------------------------------ going on
+# ------------------------------------------------------------------------------------------------------------ resuming
 
 
 def test_a_larger_limit_goes_on_and_other_decoding_does_not(evaluate):

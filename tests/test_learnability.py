@@ -158,7 +158,7 @@ def program(status):
     [
         (-15, True, False),  # --train_seconds ended it before it took signals; an earlier call had saved
         (143, True, False),
-        (143, False, True),  # nothing to go on from
+        (143, False, True),  # nothing to resume from
         (1, True, True),
     ],
 )

@@ -74,7 +74,7 @@ def test_spare_rows_are_used_none_is_cut_and_the_embedding_grows_by_what_is_need
         assert torch.equal(matrix[497], matrix[:497].mean(dim=0)) and not matrix.requires_grad
 
 
-def test_generation_stops_at_every_turn_end(base, tokenizer, variant):
+def test_generation_stops_at_every_stop_token(base, tokenizer, variant):
     assert vqa.stop_token_ids(tokenizer) == base.generation_config.eos_token_id == [480, 482]
     assert base.generation_config.pad_token_id == 497
     own = vqa.load_tokenizer(variant({"eos_token": "<|audio_end|>"}))  # and its PAD is sound
