@@ -662,26 +662,26 @@ def _refuse_path(name: str, part: str, value: str | None = None) -> None:
 
 def check_patterns(audio_pattern: str | None, frame_pattern: str | None) -> None:
     """VQAError, which names the flag, for a pattern with other fields, or one that could lead out of its folder."""
-    for flag, pattern, needed, more in (
-        ("--audio_pattern", audio_pattern, ROW_FIELDS, ()),
-        ("--frame_pattern", frame_pattern, FRAME_FIELDS[:2], FRAME_FIELDS[2:] + ROW_FIELDS),
+    for flag, pattern, needed, known in (
+        ("--audio_pattern", audio_pattern, ROW_FIELDS, ROW_FIELDS),
+        ("--frame_pattern", frame_pattern, FRAME_FIELDS[:2], FRAME_FIELDS + ROW_FIELDS),
     ):
         if pattern is None:
             continue
+        named, choices = f"{flag} {pattern!r}", ", ".join(f"{{{name}}}" for name in known)
         try:
             used = [part[1:] for part in string.Formatter().parse(pattern) if part[1] is not None]
         except (ValueError, TypeError) as error:  # braces that do not close; settings changed by hand
-            raise VQAError(f"{flag} {pattern!r}: {error}") from error
-        known, odd = [(name, "", None) for name in (*needed, *more)], re.search(r"[\\\0\ud800-\udfff]", pattern)
-        if unknown := [name for name, *how in used if (name, *how) not in known]:
-            fields = ", ".join(f"{{{name}}}" for name, *_ in known)
-            raise VQAError(f"{flag} {pattern!r}: {{{unknown[0]}}} is not a field; there are {fields}")
-        if odd or {"", ".", ".."} & set(pattern.split("/")):
-            raise VQAError(f"{flag} {pattern!r}: must be a path below the folder, without '..' or backslashes")
+            raise VQAError(f"{named}: {error}; write fields as {choices}") from error
+        for name, form, conversion in used:
+            if name not in known or form or conversion:
+                raise VQAError(f"{named}: {{{name}}} is not a field; there are {choices}")
+        if {"", ".", ".."} & set(pattern.split("/")) or re.search(r"[\\\0\ud800-\udfff]", pattern):
+            raise VQAError(f"{named}: must be a path below the folder, without '..' or backslashes")
         if pattern.lower().endswith((*AUDIO_EXTENSIONS, *FRAME_EXTENSIONS)):
-            raise VQAError(f"{flag} {pattern!r}: leave the extension out; every supported one is tried")
+            raise VQAError(f"{named}: leave the extension out; every supported one is tried")
         if not {name for name, *_ in used} & set(needed):
-            raise VQAError(f"{flag} {pattern!r}: must hold {' or '.join(f'{{{name}}}' for name in needed)}")
+            raise VQAError(f"{named}: must hold {' or '.join(f'{{{name}}}' for name in needed)}")
 
 
 def fill_pattern(pattern: str, row: VQARow, frame: str = "") -> str:
@@ -743,13 +743,9 @@ class Listing:
             best = [pattern for pattern in best.values() if "{file}" in pattern] or best.values()
             text += f"; {flag} {' or '.join(map(repr, best))} would find {most} of {len(rows)}"
         elif "lies there" not in text:
-            folders = ((folder, sorted(n for n in names if n[0] != ".")) for folder, _, names in os.walk(self.root))
-            files = next(([os.path.join(folder, n) for n in names[:2]] for folder, names in folders if names), [])
-            text += (
-                f"; there are {' and '.join(files)}: write {flag} for such names"
-                if files
-                else f"; {self.root} holds no files"
-            )
+            paths = (os.path.join(at, n) for at, _, names in os.walk(self.root) for n in sorted(names) if n[0] != ".")
+            some = " and ".join(path for path, _ in zip(paths, range(2), strict=False))
+            text += f"; there are {some}: write {flag} for such names" if some else f"; {self.root} holds no files"
         lines = tuple(row.line for row in rows)
         more = f" ({len(lines) - 1} more lines lack theirs)" if len(lines) > 1 else ""
         return [Problem(problems[0].source, lines, text + more)]
@@ -803,7 +799,7 @@ def find_media(
             stems = [fill_pattern(name, row) for name in audio_names]
             row.audio_path = speech.find(stems)
             if row.audio_path is None:
-                tried = " or ".join(", ".join(stems).rsplit(", ", 1)) + f" ({', '.join(AUDIO_EXTENSIONS)})"
+                tried = f"{' or '.join(stems)} ({', '.join(AUDIO_EXTENSIONS)})"
                 no_speech.append(problem(speech.missing(f"no speech in {audio_dir} as {tried}", stems)))
             elif leads_out(row.audio_path, audio_dir):
                 what = f"{row.id}: speech {row.audio_path} is a link out of {audio_dir}"
@@ -816,27 +812,28 @@ def find_media(
 
 
 def find_shared_media(rows: Iterable[VQARow]) -> list[Problem]:
-    """Rows with different questions that share one speech file, or with different frames that share one file: one of
-    them would play or show what another needs."""
+    """Rows with different questions that share one speech file, and rows of which different frames share one file: one
+    of them would play or show what is meant for the other."""
     first, shown, problems = {}, {}, []
+
+    def shared(row: VQARow, other: VQARow, text: str) -> Problem:
+        return Problem(row.source, (row.line, other.line) if row.source == other.source else (row.line,), text)
+
     for row in rows:
         for frame, path in zip(row.frames, row.frame_paths, strict=False):  # up to the first that is missing
             name = fill_pattern("{video}_{frame_number}", row, frame)
-            other, where = shown.setdefault(path, (name, row.where))
-            if other != name:
-                text = f"needs frame {name}, and {where} frame {other}, but both are {path}; add {{video}} to"
-                problems.append(Problem(row.source, (row.line,), f"{text} --frame_pattern"))
+            other_name, other = shown.setdefault(path, (name, row))
+            if other_name != name:
+                text = f"needs frame {name}, and {other.where} {other_name}, but both would show {path}"
+                problems.append(shared(row, other, f"{text}; put {{video}} into --frame_pattern"))
                 break
-        if row.audio_path is None:
-            continue
-        other = first.setdefault(row.audio_path, row)
+        other = first.setdefault(row.audio_path, row) if row.audio_path else row
         if other.question != row.question:
             text = (
                 f"asks another question than {other.where}, but both would play {row.audio_path}; name the files "
                 f"{{video_id}}_{{id}}_{{question_type}}, or give each question file its own folder (--audio_pattern)"
             )
-            lines = (row.line, other.line) if row.source == other.source else (row.line,)
-            problems.append(Problem(row.source, lines, text))
+            problems.append(shared(row, other, text))
     return problems
 
 
