@@ -1485,7 +1485,9 @@ def check_liveness(model: Any, inputs: ArmInputs) -> Row:
     def readable() -> Iterator[tuple[int, tuple[list[Any], Any]]]:
         for index in range(len(inputs.rows)):
             with contextlib.suppress(vqa.VQAError):
-                yield index, inputs.read(index)
+                media = inputs.read(index)
+                inputs.encode(index, *media)  # frames that cannot be paired are found here
+                yield index, media
 
     index, (frames, speech) = next(readable(), (None, (None, None)))
     if index is None:
