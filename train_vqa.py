@@ -702,7 +702,7 @@ class Listing:
     def _endings(folder: str) -> dict[str, tuple[str, ...]]:
         there: dict[str, tuple[str, ...]] = {}
         with contextlib.suppress(OSError):
-            for name in sorted(os.listdir(folder)):
+            for name in os.listdir(folder):
                 stem, end = os.path.splitext(name)
                 there[stem] = (*there.get(stem, ()), sys.intern(end))
         return there
@@ -712,10 +712,12 @@ class Listing:
         if {"", ".", ".."} & set(stem.split("/")):  # what a frame called "v_.." makes of {frame_number}/x
             return []
         path, order = os.path.join(self.root, stem), [*self.extensions]
-        ends = self.endings(os.path.dirname(path)).get(os.path.basename(path), ())
-        rank = {end: order.index(end.lower()) if end.lower() in order else len(order) for end in ends}
-        files = (path + end for end in sorted(ends, key=lambda end: (rank[end], end.swapcase())))  # .jpg before .JPG
-        return [file for file in files if os.path.isfile(file)]
+        folder, name = os.path.split(path)
+        ends = self.endings(folder).get(name, ())
+        if len(ends) > 1:  # .jpg before .JPG
+            rank = {end: order.index(end.lower()) if end.lower() in order else len(order) for end in ends}
+            ends = sorted(ends, key=lambda end: (rank[end], end.swapcase()))
+        return [path + end for end in ends if os.path.isfile(path + end)]
 
     def find(self, stems: Iterable[str]) -> Path | None:
         """The first of these files that there is, with one of the extensions in any case of letters."""
@@ -784,9 +786,9 @@ def find_media(
     for row in rows:
         problem, found = partial(Problem, row.source, (row.line,)), []
         for frame in row.frames:
-            stems = [fill_pattern(name, row, frame) for name in frame_names]
-            path = frames.find(stems)
+            path = frames.find(fill_pattern(name, row, frame) for name in frame_names)
             if path is None:
+                stems = [fill_pattern(name, row, frame) for name in frame_names]
                 what = f"frame {os.path.join(frames_dir, stems[0])}{{{','.join(FRAME_EXTENSIONS)}}} is missing"
                 no_frame.append(problem(frames.missing(what, stems)))
                 break
@@ -796,9 +798,9 @@ def find_media(
             found.append(path)
         row.frame_paths = tuple(found)
         if audio_dir is not None:
-            stems = [fill_pattern(name, row) for name in audio_names]
-            row.audio_path = speech.find(stems)
+            row.audio_path = speech.find(fill_pattern(name, row) for name in audio_names)
             if row.audio_path is None:
+                stems = [fill_pattern(name, row) for name in audio_names]
                 tried = f"{' or '.join(stems)} ({', '.join(AUDIO_EXTENSIONS)})"
                 no_speech.append(problem(speech.missing(f"no speech in {audio_dir} as {tried}", stems)))
             elif leads_out(row.audio_path, audio_dir):
@@ -821,7 +823,8 @@ def find_shared_media(rows: Iterable[VQARow]) -> list[Problem]:
 
     for row in rows:
         for frame, path in zip(row.frames, row.frame_paths, strict=False):  # up to the first that is missing
-            name = fill_pattern("{video}_{frame_number}", row, frame)
+            video, _, number = frame.rpartition("_")
+            name = f"{video or row.video_id}_{number}"
             other_name, other = shown.setdefault(path, (name, row))
             if other_name != name:
                 text = f"needs frame {name}, and {other.where} {other_name}, but both would show {path}"
