@@ -107,9 +107,15 @@ def _refuse_constant(name: str) -> None:
 def read_jsonl(path: str | Path) -> Iterator[tuple[int, Row]]:
     """Yield (line number from 1, object) for each line that is not blank.
 
-    Raises InputError, named `file:line`, for a line that is not one JSON object (NaN and repeated fields included).
+    Raises InputError, named `file:line`, for a line that is not one JSON object (NaN and repeated fields included), and
+    for a file that is UTF-16 text or a JSON array.
     """
     with open(path, "rb") as file:
+        start = file.peek()[:64].removeprefix(codecs.BOM_UTF8)
+        if start[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) or start[:2].count(0) == 1:
+            raise InputError(f"{path}: is UTF-16 text; save it as UTF-8")
+        if start.lstrip()[:1] == b"[":
+            raise InputError(f"{path}: is a JSON array; write one object a line, as jq -c '.[]' does")
         for number, line in enumerate(file, start=1):
             line = line.removeprefix(codecs.BOM_UTF8 if number == 1 else b"")  # the mark that Windows sets
             if not line.strip():
@@ -1279,6 +1285,7 @@ class ModelChoice:
     model: Any  # train_vqa's ModelSettings and InputSettings, the flags applied
     inputs: Any
     changes: Row  # fields of these two that the flags set
+    patterns: Row  # --audio_pattern and --frame_pattern, from the flags or else from training
     dtype: str  # of inference
     merged: bool  # the adapter is merged into the weights
 
@@ -1287,7 +1294,7 @@ def choose_model(args: argparse.Namespace, device: Any) -> ModelChoice:
     """Find the model to evaluate, before any weights load.
 
     Raises InputError for a folder without adapter or model and for flags that contradict it; VQAError for unreadable
-    settings, or an attention kernel that is not supported.
+    settings, or an attention kernel or a pattern of file names that is not supported.
     """
     path = args.checkpoint_path or args.model_name_or_path or vqa.DEFAULT_MODEL
     adapter = (Path(path) / "adapter_config.json").is_file()
@@ -1315,13 +1322,20 @@ def choose_model(args: argparse.Namespace, device: Any) -> ModelChoice:
     changes = {name: value for name, value in changes.items() if value is not None}
     if args.max_eval_frames is not None:
         changes["max_eval_frames"] = args.max_eval_frames or None
-    _, model, inputs = vqa.trained_settings(path, device.type, changes)
+    settings, model, inputs = vqa.trained_settings(path, device.type, changes)
+    patterns = {}
+    for name in ("audio_pattern", "frame_pattern"):
+        patterns[name] = getattr(args, name)
+        if patterns[name] is None and (trained_with := settings.get("data", {}).get(name)) is not None:
+            print(f"   --{name} {trained_with!r}, as in training")
+            patterns[name] = trained_with
+    vqa.check_patterns(**patterns)
     dtype = model.dtype if args.dtype == "auto" else args.dtype
     vqa.check_attention(model.attn_implementation, getattr(torch, dtype))
     if adapter and model.load_in_4bit and not args.no_merge:
         print(f"   {path}: the base is kept in 4 bits, into which no adapter is merged; it stays unmerged")
     merged = adapter and not model.load_in_4bit and not args.no_merge
-    return ModelChoice(path, adapter, model, inputs, changes, dtype, merged)
+    return ModelChoice(path, adapter, model, inputs, changes, patterns, dtype, merged)
 
 
 def load_chosen_model(chosen: ModelChoice, device: Any) -> Any:
@@ -1522,7 +1536,9 @@ def check_liveness(model: Any, inputs: ArmInputs) -> Row:
     def readable() -> Iterator[tuple[int, tuple[list[Any], Any]]]:
         for index in range(len(inputs.rows)):
             with contextlib.suppress(vqa.VQAError):
-                yield index, inputs.read(index)
+                media = inputs.read(index)
+                inputs.encode(index, *media)  # frames that cannot be paired are found here
+                yield index, media
 
     index, (frames, speech) = next(readable(), (None, (None, None)))
     if index is None:
@@ -1818,7 +1834,7 @@ def answer_and_score(args: argparse.Namespace, stop: Any) -> int:
     modes = choose_arms(args, main_arm)
 
     # 2. Data: everything is found and decoded once before the weights load
-    rows_of, speech_sources, train_rows = read_data(args, modes, chosen.inputs.max_eval_frames)
+    rows_of, speech_sources, train_rows = read_data(args, modes, chosen)
     annotations = [annotation_of(row) for row in rows_of[main_arm]]
 
     # 3. Model
@@ -1878,7 +1894,7 @@ def choose_arms(args: argparse.Namespace, main_arm: str) -> dict[str, str]:
 
 
 def read_data(
-    args: argparse.Namespace, modes: Mapping[str, str], max_eval_frames: int | None
+    args: argparse.Namespace, modes: Mapping[str, str], chosen: ModelChoice
 ) -> tuple[dict[str, list[Any]], dict[Key, Key], list[Row] | None]:
     """Read the question files, and find and decode the media of every arm.
 
@@ -1900,9 +1916,14 @@ def read_data(
         speech_sources = {key: pairs[key] for key in rows}
     needed = [every[key] for key in dict.fromkeys((*rows, *speech_sources.values()))]
     audio_dir = args.audio_dir if set(modes.values()) != {"text"} else None
-    problems = vqa.find_media(needed, args.frames_dir, audio_dir, args.allow_symlinks)
-    vqa.raise_problems(vqa.find_shared_speech(needed))
+    problems = vqa.find_media(needed, args.frames_dir, audio_dir, args.allow_symlinks, **chosen.patterns)
+    vqa.raise_problems(vqa.find_shared_media(needed))
     problems += vqa.check_media(needed)
+    inputs, max_eval_frames = chosen.inputs, chosen.inputs.max_eval_frames
+    if inputs.frame_mode == "video":
+        bad = {line for problem in problems for line in problem.lines}
+        good = [row for row in rows.values() if row.line not in bad]
+        problems += vqa.find_mixed_sizes(good, inputs.max_image_size, max_eval_frames)
     if not args.allow_errors:
         vqa.raise_problems(problems)
     for problem in problems:
@@ -2071,8 +2092,13 @@ def build_parser() -> argparse.ArgumentParser:
     switch = {"action": "store_true"}
     # fmt: off
     data("--eval_data_path", help="JSONL in the REAL-Colon-VQA schema; its rows are the denominator")
-    data("--frames_dir", help="folder with {video_id}/{frame}.jpg or .png")
+    data("--frames_dir", help="folder with the frames of all videos")
     data("--audio_dir", help="folder with the spoken questions")
+    data("--audio_pattern", help="path of a row's speech below --audio_dir, without extension, such as '{file}/{id}'; "
+         "fields as in train_vqa.py --help. None: as in training, else '{video_id}_{id}_{question_type}', "
+         "'{video_id}_{id}' or '{id}'")
+    data("--frame_pattern", help="path of a frame below --frames_dir, likewise. None: as in training, else "
+         "'{video}/{frame}' or '{video}/{frame_number}'")
     data("--train_data_path", help="the training JSONL, for its majority answers and for rows not held out. None: no "
          "train majority, no check")
     data("--output_file", help="X.jsonl, one row a sample; the figures go to X.summary.json. With --score_only: the "

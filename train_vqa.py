@@ -36,6 +36,7 @@ import os
 import re
 import shutil
 import signal
+import string
 import subprocess
 import sys
 import sysconfig
@@ -131,6 +132,16 @@ SPEECH_KEPT = 64  # files whose mel each loader worker keeps: 98 MB in 128 bins
 MAX_KNOWN_TEXTS = 10_000  # tokenised pieces of prompts and answers, a few MB
 FEATURE_SCHEMA = 1  # raise it when what the encoders are fed, or what is stored of them, changes
 
+# Where media lie below their folders, without extension: what is looked for, and what else is advised where that finds
+# nothing. {file} comes first, as one flag then serves training and evaluation.
+AUDIO_NAMES = ("{video_id}_{id}_{question_type}", "{video_id}_{id}", "{id}")
+FRAME_NAMES = ("{video}/{frame}", "{video}/{frame_number}")
+AUDIO_PATTERNS = [f"{folder}{name}" for folder in ("", "{file}/", "out_{video_id}/", "in_{video_id}/", "{video_id}/")
+                  for name in AUDIO_NAMES]  # fmt: skip
+FRAME_PATTERNS = [f"{folder}{name}" for folder in ("", "{file}/") for name in (*FRAME_NAMES, "{frame}")]
+FRAME_PATTERNS += ["{video_id}/{frame}", "{video_id}/{frame_number}", "{frame_number}"]
+ROW_FIELDS, FRAME_FIELDS = ("id", "video_id", "question_type", "file"), ("frame", "frame_number", "video")
+
 INPUT_MODES = ("audio", "audio_text", "text")
 AUDIO_TOKENS = ("full", "speech")
 FRAME_MODES = ("images", "video")
@@ -181,6 +192,7 @@ SHARD_BYTES = 5 * 10**9  # a file of weights
 COPIED_FILES = ("preprocessor_config.json", "video_preprocessor_config.json")
 COPIED_FILES += ("chat_template.json", "chat_template.jinja")
 SETTINGS_FILE = "vqa_settings.json"
+RECORDED = ("_path", "_dir", "_pattern", "_samples", "_features")  # how flags end that its section `data` holds
 # Fields of an adapter_config.json that `load_adapter` reads, or that show in the names of the adapter's tensors.
 ADAPTER_FIELDS_READ = (
     *("r", "lora_alpha", "lora_dropout", "init_lora_weights", "target_modules", "exclude_modules", "modules_to_save"),
@@ -307,7 +319,7 @@ class DataArguments:
 
     train_data_path: str | None = flag(None, "JSONL of training questions. Required.")
     frames_dir: str | None = flag(
-        None, "Folder with {video_id}/{frame}.jpg or {video_id}/{frame_number}.jpg. Required."
+        None, "Folder with the frames of all videos, named as --frame_pattern says. Required."
     )
     audio_dir: str | None = flag(
         None, "Folder with the spoken questions of --train_data_path. Required unless --input_mode text."
@@ -317,6 +329,17 @@ class DataArguments:
         "JSONL of questions for the loss in training (--eval_strategy; else once at the end). None: no evaluation.",
     )
     eval_audio_dir: str | None = flag(None, "Folder with the speech of --eval_data_path. None: --audio_dir.")
+    audio_pattern: str | None = flag(
+        None,
+        "Path of a row's speech below --audio_dir or --eval_audio_dir, without extension, such as '{file}/{id}'. "
+        "Fields: {id}, {video_id}, {question_type}, {file} (name of the question file without extension). None: "
+        "'{video_id}_{id}_{question_type}', else '{video_id}_{id}', else '{id}'.",
+    )
+    frame_pattern: str | None = flag(
+        None,
+        "Path of a frame below --frames_dir, likewise; it has also the fields {frame} (such as 002-001_18743), {video} "
+        "(002-001) and {frame_number} (18743). None: '{video}/{frame}', else '{video}/{frame_number}'.",
+    )
     input_mode: str = flag(
         "audio",
         "How the question comes. audio: as speech. text: in the prompt. audio_text: both, so it need not listen.",
@@ -419,6 +442,7 @@ def parse_arguments(argv: Sequence[str]) -> tuple[ModelArguments, DataArguments,
     # --use_liger_kernel is that of the model: the Trainer's own is off
     flags = SimpleNamespace(**{**vars(training_args), **vars(data_args), **vars(model_args)})
     refuse_missing(flags, given)
+    check_patterns(flags.audio_pattern, flags.frame_pattern)
     refuse_numbers(flags)
     refuse_contradictions(flags, given)
     refuse_surroundings(flags, training_args)
@@ -560,13 +584,18 @@ def read_rows(path: str | Path, max_samples: int | None = None) -> list[VQARow]:
 def scan_rows(path: str | Path, max_samples: int | None = None) -> tuple[list[VQARow], list[Problem]]:
     """The rows of a question file, one JSON object a line, and its malformed lines; `max_samples` counts both.
 
-    Blank lines are skipped. VQAError where the file is missing or empty.
+    Blank lines are skipped. VQAError where the file is missing or empty, UTF-16 text, or a JSON array.
     """
     path = Path(path)
     if not path.is_file():
         raise VQAError(f"{path}: no such file")
     rows, problems, line_of = [], [], {}
     with path.open("rb") as lines:
+        start = lines.peek()[:64].removeprefix(b"\xef\xbb\xbf")
+        if start[:2] in (b"\xff\xfe", b"\xfe\xff") or start[:2].count(0) == 1:
+            raise VQAError(f"{path}: is UTF-16 text; save it as UTF-8")
+        if start.lstrip()[:1] == b"[":
+            raise VQAError(f"{path}: is a JSON array; write one object a line, as jq -c '.[]' does")
         for number, line in enumerate(lines, start=1):
             if max_samples is not None and len(rows) + len(problems) >= max_samples:
                 break
@@ -638,24 +667,118 @@ def _refuse_path(name: str, part: str, value: str | None = None) -> None:
         raise VQAError(f"field {name!r} must be a plain name, not {value or part!r:.150}")
 
 
+def check_patterns(audio_pattern: str | None, frame_pattern: str | None) -> None:
+    """VQAError, which names the flag, for a pattern with other fields, or one that could lead out of its folder."""
+    for flag, pattern, needed, known in (
+        ("--audio_pattern", audio_pattern, ROW_FIELDS, ROW_FIELDS),
+        ("--frame_pattern", frame_pattern, FRAME_FIELDS[:2], FRAME_FIELDS + ROW_FIELDS),
+    ):
+        if pattern is None:
+            continue
+        named, choices = f"{flag} {pattern!r}", ", ".join(f"{{{name}}}" for name in known)
+        try:
+            used = [part[1:] for part in string.Formatter().parse(pattern) if part[1] is not None]
+        except (ValueError, TypeError) as error:  # braces that do not close; settings changed by hand
+            raise VQAError(f"{named}: {error}; write fields as {choices}") from error
+        for name, form, conversion in used:
+            if name not in known or form or conversion:
+                raise VQAError(f"{named}: {{{name}}} is not a field; there are {choices}")
+        if {"", ".", ".."} & set(pattern.split("/")) or re.search(r"[\\\0\ud800-\udfff]", pattern):
+            raise VQAError(f"{named}: must be a path below the folder, without '..' or backslashes")
+        if pattern.lower().endswith((*AUDIO_EXTENSIONS, *FRAME_EXTENSIONS)):
+            raise VQAError(f"{named}: leave the extension out; every supported one is tried")
+        if not {name for name, *_ in used} & set(needed):
+            raise VQAError(f"{named}: must hold {' or '.join(f'{{{name}}}' for name in needed)}")
+
+
+def fill_pattern(pattern: str, row: VQARow, frame: str = "") -> str:
+    """The path of a row's speech, or of one of its frames, below its folder and without extension."""
+    video, _, number = frame.rpartition("_")
+    names = {"id": row.id, "video_id": row.video_id, "question_type": row.question_type}
+    names |= {"frame": frame, "frame_number": number, "video": video or row.video_id}
+    return pattern.format(file=os.path.splitext(os.path.basename(row.source))[0], **names)
+
+
+class Listing:
+    """The files below `root`, found by their path without extension. Each folder is listed once."""
+
+    def __init__(self, root: str | Path, extensions: Sequence[str]):
+        self.root, self.extensions, self.endings = root, extensions, cache(self._endings)
+
+    @staticmethod
+    def _endings(folder: str) -> dict[str, tuple[str, ...]]:
+        there: dict[str, tuple[str, ...]] = {}
+        with contextlib.suppress(OSError):
+            for name in os.listdir(folder):
+                stem, end = os.path.splitext(name)
+                there[stem] = (*there.get(stem, ()), sys.intern(end))
+        return there
+
+    def named(self, stem: str) -> list[str]:
+        """The files of that name with any ending, those to be read first."""
+        if {"", ".", ".."} & set(stem.split("/")):  # what a frame called "v_.." makes of {frame_number}/x
+            return []
+        path, order = os.path.join(self.root, stem), [*self.extensions]
+        folder, name = os.path.split(path)
+        ends = self.endings(folder).get(name, ())
+        if len(ends) > 1:  # .jpg before .JPG
+            rank = {end: order.index(end.lower()) if end.lower() in order else len(order) for end in ends}
+            ends = sorted(ends, key=lambda end: (rank[end], end.swapcase()))
+        return [path + end for end in ends if os.path.isfile(path + end)]
+
+    def find(self, stems: Iterable[str]) -> Path | None:
+        """The first of these files that there is, with one of the extensions in any case of letters."""
+        files = (file for stem in stems for file in self.named(stem)[:1])
+        return next((Path(file) for file in files if file.lower().endswith(tuple(self.extensions))), None)
+
+    def missing(self, what: str, stems: Sequence[str]) -> str:
+        """`what`, and which file lies there that has the right name but is not read."""
+        return what + next((f"; {file} lies there, which is not read" for s in stems for file in self.named(s)), "")
+
+    def advise(self, problems: list[Problem], rows: Sequence[VQARow], flag: str, known: Sequence[str]) -> list[Problem]:
+        """`problems`; where each row has one, a single one in their place, with the known pattern that finds most."""
+        if not rows or len(problems) < len(rows):
+            return problems
+        most, best = 0, {}
+        for pattern in known:
+            found = [self.find([fill_pattern(pattern, row, row.frames[0])]) for row in rows]
+            found = [path for path in found if path]
+            if len(found) > most:
+                most, best = len(found), {}
+            if found and len(found) == most:
+                best.setdefault(found[0], pattern)  # another pattern with the same files adds nothing
+        text = problems[0].text
+        if most:  # where in_ and out_ fit alike, only the name of the question file tells which is meant
+            best = [pattern for pattern in best.values() if "{file}" in pattern] or best.values()
+            text += f"; {flag} {' or '.join(map(repr, best))} would find {most} of {len(rows)}"
+        elif "lies there" not in text:
+            paths = (os.path.join(at, n) for at, _, names in os.walk(self.root) for n in sorted(names) if n[0] != ".")
+            some = " and ".join(path for path, _ in zip(paths, range(2), strict=False))
+            text += f"; there are {some}: write {flag} for such names" if some else f"; {self.root} holds no files"
+        lines = tuple(row.line for row in rows)
+        more = f" ({len(lines) - 1} more lines lack theirs)" if len(lines) > 1 else ""
+        return [Problem(problems[0].source, lines, text + more)]
+
+
 def find_media(
-    rows: Iterable[VQARow], frames_dir: str | Path, audio_dir: str | Path | None, allow_symlinks: bool = False
+    rows: Iterable[VQARow],
+    frames_dir: str | Path,
+    audio_dir: str | Path | None,
+    allow_symlinks: bool = False,
+    audio_pattern: str | None = None,
+    frame_pattern: str | None = None,
 ) -> list[Problem]:
     """Set the paths of each row's frames and, with an `audio_dir`, of its speech; returns what was not found.
 
-    Frames are looked for as `{frames_dir}/{video}/{frame}` and `{frames_dir}/{video}/{frame_number}`, where `video` is
-    the part of the frame name before its last `_`; speech as `{video_id}_{id}_{question_type}`, `{video_id}_{id}`,
-    `{id}`. Without `allow_symlinks` a file that a link puts outside its folder is refused; the folders that the flags
-    name may be links themselves. VQAError where one of the two is no folder.
+    Frames are looked for below `frames_dir` as FRAME_NAMES, speech below `audio_dir` as AUDIO_NAMES, or by the patterns
+    alone; `video` is the part of a frame's name before its last `_`. Without `allow_symlinks` a file that a link puts
+    outside its folder is refused; the folders that the flags name may be links themselves. VQAError where one of the
+    two is no folder.
     """
     for flags, folder in (("--frames_dir", frames_dir), ("--audio_dir or --eval_audio_dir", audio_dir)):
         if folder is not None and not Path(folder).is_dir():
             raise VQAError(f"{folder}: no such folder; {flags} names it")
     real_folder = cache(os.path.realpath)
-
-    def first_file(folder: str | Path, stems: Sequence[str], extensions: Sequence[str]) -> Path | None:
-        names = (os.path.join(folder, stem + extension) for stem in stems for extension in extensions)
-        return next((Path(name) for name in names if os.path.isfile(name)), None)
 
     def leads_out(path: Path, root: str | Path) -> bool:
         if allow_symlinks:
@@ -663,48 +786,84 @@ def find_media(
         real = os.path.realpath(path) if path.is_symlink() else real_folder(os.path.dirname(path))
         return not os.path.join(real, "").startswith(os.path.join(real_folder(root), ""))
 
-    problems = []
+    frames, speech = Listing(frames_dir, FRAME_EXTENSIONS), Listing(audio_dir, AUDIO_EXTENSIONS)
+    frame_names = FRAME_NAMES if frame_pattern is None else (frame_pattern,)
+    audio_names = AUDIO_NAMES if audio_pattern is None else (audio_pattern,)
+    rows, links, no_frame, no_speech = list(rows), [], [], []
     for row in rows:
-        texts, found = [], []
+        problem, found = partial(Problem, row.source, (row.line,)), []
         for frame in row.frames:
-            video, _, number = frame.rpartition("_")
-            folder = os.path.join(frames_dir, video or row.video_id)
-            path = first_file(folder, (frame, number), FRAME_EXTENSIONS)
+            path = frames.find(fill_pattern(name, row, frame) for name in frame_names)
             if path is None:
-                texts.append(f"frame {os.path.join(folder, frame)}{{{','.join(FRAME_EXTENSIONS)}}} is missing")
+                stems = [fill_pattern(name, row, frame) for name in frame_names]
+                what = f"frame {os.path.join(frames_dir, stems[0])}{{{','.join(FRAME_EXTENSIONS)}}} is missing"
+                no_frame.append(problem(frames.missing(what, stems)))
                 break
             if leads_out(path, frames_dir):
-                texts.append(f"{row.id}: frame {path} is a link out of {frames_dir}; see --allow_symlinks")
+                links.append(problem(f"{row.id}: frame {path} is a link out of {frames_dir}; see --allow_symlinks"))
                 break
             found.append(path)
         row.frame_paths = tuple(found)
         if audio_dir is not None:
-            stems = (f"{row.video_id}_{row.id}_{row.question_type}", f"{row.video_id}_{row.id}", row.id)
-            row.audio_path = first_file(audio_dir, stems, AUDIO_EXTENSIONS)
+            row.audio_path = speech.find(fill_pattern(name, row) for name in audio_names)
             if row.audio_path is None:
-                tried = f"{stems[0]}, {stems[1]} or {stems[2]} ({', '.join(AUDIO_EXTENSIONS)})"
-                texts.append(f"no speech in {audio_dir} as {tried}")
+                stems = [fill_pattern(name, row) for name in audio_names]
+                tried = f"{' or '.join(stems)} ({', '.join(AUDIO_EXTENSIONS)})"
+                no_speech.append(problem(speech.missing(f"no speech in {audio_dir} as {tried}", stems)))
             elif leads_out(row.audio_path, audio_dir):
-                texts.append(f"{row.id}: speech {row.audio_path} is a link out of {audio_dir}; see --allow_symlinks")
+                what = f"{row.id}: speech {row.audio_path} is a link out of {audio_dir}"
+                links.append(problem(f"{what}; see --allow_symlinks"))
                 row.audio_path = None
-        problems += [Problem(row.source, (row.line,), text) for text in texts]
+    if not any(row.frame_paths for row in rows):
+        no_frame = frames.advise(no_frame, rows, "--frame_pattern", FRAME_PATTERNS)
+    no_speech = speech.advise(no_speech, rows, "--audio_pattern", AUDIO_PATTERNS)
+    return sorted([*links, *no_frame, *no_speech], key=lambda problem: problem.lines[0])
+
+
+def find_shared_media(rows: Iterable[VQARow]) -> list[Problem]:
+    """Rows with different questions that share one speech file, and rows of which different frames share one file: one
+    of them would play or show what is meant for the other."""
+    first, shown, problems = {}, {}, []
+
+    def shared(row: VQARow, other: VQARow, text: str) -> Problem:
+        return Problem(row.source, (row.line, other.line) if row.source == other.source else (row.line,), text)
+
+    for row in rows:
+        for frame, path in zip(row.frames, row.frame_paths, strict=False):  # up to the first that is missing
+            video, _, number = frame.rpartition("_")
+            name = f"{video or row.video_id}_{number}"
+            other_name, other = shown.setdefault(path, (name, row))
+            if other_name != name:
+                text = f"needs frame {name}, and {other.where} {other_name}, but both would show {path}"
+                problems.append(shared(row, other, f"{text}; put {{video}} into --frame_pattern"))
+                break
+        other = first.setdefault(row.audio_path, row) if row.audio_path else row
+        if other.question != row.question:
+            text = (
+                f"asks another question than {other.where}, but both would play {row.audio_path}; name the files "
+                f"{{video_id}}_{{id}}_{{question_type}}, or give each question file its own folder (--audio_pattern)"
+            )
+            problems.append(shared(row, other, text))
     return problems
 
 
-def find_shared_speech(rows: Iterable[VQARow]) -> list[Problem]:
-    """Rows with different questions that share one speech file: one of them would play the wrong question."""
-    first, problems = {}, []
+def find_mixed_sizes(rows: Iterable[VQARow], max_image_size: int, max_frames: int | None) -> list[Problem]:
+    """Rows whose frames --frame_mode video cannot pair: scaled for Qwen2-VL, they differ in size.
+
+    Only the frames that `select_frames` takes count; their headers are read.
+    """
+    size_of, problems = cache(upright_size), []
+
+    def scaled(path: Path) -> tuple[int, int]:
+        width, height = fit_size(size_of(path), max_image_size)
+        return smart_resize(height, width)
+
     for row in rows:
-        if row.audio_path is None:
-            continue
-        other = first.setdefault(row.audio_path, row)
-        if other.question != row.question:
-            text = (
-                f"asks another question than {other.where}, but both would play {row.audio_path}; "
-                f"name the files {{video_id}}_{{id}}_{{question_type}}, or give each question file its own folder"
-            )
-            lines = (row.line, other.line) if row.source == other.source else (row.line,)
-            problems.append(Problem(row.source, lines, text))
+        one, *others = select_frames(row.frame_paths, max_frames)
+        if other := next((path for path in others if scaled(path) != scaled(one)), None):
+            both = " and ".join("{} ({} x {})".format(path, *size_of(path)) for path in (one, other))
+            text = f"frames {both} differ in size; make them one size (only --frame_mode images takes both)"
+            problems.append(Problem(row.source, (row.line,), text))
     return problems
 
 
@@ -782,14 +941,16 @@ def check_rows(
     audio_dir: str | Path | None,
     max_samples: int | None = None,
     allow_symlinks: bool = False,
+    audio_pattern: str | None = None,
+    frame_pattern: str | None = None,
 ) -> tuple[list[VQARow], list[Problem]]:
     """The rows that can be used, their media found and decoded once; and what is wrong with the others.
 
     The arguments are those of `scan_rows` and `find_media`; `audio_dir` is None where the question is only read.
     """
     rows, problems = scan_rows(data_path, max_samples)
-    problems += find_media(rows, frames_dir, audio_dir, allow_symlinks)
-    problems += find_shared_speech(rows) + check_media(rows)
+    problems += find_media(rows, frames_dir, audio_dir, allow_symlinks, audio_pattern, frame_pattern)
+    problems += find_shared_media(rows) + check_media(rows)
     problems.sort(key=lambda problem: problem.lines[0])
     bad = {line for problem in problems for line in problem.lines}
     return [row for row in rows if row.line not in bad], problems
@@ -848,6 +1009,13 @@ def decode_frame(path: Path) -> Image.Image:
         raise
     except Exception as error:  # Pillow raises fifteen kinds on damaged files
         raise VQAError(f"frame {path} cannot be decoded ({error}); replace it or remove the row") from error
+
+
+def upright_size(path: Path) -> tuple[int, int]:
+    """(width, height) in pixels of a frame as `decode_frame` gives it, from its header alone."""
+    with Image.open(path, formats=FRAME_FORMATS) as image:
+        turned = image.getexif().get(0x0112, 1) >= 5  # EXIF orientations 5 to 8 lie on their side
+        return image.size[::-1] if turned else image.size
 
 
 def load_frame(path: Path, max_image_size: int) -> Image.Image:
@@ -2762,7 +2930,7 @@ def resolved_settings(
             "audio": processor.audio_id,
             "turn_ends": stop_token_ids(processor.tokenizer),
         },
-        "data": {k: v for k, v in asdict(data_args).items() if k.endswith(("_path", "_dir", "_samples", "_features"))},
+        "data": {k: v for k, v in asdict(data_args).items() if k.endswith(RECORDED)},
         "skipped": list(skipped),
         "training": json.loads(training_args.to_json_string()),
         "versions": {name: importlib.metadata.version(name) for name in packages},
@@ -3445,13 +3613,17 @@ def check_liger(device_type: str) -> None:
 def prepare_data(args: DataArguments) -> tuple[list[VQARow], list[VQARow], list[str]]:
     """Read and decode everything once: the rows of training and evaluation, and the problems of those that
     --skip_bad_samples left out. VQAError for all that is wrong with either file, unless those rows may be left out."""
-    sources = [(args.train_data_path, args.audio_dir, args.max_train_samples)]
+    sources = [(args.train_data_path, args.audio_dir, args.max_train_samples, args.max_train_frames)]
     if args.eval_data_path:
-        sources.append((args.eval_data_path, args.eval_audio_dir or args.audio_dir, args.max_eval_samples))
-    loaded, problems = [], []
-    for path, audio_dir, limit in sources:
+        eval_audio_dir = args.eval_audio_dir or args.audio_dir
+        sources.append((args.eval_data_path, eval_audio_dir, args.max_eval_samples, args.max_eval_frames))
+    loaded, problems, patterns = [], [], (args.audio_pattern, args.frame_pattern)
+    for path, audio_dir, limit, max_frames in sources:
         audio_dir = audio_dir if args.input_mode != "text" else None
-        rows, found = check_rows(path, args.frames_dir, audio_dir, limit, args.allow_symlinks)
+        rows, found = check_rows(path, args.frames_dir, audio_dir, limit, args.allow_symlinks, *patterns)
+        if args.frame_mode == "video":
+            found += (mixed := find_mixed_sizes(rows, args.max_image_size, max_frames))
+            rows = [row for row in rows if row.line not in {line for problem in mixed for line in problem.lines}]
         if args.check_data:
             media = {file for row in rows for file in row.media}
             clips, types = len({row.frames for row in rows}), len({row.question_type for row in rows})
@@ -3459,7 +3631,7 @@ def prepare_data(args: DataArguments) -> tuple[list[VQARow], list[VQARow], list[
             print(f"{path}: {len(rows)} good rows ({clips} clips, {types} types, {len(media)} files), {bad} bad")
         loaded.append(rows)
         problems += found
-    shared = find_shared_speech(row for rows in loaded for row in rows)  # never left out: none can say which is wrong
+    shared = find_shared_media(row for rows in loaded for row in rows)  # never left out: none can say which is wrong
     raise_problems(shared if args.skip_bad_samples else [*problems, *shared])
     if problems:
         print(f"Leaving out bad rows ({len(problems)} problems, --skip_bad_samples):", *problems, sep="\n")

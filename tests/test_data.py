@@ -14,6 +14,7 @@ import pytest
 import soundfile
 from PIL import Image
 
+import evaluate_checkpoint as ev
 import train_vqa as vqa
 from tests.conftest import FIXTURES, TINY, edit_json, refusal, small_disk
 
@@ -186,6 +187,179 @@ def test_a_clip_of_one_frame_and_a_sample_longer_than_the_context(data, tmp_path
     first = refusal(vqa.main, flags).splitlines()[0]
     assert first.startswith(f"{data.jsonl}:1: fx-001/qa_000101/nbi_status takes ") and " 200" in first
     assert "--max_image_size" in first and "--max_train_frames" in first
+
+
+# ------------------------------------------------------------------------------------------------------------- folders
+
+
+def lay_out(data, pattern, suffix=None):
+    """Rename the speech of all rows, or their frames where the pattern has any, to what the pattern says."""
+    of_frames, moves = "{frame" in pattern, {}
+    for row in vqa.load_rows(*data.args):
+        frames = zip(row.frames, row.frame_paths, strict=True) if of_frames else [("", row.audio_path)]
+        for frame, path in frames:
+            stem = (data.frames if of_frames else data.audio) / vqa.fill_pattern(pattern, row, frame)
+            moves[path] = stem.parent / (stem.name + (suffix or path.suffix))
+    for old, new in moves.items():
+        new.parent.mkdir(parents=True, exist_ok=True)
+        old.rename(new)
+    return [*moves.values()]
+
+
+@pytest.mark.parametrize(
+    ("flag", "pattern"),
+    [
+        ("--audio_pattern", "out_{video_id}/{id}"),
+        ("--audio_pattern", "{video_id}/{video_id}_{id}_{question_type}"),
+        ("--audio_pattern", "{file}/{video_id}_{id}"),
+        ("--frame_pattern", "{frame}"),
+        ("--frame_pattern", "{file}/{video}/{frame_number}"),
+    ],
+)
+def test_other_folders_are_read_by_a_flag_that_the_refusal_names(data, capsys, flag, pattern):
+    files = lay_out(data, pattern)
+    argv = [*data.train_flags, "--check_data"]
+    message = refusal(vqa.main, argv)
+    assert message.startswith(f"{data.jsonl}:1: ") and f"{flag} {pattern!r} would find 5 of 5" in message
+    assert "\n" not in message
+    assert vqa.main([*argv, flag, pattern]) == 0
+    rows = vqa.load_rows(*data.args, **{flag.removeprefix("--"): pattern})
+    assert {path for row in rows for path in row.media} >= {*files}
+
+
+def test_names_with_upper_case_extensions_and_pictures_by_number_need_no_flag(data):
+    files = lay_out(data, "{video_id}_{id}", ".MP3") + lay_out(data, "{video}/{frame_number}", ".Jpg")
+    rows = vqa.load_rows(*data.args)  # what the content is, the decoders find out
+    assert {path for row in rows for path in row.media} == {*files}
+    (lower := files[0].with_suffix(".mp3")).write_bytes(files[0].read_bytes())
+    files[0].with_suffix(".wav").mkdir()  # a folder is no file
+    assert vqa.load_rows(*data.args)[0].audio_path == lower
+
+
+def test_where_in_and_out_fit_alike_the_name_of_the_question_file_decides(data):
+    files = lay_out(data, "out_{video_id}/{id}")
+    for file in files:
+        (other := data.audio / file.parent.name.replace("out", "in")).mkdir(exist_ok=True)
+        (other / file.name).write_bytes(file.read_bytes())
+    assert "--audio_pattern 'out_{video_id}/{id}' or 'in_{video_id}/{id}' would find 5 of 5" in refusal(
+        vqa.load_rows, *data.args
+    )
+    data.rewrite(lambda stored: [row for row in stored if row["video_id"] == "fx-001"])
+    data.jsonl.rename(path := data.jsonl.with_name("in_fx-001.jsonl"))
+    message = refusal(vqa.load_rows, path, data.frames, data.audio)
+    assert "--audio_pattern '{file}/{id}' would find 2 of 2" in message
+
+
+def test_names_that_no_known_pattern_has_are_shown(data):
+    files = sorted(lay_out(data, "{question_type}/x{video_id}-{id}"))
+    message = refusal(vqa.load_rows, *data.args)
+    assert message.startswith(f"{data.jsonl}:1: no speech in {data.audio} as ") and "--audio_pattern" in message
+    assert sum(str(path) in message for path in files) == 2
+    for path in files:
+        path.unlink()
+    assert f"{data.audio} holds no files" in refusal(vqa.load_rows, *data.args)
+
+
+def test_a_file_of_the_right_name_that_is_not_read_is_named(data):
+    speech, frame = data.audio / SPOKEN[4], data.frames / "fx-001/fx-001_1212.jpg"
+    one, other = speech.rename(speech.with_suffix(".wma")), frame.rename(frame.with_suffix(".gif"))
+    message = refusal(vqa.load_rows, *data.args)
+    assert f"{one} lies there" in message and f"{other} lies there" in message
+    other.rename(frame)
+    first, *_ = [path.rename(path.with_suffix(".wma")) for path in sorted(data.audio.iterdir())]
+    message = refusal(vqa.load_rows, *data.args)
+    assert f"{first} lies there" in message and "\n" not in message
+
+
+REFUSED_PATTERNS = [
+    ("--audio_pattern", "{name}/{id}", "{name}"),
+    ("--audio_pattern", "{frame}", "{frame}"),
+    ("--audio_pattern", "{id!r}", "{id}"),
+    ("--audio_pattern", "{id:>9}", "{id}"),
+    ("--audio_pattern", "{id.__class__}", "{id.__class__}"),
+    ("--audio_pattern", "{id", "'}'"),
+    ("--audio_pattern", "../{id}", "'..'"),
+    ("--audio_pattern", "/{id}", "below the folder"),
+    ("--audio_pattern", "a\\{id}", "backslashes"),
+    ("--audio_pattern", "{id}.MP3", "extension"),
+    ("--audio_pattern", "speech", "{id}"),
+    ("--audio_pattern", "", "below the folder"),
+    ("--frame_pattern", "{video}/{id}", "{frame} or {frame_number}"),
+    ("--frame_pattern", "{frame}.jpg", "extension"),
+]
+
+
+@pytest.mark.parametrize(("flag", "pattern", "named"), REFUSED_PATTERNS)
+def test_a_pattern_that_is_refused_before_data_are_read(flag, pattern, named):
+    message = refusal(
+        vqa.main, ["--train_data_path", "x", "--frames_dir", "x", "--audio_dir", "x", "--check_data", flag, pattern]
+    )
+    start = f"{flag} {pattern!r}: "
+    assert message.startswith(start) and named in message.removeprefix(start) and "\n" not in message
+
+
+def test_a_pattern_does_not_lead_out_of_its_folder(data):
+    """Not even by a number that is `..`, or none."""
+    (data.frames.parent / "fx-001.jpg").write_bytes((data.frames / "fx-001/fx-001_1204.jpg").read_bytes())
+    for name, pattern in (("fx-001_..", "{frame_number}/{video}"), ("fx-001_", "{frame_number}/{video}")):
+        data.rewrite(lambda stored, name=name: [{**stored[0], "frames": [name]}])
+        message = refusal(vqa.load_rows, *data.args, allow_symlinks=True, frame_pattern=pattern)
+        assert message.startswith(f"{data.jsonl}:1: frame ") and "is missing" in message
+
+
+def test_one_file_for_frames_of_two_videos_is_refused(data):
+    def renumber(stored):
+        return [{**row, "frames": [f"{row['video_id']}_{n}" for n in (1204, 1208)]} for row in stored[:3]]
+
+    data.rewrite(renumber)
+    for path in (data.frames / "fx-001").iterdir():
+        path.rename(data.frames / path.name.removeprefix("fx-001_"))
+    message = refusal(vqa.load_rows, *data.args, frame_pattern="{frame_number}")
+    assert message.startswith(f"{data.jsonl}:3: ") and "\n" not in message
+    assert all(part in message for part in ("fx-001_1204", "fx-002_1204", "1204.jpg", f"{data.jsonl}:1", "{video}"))
+
+
+@pytest.mark.parametrize(
+    ("content", "named"),
+    [
+        (lambda text: text.encode("utf-16"), "is UTF-16 text; save it as UTF-8"),
+        (lambda text: text.encode("utf-16-be"), "is UTF-16 text; save it as UTF-8"),
+        (
+            lambda text: ("\ufeff [\n" + ",\n".join(text.splitlines()) + "]").encode(),
+            "is a JSON array; write one object",
+        ),
+    ],
+)
+def test_a_question_file_of_another_kind_is_called_by_its_name(data, content, named):
+    data.jsonl.write_bytes(content(data.jsonl.read_text()))
+    for read in (vqa.read_rows, ev.read_annotations):
+        message = refusal(read, data.jsonl)
+        assert message.startswith(f"{data.jsonl}: {named}") and "\n" not in message
+
+
+def test_frames_of_two_sizes_are_found_before_training(data, train, tmp_path, no_weights):
+    small, big = data.frames / "fx-001/fx-001_1204.jpg", data.frames / "fx-001/fx-001_1220.jpg"
+    Image.new("RGB", (56, 112)).save(big)
+    with Image.open(small) as image:
+        width, height = image.size
+    run = (tmp_path / "out", *data.train_flags, "--max_train_frames", "8", "--frame_mode", "video")
+    both = f"frames {small} ({width} x {height}) and {big} (56 x 112) differ in size"
+    for how in ((), ("--check_data",), ("--dry_run",)):
+        first, other, _ = refusal(train, *run, *how).splitlines()
+        assert first.startswith(f"{data.jsonl}:1: {both}") and other.startswith(f"{data.jsonl}:2: {both}")
+        assert "--frame_mode" in first
+    assert train(tmp_path / "out", *data.train_flags, "--frame_mode", "images", "--check_data") == 0
+    Image.new("RGB", (width + 1, height)).save(big)  # scaled for the model they are of one size
+    assert train(*run, "--check_data") == 0
+
+
+def test_frames_of_two_sizes_that_are_left_out_or_not_shown(data, train, capsys, tmp_path):
+    Image.new("RGB", (56, 112)).save(data.frames / "fx-001/fx-001_1208.jpg")  # the second of eight
+    run = (tmp_path / "out", *data.train_flags, "--frame_mode", "video", "--max_steps", "1", "--save_strategy", "no")
+    assert train(*run, "--check_data", "--max_train_frames", "2") == 0
+    assert train(*run, "--max_train_frames", "8", "--skip_bad_samples", "--eval_data_path", data.jsonl) == 0
+    skipped = vqa.load_settings(tmp_path / "out")["skipped"]
+    assert len(skipped) == 4 and all("fx-001_1208.jpg (56 x 112) differ in size" in text for text in skipped)
 
 
 # -------------------------------------------------------------------------------------------------------------- frames

@@ -266,6 +266,49 @@ def test_links_out_of_the_folders_need_a_flag(evaluate, data, tmp_path):
     assert evaluate("--allow_symlinks", data=how).status == 0
 
 
+def test_patterns_of_training_are_those_of_evaluation_unless_it_has_its_own(evaluate, train, data, tmp_path, capsys):
+    def move(old, new):
+        (data.audio / new).parent.mkdir(exist_ok=True)
+        (data.audio / old).rename(data.audio / new)
+
+    data.rewrite(lambda rows: rows[:1])
+    speech = "fx-001_qa_000101_nbi_status.wav"
+    move(speech, "out_fx-001/qa_000101.wav")
+    pattern = ("--audio_pattern", "out_{video_id}/{id}")
+    assert train(tmp_path / "out", *data.train_flags, *pattern, "--max_steps", "1", "--save_strategy", "no") == 0
+    how = {"checkpoint": tmp_path / "out", "data": data.eval_flags}
+    capsys.readouterr()
+    result = evaluate(**how)
+    assert result.status == 0 and f"{pattern[0]} {pattern[1]!r}" in result.out
+    move("out_fx-001/qa_000101.wav", speech)
+    complaint = refused(evaluate(name="other", **how))
+    own = "{video_id}_{id}_{question_type}"
+    assert complaint.startswith(f"{data.jsonl}:1: no speech ")
+    assert f"--audio_pattern {own!r} would find 1 of 1" in complaint
+    again = evaluate("--audio_pattern", own, name="other", **how)
+    assert [row["predicted_answer"] for row in again.rows] == [row["predicted_answer"] for row in result.rows]
+
+
+def test_patterns_and_frames_of_two_sizes_are_refused_before_weights_load(evaluate, checkpoint, data, no_weights):
+    how = ("--eval_data_path", "nowhere.jsonl", *data.eval_flags[2:])
+    assert refused(evaluate("--frame_pattern", "../{frame}", data=how)).startswith("--frame_pattern '../{frame}': ")
+    edit_json(checkpoint / vqa.SETTINGS_FILE, data={"audio_pattern": 5})
+    assert refused(evaluate(checkpoint=checkpoint, data=how)).startswith("--audio_pattern 5: ")
+    edit_json(checkpoint / vqa.SETTINGS_FILE, data={"audio_pattern": None}, input={"frame_mode": "video"})
+    path = data.frames / "fx-001/fx-001_1220.jpg"
+    Image.new("RGB", (56, 112)).save(path)
+    complaint = refused(evaluate("--max_eval_frames", 0, "--limit", 1, checkpoint=checkpoint, data=data.eval_flags))
+    assert complaint.startswith(f"{data.jsonl}:1: frames {path.with_stem('fx-001_1204')} (")
+    assert f"{path} (56 x 112) differ in size" in complaint
+
+
+def test_a_row_with_frames_of_two_sizes_may_count_as_wrong(evaluate, checkpoint, data):
+    edit_json(checkpoint / vqa.SETTINGS_FILE, input={"frame_mode": "video"})
+    Image.new("RGB", (56, 112)).save(data.frames / "fx-001/fx-001_1220.jpg")
+    result = evaluate("--max_eval_frames", 0, "--allow_errors", checkpoint=checkpoint, data=data.eval_flags)
+    assert (result.status, result.summary["n_total"], result.summary["n_errors"]) == (1, 5, 2)
+
+
 @pytest.mark.parametrize("size", ["0", "-1", "many", "2.5"])
 def test_a_batch_size_is_a_number_or_auto(evaluate, size, capsys):
     with pytest.raises(SystemExit) as stop:
