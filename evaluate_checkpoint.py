@@ -1537,7 +1537,7 @@ def check_liveness(model: Any, inputs: ArmInputs) -> Row:
         for index in range(len(inputs.rows)):
             with contextlib.suppress(vqa.VQAError):
                 media = inputs.read(index)
-                inputs.encode(index, *media)  # frames that cannot be paired are found here
+                inputs.make_sample(index, *media)  # frames that cannot be paired are found here
                 yield index, media
 
     index, (frames, speech) = next(readable(), (None, (None, None)))
