@@ -1867,7 +1867,8 @@ def read_data(
     rows_of = {arm: list(rows.values()) for arm in modes}
     if lenders:
         rows_of["mismatched_audio"] = [
-            dataclasses.replace(row, audio_path=every[lenders[key]].audio_path) for key, row in rows.items()
+            dataclasses.replace(row, audio_path=lender.audio_path, speech_samples=lender.speech_samples)
+            for row, lender in ((row, every[lenders[key]]) for key, row in rows.items())
         ]
     if max_eval_frames and any(len(row.frames) > max_eval_frames for row in rows.values()):
         print(f"   Using {max_eval_frames} frames (evenly sampled) to reduce eval memory")
@@ -1958,7 +1959,7 @@ def run_manifest(
         "media": hashlib.sha256("".join(map(inputs.media_sha256, range(len(inputs.rows)))).encode()).hexdigest(),
         "train_vqa.py": sha256_file(vqa.__file__),
     }
-    packages = ("torch", "transformers", "peft", "pillow", "torchaudio", "soundfile")
+    packages = ("torch", "transformers", "peft", "pillow", "torchaudio", "av")
     shown = ("input_mode", "audio_tokens", "encoder_tokens", "frame_mode", "max_eval_frames", "max_image_size")
     return manifest | {
         "versions": {name: importlib.metadata.version(name) for name in packages},
