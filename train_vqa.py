@@ -992,7 +992,7 @@ def decode_audio(path: Path) -> tuple[np.ndarray, int]:
     try:
         data = path.read_bytes()
     except OSError as error:
-        refuse(f"cannot be read ({error})")
+        refuse(f"cannot be decoded ({error})")
     kind, reader = what_is(data)
     if kind.startswith("in no format") and path.suffix.lower() == ".mp3":
         reader = "mp3"  # one that was cut out of a stream begins anywhere
