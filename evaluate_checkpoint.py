@@ -1411,7 +1411,7 @@ class ArmInputs:
         asked = dataclasses.replace(self.rows[index], answer="")
         try:
             return self.processor.count_tokens(asked, self.clip(index)) - 1  # the answer's stop token
-        except (OSError, RuntimeError, IndexError, TypeError, vqa.VQAError):
+        except vqa.DECODE_ERRORS:
             return math.inf
 
     def media_sha256(self, index: int) -> str:

@@ -921,7 +921,7 @@ def orientation(image: Image.Image) -> int:
 
 
 def frame_size(path: Path) -> tuple[int, int]:
-    """(width, height) of an upright frame in pixels, from its header."""
+    """(width, height) of an upright frame in pixels, from its header; `DECODE_ERRORS` where it cannot be read."""
     with path.open("rb") as file:
         png = file.read(4) == b"\x89PNG"
         file.seek(0)

@@ -106,7 +106,7 @@ def test_resampled_length_is_that_of_torchaudio():
 def test_the_check_remembers_the_length_for_counting(good, data, processor, monkeypatch, tmp_path):
     """Row by row equal to what the encoder gets, with nothing decoded to count, from the memory too."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    processor.audio_tokens = "speech"
+    monkeypatch.setattr(processor, "audio_tokens", "speech")
     for name in GOOD:
         for _ in range(2):
             row = vqa.VQARow("f", 1, "q", "v", ("a",), "?", "t", "It is.", "is", good / name, (FRAME,))
