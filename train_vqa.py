@@ -920,7 +920,7 @@ def orientation(image: Image.Image) -> int:
     return number if number in TURNS else 1
 
 
-def frame_size(path: Path) -> tuple[int, int]:
+def upright_size(path: Path) -> tuple[int, int]:
     """(width, height) of an upright frame in pixels, from its header; `DECODE_ERRORS` where it cannot be read."""
     with path.open("rb") as file:
         png = file.read(4) == b"\x89PNG"
@@ -1359,7 +1359,7 @@ class VQAProcessor:
         `check_media` did not."""
         vision_tokens, audio_tokens = [], 0
         for path in frame_paths:
-            width, height = fit_size(frame_size(path), self.max_image_size)
+            width, height = fit_size(upright_size(path), self.max_image_size)
             patches = self.image_processor.get_number_of_image_patches(height, width, {})
             vision_tokens.append(patches // self.merge_size**2)
         if self.frame_mode == "video":

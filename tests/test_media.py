@@ -76,6 +76,15 @@ GOOD = {
 }  # fmt: skip
 
 
+def any_file(folder, kind: str) -> bytes:
+    """The content of a small good file whose name ends in `kind`."""
+    if kind in vqa.AUDIO_EXTENSIONS:
+        how = GOOD[f"a{kind}"][3]
+        return write(folder / f"any{kind}", spoken(1, 24000), 24000, **how)
+    vqa.decode_frame(FRAME).save(folder / f"any{kind}")
+    return (folder / f"any{kind}").read_bytes()
+
+
 @pytest.fixture(scope="session")
 def good(tmp_path_factory):
     """The folder with `GOOD`."""
@@ -245,7 +254,7 @@ def test_frames_lie_upright_and_are_counted_so(tmp_path, extension, number):
               5: expected.transpose(1, 0, 2), 6: np.rot90(expected, -1),
               7: expected[::-1, ::-1].transpose(1, 0, 2), 8: np.rot90(expected)}[number]  # fmt: skip
     frame = vqa.decode_frame(path)
-    assert np.array_equal(np.asarray(frame), turned) and frame.size == vqa.frame_size(path)
+    assert np.array_equal(np.asarray(frame), turned) and frame.size == vqa.upright_size(path)
     vqa.decode_frame(path, checking=True)
 
 
@@ -261,10 +270,10 @@ def test_damaged_metadata_alone_is_accepted(tmp_path):
     whole, pixels = path.read_bytes(), np.asarray(vqa.decode_frame(path))
     for extra in (chunk(b"tEXt", b"a\0b", right=False), chunk(b"eXIf", b"LoremIpsum"), chunk(b"eXIf", b"MM", False)):
         path.write_bytes(whole[:33] + extra + whole[33:])
-        assert np.array_equal(np.asarray(vqa.decode_frame(path)), pixels) and vqa.frame_size(path) == (60, 40)
+        assert np.array_equal(np.asarray(vqa.decode_frame(path)), pixels) and vqa.upright_size(path) == (60, 40)
     path = tmp_path / "frame.jpg"
     image().save(path, exif=b"Exif\0\0garbage", comment=b"x" * 300)
-    assert vqa.frame_size(path) == vqa.decode_frame(path).size == (60, 40)
+    assert vqa.upright_size(path) == vqa.decode_frame(path).size == (60, 40)
     vqa.decode_frame(path, checking=True)  # nor does FFmpeg complain of it
 
 
@@ -311,7 +320,7 @@ def test_a_webp_is_read_by_its_own_name_only(tmp_path):
     shutil.copy(FRAME, tmp_path / "v.png")
     assert " is a WebP image called .jpg; rename it" in refusal(vqa.decode_frame, tmp_path / "v.jpg")
     assert " is a JPEG image called .webp; rename it" in refusal(vqa.decode_frame, tmp_path / "v.webp")
-    assert vqa.decode_frame(tmp_path / "v.png").size == vqa.frame_size(FRAME)  # what a decoder reads by itself
+    assert vqa.decode_frame(tmp_path / "v.png").size == vqa.upright_size(FRAME)  # what a decoder reads by itself
 
 
 # ---------------------------------------------------------------------------------------------------------------- slow
