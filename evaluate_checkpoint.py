@@ -1465,7 +1465,7 @@ class ArmInputs:
         asked = dataclasses.replace(self.rows[index], answer="")
         try:
             return self.processor.count_tokens(asked, self.clip(index)) - 1  # the answer's stop token
-        except (OSError, RuntimeError, IndexError, TypeError, vqa.VQAError):
+        except vqa.DECODE_ERRORS:
             return math.inf
 
     def media_sha256(self, index: int) -> str:
@@ -1931,7 +1931,8 @@ def read_data(
     rows_of = {arm: list(rows.values()) for arm in modes}
     if speech_sources:
         rows_of["mismatched_audio"] = [
-            dataclasses.replace(row, audio_path=every[speech_sources[key]].audio_path) for key, row in rows.items()
+            dataclasses.replace(row, audio_path=source.audio_path, speech_samples=source.speech_samples)
+            for row, source in ((row, every[speech_sources[key]]) for key, row in rows.items())
         ]
     if max_eval_frames and any(len(row.frames) > max_eval_frames for row in rows.values()):
         print(f"   Using {max_eval_frames} frames (evenly sampled) to reduce eval memory")
@@ -2024,7 +2025,7 @@ def run_record(args: argparse.Namespace, chosen: ModelChoice, inputs: ArmInputs,
         "media": hashlib.sha256("".join(map(inputs.media_sha256, range(len(inputs.rows)))).encode()).hexdigest(),
         "train_vqa.py": sha256_file(vqa.__file__),
     }
-    packages = ("torch", "transformers", "peft", "pillow", "torchaudio", "soundfile")
+    packages = ("torch", "transformers", "peft", "pillow", "torchaudio", "av")
     input_fields = ("input_mode", "audio_tokens", "encoder_tokens", "frame_mode", "max_eval_frames", "max_image_size")
     return record | {
         "versions": {name: importlib.metadata.version(name) for name in packages},

@@ -37,6 +37,7 @@ import re
 import shutil
 import signal
 import string
+import struct
 import subprocess
 import sys
 import sysconfig
@@ -45,6 +46,7 @@ import threading
 import time
 import typing
 import warnings
+import zlib
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -54,8 +56,9 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import accelerate
+import av
+import av.logging
 import numpy as np
-import soundfile
 import torch
 import torch.nn.functional as F
 import torchaudio.functional
@@ -65,7 +68,7 @@ from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dic
 from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import ModulesToSaveWrapper
-from PIL import Image, ImageOps
+from PIL import Image
 from PIL import __version__ as PIL_VERSION
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -115,9 +118,37 @@ SPEECH_RATES = (8_000, 192_000)  # Hz
 # Taps of the resampler, rate x 16,000 / gcd^2: 44,100 Hz take 70,560, a rate such as 44,101 2.8 GB.
 MAX_RATE_RATIO = 4e6
 
-FRAME_EXTENSIONS = (".jpg", ".jpeg", ".png")
-FRAME_FORMATS = ("JPEG", "PNG")  # whatever the extension says; Pillow's other readers are not needed
-AUDIO_EXTENSIONS = (".mp3", ".wav", ".flac", ".ogg")
+FRAME_EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp")
+FRAME_FORMATS = ("JPEG", "PNG", "WEBP")  # Pillow's other readers are not needed
+AUDIO_EXTENSIONS = (".mp3", ".wav", ".flac", ".ogg", ".m4a", ".webm", ".opus", ".aac")
+# How a file begins, what it then is, and FFmpeg's reader for it where it is sound. A named reader keeps FFmpeg from its
+# others: a playlist, say, would open further files.
+KINDS = (
+    (rb"(RIFF|RF64)....WAVE", "a WAV", "wav"),
+    (rb"fLaC", "a FLAC", "flac"),
+    (rb"OggS", "an Ogg", "ogg"),
+    (rb"....ftyp", "an MP4 (m4a)", "mov"),
+    (rb"\x1aE\xdf\xa3", "a WebM", "matroska"),
+    (rb"\xff[\xf0\xf1\xf8\xf9]", "an AAC", "aac"),
+    (rb"\xff[\xe2-\xe7\xf2-\xf7\xfa-\xff]", "an MP3", "mp3"),
+    (rb"\xff\xd8\xff", "a JPEG image", None),
+    (rb"\x89PNG", "a PNG image", None),
+    (rb"RIFF....WEBP", "a WebP image", None),
+    (rb"\s*<(!doctype html|html)", "an HTML page", None),
+    (rb"\s*<\?xml", "an XML page", None),
+    (rb"\s*[{\[]", "JSON text", None),
+    (rb"version https://git-lfs", "a pointer of Git LFS, not the file itself", None),
+)
+IMAGES = ("a JPEG image", "a PNG image", "a WebP image")
+# EXIF orientations 2 to 8, and what turns them upright.
+TURN_NAMES = "FLIP_LEFT_RIGHT ROTATE_180 FLIP_TOP_BOTTOM TRANSPOSE ROTATE_270 TRANSVERSE ROTATE_90"
+TURNS = {number: Image.Transpose[name] for number, name in enumerate(TURN_NAMES.split(), start=2)}
+# What Pillow raises on damaged files.
+DECODE_ERRORS = (
+    *(Image.DecompressionBombError, OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error, IndexError),
+    *(KeyError, TypeError, OverflowError, MemoryError, AttributeError, ZeroDivisionError),
+)
+STREAMED_BYTES = 10**9  # a WAV's header that claims as much was written before its length was known
 MAX_FRAME_PIXELS = 50_000_000  # 150 MB decoded; an endoscope has 2 million, a decompression bomb billions
 MAX_ASPECT = 100  # Qwen2-VL refuses sides of more than 200 : 1, and scaling down rounds the short one
 # Layer III bit rates in kbit/s: of MPEG 2 and 2.5, of MPEG 1.
@@ -126,7 +157,7 @@ MP3_KBPS = (
     (32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320),
 )
 # Media that passed under others are decoded again; raise the number when decode_frame or decode_audio refuse more.
-CHECKED_BY = f"checks 1, Pillow {PIL_VERSION}, libsndfile {soundfile.__libsndfile_version__}"
+CHECKED_BY = f"checks 2, Pillow {PIL_VERSION}, av {av.__version__}"
 MAX_REMEMBERED = 500_000  # files that passed, about 100 bytes each
 SPEECH_KEPT = 64  # files whose mel each loader worker keeps: 98 MB in 128 bins
 MAX_KNOWN_TEXTS = 10_000  # tokenised pieces of prompts and answers, a few MB
@@ -213,6 +244,11 @@ REFUSED_FLAGS = {
     "--liger_kernel_config": "leave it out; --use_liger_kernel takes Liger's RMSNorm and SwiGLU alone, because the "
     "fused cross entropy bypasses the speech",
 }
+
+# FFmpeg has one log for the process, which PyAV's `Capture` sorts by the thread that decodes. Errors only: good files
+# have warnings too. Repeated lines stay: of two threads with equal damage one would hear nothing.
+av.logging.set_level(av.logging.ERROR)
+av.logging.set_skip_repeated(False)
 
 # PEFT reads a deprecated attribute of the model.
 warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
@@ -545,6 +581,7 @@ class VQARow:
     short_answer: str  # the closed answer, which is looked for in a prediction
     audio_path: Path | None = None  # set by `find_media`, as are the next
     frame_paths: tuple[Path, ...] = ()  # in order, up to the first that is missing
+    speech_samples: int | None = None  # at 16 kHz, as `load_speech` gives them; set by `check_media`
 
     @property
     def key(self) -> str:
@@ -869,7 +906,7 @@ def find_mixed_sizes(rows: Iterable[VQARow], max_image_size: int, max_frames: in
 
 def check_media(rows: Iterable[VQARow]) -> list[Problem]:
     """Decode every frame and speech file once, on all cores, except those that `read_passed` knows and that have not
-    changed since. What fails is decoded again each time."""
+    changed since; sets `speech_samples`. What fails is decoded again each time."""
     users: dict[Path, list[VQARow]] = {}
     for row in rows:
         for path in row.media:
@@ -878,33 +915,38 @@ def check_media(rows: Iterable[VQARow]) -> list[Problem]:
     for path in users:
         stat = os.stat(path)
         state_of[os.path.abspath(path)] = [stat.st_size, stat.st_mtime_ns, stat.st_ino]
-    waiting = [path for path, name in zip(users, state_of, strict=True) if known.get(name) != state_of[name]]
+    passed = {name: known[name] for name, state in state_of.items() if known.get(name, [])[:3] == state}
+    waiting = {path: name for path, name in zip(users, state_of, strict=True) if name not in passed}
+    unchanged = len(passed)
 
-    def fault(path: Path) -> str | None:
+    def check(path: Path) -> tuple[str | None, int]:
         try:
-            decode_audio(path) if path == users[path][0].audio_path else decode_frame(path)
+            if path == users[path][0].audio_path:
+                return None, speech_length(path)
+            decode_frame(path, checking=True)
         except VQAError as error:
-            return str(error)
-        return None
+            return str(error), 0
+        return None, 0
 
-    problems, passed = [], {}
+    problems = []
     progress = tqdm(total=len(waiting), desc="Checking media", unit="file", leave=False)
-    try:  # in threads: Pillow and libsndfile let go of the interpreter while they decode
-        with progress, contextlib.closing(ahead(fault, waiting, 64, os.cpu_count())) as faults:
-            for path, text in zip(waiting, faults, strict=True):
+    try:  # in threads: Pillow and FFmpeg let go of the interpreter while they decode
+        with progress, contextlib.closing(ahead(check, waiting, 64, os.cpu_count())) as results:
+            for (path, name), (text, samples) in zip(waiting.items(), results, strict=True):
                 progress.update()
                 if text is None:
-                    name = os.path.abspath(path)
-                    passed[name] = state_of[name]
+                    passed[name] = [*state_of[name], samples]
                     continue
                 lines = tuple(dict.fromkeys(row.line for row in users[path]))
                 more = f" ({len(lines) - 1} more lines need it)" if len(lines) > 1 else ""
                 problems.append(Problem(users[path][0].source, lines, text + more))
     finally:  # a check that a signal cuts short keeps what it has done
-        if passed:
-            if len(known) >= MAX_REMEMBERED:
-                known = {name: state for name, state in known.items() if name in state_of}
-            write_passed(known | passed)
+        if len(passed) > unchanged:
+            write_passed(passed if len(known) >= MAX_REMEMBERED else known | passed)
+    for (path, using), name in zip(users.items(), state_of, strict=True):
+        for row in using:
+            if path == row.audio_path and name in passed:
+                row.speech_samples = passed[name][3]
     return problems
 
 
@@ -914,11 +956,13 @@ def passed_file() -> Path:
 
 
 def read_passed() -> dict[str, list[int]]:
-    """Absolute path -> [bytes, mtime in ns, inode] of media that passed; {} where the file is missing or damaged."""
+    """Absolute path -> [bytes, mtime in ns, inode, samples of speech at 16 kHz] of media that passed; {} where the file
+    is missing or damaged."""
     try:
         stored = json.loads(passed_file().read_bytes())
-        return dict(stored["files"]) if stored["checked_by"] == CHECKED_BY else {}
-    except (OSError, ValueError, LookupError, TypeError, RecursionError):
+        usable = stored["checked_by"] == CHECKED_BY and all(len(state) == 4 for state in stored["files"].values())
+        return stored["files"] if usable else {}
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
         return {}
 
 
@@ -984,22 +1028,46 @@ def fit_size(size: tuple[int, int], max_image_size: int) -> tuple[int, int]:
     return max(1, round(size[0] * scale)), max(1, round(size[1] * scale))
 
 
-def decode_frame(path: Path) -> Image.Image:
+def what_is(data: bytes) -> tuple[str, str | None]:
+    """What the content of a file is, and FFmpeg's reader for it where it is sound."""
+    if not data:
+        return "empty", None
+    start = without_tag(data)[:512]
+    found = (kind for begins, *kind in KINDS if re.match(begins, start, re.DOTALL | re.IGNORECASE))
+    return tuple(next(found, ("in no format that is known", None)))
+
+
+def decode_frame(path: Path, checking: bool = False) -> Image.Image:
     """A decoded frame in full size, RGB, upright (EXIF orientation applied).
 
-    VQAError for a file that is no JPEG or PNG, does not decode to the end, or is too large or too thin for the model.
+    `checking` looks for more damage, and may give a smaller frame in grey, which takes less time. VQAError for a file
+    that is no JPEG, PNG or WebP, is damaged, or is too large or too thin for the model.
     """
+
+    def refuse(what: str, advice: str = "replace it or remove the row") -> typing.NoReturn:
+        raise VQAError(f"frame {path} {what}; {advice}")
+
     try:
-        with Image.open(path, formats=FRAME_FORMATS) as image:
+        data = path.read_bytes()
+        kind, _ = what_is(data)
+        if kind not in IMAGES:
+            refuse(f"is {kind}")
+        if (kind == "a WebP image") != (path.suffix.lower() == ".webp"):
+            refuse(f"is {kind} called {path.suffix}", "rename it")
+        png = kind == "a PNG image"
+        with Image.open(io.BytesIO(sound_png(data) if png else data), formats=FRAME_FORMATS) as image:
             width, height = image.size
             if width * height > MAX_FRAME_PIXELS:
-                raise VQAError(
-                    f"frame {path} has {width} x {height} pixels, more than {MAX_FRAME_PIXELS}; scale it down"
-                )
+                refuse(f"has {width} x {height} pixels, more than {MAX_FRAME_PIXELS}", "scale it down")
             if max(width, height) > MAX_ASPECT * min(width, height):
-                raise VQAError(f"frame {path} has {width} x {height} pixels, too long and thin; replace it")
+                refuse(f"has {width} x {height} pixels, too long and thin")
+            if checking:
+                image.draft("L", (1, 1))  # an eighth of each side, and only of a JPEG
             image.load()
-            ImageOps.exif_transpose(image, in_place=True)
+            if checking and kind == "a JPEG image" and (damage := jpeg_damage(data)):
+                refuse(f"is damaged (FFmpeg: {damage})")
+            if (turn := TURNS.get(orientation(image))) is not None:  # one of them is 0
+                image = image.transpose(turn)
             if image.mode.startswith("I"):  # 16 bits of grey; Pillow would cut off all above 255
                 return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
             if image.mode in ("P", "PA", "LA", "RGBA"):  # what is transparent keeps the colour it was stored with
@@ -1007,15 +1075,65 @@ def decode_frame(path: Path) -> Image.Image:
             return image.convert("RGB") if image.mode != "RGB" else image
     except VQAError:
         raise
-    except Exception as error:  # Pillow raises fifteen kinds on damaged files
-        raise VQAError(f"frame {path} cannot be decoded ({error}); replace it or remove the row") from error
+    except DECODE_ERRORS as error:
+        refuse(f"cannot be decoded ({error})")
+
+
+def orientation(image: Image.Image) -> int:
+    """The EXIF orientation, 1 to 8; 1, upright, where the EXIF cannot be read."""
+    try:
+        number = image.getexif().get(0x0112)
+    except DECODE_ERRORS:
+        return 1
+    return number if number in TURNS else 1
 
 
 def upright_size(path: Path) -> tuple[int, int]:
-    """(width, height) in pixels of a frame as `decode_frame` gives it, from its header alone."""
-    with Image.open(path, formats=FRAME_FORMATS) as image:
-        turned = image.getexif().get(0x0112, 1) >= 5  # EXIF orientations 5 to 8 lie on their side
-        return image.size[::-1] if turned else image.size
+    """(width, height) of an upright frame in pixels, from its header; `DECODE_ERRORS` where it cannot be read."""
+    with path.open("rb") as file:
+        png = file.read(4) == b"\x89PNG"
+        file.seek(0)
+        source = io.BytesIO(sound_png(file.read())) if png else file
+        with Image.open(source, formats=FRAME_FORMATS) as image:
+            return image.size[::-1] if orientation(image) >= 5 else image.size  # 5 to 8 lie on their side
+
+
+def sound_png(data: bytes) -> bytes:
+    """A PNG without the metadata whose checksums are wrong, for which Pillow would refuse the image; ValueError where
+    those of pixels are wrong, at which Pillow does not look."""
+    at, kept, name = 8, [data[:8]], b""
+    while at + 12 <= len(data) and name != b"IEND":
+        end = at + 12 + int.from_bytes(data[at : at + 4], "big")
+        name, stated = data[at + 4 : at + 8], data[end - 4 : end]
+        if end <= len(data) and zlib.crc32(data[at + 4 : end - 4]) == int.from_bytes(stated, "big"):
+            kept.append(data[at:end])
+        elif name[:1].isupper() or name == b"tRNS":
+            raise ValueError("it is cut off" if end > len(data) else f"the checksum of {name.decode()} is wrong")
+        at = end
+    if name != b"IEND":
+        raise ValueError("it is cut off")
+    return b"".join(kept)
+
+
+def jpeg_damage(data: bytes) -> str | None:
+    """What FFmpeg finds damaged in the coded pixels of a JPEG, where libjpeg guesses and Pillow is silent about it.
+    None also for a kind of JPEG that FFmpeg does not read."""
+    at, kept = 2, [data[:2]]  # the segments before the pixels, without metadata (APP1 to 13, APP15 and comments)
+    while data[at : at + 1] == b"\xff" and data[at + 1 : at + 2] not in (b"", b"\xda"):
+        end = at + 2 + int.from_bytes(data[at + 2 : at + 4], "big")
+        if not re.match(rb"\xff[\xe1-\xed\xef\xfe]", data[at:end]):
+            kept.append(data[at:end])
+        at = end
+    decoder = av.CodecContext.create("mjpeg", "r")
+    decoder.thread_count, decoder.options = 1, {"lowres": "3"}  # every code is read, an eighth of each side computed
+    with av.logging.Capture() as faults:
+        try:
+            decoder.decode(av.Packet(b"".join(kept) + data[at:]))
+        except av.error.PatchWelcomeError:
+            return None
+        except av.FFmpegError as error:
+            faults.append((0, "", error.strerror))
+    return None if not faults or "unsupported" in faults[0][2] else faults[0][2].strip()
 
 
 def load_frame(path: Path, max_image_size: int) -> Image.Image:
@@ -1032,78 +1150,165 @@ def shrink(image: Image.Image, max_image_size: int) -> Image.Image:
 def decode_audio(path: Path) -> tuple[np.ndarray, int]:
     """Speech as stored: float32 samples [n, channels] and the rate in Hz.
 
-    VQAError for a file that cannot be decoded, is cut off, or holds nothing that the model could use as it is.
+    VQAError for a file that cannot be decoded, is damaged or cut off, or holds nothing that the model could use as it
+    is.
     """
 
     def refuse(what: str, advice: str = "replace it or remove the row") -> typing.NoReturn:
         raise VQAError(f"speech {path} {what}; {advice}")
 
     try:
-        with soundfile.SoundFile(path) as file:
-            rate, stated = file.samplerate, file.frames
-            # One second more than allowed is enough to know, and a header may claim days.
-            samples = file.read(min(stated, (MAX_SPEECH_SECONDS + 1) * rate), dtype="float32", always_2d=True)
-            cut = is_cut_off(path, file, len(samples))
-    except (soundfile.SoundFileError, OSError, ValueError, MemoryError) as error:
+        data = path.read_bytes()
+    except OSError as error:
         refuse(f"cannot be decoded ({error})")
-    if not len(samples):
-        refuse("holds no sound")
+    kind, reader = what_is(data)
+    if kind.startswith("in no format") and path.suffix.lower() == ".mp3":
+        reader = "mp3"  # one that was cut out of a stream begins anywhere
+    if reader is None:
+        refuse(f"is {kind}")
+    if reader == "wav" and re.search(rb"RIFF....WAVE", data[12:], re.DOTALL):
+        refuse("is a WAV with another WAV behind it", "join them with ffmpeg or sox")
+    cut = "is cut off", "copy it again or remove the row"
+    with av.logging.Capture() as faults:
+        try:
+            samples, rate, complete = decode_stream(data, reader)
+        except (av.FFmpegError, ValueError, MemoryError) as error:
+            told = isinstance(error, av.FFmpegError) and faults  # FFmpeg's log says more than its error
+            message = faults[-1][2].strip() if told else getattr(error, "strerror", None) or str(error)
+            refuse(*cut) if is_cut_off(data, reader) else refuse(f"cannot be decoded ({message})")
+    seconds = len(samples) / rate
+    if seconds > MAX_SPEECH_SECONDS:
+        refuse(f"lasts more than the {MAX_SPEECH_SECONDS} s that the model hears", "shorten it")
+    if not complete or is_cut_off(data, reader):
+        refuse(*cut)
+    if faults:
+        refuse(f"is damaged or cut off ({faults[0][2].strip()})")
     if not np.isfinite(samples).all():
         refuse("holds samples that are not finite")
-    if len(samples) > MAX_SPEECH_SECONDS * rate:
-        refuse(f"lasts {stated / rate:.1f} s, the model hears at most {MAX_SPEECH_SECONDS}", "shorten it")
-    if cut:
-        refuse("is cut off", "copy it again or remove the row")
-    if len(samples) < MIN_SPEECH_SECONDS * rate:
-        refuse(f"lasts {len(samples) / rate:.3f} s, less than {MIN_SPEECH_SECONDS}")
+    if seconds < MIN_SPEECH_SECONDS:
+        refuse(f"lasts {seconds:.3f} s, less than {MIN_SPEECH_SECONDS}")
     if (
         not SPEECH_RATES[0] <= rate <= SPEECH_RATES[1]
         or rate * SAMPLE_RATE > MAX_RATE_RATIO * math.gcd(rate, SAMPLE_RATE) ** 2
     ):
         refuse(f"has {rate} samples a second", f"resample it to {SAMPLE_RATE}")
     if np.abs(samples.mean(axis=1)).max() < SILENCE:
-        refuse("is silent throughout")
+        if np.abs(samples).max() < SILENCE:
+            refuse("is silent throughout")
+        refuse("is silent once its channels are averaged, as they cancel", "keep one of them")
     return samples, rate
 
 
-def is_cut_off(path: Path, file: soundfile.SoundFile, decoded: int) -> bool:
-    """Whether a speech file ends before its own headers say so; libsndfile itself says so only for FLAC.
+def decode_stream(data: bytes, reader: str) -> tuple[np.ndarray, int, bool]:
+    """Samples float32 [n, channels] of a file's first sound stream, its rate, and whether all are there that the
+    file states; at most a second more than the model hears. av.FFmpegError or ValueError where it cannot be decoded."""
+    fifo, shape, blocks, packet = av.AudioFifo(), None, 0, b""
+    # FFmpeg looks into 5 MB of a WAV for sound that is packed as PCM; nobody packs speech so.
+    options = {"probesize": "2048"} if reader == "wav" else {}
+    with av.open(io.BytesIO(data), format=reader, options=options) as container:
+        stream = next(iter(container.streams.audio), None)
+        if stream is None or stream.codec_context is None:  # None: in a coding that FFmpeg does not know
+            raise ValueError("it holds no sound that can be decoded")
+        stream.codec_context.options = {"err_detect": "crccheck"}  # FLAC's own checksums
+        for part in container.demux(stream):
+            if reader == "mp3" and part.size:
+                if is_tag(bytes(part)):
+                    continue
+                packet, blocks = bytes(part), blocks + 1
+            for block in part.decode():
+                # PyAV's queue does not look at the channels: with fewer than before it reads at address 0.
+                shape = shape or (block.sample_rate, block.layout.nb_channels)
+                if shape != (block.sample_rate, block.layout.nb_channels):
+                    raise ValueError("its rate or its channels change on the way")
+                block.pts = None  # sound is laid end to end
+                fifo.write(block)
+            if shape and fifo.samples > (MAX_SPEECH_SECONDS + 1) * shape[0]:
+                break
+        if shape is None or not shape[0]:
+            raise ValueError("it holds no sound")
+        rate, complete = shape[0], True  # a header may state half the rate that AAC decodes to
+        if reader == "mp3":
+            complete = blocks >= stated_blocks(data) and len(packet) >= block_bytes(packet)
+        elif reader == "flac":
+            complete = fifo.samples >= (stream.duration or 0)
+        elif reader == "mov" or (reader == "matroska" and len(container.streams) == 1):  # times, not to the sample
+            own = stream.duration * stream.time_base if stream.duration else 0
+            complete = fifo.samples / rate + MIN_SPEECH_SECONDS > (own or (container.duration or 0) / av.time_base)
+    return block_samples(fifo.read()), rate, complete
 
-    An MP3 without a length header that ends exactly between two of its blocks shows no trace of what was lost.
-    """
-    if file.format == "WAV":
-        sizes = re.search(r"data : (\d+) \(should be (\d+)\)", file.extra_info)
-        return bool(sizes) and int(sizes[1]) > int(sizes[2])
-    if file.format == "OGG":  # the last page of a stream is marked
-        last = path.read_bytes().rpartition(b"OggS")[2]
-        return len(last) < 23 or not last[1] & 4 or len(last) + 4 < 27 + last[22] + sum(last[23 : 23 + last[22]])
-    if file.format == "MP3":
-        samples, complete = walk_mp3(path.read_bytes())
-        window = (MAX_SPEECH_SECONDS + 1) * file.samplerate
-        # Without a length header libsndfile guesses the length from the first block, and stops there.
-        return not complete or decoded < min(file.frames, window) or decoded < 0.9 * min(samples, window)
+
+def block_samples(block: av.AudioFrame) -> np.ndarray:
+    """float32 [n, channels] of decoded sound; integers become -1 to 1."""
+    values = block.to_ndarray()
+    values = values.T if block.format.is_planar else values.reshape(block.samples, -1)
+    if values.dtype == np.uint8:
+        return (values.astype(np.float32) - 128) / 128
+    if values.dtype.kind == "i":
+        return values.astype(np.float32) / -float(np.iinfo(values.dtype).min)
+    return values.astype(np.float32, copy=False)
+
+
+def is_cut_off(data: bytes, reader: str) -> bool:
+    """Whether a WAV or an Ogg ends before it says that it does, which FFmpeg does not tell."""
+    at = 12
+    if reader == "wav":
+        while at + 8 <= len(data):
+            name, size = data[at : at + 4], int.from_bytes(data[at + 4 : at + 8], "little")
+            if name == b"data":
+                return at + 8 + size > len(data) and size < STREAMED_BYTES
+            at += 8 + size + size % 2
+        return True
+    if reader == "ogg":  # pages are counted, and the last one of a stream is marked
+        at, numbers, ends = 0, {}, False
+        while data[at : at + 4] == b"OggS" and len(data) >= at + 27:
+            flags, stream, number, segments = struct.unpack_from("<5xB8xII4xB", data, at)
+            if not flags & 2 and number != numbers.get(stream):
+                return True
+            numbers[stream], ends = number + 1, bool(flags & 4)
+            at += 27 + segments + sum(data[at + 27 : at + 27 + segments])
+        return at > len(data) or not ends
     return False
 
 
-def walk_mp3(data: bytes) -> tuple[int, bool]:
-    """Samples a channel in the blocks of an MP3, and whether the last block is complete."""
-    at, follows, samples = 0, False, 0
-    if data[:3] == b"ID3":  # a tag before the sound: ten bytes, then as many as they say, seven bits a byte
-        at = 10 + sum((byte & 0x7F) << shift for byte, shift in zip(data[6:10], (21, 14, 7, 0), strict=False))
-    while 0 <= at <= len(data) - 4:
-        head = int.from_bytes(data[at : at + 4], "big")
-        version, layer, bitrate, rate = head >> 19 & 3, head >> 17 & 3, head >> 12 & 15, head >> 10 & 3
-        if head >> 21 != 0x7FF or version == 1 or layer != 1 or bitrate in (0, 15) or rate == 3:
-            at, follows = data.find(b"\xff", at + 1), False  # not a block of layer III: look for the next
-            continue
-        full = version == 3  # MPEG 1; MPEG 2 and 2.5 have half and a quarter of the rate, and half the block
-        hertz = (44100, 48000, 32000)[rate] >> (0, 1, 2)[(3, 2, 0).index(version)]
-        length = (144 if full else 72) * MP3_KBPS[full][bitrate - 1] * 1000 // hertz + (head >> 9 & 1)
-        if at + length > len(data):
-            return samples, not follows  # bytes that only look like a block do not follow one
-        samples += 1152 if full else 576
-        at, follows = at + length, True
-    return samples, True
+def without_tag(data: bytes) -> bytes:
+    """`data` without the ID3 tag before the sound: ten bytes, then as many as they say, seven bits a byte."""
+    if data[:3] != b"ID3":
+        return data
+    return data[10 + sum((byte & 0x7F) << shift for byte, shift in zip(data[6:10], (21, 14, 7, 0), strict=False)) :]
+
+
+def is_tag(packet: bytes) -> bool:
+    """Whether what the MP3 reader hands over is a title, or padding, between or behind the blocks of sound."""
+    return packet[:3] in (b"ID3", b"TAG", b"APE", b"LYR") or not packet.strip(b"\0")
+
+
+def stated_blocks(data: bytes) -> int:
+    """The number of blocks that an MP3's first block states; 0 if it does not."""
+    header = re.search(rb"(?:Xing|Info)\0\0\0[\x01-\x0f](.{4})", without_tag(data)[:192], re.DOTALL)
+    return int.from_bytes(header[1], "big") if header and data[header.start() + 7] & 1 else 0
+
+
+def block_bytes(packet: bytes) -> int:
+    """How long the header of an MP3's block says that the block is; 0 if it does not."""
+    head = int.from_bytes(packet[:4], "big")
+    version, layer, bitrate, rate = head >> 19 & 3, head >> 17 & 3, head >> 12 & 15, head >> 10 & 3
+    if head >> 21 != 0x7FF or version == 1 or layer != 1 or bitrate in (0, 15) or rate == 3:
+        return 0
+    full = version == 3  # MPEG 1; MPEG 2 and 2.5 have half and a quarter of the rate, and half the block
+    hertz = (44100, 48000, 32000)[rate] >> (0, 1, 2)[(3, 2, 0).index(version)]
+    return (144 if full else 72) * MP3_KBPS[full][bitrate - 1] * 1000 // hertz + (head >> 9 & 1)
+
+
+def resampled_length(samples: int, rate: int) -> int:
+    """Samples at 16 kHz that `load_speech` makes of `samples` at `rate` Hz; torchaudio rounds up in float32."""
+    common = math.gcd(rate, SAMPLE_RATE)
+    return math.ceil(np.float32(SAMPLE_RATE // common * samples / (rate // common)))
+
+
+def speech_length(path: Path) -> int:
+    """Samples that `load_speech` gives. Only decoding tells: headers are missing, or mean the coder's padding too."""
+    samples, rate = decode_audio(path)
+    return resampled_length(len(samples), rate)
 
 
 def load_speech(path: Path) -> np.ndarray:
@@ -1323,19 +1528,17 @@ class VQAProcessor:
         return mel["input_features"], torch.tensor([self.speech_tokens(len(speech))])
 
     def count_tokens(self, row: VQARow, frame_paths: Sequence[Path]) -> int:
-        """Length of the training sample of `row`, from the headers of its media alone."""
+        """Length of the training sample of `row`, from the headers of its frames; speech is decoded only if
+        `check_media` did not."""
         vision_tokens, audio_tokens = [], 0
         for path in frame_paths:
-            with Image.open(path, formats=FRAME_FORMATS) as image:
-                turned = image.getexif().get(0x0112, 1) >= 5  # EXIF orientations 5 to 8 lie on their side
-                width, height = fit_size(image.size[::-1] if turned else image.size, self.max_image_size)
+            width, height = fit_size(upright_size(path), self.max_image_size)
             patches = self.image_processor.get_number_of_image_patches(height, width, {})
             vision_tokens.append(patches // self.merge_size**2)
         if self.frame_mode == "video":
             vision_tokens = [vision_tokens[0] * math.ceil(len(vision_tokens) / 2)]
         if self.input_mode != "text":
-            header = soundfile.info(row.audio_path)
-            audio_tokens = self.speech_tokens(math.ceil(header.frames * SAMPLE_RATE / header.samplerate))
+            audio_tokens = self.speech_tokens(row.speech_samples or speech_length(row.audio_path))
         return self.length(row.question, vision_tokens, audio_tokens, row.answer)
 
 
@@ -2766,7 +2969,7 @@ def feature_recipes(model: SpeechMixin, processor: VQAProcessor) -> dict[str, st
     }
     vision = {"image_processor": processor.image_processor.to_dict(), "pillow": PIL_VERSION}
     vision |= {"max_image_size": processor.max_image_size, "frame_mode": processor.frame_mode}
-    speech = {"soundfile": soundfile.__libsndfile_version__, "torchaudio": version("torchaudio")}
+    speech = {"av": av.__version__, "torchaudio": version("torchaudio")}
     speech |= {"audio_tokens": processor.audio_tokens, "encoder_tokens": processor.encoder_tokens}
     encoders = model.model.visual, model.audio_encoder
     with ThreadPoolExecutor(2) as pool:  # hashlib lets go of the interpreter
@@ -2918,7 +3121,7 @@ def resolved_settings(
     model |= {"dtype": str(training_args.compute_dtype).removeprefix("torch."), "base_fingerprint": base_fingerprint}
     trained_parts = {"decoder": model_args.train_decoder, **{name: given[f"train_{name}"] for name in ENCODERS}}
     lora = {name: given[f"lora_{name}"] for name in ("r", "alpha", "dropout")}
-    packages = ("torch", "transformers", "peft", "accelerate", "pillow", "torchaudio", "soundfile")
+    packages = ("torch", "transformers", "peft", "accelerate", "pillow", "torchaudio", "av")
     return {
         "model": asdict(from_stored(ModelSettings, model)),
         "input": asdict(from_stored(InputSettings, given | {"encoder_tokens": processor.encoder_tokens})),

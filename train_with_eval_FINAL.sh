@@ -22,7 +22,7 @@ find_python() {
         missing=$("$candidate" - "${listed[@]}" <<'PY'
 import importlib.metadata, re, sys
 lines = [line for path in sys.argv[1:] for line in open(path)] or [
-    "torch", "transformers", "peft", "accelerate", "pillow", "torchaudio", "soundfile", "tqdm"]
+    "torch", "transformers", "peft", "accelerate", "pillow", "torchaudio", "av", "tqdm"]
 names = [re.split(r"[<>=!~;\[ #]", line.strip())[0] for line in lines]
 installed = {dist.metadata["Name"].lower() for dist in importlib.metadata.distributions()}
 print(*[name for name in names if name and name.lower() not in installed])

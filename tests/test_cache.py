@@ -200,7 +200,7 @@ def test_media_that_do_not_decode_stop_the_filling_unless_errors_are_allowed(bas
     rows = vqa.load_rows(*data.args)
     frame = rows[0].frame_paths[0]
     frame.write_bytes(b"no image")
-    assert f"frame {frame} cannot be decoded" in refusal(fill, base, tmp_path / "c", dataset(rows))
+    assert f"frame {frame} is in no format that is known" in refusal(fill, base, tmp_path / "c", dataset(rows))
     fill(base, tmp_path / "c", dataset(rows), allow_errors=True)
     assert (len(names(tmp_path / "c", "vision-")), len(names(tmp_path / "c", "speech-"))) == (counts[0] - 1, counts[1])
 

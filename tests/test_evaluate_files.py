@@ -54,7 +54,7 @@ def without_torch(folder, *argv):
     """The script as a process in which torch and everything that needs it raise when imported."""
     traps = folder / "traps"
     traps.mkdir(exist_ok=True)
-    for name in ("torch", "torchaudio", "transformers", "peft", "numpy", "PIL", "soundfile", "train_vqa"):
+    for name in ("torch", "torchaudio", "transformers", "peft", "numpy", "PIL", "av", "train_vqa"):
         (traps / f"{name}.py").write_text(f"raise SystemExit('{name} was imported')\n")
     environment = {**os.environ, "PYTHONPATH": str(traps), "PYTHONSAFEPATH": "1"}
     command = [sys.executable, str(ROOT / "evaluate_checkpoint.py"), *map(str, argv)]

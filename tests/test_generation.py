@@ -250,7 +250,7 @@ def test_media_that_cannot_be_read_or_serve_two_questions_are_refused_before_wei
     ogg = data.audio / "qa_000205.ogg"
     whole = ogg.read_bytes()
     ogg.write_bytes(b"OggS")
-    assert refused(evaluate(data=data.eval_flags)).startswith(f"{data.jsonl}:5: speech {ogg} cannot be decoded")
+    assert refused(evaluate(data=data.eval_flags)).startswith(f"{data.jsonl}:5: speech {ogg} is cut off")
     ogg.write_bytes(whole)
     data.rewrite(lambda rows: [rows[4], {**rows[4], "question_type": "other", "question": "Another one?"}])
     assert f"{data.jsonl}:2: asks another question" in refused(evaluate("--allow_errors", data=data.eval_flags))
@@ -331,7 +331,7 @@ def test_allowed_errors_stay_in_the_denominator(evaluate, data):
     assert first.rows != (rows := sorted(first.rows, key=ev.row_key))  # in the file, what cannot be read comes first
     assert [row["finish_reason"] for row in rows] == ["error", "error", "length", "error", "error"]
     assert (rows[0]["predicted_answer"], rows[0]["n_tokens"], rows[0]["correct"]) == (None, 0, False)
-    assert "cannot be decoded" in rows[0]["error"]
+    assert "is in no format" in rows[0]["error"]
     assert rows[3]["error"].startswith(f"{data.jsonl}:3: ") and "speech" in rows[3]["error"]
     assert first.err.count("(--allow_errors: counted as wrong)") == 3  # three files; two rows share the frame
     again = evaluate("--allow_errors", data=data.eval_flags)

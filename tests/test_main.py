@@ -255,4 +255,4 @@ def test_shell_scripts_see_to_the_tokenizer_and_the_packages(tmp_path):
     assert "Generation stops at: '<|endoftext|>' (ID: 480), '<|im_end|>' (ID: 482)" in shown
     assert nowhere.startswith("error: --model_name_or_path no/such/model/folder: ")
     assert missing.startswith("error: ") and missing.count("\n") == 1
-    assert "pip install torch transformers peft accelerate pillow torchaudio soundfile tqdm" in missing
+    assert "pip install torch transformers peft accelerate pillow torchaudio av tqdm" in missing
