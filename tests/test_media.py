@@ -123,7 +123,7 @@ def test_the_check_remembers_the_length_for_counting(good, data, processor, monk
             with monkeypatch.context() as patch:
                 patch.setattr(vqa, "decode_audio", None)
                 counted = processor.count_tokens(row, row.frame_paths)
-            sample = processor.encode(row, [vqa.load_frame(FRAME, 56)], vqa.load_speech(good / name), True)
+            sample = processor.make_sample(row, [vqa.load_frame(FRAME, 56)], vqa.load_speech(good / name), True)
             assert counted == len(sample["input_ids"]) and row.speech_samples == vqa.speech_length(good / name)
     row.speech_samples = None  # of a row that was not checked
     assert processor.count_tokens(row, row.frame_paths) == counted
