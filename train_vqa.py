@@ -2092,8 +2092,9 @@ def read_model(
     """`from_pretrained` under transformers 4's or today's names, every tensor accounted for; prints how many.
 
     Weights that are stored in bitsandbytes' 4 bits are dequantised, but the decoder's with `load_in_4bit`, which has
-    16-bit ones of the decoder's layers quantised, where none are in 4 bits. Arguments as in `load_model`; `options` are `dtype` and `attn_implementation`. VQAError for no speech encoder, or two, a
-    missing bitsandbytes, or tensors that do not fit.
+    16-bit ones of the decoder's layers quantised, where none are in 4 bits. Arguments as in `load_model`; `options`
+    are `dtype` and `attn_implementation`. VQAError for no speech encoder, or two, a missing bitsandbytes, or tensors
+    that do not fit.
     """
     keys = stored_keys(folder, allow_pickle)
     own_encoder = not keys or any(key.startswith("audio_encoder.") for key in keys)
@@ -3432,7 +3433,8 @@ def estimate_memory(
     return {
         "weights": sum(p.nbytes for p in model.parameters()) - sum(p.nbytes for p in resting) + four_bits,
         "gradients and optimizer": 12 * trainable + (size * trainable if size < 4 else 0),  # and autocast's copy
-        "activations": tokens * (kept + 6 * f * size) + size * max(sizes, default=0),  # and what the backward pass of one MLP works with
+        "activations": tokens * (kept + 6 * f * size)
+        + size * max(sizes, default=0),  # and what the backward pass of one MLP works with
     }
 
 
