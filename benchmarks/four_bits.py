@@ -14,6 +14,7 @@ GPU. Parts that would begin after `--seconds` are left out. Peaks are of what th
 import argparse
 import gc
 import json
+import shutil
 import sys
 import time
 from functools import partial
@@ -158,6 +159,7 @@ def main() -> None:
         return Clock().run(ev.main, flags)
 
     def two_steps(mode: str, cap: float):
+        shutil.rmtree(args.work_dir / "trial", ignore_errors=True)  # what a trial saved that ran out of memory
         figures = train(mode, "trial", 2, "--save_strategy", "no", cap=cap, accumulation=1)
         print(f"   cap {cap}: {figures}", flush=True)
         return figures["status"]
