@@ -1315,6 +1315,7 @@ def choose_model(args: argparse.Namespace, device: Any) -> ModelChoice:
     changes = {
         "model_name_or_path": args.model_name_or_path if adapter else None,
         "attn_implementation": args.attn_implementation,
+        "load_in_4bit": args.load_in_4bit,
         "input_mode": args.input_mode,
         "max_image_size": args.max_image_size,
         **({} if adapter else {"init": args.init, "init_seed": args.seed}),
@@ -1332,6 +1333,8 @@ def choose_model(args: argparse.Namespace, device: Any) -> ModelChoice:
     vqa.check_patterns(**patterns)
     dtype = model.dtype if args.dtype == "auto" else args.dtype
     vqa.check_attention(model.attn_implementation, getattr(torch, dtype))
+    if model.load_in_4bit:
+        vqa.check_bitsandbytes("--load_in_4bit")
     if adapter and model.load_in_4bit and not args.no_merge:
         print(f"   {path}: the base is kept in 4 bits, into which no adapter is merged; it stays unmerged")
     merged = adapter and not model.load_in_4bit and not args.no_merge
@@ -2002,6 +2005,7 @@ def run_settings(args: argparse.Namespace, chosen: ModelChoice, inputs: ArmInput
         "adapter_merged": chosen.merged,
         "dtype": chosen.dtype,
         "attn_implementation": chosen.model.attn_implementation,
+        "load_in_4bit": chosen.model.load_in_4bit or None,  # which older rows do not name
         "eval_data_sha256": sha256_once(Path(args.eval_data_path)),
         "prompt_sha256": hashlib.sha256(inputs.prompt("{question}").encode()).hexdigest(),
         "audio_tokens": processor.audio_tokens,
@@ -2025,7 +2029,8 @@ def run_record(args: argparse.Namespace, chosen: ModelChoice, inputs: ArmInputs,
         "media": hashlib.sha256("".join(map(inputs.media_sha256, range(len(inputs.rows)))).encode()).hexdigest(),
         "train_vqa.py": sha256_file(vqa.__file__),
     }
-    packages = ("torch", "transformers", "peft", "pillow", "torchaudio", "av")
+    packages = ["torch", "transformers", "peft", "pillow", "torchaudio", "av"]
+    packages += ["bitsandbytes"] * model.load_in_4bit
     input_fields = ("input_mode", "audio_tokens", "encoder_tokens", "frame_mode", "max_eval_frames", "max_image_size")
     return record | {
         "versions": {name: importlib.metadata.version(name) for name in packages},
@@ -2038,6 +2043,7 @@ def run_record(args: argparse.Namespace, chosen: ModelChoice, inputs: ArmInputs,
             "adapter_merged": chosen.merged,
             "dtype": chosen.dtype,
             "attn_implementation": model.attn_implementation,
+            "load_in_4bit": model.load_in_4bit,
         },
         "input": {name: settings[name] for name in input_fields} | {"prompt": inputs.prompt("{question}")},
         "seeds": {"arms": args.seed, "init": model.init_seed if model.init == "random" else None},
@@ -2072,6 +2078,15 @@ def _batch_size(text: str) -> int | str:
 
 
 _batch_size.__name__ = "integer, or auto"
+
+
+def _true_or_false(text: str) -> bool:
+    if text.lower() not in ("true", "false"):
+        raise ValueError
+    return text.lower() == "true"
+
+
+_true_or_false.__name__ = "True or False"
 
 
 def _arm_list(text: str) -> list[str]:
@@ -2121,6 +2136,9 @@ def build_parser() -> argparse.ArgumentParser:
     model("--dtype", choices=("auto", "bfloat16", "float32"), default="auto", help="weights and activations. auto: as "
           "in training; for a base model bfloat16 on a GPU, float32 without")
     model("--attn_implementation", help="attention: sdpa, eager or flash_attention_2. None: as in training")
+    model("--load_in_4bit", type=_true_or_false, nargs="?", const=True, help="True: the decoder's linear layers in "
+          "bitsandbytes' 4 bits, 16-bit weights quantised as they load (NF4); an adapter then stays unmerged. None: as "
+          "in training")
     model("--init", choices=("pretrained", "random"), help="random: the base with weights drawn from --seed, to "
           "rehearse. None: as in training, else pretrained")
     model("--no_merge", **switch, help="keep the adapter unmerged: slower; without it, it is merged once the "

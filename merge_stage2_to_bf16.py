@@ -138,15 +138,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     adapter = args.stage2_adapter_path
     if adapter and not (Path(adapter) / "adapter_config.json").is_file():
         raise vqa.VQAError(f"{adapter}: holds no adapter (adapter_config.json, adapter_model.safetensors)")
-    changes = {"model_name_or_path": args.stage1_model_path, "load_in_4bit": False}
+    changes = {"model_name_or_path": args.stage1_model_path}
     changes |= {"audio_encoder": args.audio_encoder} if args.audio_encoder else {}
     changes |= {"init_seed": args.seed} if args.seed is not None else {}
 
     # 2. Load, merge, and answer one sample before and after
     print(f"Loading {args.stage1_model_path} on {device} in {args.dtype}")
     source = adapter or args.stage1_model_path
-    changes |= {"device": device, "dtype": dtype, "base_dtype": dtype, "allow_pickle": args.allow_pickle}
+    stored = vqa.trained_settings(source, device.type, {})[1]
+    four_bits = bool(adapter) and stored.load_in_4bit
+    # Quantised from the dtype that training quantised from, so that the weights are those that the adapter knows.
+    base_dtype = getattr(torch, stored.dtype) if four_bits else dtype
+    changes |= {"device": device, "dtype": dtype, "base_dtype": base_dtype, "allow_pickle": args.allow_pickle}
     trained = vqa.load_trained(source, merge=False, **changes)
+    if four_bits:
+        vqa.dequantise(trained.model, dtype)
+        print(
+            "The adapter was trained on the base in 4 bits and goes into those weights, dequantised: the merged model "
+            "answers as in training, and differs from the 16-bit base by the rounding to 4 bits as well"
+        )
     model, settings = trained.model, trained.settings if adapter else None
     check_disk(output.parent, sum(p.numel() for p in model.parameters()) * dtype.itemsize)
     inputs = sample_inputs(model)

@@ -196,6 +196,8 @@ ACTIVATION_MEMORY_BUDGET = 0.5
 # Compiled batches are padded to a multiple of this many tokens, because cuDNN's attention plans anew for each length
 # (0.15 s; a step takes 0.76 s). Of 14 lengths in 50 questions, 16 leaves 2 (0.2 % more tokens) and 64 leaves 1 (1.1 %).
 PADDING_MULTIPLE = 16
+# 0.46 is the first that transformers takes. Newer ones than were tested may store or compute otherwise.
+BITSANDBYTES = "bitsandbytes>=0.46.1,<0.51"
 LIGER = "liger-kernel>=0.8"  # whose SwiGLU takes a factor for the gate and one for the product
 GIB = 2**30
 FITTING_SHARE = 0.93  # of the memory that an estimate may take: it may err, and the allocator leaves gaps
@@ -209,7 +211,8 @@ ATTENTION_KERNELS = {"sdpa": "SDPA", "eager": "eager", "flash_attention_2": "Fla
 DECODER_TRAINING = ("lora", "full")
 # How PEFT's modules_to_save call the projector, which is always trained, and the encoders, which are on request.
 PROJECTOR, ENCODERS = "audio_projector", {"vision_tower": "visual", "audio_encoder": "audio_encoder"}
-NO_4_BIT_WEIGHTS = "--load_in_4bit keeps weights that are stored in 4 bits, and here none are; leave it out"
+# The parts beside the decoder's layers, which are never in 4 bits.
+SIXTEEN_BIT_PARTS = ("model.visual", "audio_encoder", PROJECTOR, "lm_head")
 # bitsandbytes keeps the statistics of a 4-bit weight as tensors of their own, beside the packed one.
 FOUR_BIT_KEY = re.compile(r"(.+)\.((?:nested_)?(?:absmax|quant_map)|quant_state\.bitsandbytes__(?:nf4|fp4))")
 # transformers 4 wrote other names; `from_pretrained` renames them, for this class only if told to.
@@ -301,7 +304,8 @@ class ModelArguments:
     )
     load_in_4bit: bool = flag(
         False,
-        "Keep decoder weights that are stored in bitsandbytes' 4 bits as they are (QLoRA). False: dequantise them.",
+        "Keep the decoder's linear layers in bitsandbytes' 4 bits (QLoRA): 16-bit weights are quantised as they load "
+        "(NF4, double quantisation), those stored in 4 bits stay as they are. False: 16 bits, dequantised if need be.",
     )
     attn_implementation: str = flag(
         "sdpa",
@@ -548,6 +552,8 @@ def refuse_surroundings(flags: SimpleNamespace, args: VQATrainingArguments) -> N
         check_liger(args.device.type)
     if flags.dry_run or flags.check_data:
         return
+    if flags.load_in_4bit or "bnb" in args.optim:
+        check_bitsandbytes("--load_in_4bit" if flags.load_in_4bit else f"--optim {args.optim.value}")
     if (count := max(args.n_gpu, args.world_size)) > 1:
         raise VQAError(
             f"{count} GPUs are to be used, and this script trains on one: start it by itself (not by torchrun or "
@@ -1837,6 +1843,7 @@ class SpeechMixin:
         self.audio_projector = nn.Linear(audio.d_model, config.text_config.hidden_size, bias=False)
         # `grow_embeddings` may add rows, which no file holds.
         self.stored_vocab_size = config.text_config.vocab_size
+        self.before_quantising: dict[str, torch.Tensor] = {}  # `samples_of` weights that are now in 4 bits
         self.trains_vision, self.trains_audio = False, False  # whether the encoders are trained: see `add_lora`
         self.post_init()
 
@@ -2277,6 +2284,7 @@ def load_model(
             draw other numbers, which `fingerprint` shows.
         seed: of the random weights, and of the projector where a Whisper encoder is newly grafted on.
         device: `meta` allocates nothing, and checks names and shapes of 16-bit weights that are already on disk.
+        load_in_4bit: random weights go through a temporary folder, as large as the model.
         allow_pickle: read pickled weights where there are no safetensors.
         compute_dtype: of the computation, by autocast. None: `dtype`.
 
@@ -2300,12 +2308,15 @@ def load_model(
     folder = resolve_model_dir(model_name_or_path, weights=not (random_weights or on_meta))
     if not random_weights and (not on_meta or any(folder.glob("model*.safetensors"))):
         model = read_model(folder, config, device, audio_encoder, load_in_4bit, allow_pickle, **options)
-    elif load_in_4bit and random_weights:
-        raise VQAError(NO_4_BIT_WEIGHTS)
     else:
         with torch.random.fork_rng(), device:
             torch.manual_seed(seed)
             model = MODEL_CLASSES[config.model_type]._from_config(config, **options)
+        if load_in_4bit and not on_meta:
+            with tempfile.TemporaryDirectory() as drawn:
+                write_weights(model, Path(drawn))
+                model.config.save_pretrained(drawn)
+                model = read_model(Path(drawn), config, device, None, True, False, **options)
     if audio_encoder and not (random_weights or on_meta):
         graft_encoder(model, audio_encoder, allow_pickle, seed)
     if attn_implementation == "sdpa":
@@ -2446,9 +2457,10 @@ def read_model(
 ) -> SpeechMixin:
     """`from_pretrained` under transformers 4 or 5 names, every tensor accounted for; prints how many.
 
-    Weights that are stored in bitsandbytes' 4 bits are dequantised, but the decoder's with `load_in_4bit`. Arguments
-    as in `load_model`; `options` are `dtype` and `attn_implementation`. VQAError for no speech encoder, or two, a
-    missing bitsandbytes, or tensors that do not fit.
+    Weights that are stored in bitsandbytes' 4 bits are dequantised, but the decoder's with `load_in_4bit`, which has
+    16-bit ones of the decoder's layers quantised, where none are in 4 bits. Arguments as in `load_model`; `options`
+    are `dtype` and `attn_implementation`. VQAError for no speech encoder, or two, a missing bitsandbytes, or tensors
+    that do not fit.
     """
     keys = stored_keys(folder, allow_pickle)
     own_encoder = not keys or any(key.startswith("audio_encoder.") for key in keys)
@@ -2462,11 +2474,22 @@ def read_model(
     packed: dict[str, set[str]] = {}
     for match in filter(None, map(FOUR_BIT_KEY.fullmatch, keys)):
         packed.setdefault(match[1], set()).add(match[2])
-    if load_in_4bit and not packed:
-        raise VQAError(NO_4_BIT_WEIGHTS)
+    quantised = load_in_4bit and not packed and device.type != "meta"
+    if load_in_4bit and not keys:
+        raise VQAError(f"{folder}: --load_in_4bit reads safetensors alone; convert it with merge_stage2_to_bf16.py")
+    if (packed or quantised) and device.type != "meta":
+        check_bitsandbytes(f"{folder}: weights in bitsandbytes' 4 bits" if packed else "--load_in_4bit")
     model_class = MODEL_CLASSES[config.model_type]
     if packed and device.type == "meta":
         return model_class(config).to(device, options["dtype"])
+    if quantised:
+        options["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=options["dtype"],
+            llm_int8_skip_modules=list(SIXTEEN_BIT_PARTS),
+        )
     if packed:
         config.quantization_config = quantization_of(folder, keys, packed, options["dtype"])
     options |= {"config": config, "key_mapping": KEY_MAPPING, "use_safetensors": bool(keys), "device_map": {"": device}}
@@ -2479,20 +2502,25 @@ def read_model(
         raise VQAError(f"{folder}: lm_head.weight is not embed_tokens.weight, but config.json ties them; untie them")
     if packed:
         dequantise(model, options["dtype"], keep=LORA_TARGETS if load_in_4bit else None)
+    if quantised:
+        model.before_quantising = stored_samples(folder)
+        if len(model.before_quantising) != LORA_MODULES_PER_LAYER * config.text_config.num_hidden_layers:
+            raise RuntimeError(f"{len(model.before_quantising)} layers in 4 bits are not the decoder's linear ones")
+    for layer in model.modules():
+        # bitsandbytes 0.49 and later would pack the weights anew in the first evaluation on a CPU with AVX512-BF16, in
+        # a form through which no gradient flows.
+        layer.support_avx512bf16_for_cpu = False
     if device.type != "meta":
         files = len(list(folder.glob("model*.safetensors"))) or 1
         note = f" ({files} file{'s' * (files > 1)})" + f", {len(packed)} weights in 4 bits" * bool(packed)
+        note += f", {len(model.before_quantising)} quantised to 4 bits" * quantised
         print(f"   Weights: {len(keys)} tensors from {folder}{note}")
     return model
 
 
 def quantization_of(folder: Path, keys: Sequence[str], packed: dict[str, set[str]], dtype: torch.dtype) -> dict:
     """How the weights of `folder` are stored in 4 bits, as transformers wants it; `packed` are their keys, each with
-    the names of its statistics. VQAError where bitsandbytes, or a tensor that it would not always miss, is missing."""
-    if importlib.util.find_spec("bitsandbytes") is None:
-        raise VQAError(
-            f"{folder}: weights in bitsandbytes' 4 bits: run `pip install bitsandbytes`, or get the 16-bit copy"
-        )
+    the names of its statistics. VQAError where a tensor is missing that bitsandbytes would not always miss."""
     every = {"absmax", "quant_map"}.union(*packed.values())
     every |= {"nested_absmax"} if "nested_quant_map" in every else set()
     lacking = [key for key in packed if key not in keys]
@@ -2541,7 +2569,7 @@ def refuse_misfits(
     raise_problems(problems, f"{counts} of {len(keys)} tensors: {meaning}")
 
 
-def dequantise(model: SpeechMixin, dtype: torch.dtype, keep: str | None) -> None:
+def dequantise(model: SpeechMixin, dtype: torch.dtype, keep: str | None = None) -> None:
     """Replace the layers in 4 bits by plain ones in `dtype`, but those whose names match `keep`.
 
     transformers' `dequantize()` takes all of them, or none.
@@ -2561,8 +2589,28 @@ def dequantise(model: SpeechMixin, dtype: torch.dtype, keep: str | None) -> None
             model.set_submodule(name, plain)
     round_weights(model, dtype)  # transformers leaves the others of a 4-bit copy in the dtype they were stored in
     model.is_loaded_in_4bit = bool(keep)
+    model.before_quantising = {}
     if not keep:
         model.hf_quantizer.remove_quantization_config(model)
+
+
+def samples_of(tensor: torch.Tensor) -> torch.Tensor:
+    """Up to 16 evenly spaced values of a weight, rounded to bf16; float32 on the CPU."""
+    flat = tensor.detach().flatten()
+    return flat[:: max(1, flat.numel() // 16)][:16].to(torch.bfloat16).float().cpu()
+
+
+def stored_samples(folder: Path) -> dict[str, torch.Tensor]:
+    """`samples_of` each weight of the decoder's linear layers in a folder, by its name in this model: what they were
+    before they were quantised, by which `fingerprint` knows the base in 4 bits and in 16."""
+    samples = {}
+    for file in sorted(folder.glob("model*.safetensors")):
+        with open_safetensors(file) as stored:
+            for key in stored.keys():  # noqa: SIM118
+                name = current_name(key)
+                if re.fullmatch(LORA_TARGETS + r"\.weight", name):
+                    samples[name] = samples_of(stored.get_tensor(key))
+    return samples
 
 
 def round_weights(module: nn.Module, dtype: torch.dtype) -> None:
@@ -2601,7 +2649,7 @@ def graft_encoder(model: SpeechMixin, audio_encoder: str | Path, allow_pickle: b
 
 def fingerprint(model: nn.Module) -> str:
     """Identity of the base, taken in memory: sha256 over what its config computes with, and over the name, shape and
-    16 evenly spaced values, rounded to bf16, of every parameter.
+    16 evenly spaced values, rounded to bf16, of every parameter. Of weights quantised at load those before.
 
     Adapters, LoRA layers and rows added for new tokens are left out. In memory, and not from the files, so that the
     same weights are one base under old and new names, in one file or many, in float32 or bf16, kept in 4 bits or
@@ -2616,16 +2664,19 @@ def fingerprint(model: nn.Module) -> str:
         if "lora_" in name or "modules_to_save" in name:
             continue
         name = name.removeprefix("base_model.model.").replace(".base_layer.", ".").replace(".original_module.", ".")
+        shape, samples = tuple(tensor.shape), model.before_quantising.get(name)
         if getattr(tensor, "quant_state", None) is not None:
             from bitsandbytes.functional import dequantize_4bit
 
-            tensor = dequantize_4bit(tensor.data, tensor.quant_state)
+            shape = tuple(tensor.quant_state.shape)
+            if samples is None:
+                tensor = dequantize_4bit(tensor.data, tensor.quant_state)
         if name.endswith(("embed_tokens.weight", "lm_head.weight")):
             tensor = tensor[: model.stored_vocab_size]
-        flat = tensor.detach().flatten()
-        picked = flat[:: max(1, flat.numel() // 16)][:16].to(torch.bfloat16).float().cpu()
-        digest.update(f"{name}{tuple(tensor.shape)}".encode())
-        digest.update(picked.numpy().tobytes())
+            shape = tuple(tensor.shape)
+        samples = samples_of(tensor) if samples is None else samples
+        digest.update(f"{name}{shape}".encode())
+        digest.update(samples.numpy().tobytes())
     return digest.hexdigest()
 
 
@@ -3121,7 +3172,8 @@ def resolved_settings(
     model |= {"dtype": str(training_args.compute_dtype).removeprefix("torch."), "base_fingerprint": base_fingerprint}
     trained_parts = {"decoder": model_args.train_decoder, **{name: given[f"train_{name}"] for name in ENCODERS}}
     lora = {name: given[f"lora_{name}"] for name in ("r", "alpha", "dropout")}
-    packages = ("torch", "transformers", "peft", "accelerate", "pillow", "torchaudio", "av")
+    packages = ["torch", "transformers", "peft", "accelerate", "pillow", "torchaudio", "av"]
+    packages += ["bitsandbytes"] * model_args.load_in_4bit
     return {
         "model": asdict(from_stored(ModelSettings, model)),
         "input": asdict(from_stored(InputSettings, given | {"encoder_tokens": processor.encoder_tokens})),
@@ -3718,6 +3770,9 @@ def estimate_memory(
     f). A compiled layer keeps its two inputs, queries, output, keys, values, gate and up (see
     ACTIVATION_MEMORY_BUDGET), a recomputed one its input. Between layers values have the decoder's own dtype.
 
+    With --load_in_4bit a weight of the decoder's linear layers takes half a byte, and its scale 1 / 64 (absmax in 8
+    bits, and for 256 of those a float32); the largest is dequantised for its product.
+
     Not counted: activations of trained encoders, and of frozen ones while they run; the logits at answer positions;
     what --use_liger_kernel saves. `model` has its adapter, and may be on the meta device; with `cached_features` its
     frozen encoders are off the GPU.
@@ -3740,11 +3795,16 @@ def estimate_memory(
     recomputed = math.ceil(count / every_n) if every_n else 0
     kept = (count - recomputed) * layer + recomputed * stored * h + bool(recomputed) * layer
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    packed = [layer.base_layer.weight for layer in model.modules() if isinstance(layer, LoraLayer)] * args.load_in_4bit
+    # On the meta device they have 16 bits or more.
+    sizes = [p.numel() * (2 if p.dtype == torch.uint8 else 1) for p in packed]
+    four_bits = round(sum(sizes) * (1 / 2 + 1 / 64 + 4 / (64 * 256))) - sum(p.nbytes for p in packed)
     resting = [*model.model.visual.parameters(), *model.audio_encoder.parameters()] if cached_features else []
     return {
-        "weights": sum(p.nbytes for p in model.parameters()) - sum(p.nbytes for p in resting),
+        "weights": sum(p.nbytes for p in model.parameters()) - sum(p.nbytes for p in resting) + four_bits,
         "gradients and optimizer": 12 * trainable + (size * trainable if size < 4 else 0),  # and autocast's copy
-        "activations": tokens * (kept + 6 * f * size),  # and what the backward pass of one MLP works with
+        "activations": tokens * (kept + 6 * f * size)
+        + size * max(sizes, default=0),  # and what the backward pass of one MLP works with
     }
 
 
@@ -3811,6 +3871,17 @@ def check_liger(device_type: str) -> None:
     except Exception as error:  # a Triton that does not fit raises what it likes
         reason = first_line(error).rstrip(". ")
         raise VQAError(f"--use_liger_kernel: {reason}; pip install '{LIGER}', or leave the flag out") from error
+
+
+def check_bitsandbytes(what: str) -> None:
+    """VQAError, which begins with `what` asks for it, where bitsandbytes is missing or of a version not tested."""
+    try:
+        import bitsandbytes  # noqa: F401
+
+        require_version(BITSANDBYTES)
+    except Exception as error:  # its native part may raise what it likes
+        reason = first_line(error).rstrip(". ")
+        raise VQAError(f"{what}: {reason}; run `pip install '{BITSANDBYTES}'`, or take 16-bit weights") from error
 
 
 def prepare_data(args: DataArguments) -> tuple[list[VQARow], list[VQARow], list[str]]:

@@ -262,11 +262,6 @@ def test_d_without_bitsandbytes_says_what_to_install(stored, monkeypatch):
     assert re.search("pip install .*bitsandbytes", refusal(stored("d").write().load))
 
 
-def test_load_in_4bit_needs_weights_in_4_bits(stored, tokenizer):
-    assert "--load_in_4bit" in refusal(stored("a").write().load, load_in_4bit=True)
-    assert "--load_in_4bit" in refusal(vqa.load_model, TINY, tokenizer, init="random", load_in_4bit=True)
-
-
 # ----------------------------------------------------------------------------------------------- refused by their name
 
 
