@@ -1442,9 +1442,8 @@ class ArmInputs:
 
     def length(self, index: int) -> float:
         """Tokens of a row's prompt, from the headers of its media; infinite where these cannot be read."""
-        asked = dataclasses.replace(self.rows[index], answer="")
         try:
-            return self.processor.count_tokens(asked, self.clip(index)) - 1  # the answer's stop token
+            return self.processor.count_tokens(self.rows[index], self.clip(index), with_answer=False)
         except (OSError, RuntimeError, IndexError, TypeError, vqa.VQAError):
             return math.inf
 

@@ -139,6 +139,25 @@ INSTRUCTION = "Answer the question concisely based on the visual and audio evide
 AUDIO_BOS, AUDIO_EOS = "<|audio_bos|>", "<|audio_eos|>"
 AUDIO_PAD, NEW_PAD = "<|audio_pad|>", "<|pad|>"
 STOP_TOKENS = ("<|im_end|>", "<|endoftext|>")
+
+
+@dataclass(frozen=True)
+class PromptLayout:
+    """The words of a prompt around speech, frames and instruction."""
+
+    opening: str  # without speech; with it `<|im_start|>user\n<|audio_bos|>` SPEECH `<|audio_eos|>\n` opens
+    before_frames: str  # between the speech and the frames
+    question: str  # in words, before the instruction
+    after_answer: str  # learned behind the stop token
+
+
+USER_TURN, SYSTEM_TEXT = "<|im_start|>user\n", "You are a helpful assistant.<|im_end|>\n<|im_start|>user\n"
+# plain: the published stage-2 checkpoint. chat: the public scripts, which render the chat template with its default
+# system turn and cut that turn's first three tokens off, so that the rest of it stands behind the speech.
+PROMPT_LAYOUTS = {
+    "plain": PromptLayout(USER_TURN, "", "Question: {}\n", ""),
+    "chat": PromptLayout(f"<|im_start|>system\n{SYSTEM_TEXT}", SYSTEM_TEXT, "User Question: {}\n", "\n"),
+}
 IGNORE_INDEX = -100  # torch's cross entropy leaves these labels out
 
 # Only the linear layers of the decoder: the same suffixes also occur in the Whisper encoder.
@@ -250,6 +269,11 @@ class ModelArguments:
         None,
         "Folder or hub id of a Whisper whose encoder is grafted onto a plain Qwen2-VL. None: the model brings its own.",
     )
+    adapter_path: str | None = flag(
+        None,
+        "Adapter that a new run starts from, with a fresh optimizer. Rank, alpha, prompt and trained parts are the "
+        "adapter's; its base and inputs too, where their flags are left out. None: a new adapter.",
+    )
     load_in_4bit: bool = flag(
         False,
         "Keep decoder weights that are stored in bitsandbytes' 4 bits as they are (QLoRA). False: dequantise them.",
@@ -293,6 +317,7 @@ class ModelArguments:
     gpu_memory_limit_gib: float | None = flag(
         None, "Hard cap in GiB on this process's GPU memory, to rehearse a smaller card. None: no cap."
     )
+    base_seed: int | None = field(default=None, init=False)  # that drew the base of --adapter_path. None: --seed
 
 
 @dataclass
@@ -315,6 +340,12 @@ class DataArguments:
         "audio",
         "How the question comes. audio: as speech. text: in the prompt. audio_text: both, so it need not listen.",
         list(INPUT_MODES),
+    )
+    prompt_layout: str | None = flag(
+        None,
+        "Words around speech and frames. plain: of the published stage-2 model. chat: of the public SurgViVQA-Audio "
+        "scripts. None: as the adapter or model that the run starts from was trained, else plain.",
+        list(PROMPT_LAYOUTS),
     )
     max_train_frames: int | None = flag(None, "Frames per clip in training, evenly sampled. None: all.")
     max_eval_frames: int | None = flag(6, "Frames per clip in evaluation, evenly sampled. 0: all.")
@@ -962,12 +993,15 @@ class VQAProcessor:
         input_mode: str = "audio",
         audio_tokens: str = "full",
         frame_mode: str = "images",
+        prompt_layout: str = "plain",
     ):
         self.tokenizer, self.max_image_size, self.input_mode = tokenizer, max_image_size, input_mode
-        self.audio_tokens, self.frame_mode = audio_tokens, frame_mode
-        for name, choices in (("input_mode", INPUT_MODES), ("audio_tokens", AUDIO_TOKENS), ("frame_mode", FRAME_MODES)):
-            if getattr(self, name) not in choices:
-                raise VQAError(f"--{name} must be one of {', '.join(choices)}, not {getattr(self, name)!r}")
+        self.audio_tokens, self.frame_mode, self.prompt_layout = audio_tokens, frame_mode, prompt_layout
+        choices = {"input_mode": INPUT_MODES, "audio_tokens": AUDIO_TOKENS, "frame_mode": FRAME_MODES}
+        for name, known in (choices | {"prompt_layout": tuple(PROMPT_LAYOUTS)}).items():
+            if getattr(self, name) not in known:
+                raise VQAError(f"--{name} must be one of {', '.join(known)}, not {getattr(self, name)!r}")
+        self.layout = PROMPT_LAYOUTS[prompt_layout]
         audio, vision = audio_config_of(config), config.vision_config
         self.encoder_tokens = audio.max_source_positions
         self.context = config.text_config.max_position_embeddings
@@ -1014,19 +1048,24 @@ class VQAProcessor:
     def text_ids(self, question: str, answer: str | None) -> tuple[list[int], ...]:
         """Ids of the text before the speech, between speech and frames, and after the frames; and those learned."""
         words = self.tokenize
-        with_speech = self.input_mode != "text"
-        asked = words(f"Question: {question}\n", split_special_tokens=True) if self.input_mode != "audio" else []
+        layout, asked = self.layout, []
+        if self.input_mode != "audio":
+            asked = words(layout.question.format(question), split_special_tokens=True)
+        before, between = layout.opening, ""
+        if self.input_mode != "text":
+            before, between = USER_TURN + AUDIO_BOS, f"{AUDIO_EOS}\n{layout.before_frames}"
+        stop = f"<|im_end|>{layout.after_answer}"
         return (
-            words("<|im_start|>user\n" + AUDIO_BOS * with_speech),
-            words(AUDIO_EOS + "\n") if with_speech else [],
+            words(before),
+            words(between),
             asked + words(f"{INSTRUCTION}<|im_end|>\n<|im_start|>assistant\n"),
-            [] if answer is None else words(answer, split_special_tokens=True) + words("<|im_end|>"),
+            [] if answer is None else words(answer, split_special_tokens=True) + words(stop),
         )
 
     def build(
         self, question: str, vision_tokens: Sequence[int], audio_tokens: int, answer: str | None
     ) -> dict[str, torch.Tensor]:
-        """Token ids of one sample, in the layout of the published stage-2 checkpoint.
+        """Token ids of one sample, in the processor's prompt layout.
 
         Args:
             question: in words; only the text modes use it.
@@ -1035,8 +1074,8 @@ class VQAProcessor:
             answer: to be learned, or None for the prompt alone.
 
         Returns:
-            `input_ids`, `mm_token_type_ids` (0 text and speech, 1 image, 2 video) and `labels` (the answer and its
-            stop token; -100 elsewhere), each int64 [T]; `vision_at` and `speech_at`, int64 [n], where they go.
+            `input_ids`, `mm_token_type_ids` (0 text and speech, 1 image, 2 video) and `labels` (the answer, its stop
+            token and what the layout has behind it; -100 elsewhere), each int64 [T]; `vision_at` and `speech_at`, int64 [n], where they go.
         """
         before, between, after, learned = self.text_ids(question, answer)
         speech = [self.audio_id] * audio_tokens if self.input_mode != "text" else []
@@ -1150,8 +1189,8 @@ class VQAProcessor:
         mel = self.feature_extractor(speech, sampling_rate=SAMPLE_RATE, return_tensors="pt", padding="max_length")
         return mel["input_features"], torch.tensor([self.speech_tokens(len(speech))])
 
-    def count_tokens(self, row: VQARow, frame_paths: Sequence[Path]) -> int:
-        """Length of the training sample of `row`, from the headers of its media alone."""
+    def count_tokens(self, row: VQARow, frame_paths: Sequence[Path], with_answer: bool = True) -> int:
+        """Length of the sample of `row`, from the headers of its media alone."""
         vision_tokens, audio_tokens = [], 0
         for path in frame_paths:
             with Image.open(path, formats=FRAME_FORMATS) as image:
@@ -1164,7 +1203,7 @@ class VQAProcessor:
         if self.input_mode != "text":
             header = soundfile.info(row.audio_path)
             audio_tokens = self.speech_tokens(math.ceil(header.frames * SAMPLE_RATE / header.samplerate))
-        return self.length(row.question, vision_tokens, audio_tokens, row.answer)
+        return self.length(row.question, vision_tokens, audio_tokens, row.answer if with_answer else None)
 
 
 def pair_frames(pixels: torch.Tensor, grid: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -1652,6 +1691,8 @@ class SpeechMixin:
         def batch(answer: str | None) -> dict[str, torch.Tensor]:
             row = VQARow("answer()", 1, "", "", (), question or "", "", answer or "", "")
             sample = processor.make_sample(row, (), None, answer is not None, vision_features, speech_features)
+            behind = len(processor.tokenize(processor.layout.after_answer))  # the stop token ends an answer
+            sample["labels"][len(sample["labels"]) - behind :] = IGNORE_INDEX
             return {name: value.to(self.device) for name, value in collate([sample]).items()}
 
         inputs = batch(None)
@@ -1772,6 +1813,7 @@ class InputSettings:
     encoder_tokens: int | None = None  # outputs of the speech encoder for a full window
     frame_mode: str = "images"
     instruction: str = INSTRUCTION
+    prompt_layout: str = "plain"
 
 
 def from_stored(kind: type, stored: dict):
@@ -2456,8 +2498,11 @@ class Trained:
 def trained_settings(path: str | Path, device_type: str, changes: dict) -> tuple[dict, ModelSettings, InputSettings]:
     """What training saved in `path` ({} for a base), and the settings to answer with, `changes` applied.
 
+    An adapter of other code, which has no settings, needs `prompt_layout` and `max_eval_frames` among the `changes`.
+
     Raises:
-        VQAError: unreadable settings, or a model that was trained with another instruction.
+        VQAError: unreadable settings, a model that was trained with another instruction or layout, or an adapter whose
+            layout or base nobody says.
     """
     if unknown := changes.keys() - {f.name for kind in (ModelSettings, InputSettings) for f in fields(kind)}:
         raise TypeError(f"no fields of ModelSettings or InputSettings: {', '.join(sorted(unknown))}")
@@ -2473,8 +2518,32 @@ def trained_settings(path: str | Path, device_type: str, changes: dict) -> tuple
             f"{path}: trained with the instruction {inputs['instruction']!r}, this train_vqa.py asks {INSTRUCTION!r}; "
             "use the train_vqa.py that trained it"
         )
+    layout = inputs.get("prompt_layout", "plain")
+    if settings and changes.get("prompt_layout", layout) != layout:
+        raise VQAError(f"--prompt_layout {changes['prompt_layout']}: {path} was trained with {layout}; leave it out")
+    if (folder / "adapter_config.json").is_file() and not settings:
+        refuse_unsaid_layout(path, changes)
+        model = {"model_name_or_path": changes.get("model_name_or_path") or base_of_adapter(folder)}
     model = {"model_name_or_path": DEFAULT_MODEL, "dtype": "float32" if device_type == "cpu" else "bfloat16"} | model
     return settings, from_stored(ModelSettings, model | changes), from_stored(InputSettings, inputs | changes)
+
+
+def refuse_unsaid_layout(path: str | Path, said: Iterable[str]) -> None:
+    """VQAError where the prompt of a trained model without SETTINGS_FILE is not among the settings that are `said`."""
+    if lacking := [f"--{name}" for name in ("prompt_layout", "max_eval_frames") if name not in said]:
+        raise VQAError(
+            f"{path}: has no {SETTINGS_FILE} to tell the prompt that it was trained on, so {' and '.join(lacking)} must "
+            "be given: chat and 8 for what the public SurgViVQA-Audio scripts trained, plain for the layout of the "
+            "published stage-2 model"
+        )
+
+
+def base_of_adapter(folder: Path) -> str:
+    """The base that an adapter of other code names, if it is here; VQAError where it names one that is not."""
+    base = read_config(folder / "adapter_config.json").get("base_model_name_or_path") or DEFAULT_MODEL
+    if base != DEFAULT_MODEL and not Path(base).is_dir():
+        raise VQAError(f"{folder}: its base was {base}, no folder here; name the base with --model_name_or_path")
+    return base
 
 
 def load_trained(
@@ -2536,7 +2605,7 @@ def load_trained(
         round_weights(part, dtype)
     if merged and dtype == torch.float32:  # after widening, so that nothing is rounded
         model = merge_adapter(model)
-    names = ("max_image_size", "input_mode", "audio_tokens", "frame_mode")
+    names = ("max_image_size", "input_mode", "audio_tokens", "frame_mode", "prompt_layout")
     model.processor = VQAProcessor(tokenizer, model.config, **{name: getattr(input_settings, name) for name in names})
     if input_settings.encoder_tokens not in (None, model.processor.encoder_tokens):
         raise VQAError(
