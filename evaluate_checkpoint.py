@@ -48,6 +48,7 @@ from typing import Any
 SCHEMA_VERSION = 1
 METRICS = ("choice", "strict", "contains")  # the headline first
 INPUT_MODES = ("audio", "audio_text", "text")
+PROMPT_LAYOUTS = ("plain", "chat")
 ARMS = (*INPUT_MODES, "mismatched_audio", "silent_audio", "black_frames", "shuffled_frames", "first_frame")
 Z95 = 1.959963984540054  # 97.5 % quantile of the standard normal distribution
 SIGNIFICANCE = 0.05
@@ -1294,7 +1295,8 @@ def choose_model(args: argparse.Namespace, device: Any) -> ModelChoice:
             )
         if args.model_name_or_path:
             raise InputError(f"--checkpoint_path {path} is a complete model; leave --model_name_or_path out")
-    stored = vqa.load_settings(path) if adapter else {}
+    has_settings = (Path(path) / vqa.SETTINGS_FILE).is_file()
+    stored = vqa.load_settings(path) if adapter and has_settings else {}
     if args.init not in (None, stored.get("model", {}).get("init", "pretrained")) and args.checkpoint_path:
         raise InputError(f"--init {args.init}: {path} was not trained so; leave the flag out")
     if args.no_merge and not adapter:
@@ -1304,12 +1306,18 @@ def choose_model(args: argparse.Namespace, device: Any) -> ModelChoice:
         "attn_implementation": args.attn_implementation,
         "input_mode": args.input_mode,
         "max_image_size": args.max_image_size,
+        "prompt_layout": args.prompt_layout,
         **({} if adapter else {"init": args.init, "init_seed": args.seed}),
     }
     changes = {name: value for name, value in changes.items() if value is not None}
     if args.max_eval_frames is not None:
         changes["max_eval_frames"] = args.max_eval_frames or None
-    _, model, inputs = vqa.trained_settings(path, device.type, changes)
+    if args.checkpoint_path and not has_settings:
+        vqa.refuse_unsaid_layout(path, changes)
+    settings, model, inputs = vqa.trained_settings(path, device.type, changes)
+    if not (settings or args.checkpoint_path):
+        how = f"asked zero-shot in the prompt layout {inputs.prompt_layout}"
+        print(f"   {path}: a base, {how}; name a trained model with --checkpoint_path")
     dtype = model.dtype if args.dtype == "auto" else args.dtype
     vqa.check_attention(model.attn_implementation, getattr(torch, dtype))
     if adapter and model.load_in_4bit and not args.no_merge:
@@ -2079,6 +2087,9 @@ def build_parser() -> argparse.ArgumentParser:
     model("--checkpoint_path", help="final folder, checkpoint-N or merged model. None: the base model, zero-shot")
     model("--model_name_or_path", help="base model. None: the one the adapter was trained on")
     model("--input_mode", choices=INPUT_MODES, help="how the question reaches the model. None: as in training")
+    model("--prompt_layout", choices=PROMPT_LAYOUTS, help="words around speech and frames. plain: of the published "
+          "stage-2 model; chat: of the public SurgViVQA-Audio scripts. None: as in training; a base: plain. A trained "
+          "model without vqa_settings.json needs it, and --max_eval_frames")
     model("--max_eval_frames", type=_at_least(0), help="frames a clip, evenly spaced. 0: all; None: as in training")
     model("--max_image_size", type=_at_least(1), help="longer side of a frame in pixels. None: as in training")
     model("--dtype", choices=("auto", "bfloat16", "float32"), default="auto", help="weights and activations. auto: as "

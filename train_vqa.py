@@ -441,6 +441,8 @@ def parse_arguments(argv: Sequence[str]) -> tuple[ModelArguments, DataArguments,
         model_args, data_args, training_args = parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
     except (ValueError, ImportError) as error:  # TrainingArguments' own cross-checks, and packages that a flag needs
         raise VQAError(" ".join(str(error).split())) from error
+    if model_args.adapter_path:
+        start_from_adapter(model_args, data_args, training_args.resume_from_checkpoint, given)
     # --use_liger_kernel is that of the model: the Trainer's own is off
     flags = SimpleNamespace(**{**vars(training_args), **vars(data_args), **vars(model_args)})
     refuse_missing(flags, given)
@@ -449,6 +451,48 @@ def parse_arguments(argv: Sequence[str]) -> tuple[ModelArguments, DataArguments,
     refuse_surroundings(flags, training_args)
     data_args.max_eval_frames = data_args.max_eval_frames or None
     return model_args, data_args, training_args
+
+
+def start_from_adapter(
+    model_args: ModelArguments, data_args: DataArguments, resumed: str | None, given: set[str]
+) -> None:
+    """Set what --adapter_path decides: LoRA's shape and the trained parts; and base and inputs that are not `given`.
+
+    VQAError for flags that contradict the adapter, --resume_from_checkpoint (`resumed`) among them, and where it is
+    damaged or its prompt unknown.
+    """
+    path = Path(model_args.adapter_path)
+    if not (path / "adapter_config.json").is_file():
+        raise VQAError(f"--adapter_path {path}: holds no adapter (adapter_config.json, adapter_model.safetensors)")
+    refuse_damage(path)
+    config = read_adapter_config(path / "adapter_config.json")
+    saved = {str(name).rpartition(".")[2] for name in config.get("modules_to_save") or ()}
+    adopted = {"train_decoder": "lora", "lora_r": config["r"], "lora_alpha": config["lora_alpha"]}
+    adopted |= {f"train_{encoder}": name in saved for encoder, name in ENCODERS.items()}
+    asked = {**vars(model_args), **vars(data_args)}
+    for name, value in adopted.items():
+        if f"--{name}" in given and asked[name] != value:
+            raise VQAError(f"--{name} {asked[name]}: {path} was trained with {value}; leave the flag out")
+    handed_on = ("model_name_or_path", "init", "audio_encoder", *(f.name for f in fields(InputSettings)))
+    changes = {name: asked[name] for name in handed_on if f"--{name}" in given}
+    unsaid = {"max_eval_frames": data_args.max_eval_frames} if not (path / SETTINGS_FILE).is_file() else {}
+    settings, model, inputs = trained_settings(path, "cpu", unsaid | changes)
+    stored = {**asdict(model), **asdict(inputs)}
+    adopted |= {name: stored[name] for name in handed_on if name in asked}
+    model_args.base_seed = model.init_seed if settings else None
+    differing = []
+    for part in (model_args, data_args):
+        for f in fields(part):
+            if f.name in adopted:
+                setattr(part, f.name, adopted[f.name])
+                if adopted[f.name] != f.default:
+                    differing.append(f"--{f.name} {adopted[f.name] or 0}")
+    if (resumed or "false").lower() != "false":
+        raise VQAError(
+            "--adapter_path starts a new run, --resume_from_checkpoint goes on with one: leave one of them out (to go "
+            f"on with a run from {path}: --resume_from_checkpoint with {' '.join(differing)})"
+        )
+    print(f"   Starting from {path}, as with {' '.join(differing)}")
 
 
 def refuse_missing(flags: SimpleNamespace, given: set[str]) -> None:
@@ -501,6 +545,9 @@ def refuse_contradictions(flags: SimpleNamespace, given: set[str]) -> None:
         if Path(flags.model_name_or_path).resolve() == Path(flags.output_dir).resolve():
             message = "holds the base model, which the trained one would overwrite; name another folder"
             raise VQAError(f"--output_dir {flags.output_dir}: {message}")
+    elif flags.adapter_path and Path(flags.adapter_path).resolve() == Path(flags.output_dir).resolve():
+        message = "holds the adapter of --adapter_path, which the new one would overwrite; name another folder"
+        raise VQAError(f"--output_dir {flags.output_dir}: {message}")
 
 
 def refuse_surroundings(flags: SimpleNamespace, args: VQATrainingArguments) -> None:
@@ -2439,8 +2486,11 @@ def check_base(model: SpeechMixin, adapter: Path) -> None:
         )
 
 
-def load_adapter(model: SpeechMixin, path: str | Path, *, allow_pickle: bool = False) -> PeftModel:
-    """`model`, changed in place, with the adapter of `path`, under transformers 4's or today's names.
+def load_adapter(
+    model: SpeechMixin, path: str | Path, *, allow_pickle: bool = False, dropout: float | None = None
+) -> PeftModel:
+    """`model`, changed in place, with the adapter of `path`, under transformers 4's or today's names, and its dropout
+    or another.
 
     Every tensor is accounted for: PEFT's own loader only warns of what is missing, and not of a missing projector.
     VQAError as `read_adapter` and `check_base`, and for tensors that do not fit.
@@ -2451,7 +2501,8 @@ def load_adapter(model: SpeechMixin, path: str | Path, *, allow_pickle: bool = F
     check_base(model, path)
     saved = {str(name).rpartition(".")[2] for name in config.get("modules_to_save") or ()}
     encoders = {encoder: name in saved for encoder, name in ENCODERS.items()}
-    peft_model = add_lora(model, config["r"], config["lora_alpha"], config.get("lora_dropout", 0.0), **encoders)
+    dropout = config.get("lora_dropout", 0.0) if dropout is None else dropout
+    peft_model = add_lora(model, config["r"], config["lora_alpha"], dropout, **encoders)
     stored = {f"base_model.model.{current_name(key)}": tensor for key, tensor in tensors.items()}
     wanted = get_peft_model_state_dict(peft_model, save_embedding_layers=False)
     shapes = [(name, stored[name].shape, tensor.shape) for name, tensor in wanted.items() if name in stored]
@@ -2575,8 +2626,7 @@ def load_trained(
     device = torch.device(device)
     adapter = (Path(path) / "adapter_config.json").is_file()
     settings, model_settings, input_settings = trained_settings(path, device.type, changes)
-    if (Path(path) / MANIFEST_FILE).is_file() and (damage := find_damage(path)):
-        raise VQAError(f"{path}: {damage}; take a complete checkpoint-N")
+    refuse_damage(path)
     drawn_on = device.type
     if model_settings.init == "random" and model_settings.init_device:
         drawn_on = model_settings.init_device
@@ -2819,17 +2869,23 @@ def resolved_settings(
 ) -> dict:
     """All that training chose, as JSON: `model` and `input` are what evaluation repeats, the rest is for the record."""
     given = {**vars(model_args), **vars(data_args)}
-    model = given | {"init_seed": training_args.seed, "init_device": training_args.device.type}
+    model = given | {"init_seed": training_args.seed if model_args.base_seed is None else model_args.base_seed}
+    model |= {"init_device": training_args.device.type}
     model |= {"dtype": str(training_args.compute_dtype).removeprefix("torch."), "base_fingerprint": base_fingerprint}
     trained_parts = {"decoder": model_args.train_decoder, **{name: given[f"train_{name}"] for name in ENCODERS}}
     lora = {name: given[f"lora_{name}"] for name in ("r", "alpha", "dropout")}
     packages = ("torch", "transformers", "peft", "accelerate", "pillow", "torchaudio", "soundfile")
+    started_from = {}
+    if model_args.adapter_path:
+        file = Path(model_args.adapter_path) / "adapter_model.safetensors"
+        started_from = {"adapter_path": model_args.adapter_path, "sha256": sha256_of(file)}
     return {
         "model": asdict(from_stored(ModelSettings, model)),
         "input": asdict(from_stored(InputSettings, given | {"encoder_tokens": processor.encoder_tokens})),
         # Compiled layers draw dropout from other random numbers, and Liger's round otherwise.
         "trained": trained_parts | {name: given[name] for name in ("compile_layers", "use_liger_kernel")},
         "lora": lora if model_args.train_decoder == "lora" else {},
+        **({"started_from": started_from} if started_from else {}),
         "tokens": {
             "pad": processor.tokenizer.pad_token_id,
             "audio": processor.audio_id,
@@ -2960,6 +3016,12 @@ def find_damage(folder: str | Path, needed: Sequence[str] = ()) -> str | None:
     return None
 
 
+def refuse_damage(folder: str | Path) -> None:
+    """VQAError where a folder with a manifest is not as it was saved."""
+    if (Path(folder) / MANIFEST_FILE).is_file() and (damage := find_damage(folder)):
+        raise VQAError(f"{folder}: {damage}; take a complete checkpoint-N")
+
+
 def checkpoints_of(folder: str | Path) -> dict[int, Path]:
     """The `checkpoint-N` folders of a run by N, newest first, complete or not."""
     found = {int(p.name[11:]): p for p in Path(folder).glob("checkpoint-*") if re.fullmatch(r"\d+", p.name[11:])}
@@ -3003,13 +3065,15 @@ def find_checkpoint(args: VQATrainingArguments) -> Path | None:
 
 
 def refuse_other_settings(checkpoint: Path, settings: dict) -> None:
-    """VQAError where a run would go on from a checkpoint of another model, input, LoRA shape, schedule or data.
+    """VQAError where a run would go on from a checkpoint of another model, input, LoRA shape, schedule or data; takes
+    over into `settings` which adapter the run started from.
 
     The optimizer's state brings its learning rate along, so that another --learning_rate would be passed over.
     """
     stored = load_settings(checkpoint)
     once = dict.fromkeys((*ENCODERS, "compile_layers", "use_liger_kernel"), False)  # there was nothing else
     stored["trained"] = once | {"decoder": "lora"} | stored.get("trained", {})
+    stored["input"] = {"prompt_layout": "plain"} | stored["input"]  # likewise
     fixed = {part: settings[part].keys() - {"max_eval_frames"} for part in ("model", "input", "trained", "lora")}
     fixed["training"] = {"learning_rate", "lr_scheduler_type", "optim", "weight_decay", "seed"}
     fixed["training"] |= {"per_device_train_batch_size", "gradient_accumulation_steps"}
@@ -3023,6 +3087,8 @@ def refuse_other_settings(checkpoint: Path, settings: dict) -> None:
             if stored.get(part, {}).get(name) != settings[part][name]
         ]
     )
+    if "started_from" in stored:
+        settings["started_from"] = stored["started_from"]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -3555,7 +3621,8 @@ def build_model(
     print(f"⏳ Loading merged {precision} model with {kernel} attention...")
     tokenizer = load_tokenizer(args.model_name_or_path)
     names = ("init", "attn_implementation", "audio_encoder", "load_in_4bit")
-    options = {name: getattr(args, name) for name in names} | {"seed": training_args.seed, "device": device}
+    options = {name: getattr(args, name) for name in names} | {"device": device}
+    options["seed"] = training_args.seed if args.base_seed is None else args.base_seed
     options |= {"dtype": torch.float32 if full else dtype, "compute_dtype": dtype}
     model = load_model(args.model_name_or_path, tokenizer, **options)
     print("✓ Model built without weights" if on_meta else f"✓ Model loaded in full {precision}")
@@ -3567,12 +3634,27 @@ def build_model(
         trained = train_fully(model, dtype, **encoders)
     else:
         print("🧠 Adding LoRA Adapters...")
-        with torch.device(device):
-            trained = add_lora(model, args.lora_r, args.lora_alpha, args.lora_dropout, **encoders)
+        if args.adapter_path and not on_meta:
+            trained = load_adapter(model, args.adapter_path, dropout=args.lora_dropout)
+        else:
+            with torch.device(device):
+                trained = add_lora(model, args.lora_r, args.lora_alpha, args.lora_dropout, **encoders)
         if training_args.bf16:
             skip_input_casts(trained)
     print_trainable_parameters(trained)
     return model, trained, tokenizer, base_fingerprint
+
+
+def choose_layout(base: str, asked: str | None) -> str:
+    """The prompt layout to train: that `asked` for, else that of the base if it was trained here, else plain."""
+    path = resolve_model_dir(base) / SETTINGS_FILE
+    layout, reason = asked, "as --prompt_layout or the adapter says"
+    if layout is None and path.is_file():
+        layout, reason = load_settings(path.parent)["input"].get("prompt_layout", "plain"), f"as {path} says"
+    elif layout is None:
+        layout, reason = "plain", "that of the published stage-2 model; --prompt_layout chat is the public scripts'"
+    print(f"   Prompt layout: {layout} ({reason})")
+    return layout
 
 
 def build_datasets(
@@ -3678,8 +3760,12 @@ def train(
 
     # 3. Model and datasets
     device = "meta" if data_args.dry_run else training_args.device
+    if checkpoint and "started_from" in (stored := load_settings(checkpoint)):
+        model_args.base_seed = stored["model"]["init_seed"]
     model, trained, tokenizer, base_fingerprint = build_model(model_args, training_args, device)
-    inputs = {name: getattr(data_args, name) for name in ("max_image_size", "input_mode", "audio_tokens", "frame_mode")}
+    data_args.prompt_layout = choose_layout(model_args.model_name_or_path, data_args.prompt_layout)
+    names = ("max_image_size", "input_mode", "audio_tokens", "frame_mode", "prompt_layout")
+    inputs = {name: getattr(data_args, name) for name in names}
     processor = VQAProcessor(tokenizer, model.config, **inputs)
     datasets = build_datasets(train_rows, eval_rows, processor, data_args)
 
