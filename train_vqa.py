@@ -1122,7 +1122,8 @@ class VQAProcessor:
 
         Returns:
             `input_ids`, `mm_token_type_ids` (0 text and speech, 1 image, 2 video) and `labels` (the answer, its stop
-            token and what the layout has behind it; -100 elsewhere), each int64 [T]; `vision_at` and `speech_at`, int64 [n], where they go.
+            token and the layout's `after_answer`; -100 elsewhere), each int64 [T]; `vision_at` and `speech_at`, int64
+            [n], where they go.
         """
         before, between, after, learned = self.text_ids(question, answer)
         speech = [self.audio_id] * audio_tokens if self.input_mode != "text" else []
@@ -2583,9 +2584,9 @@ def refuse_unsaid_layout(path: str | Path, said: Iterable[str]) -> None:
     """VQAError where the prompt of a trained model without SETTINGS_FILE is not among the settings that are `said`."""
     if lacking := [f"--{name}" for name in ("prompt_layout", "max_eval_frames") if name not in said]:
         raise VQAError(
-            f"{path}: has no {SETTINGS_FILE} to tell the prompt that it was trained on, so {' and '.join(lacking)} must "
-            "be given: chat and 8 for what the public SurgViVQA-Audio scripts trained, plain for the layout of the "
-            "published stage-2 model"
+            f"{path}: has no {SETTINGS_FILE} to tell the prompt that it was trained on, so {' and '.join(lacking)} "
+            "must be given: chat and 8 for what the public SurgViVQA-Audio scripts trained, plain for the layout of "
+            "the published stage-2 model"
         )
 
 
@@ -2875,17 +2876,17 @@ def resolved_settings(
     trained_parts = {"decoder": model_args.train_decoder, **{name: given[f"train_{name}"] for name in ENCODERS}}
     lora = {name: given[f"lora_{name}"] for name in ("r", "alpha", "dropout")}
     packages = ("torch", "transformers", "peft", "accelerate", "pillow", "torchaudio", "soundfile")
-    started_from = {}
-    if model_args.adapter_path:
-        file = Path(model_args.adapter_path) / "adapter_model.safetensors"
-        started_from = {"adapter_path": model_args.adapter_path, "sha256": sha256_of(file)}
+    origin = {}
+    if adapter := model_args.adapter_path:
+        digest = sha256_of(Path(adapter) / "adapter_model.safetensors")
+        origin = {"started_from": {"adapter_path": adapter, "sha256": digest}}
     return {
         "model": asdict(from_stored(ModelSettings, model)),
         "input": asdict(from_stored(InputSettings, given | {"encoder_tokens": processor.encoder_tokens})),
         # Compiled layers draw dropout from other random numbers, and Liger's round otherwise.
         "trained": trained_parts | {name: given[name] for name in ("compile_layers", "use_liger_kernel")},
         "lora": lora if model_args.train_decoder == "lora" else {},
-        **({"started_from": started_from} if started_from else {}),
+        **origin,
         "tokens": {
             "pad": processor.tokenizer.pad_token_id,
             "audio": processor.audio_id,
@@ -3647,13 +3648,10 @@ def build_model(
 
 def choose_layout(base: str, asked: str | None) -> str:
     """The prompt layout to train: that `asked` for, else that of the base if it was trained here, else plain."""
-    path = resolve_model_dir(base) / SETTINGS_FILE
-    layout, reason = asked, "as --prompt_layout or the adapter says"
-    if layout is None and path.is_file():
-        layout, reason = load_settings(path.parent)["input"].get("prompt_layout", "plain"), f"as {path} says"
-    elif layout is None:
-        layout, reason = "plain", "that of the published stage-2 model; --prompt_layout chat is the public scripts'"
-    print(f"   Prompt layout: {layout} ({reason})")
+    folder = resolve_model_dir(base)
+    stored = load_settings(folder)["input"] if (folder / SETTINGS_FILE).is_file() else {}
+    layout = asked or stored.get("prompt_layout", "plain")
+    print(f"   Prompt layout: {layout}" + ("" if asked else " (--prompt_layout names another)"))
     return layout
 
 
