@@ -48,6 +48,7 @@ from typing import Any
 SCHEMA_VERSION = 1
 METRICS = ("choice", "strict", "contains")  # the headline first
 INPUT_MODES = ("audio", "audio_text", "text")  # repeated from train_vqa.py, so that scoring needs no torch
+PROMPT_LAYOUTS = ("plain", "chat")
 ARMS = (*INPUT_MODES, "mismatched_audio", "silent_audio", "black_frames", "shuffled_frames", "first_frame")
 Z95 = 1.959963984540054  # 97.5 % quantile of the standard normal distribution
 SIGNIFICANCE = 0.05
@@ -1307,7 +1308,8 @@ def choose_model(args: argparse.Namespace, device: Any) -> ModelChoice:
             )
         if args.model_name_or_path:
             raise InputError(f"--checkpoint_path {path} is a full model; leave --model_name_or_path out")
-    stored = vqa.load_settings(path) if adapter else {}
+    has_settings = (Path(path) / vqa.SETTINGS_FILE).is_file()
+    stored = vqa.load_settings(path) if adapter and has_settings else {}
     if args.init not in (None, stored.get("model", {}).get("init", "pretrained")) and args.checkpoint_path:
         raise InputError(f"--init {args.init}: {path} was not trained so; leave the flag out")
     if args.no_merge and not adapter:
@@ -1318,11 +1320,14 @@ def choose_model(args: argparse.Namespace, device: Any) -> ModelChoice:
         "load_in_4bit": args.load_in_4bit,
         "input_mode": args.input_mode,
         "max_image_size": args.max_image_size,
+        "prompt_layout": args.prompt_layout,
         **({} if adapter else {"init": args.init, "init_seed": args.seed}),
     }
     changes = {name: value for name, value in changes.items() if value is not None}
     if args.max_eval_frames is not None:
         changes["max_eval_frames"] = args.max_eval_frames or None
+    if args.checkpoint_path and not has_settings:
+        vqa.refuse_unsaid_layout(path, changes)
     settings, model, inputs = vqa.trained_settings(path, device.type, changes)
     patterns = {}
     for name in ("audio_pattern", "frame_pattern"):
@@ -1331,6 +1336,9 @@ def choose_model(args: argparse.Namespace, device: Any) -> ModelChoice:
             print(f"   --{name} {trained_with!r}, as in training")
             patterns[name] = trained_with
     vqa.check_patterns(**patterns)
+    if not (settings or args.checkpoint_path):
+        how = f"asked zero-shot in the prompt layout {inputs.prompt_layout}"
+        print(f"   {path}: a base, {how}; name a trained model with --checkpoint_path")
     dtype = model.dtype if args.dtype == "auto" else args.dtype
     vqa.check_attention(model.attn_implementation, getattr(torch, dtype))
     if model.load_in_4bit:
@@ -1465,9 +1473,8 @@ class ArmInputs:
 
     def length(self, index: int) -> float:
         """Tokens of a row's prompt, from the headers of its media; infinite where these cannot be read."""
-        asked = dataclasses.replace(self.rows[index], answer="")
         try:
-            return self.processor.count_tokens(asked, self.clip(index)) - 1  # the answer's stop token
+            return self.processor.count_tokens(self.rows[index], self.clip(index), with_answer=False)
         except vqa.DECODE_ERRORS:
             return math.inf
 
@@ -2131,6 +2138,9 @@ def build_parser() -> argparse.ArgumentParser:
     model("--model_name_or_path", help="base model. None: the base of the adapter, or without --checkpoint_path the "
           "published model")
     model("--input_mode", choices=INPUT_MODES, help="how the question reaches the model. None: as in training")
+    model("--prompt_layout", choices=PROMPT_LAYOUTS, help="words around speech and frames. plain: of the published "
+          "stage-2 model; chat: of the public SurgViVQA-Audio scripts. None: as in training; a base: plain. A trained "
+          "model without vqa_settings.json needs it, and --max_eval_frames")
     model("--max_eval_frames", type=_at_least(0), help="frames a clip, evenly spaced. 0: all; None: as in training")
     model("--max_image_size", type=_at_least(1), help="longer side of a frame in pixels. None: as in training")
     model("--dtype", choices=("auto", "bfloat16", "float32"), default="auto", help="weights and activations. auto: as "

@@ -8,6 +8,7 @@ it is complete, has been read back, and answers as the model in memory did.
 """
 
 import argparse
+import dataclasses
 import json
 import os
 import shutil
@@ -37,6 +38,14 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
         "--device", help="where to compute, such as cpu or cuda. None: the accelerator, if there is one"
     )
     parser.add_argument("--seed", type=int, help="of a new projector. None: as the adapter's settings say, else 42")
+    parser.add_argument(
+        "--prompt_layout",
+        choices=list(vqa.PROMPT_LAYOUTS),
+        help="prompt of a model without vqa_settings.json; an adapter without them needs it. None: as they say",
+    )
+    parser.add_argument(
+        "--max_eval_frames", type=int, help="frames a clip in evaluation, 0 for all, needed beside --prompt_layout"
+    )
     parser.add_argument("--allow_pickle", action="store_true", help="read .bin and .pt weights (weights_only=True)")
     return parser.parse_args(argv)
 
@@ -141,15 +150,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     changes = {"model_name_or_path": args.stage1_model_path}
     changes |= {"audio_encoder": args.audio_encoder} if args.audio_encoder else {}
     changes |= {"init_seed": args.seed} if args.seed is not None else {}
+    source = adapter or args.stage1_model_path
+    prompt = {"prompt_layout": args.prompt_layout} if args.prompt_layout else {}
+    if args.max_eval_frames is not None:
+        prompt["max_eval_frames"] = args.max_eval_frames or None
+    settings, model_settings, inputs = vqa.trained_settings(source, device.type, changes | prompt)
+    if settings and inputs.max_eval_frames != settings["input"].get("max_eval_frames", 6):
+        raise vqa.VQAError(f"--max_eval_frames {args.max_eval_frames}: {source} has settings of its own; leave it out")
+    if prompt and not settings:
+        vqa.refuse_unsaid_layout(source, prompt)
 
     # 2. Load, merge, and answer one sample before and after
     print(f"Loading {args.stage1_model_path} on {device} in {args.dtype}")
-    source = adapter or args.stage1_model_path
-    stored = vqa.trained_settings(source, device.type, {})[1]
-    four_bits = bool(adapter) and stored.load_in_4bit
+    four_bits = bool(adapter) and model_settings.load_in_4bit
     # Quantised from the dtype that training quantised from, so that the weights are those that the adapter knows.
-    base_dtype = getattr(torch, stored.dtype) if four_bits else dtype
-    changes |= {"device": device, "dtype": dtype, "base_dtype": base_dtype, "allow_pickle": args.allow_pickle}
+    base_dtype = getattr(torch, model_settings.dtype) if four_bits else dtype
+    changes |= prompt | {"device": device, "dtype": dtype, "base_dtype": base_dtype, "allow_pickle": args.allow_pickle}
     trained = vqa.load_trained(source, merge=False, **changes)
     if four_bits:
         vqa.dequantise(trained.model, dtype)
@@ -157,7 +173,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             "The adapter was trained on the base in 4 bits and goes into those weights, dequantised: the merged model "
             "answers as in training, and differs from the 16-bit base by the rounding to 4 bits as well"
         )
-    model, settings = trained.model, trained.settings if adapter else None
+    model = trained.model
+    if prompt and not settings:
+        inputs = dataclasses.replace(inputs, encoder_tokens=model.processor.encoder_tokens)
+        settings = {"model": dataclasses.asdict(model_settings), "input": dataclasses.asdict(inputs)}
     check_disk(output.parent, sum(p.numel() for p in model.parameters()) * dtype.itemsize)
     inputs = sample_inputs(model)
     if adapter:

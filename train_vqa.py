@@ -181,6 +181,25 @@ INSTRUCTION = "Answer the question concisely based on the visual and audio evide
 AUDIO_BOS, AUDIO_EOS = "<|audio_bos|>", "<|audio_eos|>"
 AUDIO_PAD, NEW_PAD = "<|audio_pad|>", "<|pad|>"
 STOP_TOKENS = ("<|im_end|>", "<|endoftext|>")
+
+
+@dataclass(frozen=True)
+class PromptLayout:
+    """The words of a prompt around speech, frames and instruction."""
+
+    opening: str  # without speech; with it `<|im_start|>user\n<|audio_bos|>` SPEECH `<|audio_eos|>\n` opens
+    before_frames: str  # between the speech and the frames
+    question: str  # in words, before the instruction
+    after_answer: str  # learned behind the stop token
+
+
+USER_TURN, SYSTEM_TEXT = "<|im_start|>user\n", "You are a helpful assistant.<|im_end|>\n<|im_start|>user\n"
+# plain: the published stage-2 checkpoint. chat: the public scripts, which render the chat template with its default
+# system turn and cut that turn's first three tokens off, so that the rest of it stands behind the speech.
+PROMPT_LAYOUTS = {
+    "plain": PromptLayout(USER_TURN, "", "Question: {}\n", ""),
+    "chat": PromptLayout(f"<|im_start|>system\n{SYSTEM_TEXT}", SYSTEM_TEXT, "User Question: {}\n", "\n"),
+}
 IGNORE_INDEX = -100  # torch's cross entropy leaves these labels out
 
 # Only the linear layers of the decoder: the same suffixes also occur in the Whisper encoder.
@@ -302,6 +321,11 @@ class ModelArguments:
         None,
         "Folder or hub id of a Whisper whose encoder is grafted onto a plain Qwen2-VL. None: the model brings its own.",
     )
+    adapter_path: str | None = flag(
+        None,
+        "Adapter that a new run starts from, with a fresh optimizer. Rank, alpha, prompt and trained parts are the "
+        "adapter's; its base and inputs too, where their flags are left out. None: a new adapter.",
+    )
     load_in_4bit: bool = flag(
         False,
         "Keep the decoder's linear layers in bitsandbytes' 4 bits (QLoRA): 16-bit weights are quantised as they load "
@@ -346,6 +370,7 @@ class ModelArguments:
     gpu_memory_limit_gib: float | None = flag(
         None, "Hard cap in GiB on this process's GPU memory, to rehearse a smaller card. None: no cap."
     )
+    base_seed: int | None = field(default=None, init=False)  # that drew the base of --adapter_path. None: --seed
 
     @property
     def padding_multiple(self) -> int:
@@ -384,6 +409,12 @@ class DataArguments:
         "audio",
         "How the question comes. audio: as speech. text: in the prompt. audio_text: both, so it need not listen.",
         list(INPUT_MODES),
+    )
+    prompt_layout: str | None = flag(
+        None,
+        "Words around speech and frames. plain: of the published stage-2 model. chat: of the public SurgViVQA-Audio "
+        "scripts. None: as the adapter or model that the run starts from was trained, else plain.",
+        list(PROMPT_LAYOUTS),
     )
     max_train_frames: int | None = flag(None, "Frames per clip in training, evenly sampled. None: all.")
     max_eval_frames: int | None = flag(6, "Frames per clip in evaluation, evenly sampled. 0: all.")
@@ -479,6 +510,8 @@ def parse_arguments(argv: Sequence[str]) -> tuple[ModelArguments, DataArguments,
         model_args, data_args, training_args = parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
     except (ValueError, ImportError) as error:  # TrainingArguments' own cross-checks, and packages that a flag needs
         raise VQAError(" ".join(str(error).split())) from error
+    if model_args.adapter_path:
+        start_from_adapter(model_args, data_args, training_args.resume_from_checkpoint, given)
     # --use_liger_kernel is that of the model: the Trainer's own is off
     flags = SimpleNamespace(**{**vars(training_args), **vars(data_args), **vars(model_args)})
     refuse_missing(flags, given)
@@ -488,6 +521,48 @@ def parse_arguments(argv: Sequence[str]) -> tuple[ModelArguments, DataArguments,
     refuse_surroundings(flags, training_args)
     data_args.max_eval_frames = data_args.max_eval_frames or None
     return model_args, data_args, training_args
+
+
+def start_from_adapter(
+    model_args: ModelArguments, data_args: DataArguments, resumed: str | None, given: set[str]
+) -> None:
+    """Set what --adapter_path decides: LoRA's shape and the trained parts; and base and inputs that are not `given`.
+
+    VQAError for flags that contradict the adapter, --resume_from_checkpoint (`resumed`) among them, and where it is
+    damaged or its prompt unknown.
+    """
+    path = Path(model_args.adapter_path)
+    if not (path / "adapter_config.json").is_file():
+        raise VQAError(f"--adapter_path {path}: holds no adapter (adapter_config.json, adapter_model.safetensors)")
+    refuse_damage(path)
+    config = read_adapter_config(path / "adapter_config.json")
+    saved = {str(name).rpartition(".")[2] for name in config.get("modules_to_save") or ()}
+    adopted = {"train_decoder": "lora", "lora_r": config["r"], "lora_alpha": config["lora_alpha"]}
+    adopted |= {f"train_{encoder}": name in saved for encoder, name in ENCODERS.items()}
+    asked = {**vars(model_args), **vars(data_args)}
+    for name, value in adopted.items():
+        if f"--{name}" in given and asked[name] != value:
+            raise VQAError(f"--{name} {asked[name]}: {path} was trained with {value}; leave the flag out")
+    handed_on = ("model_name_or_path", "init", "audio_encoder", *(f.name for f in fields(InputSettings)))
+    changes = {name: asked[name] for name in handed_on if f"--{name}" in given}
+    unsaid = {"max_eval_frames": data_args.max_eval_frames} if not (path / SETTINGS_FILE).is_file() else {}
+    settings, model, inputs = trained_settings(path, "cpu", unsaid | changes)
+    stored = {**asdict(model), **asdict(inputs)}
+    adopted |= {name: stored[name] for name in handed_on if name in asked}
+    model_args.base_seed = model.init_seed if settings else None
+    differing = []
+    for part in (model_args, data_args):
+        for f in fields(part):
+            if f.name in adopted:
+                setattr(part, f.name, adopted[f.name])
+                if adopted[f.name] != f.default:
+                    differing.append(f"--{f.name} {adopted[f.name] or 0}")
+    if (resumed or "false").lower() != "false":
+        raise VQAError(
+            "--adapter_path starts a new run, --resume_from_checkpoint goes on with one: leave one of them out (to go "
+            f"on with a run from {path}: --resume_from_checkpoint with {' '.join(differing)})"
+        )
+    print(f"   Starting from {path}, as with {' '.join(differing)}")
 
 
 def refuse_missing(flags: SimpleNamespace, given: set[str]) -> None:
@@ -540,6 +615,9 @@ def refuse_contradictions(flags: SimpleNamespace, given: set[str]) -> None:
         if Path(flags.model_name_or_path).resolve() == Path(flags.output_dir).resolve():
             message = "holds the base model, which the trained one would overwrite; name another folder"
             raise VQAError(f"--output_dir {flags.output_dir}: {message}")
+    elif flags.adapter_path and Path(flags.adapter_path).resolve() == Path(flags.output_dir).resolve():
+        message = "holds the adapter of --adapter_path, which the new one would overwrite; name another folder"
+        raise VQAError(f"--output_dir {flags.output_dir}: {message}")
 
 
 def refuse_surroundings(flags: SimpleNamespace, args: VQATrainingArguments) -> None:
@@ -1347,12 +1425,15 @@ class VQAProcessor:
         input_mode: str = "audio",
         audio_tokens: str = "full",
         frame_mode: str = "images",
+        prompt_layout: str = "plain",
     ):
         self.tokenizer, self.max_image_size, self.input_mode = tokenizer, max_image_size, input_mode
-        self.audio_tokens, self.frame_mode = audio_tokens, frame_mode
-        for name, choices in (("input_mode", INPUT_MODES), ("audio_tokens", AUDIO_TOKENS), ("frame_mode", FRAME_MODES)):
-            if getattr(self, name) not in choices:
-                raise VQAError(f"--{name} must be one of {', '.join(choices)}, not {getattr(self, name)!r}")
+        self.audio_tokens, self.frame_mode, self.prompt_layout = audio_tokens, frame_mode, prompt_layout
+        choices = {"input_mode": INPUT_MODES, "audio_tokens": AUDIO_TOKENS, "frame_mode": FRAME_MODES}
+        for name, known in (choices | {"prompt_layout": tuple(PROMPT_LAYOUTS)}).items():
+            if getattr(self, name) not in known:
+                raise VQAError(f"--{name} must be one of {', '.join(known)}, not {getattr(self, name)!r}")
+        self.layout = PROMPT_LAYOUTS[prompt_layout]
         audio, vision = audio_config_of(config), config.vision_config
         self.encoder_tokens = audio.max_source_positions
         self.context = config.text_config.max_position_embeddings
@@ -1399,19 +1480,24 @@ class VQAProcessor:
     def text_ids(self, question: str, answer: str | None) -> tuple[list[int], ...]:
         """Ids of the text before the speech, between speech and frames, and after the frames; and those learned."""
         words = self.tokenize
-        with_speech = self.input_mode != "text"
-        asked = words(f"Question: {question}\n", split_special_tokens=True) if self.input_mode != "audio" else []
+        layout, asked = self.layout, []
+        if self.input_mode != "audio":
+            asked = words(layout.question.format(question), split_special_tokens=True)
+        before, between = layout.opening, ""
+        if self.input_mode != "text":
+            before, between = USER_TURN + AUDIO_BOS, f"{AUDIO_EOS}\n{layout.before_frames}"
+        stop = f"<|im_end|>{layout.after_answer}"
         return (
-            words("<|im_start|>user\n" + AUDIO_BOS * with_speech),
-            words(AUDIO_EOS + "\n") if with_speech else [],
+            words(before),
+            words(between),
             asked + words(f"{INSTRUCTION}<|im_end|>\n<|im_start|>assistant\n"),
-            [] if answer is None else words(answer, split_special_tokens=True) + words("<|im_end|>"),
+            [] if answer is None else words(answer, split_special_tokens=True) + words(stop),
         )
 
     def build(
         self, question: str, vision_tokens: Sequence[int], audio_tokens: int, answer: str | None
     ) -> dict[str, torch.Tensor]:
-        """Token ids of one sample, in the layout of the published stage-2 checkpoint.
+        """Token ids of one sample, in the processor's prompt layout.
 
         Args:
             question: in words; only the text modes use it.
@@ -1420,8 +1506,9 @@ class VQAProcessor:
             answer: to be learned, or None for the prompt alone.
 
         Returns:
-            `input_ids`, `mm_token_type_ids` (0 text and speech, 1 image, 2 video) and `labels` (the answer and its
-            stop token; -100 elsewhere), each int64 [T]; `vision_at` and `speech_at`, int64 [n], where they go.
+            `input_ids`, `mm_token_type_ids` (0 text and speech, 1 image, 2 video) and `labels` (the answer, its stop
+            token and the layout's `after_answer`; -100 elsewhere), each int64 [T]; `vision_at` and `speech_at`, int64
+            [n], where they go.
         """
         before, between, after, learned = self.text_ids(question, answer)
         speech = [self.audio_id] * audio_tokens if self.input_mode != "text" else []
@@ -1533,9 +1620,9 @@ class VQAProcessor:
         mel = self.feature_extractor(speech, sampling_rate=SAMPLE_RATE, return_tensors="pt", padding="max_length")
         return mel["input_features"], torch.tensor([self.speech_tokens(len(speech))])
 
-    def count_tokens(self, row: VQARow, frame_paths: Sequence[Path]) -> int:
-        """Length of the training sample of `row`, from the headers of its frames; speech is decoded only if
-        `check_media` did not."""
+    def count_tokens(self, row: VQARow, frame_paths: Sequence[Path], with_answer: bool = True) -> int:
+        """Length of the sample of `row`, from the headers of its frames; speech is decoded only if `check_media` did
+        not."""
         vision_tokens, audio_tokens = [], 0
         for path in frame_paths:
             width, height = fit_size(upright_size(path), self.max_image_size)
@@ -1545,7 +1632,7 @@ class VQAProcessor:
             vision_tokens = [vision_tokens[0] * math.ceil(len(vision_tokens) / 2)]
         if self.input_mode != "text":
             audio_tokens = self.speech_tokens(row.speech_samples or speech_length(row.audio_path))
-        return self.length(row.question, vision_tokens, audio_tokens, row.answer)
+        return self.length(row.question, vision_tokens, audio_tokens, row.answer if with_answer else None)
 
 
 def pair_frames(pixels: torch.Tensor, grid: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -2026,6 +2113,8 @@ class SpeechMixin:
         def batch(answer: str | None) -> dict[str, torch.Tensor]:
             row = VQARow("answer()", 1, "", "", (), question or "", "", answer or "", "")
             sample = processor.make_sample(row, (), None, answer is not None, vision_features, speech_features)
+            behind = len(processor.tokenize(processor.layout.after_answer))  # the stop token ends an answer
+            sample["labels"][len(sample["labels"]) - behind :] = IGNORE_INDEX
             return {name: value.to(self.device) for name, value in collate([sample]).items()}
 
         inputs = batch(None)
@@ -2146,6 +2235,7 @@ class InputSettings:
     encoder_tokens: int | None = None  # outputs of the speech encoder for a full window
     frame_mode: str = "images"
     instruction: str = INSTRUCTION
+    prompt_layout: str = "plain"
 
 
 def from_stored(kind: type, stored: dict):
@@ -2815,8 +2905,11 @@ def check_base(model: SpeechMixin, adapter: Path) -> None:
         )
 
 
-def load_adapter(model: SpeechMixin, path: str | Path, *, allow_pickle: bool = False) -> PeftModel:
-    """`model`, changed in place, with the adapter of `path`, under transformers 4 or 5 names.
+def load_adapter(
+    model: SpeechMixin, path: str | Path, *, allow_pickle: bool = False, dropout: float | None = None
+) -> PeftModel:
+    """`model`, changed in place, with the adapter of `path`, under transformers 4 or 5 names, and its dropout or
+    another.
 
     Every tensor is accounted for: PEFT's own loader only warns of what is missing, and not of a missing projector.
     VQAError as `read_adapter` and `check_base`, and for tensors that do not fit.
@@ -2827,7 +2920,8 @@ def load_adapter(model: SpeechMixin, path: str | Path, *, allow_pickle: bool = F
     check_base(model, path)
     saved = {str(name).rpartition(".")[2] for name in config.get("modules_to_save") or ()}
     encoders = {encoder: name in saved for encoder, name in ENCODERS.items()}
-    peft_model = add_lora(model, config["r"], config["lora_alpha"], config.get("lora_dropout", 0.0), **encoders)
+    dropout = config.get("lora_dropout", 0.0) if dropout is None else dropout
+    peft_model = add_lora(model, config["r"], config["lora_alpha"], dropout, **encoders)
     stored = {f"base_model.model.{current_name(key)}": tensor for key, tensor in tensors.items()}
     wanted = get_peft_model_state_dict(peft_model, save_embedding_layers=False)
     shapes = [(name, stored[name].shape, tensor.shape) for name, tensor in wanted.items() if name in stored]
@@ -2874,8 +2968,11 @@ class Trained:
 def trained_settings(path: str | Path, device_type: str, changes: dict) -> tuple[dict, ModelSettings, InputSettings]:
     """What training saved in `path` ({} for a base), and the settings to answer with, `changes` applied.
 
+    An adapter of other code, which has no settings, needs `prompt_layout` and `max_eval_frames` among the `changes`.
+
     Raises:
-        VQAError: unreadable settings, or a model that was trained with another instruction.
+        VQAError: unreadable settings, a model that was trained with another instruction or layout, or an adapter whose
+            layout or base nobody says.
     """
     if unknown := changes.keys() - {f.name for kind in (ModelSettings, InputSettings) for f in fields(kind)}:
         raise TypeError(f"no fields of ModelSettings or InputSettings: {', '.join(sorted(unknown))}")
@@ -2891,8 +2988,32 @@ def trained_settings(path: str | Path, device_type: str, changes: dict) -> tuple
             f"{path}: trained with the instruction {inputs['instruction']!r}, this train_vqa.py asks {INSTRUCTION!r}; "
             "use the train_vqa.py that trained it"
         )
+    layout = inputs.get("prompt_layout", "plain")
+    if settings and changes.get("prompt_layout", layout) != layout:
+        raise VQAError(f"--prompt_layout {changes['prompt_layout']}: {path} was trained with {layout}; leave it out")
+    if (folder / "adapter_config.json").is_file() and not settings:
+        refuse_unsaid_layout(path, changes)
+        model = {"model_name_or_path": changes.get("model_name_or_path") or base_of_adapter(folder)}
     model = {"model_name_or_path": DEFAULT_MODEL, "dtype": "float32" if device_type == "cpu" else "bfloat16"} | model
     return settings, from_stored(ModelSettings, model | changes), from_stored(InputSettings, inputs | changes)
+
+
+def refuse_unsaid_layout(path: str | Path, said: Iterable[str]) -> None:
+    """VQAError where the prompt of a trained model without SETTINGS_FILE is not among the settings that are `said`."""
+    if lacking := [f"--{name}" for name in ("prompt_layout", "max_eval_frames") if name not in said]:
+        raise VQAError(
+            f"{path}: has no {SETTINGS_FILE} to tell the prompt that it was trained on, so {' and '.join(lacking)} "
+            "must be given: chat and 8 for what the public SurgViVQA-Audio scripts trained, plain for the layout of "
+            "the published stage-2 model"
+        )
+
+
+def base_of_adapter(folder: Path) -> str:
+    """The base that an adapter of other code names, if it is here; VQAError where it names one that is not."""
+    base = read_config(folder / "adapter_config.json").get("base_model_name_or_path") or DEFAULT_MODEL
+    if base != DEFAULT_MODEL and not Path(base).is_dir():
+        raise VQAError(f"{folder}: its base was {base}, no folder here; name the base with --model_name_or_path")
+    return base
 
 
 def load_trained(
@@ -2924,8 +3045,7 @@ def load_trained(
     device = torch.device(device)
     adapter = (Path(path) / "adapter_config.json").is_file()
     settings, model_settings, input_settings = trained_settings(path, device.type, changes)
-    if (Path(path) / MANIFEST_FILE).is_file() and (damage := find_damage(path)):
-        raise VQAError(f"{path}: {damage}; take a complete checkpoint-N")
+    refuse_damage(path)
     drawn_on = device.type
     if model_settings.init == "random" and model_settings.init_device:
         drawn_on = model_settings.init_device
@@ -2954,7 +3074,7 @@ def load_trained(
         round_weights(part, dtype)
     if merged and dtype == torch.float32:  # after widening, so that nothing is rounded
         model = merge_adapter(model)
-    names = ("max_image_size", "input_mode", "audio_tokens", "frame_mode")
+    names = ("max_image_size", "input_mode", "audio_tokens", "frame_mode", "prompt_layout")
     model.processor = VQAProcessor(tokenizer, model.config, **{name: getattr(input_settings, name) for name in names})
     if input_settings.encoder_tokens not in (None, model.processor.encoder_tokens):
         raise VQAError(
@@ -3168,18 +3288,24 @@ def resolved_settings(
 ) -> dict:
     """All that training chose, as JSON: `model` and `input` are what evaluation repeats, the rest is for the record."""
     given = {**vars(model_args), **vars(data_args)}
-    model = given | {"init_seed": training_args.seed, "init_device": training_args.device.type}
+    model = given | {"init_seed": training_args.seed if model_args.base_seed is None else model_args.base_seed}
+    model |= {"init_device": training_args.device.type}
     model |= {"dtype": str(training_args.compute_dtype).removeprefix("torch."), "base_fingerprint": base_fingerprint}
     trained_parts = {"decoder": model_args.train_decoder, **{name: given[f"train_{name}"] for name in ENCODERS}}
     lora = {name: given[f"lora_{name}"] for name in ("r", "alpha", "dropout")}
     packages = ["torch", "transformers", "peft", "accelerate", "pillow", "torchaudio", "av"]
     packages += ["bitsandbytes"] * model_args.load_in_4bit
+    origin = {}
+    if adapter := model_args.adapter_path:
+        digest = sha256_of(Path(adapter) / "adapter_model.safetensors")
+        origin = {"started_from": {"adapter_path": adapter, "sha256": digest}}
     return {
         "model": asdict(from_stored(ModelSettings, model)),
         "input": asdict(from_stored(InputSettings, given | {"encoder_tokens": processor.encoder_tokens})),
         # Compiled layers draw dropout from other random numbers, and Liger's round otherwise.
         "trained": trained_parts | {name: given[name] for name in ("compile_layers", "use_liger_kernel")},
         "lora": lora if model_args.train_decoder == "lora" else {},
+        **origin,
         "tokens": {
             "pad": processor.tokenizer.pad_token_id,
             "audio": processor.audio_id,
@@ -3310,6 +3436,12 @@ def find_damage(folder: str | Path, needed: Sequence[str] = ()) -> str | None:
     return None
 
 
+def refuse_damage(folder: str | Path) -> None:
+    """VQAError where a folder with a manifest is not as it was saved."""
+    if (Path(folder) / MANIFEST_FILE).is_file() and (damage := find_damage(folder)):
+        raise VQAError(f"{folder}: {damage}; take a complete checkpoint-N")
+
+
 def checkpoints_of(folder: str | Path) -> dict[int, Path]:
     """The `checkpoint-N` folders of a run by N, newest first, complete or not."""
     found = {int(p.name[11:]): p for p in Path(folder).glob("checkpoint-*") if re.fullmatch(r"\d+", p.name[11:])}
@@ -3353,7 +3485,8 @@ def find_checkpoint(args: VQATrainingArguments) -> Path | None:
 
 
 def refuse_other_settings(checkpoint: Path, settings: dict) -> None:
-    """VQAError where a run would resume from a checkpoint of another model, input, LoRA shape, schedule or data.
+    """VQAError where a run would resume from a checkpoint of another model, input, LoRA shape, schedule or data; takes
+    over into `settings` which adapter the run started from.
 
     The optimizer's state brings its learning rate along, so that another --learning_rate would be ignored.
     """
@@ -3362,6 +3495,7 @@ def refuse_other_settings(checkpoint: Path, settings: dict) -> None:
         (*ENCODERS, "compile_layers", "use_liger_kernel"), False
     )  # defaults for settings files without these keys
     stored["trained"] = once | {"decoder": "lora"} | stored.get("trained", {})
+    stored["input"] = {"prompt_layout": "plain"} | stored["input"]  # likewise
     fixed = {part: settings[part].keys() - {"max_eval_frames"} for part in ("model", "input", "trained", "lora")}
     fixed["training"] = {"learning_rate", "lr_scheduler_type", "optim", "weight_decay", "seed"}
     fixed["training"] |= {"per_device_train_batch_size", "gradient_accumulation_steps"}
@@ -3375,6 +3509,8 @@ def refuse_other_settings(checkpoint: Path, settings: dict) -> None:
             if stored.get(part, {}).get(name) != settings[part][name]
         ]
     )
+    if "started_from" in stored:
+        settings["started_from"] = stored["started_from"]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -3932,7 +4068,8 @@ def build_model(
     print(f"⏳ Loading merged {precision} model with {kernel} attention...")
     tokenizer = load_tokenizer(args.model_name_or_path)
     names = ("init", "attn_implementation", "audio_encoder", "load_in_4bit")
-    options = {name: getattr(args, name) for name in names} | {"seed": training_args.seed, "device": device}
+    options = {name: getattr(args, name) for name in names} | {"device": device}
+    options["seed"] = training_args.seed if args.base_seed is None else args.base_seed
     options |= {"dtype": torch.float32 if full else dtype, "compute_dtype": dtype}
     model = load_model(args.model_name_or_path, tokenizer, **options)
     print("✓ Model built without weights" if on_meta else f"✓ Model loaded in full {precision}")
@@ -3944,12 +4081,24 @@ def build_model(
         trained = train_fully(model, dtype, **encoders)
     else:
         print("🧠 Adding LoRA Adapters...")
-        with torch.device(device):
-            trained = add_lora(model, args.lora_r, args.lora_alpha, args.lora_dropout, **encoders)
+        if args.adapter_path and not on_meta:
+            trained = load_adapter(model, args.adapter_path, dropout=args.lora_dropout)
+        else:
+            with torch.device(device):
+                trained = add_lora(model, args.lora_r, args.lora_alpha, args.lora_dropout, **encoders)
         if training_args.bf16:
             skip_input_casts(trained)
     print_trainable_parameters(trained)
     return model, trained, tokenizer, base_fingerprint
+
+
+def choose_layout(base: str, asked: str | None) -> str:
+    """The prompt layout to train: that `asked` for, else that of the base if it was trained here, else plain."""
+    folder = resolve_model_dir(base)
+    stored = load_settings(folder)["input"] if (folder / SETTINGS_FILE).is_file() else {}
+    layout = asked or stored.get("prompt_layout", "plain")
+    print(f"   Prompt layout: {layout}" + ("" if asked else " (--prompt_layout names another)"))
+    return layout
 
 
 def build_datasets(
@@ -4058,8 +4207,12 @@ def train(
 
     # 3. Model and datasets
     device = "meta" if data_args.dry_run else training_args.device
+    if checkpoint and "started_from" in (stored := load_settings(checkpoint)):
+        model_args.base_seed = stored["model"]["init_seed"]
     model, trained, tokenizer, base_fingerprint = build_model(model_args, training_args, device)
-    inputs = {name: getattr(data_args, name) for name in ("max_image_size", "input_mode", "audio_tokens", "frame_mode")}
+    data_args.prompt_layout = choose_layout(model_args.model_name_or_path, data_args.prompt_layout)
+    names = ("max_image_size", "input_mode", "audio_tokens", "frame_mode", "prompt_layout")
+    inputs = {name: getattr(data_args, name) for name in names}
     processor = VQAProcessor(tokenizer, model.config, **inputs)
     datasets = build_datasets(train_rows, eval_rows, processor, data_args)
 

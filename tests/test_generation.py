@@ -203,6 +203,8 @@ def test_the_base_alone_and_the_same_weights_as_a_full_model(evaluate, base, tin
     folder = shutil.copytree(tiny, tmp_path / "full")
     tokenizer.save_pretrained(folder)
     save_file(dict(base.named_parameters()), folder / "model.safetensors")
+    assert "zero-shot in the prompt layout plain" in result.out
+    flags = (*flags, "--prompt_layout", "plain")  # of such a model nothing tells whether it was trained
     assert evaluate(*flags, checkpoint=folder, name="full").rows == result.rows
     complaint = refused(evaluate(*zero_shot[:2], checkpoint=folder, name="both"))
     assert complaint.startswith(f"--checkpoint_path {folder} ") and "--model_name_or_path" in complaint

@@ -178,6 +178,7 @@ def test_progress_lines_are_the_seeds_and_settings_say_what_evaluation_must_repe
         "encoder_tokens": 200,
         "frame_mode": "images",
         "instruction": "Answer the question concisely based on the visual and audio evidence.",
+        "prompt_layout": "plain",
     }  # fmt: skip
     model = settings["model"]
     assert (model["init"], model["init_seed"], model["dtype"]) == ("random", 1, "bfloat16")

@@ -230,6 +230,7 @@ def test_an_adapter_brings_its_encoders_along_apart_folded_and_merged(adapter, f
     shutil.copytree(tiny, tmp_path / "base")
     save_file({name: p.detach() for name, p in base.named_parameters()}, tmp_path / "base/model.safetensors")
     paths = ["--stage1_model_path", str(tmp_path / "base"), "--stage2_adapter_path", str(folder)]
+    paths += ["--prompt_layout", "plain", "--max_eval_frames", "0"]
     assert merge.main([*paths, "--output_path", str(tmp_path / "out"), "--device", "cpu"]) == 0
     merged = load_file(tmp_path / "out/model.safetensors")
     assert len(encoders) == 31 + 37
