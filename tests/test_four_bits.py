@@ -92,7 +92,7 @@ def test_a_run_in_4_bits_goes_on_as_if_undisturbed_and_has_the_losses_of_16_bits
     sixteen = vqa.load_settings(runs.sixteen)["model"]
     assert (model["load_in_4bit"], model["base_fingerprint"]) == (True, sixteen["base_fingerprint"])
     one, other = losses(runs.straight), losses(runs.sixteen)
-    assert one != other and one == pytest.approx(other, rel=0.03)
+    assert one != other and one == pytest.approx(other, rel=0.05)
     assert one[-1] < one[0]
 
 
@@ -122,6 +122,21 @@ def test_merging_takes_the_dequantised_weights_and_says_so(runs, tiny, tmp_path,
     assert not merged.settings["model"]["load_in_4bit"]
     found, wanted = (last_logits(trained.model, batch) for trained in (merged, in_memory))
     assert (found - wanted).norm() < 1e-3 * wanted.norm()
+
+
+@needs_bitsandbytes
+def test_the_estimate_of_memory_counts_4_bits(fresh, tiny, tokenizer):
+    """Half a byte a weight and 1/64 for its scale, on the meta device as of the real layers."""
+    found = []
+    for four, device in ((True, "meta"), (True, "cpu"), (False, "cpu")):
+        model = fresh(load_in_4bit=four, device=device, dtype=torch.bfloat16)
+        with torch.device(device):
+            vqa.add_lora(model, r=4)
+        args = vqa.ModelArguments(load_in_4bit=four, lora_r=4)
+        found.append(vqa.estimate_memory(model, 100, args, torch.bfloat16, False, 1)["weights"])
+    linear = sum(p.numel() for name, p in model.named_parameters() if ".base_layer.weight" in name)
+    assert found[0] == found[1]
+    assert found[2] - found[0] == pytest.approx((2 - 0.5 - 1 / 64) * linear, rel=1e-3)
 
 
 @pytest.mark.slow
