@@ -233,7 +233,9 @@ class Worker:
     def full_model(self, name: str) -> dict:
         """A model folder that OLD wrote: its weights in memory, and its answers."""
         flags = ["--max_image_size", 56, "--max_eval_frames", 4, "--dtype", "float32"]
-        answers = self.answers(f"of {name}", "--checkpoint_path", self.shared / name, *flags)
+        base = not (self.shared / name / "vqa_settings.json").is_file()  # a trained model would have to say its prompt
+        subject = "--model_name_or_path" if base else "--checkpoint_path"
+        answers = self.answers(f"of {name}", subject, self.shared / name, *flags)
         return self.loaded(self.shared / name) | answers
 
     def full_size(self) -> dict:
