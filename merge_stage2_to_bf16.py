@@ -136,6 +136,48 @@ def check_written(
         )
 
 
+def read_settings(args, source: str, device: torch.device, changes: dict) -> tuple[dict, dict, object, object]:
+    """(what the flags say of the prompt, the settings of `source`, its ModelSettings, its InputSettings).
+
+    VQAError where the two contradict each other, or the flags tell half.
+    """
+    prompt = {"prompt_layout": args.prompt_layout} if args.prompt_layout else {}
+    if args.max_eval_frames is not None:
+        prompt["max_eval_frames"] = args.max_eval_frames or None
+    settings, model_settings, inputs = vqa.trained_settings(source, device.type, changes | prompt)
+    if settings and inputs.max_eval_frames != settings["input"].get("max_eval_frames", 6):
+        raise vqa.VQAError(f"--max_eval_frames {args.max_eval_frames}: {source} has settings of its own; leave it out")
+    if prompt and not settings:
+        vqa.refuse_unsaid_layout(source, prompt)
+    return prompt, settings, model_settings, inputs
+
+
+def write_merged(
+    model: torch.nn.Module, settings: dict, args, dtype: torch.dtype, device: torch.device, logits: torch.Tensor
+) -> None:
+    """Write the model beside --output_path and read it back; only then does it get its name."""
+    output = args.output_path.absolute()
+    partial = output.with_name(f".{output.name}.{os.getpid()}.incomplete")
+    partial.mkdir()
+    try:
+        print(f"Writing {output}")
+        vqa.write_weights(model, partial)
+        base = vqa.resolve_model_dir(args.stage1_model_path)
+        vqa.write_config_and_tokenizer(model, model.processor.tokenizer, base, partial)
+        identity = vqa.fingerprint(model)
+        if settings:
+            write_settings(settings, output, args.dtype, identity, partial)
+        for path in [*partial.iterdir(), partial]:  # a power cut must not leave a finished name on truncated files
+            vqa.sync(path)
+        vocab = model.processor.tokenizer.get_vocab()
+        model.to("meta")  # two models at a time may not fit
+        check_written(partial, vocab, dtype, device, identity, logits)
+        partial.rename(output)
+        vqa.sync(output.parent)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Merge as the flags say; returns the exit status."""
     # 1. Arguments, and all that can be refused before weights are read
@@ -151,14 +193,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     changes |= {"audio_encoder": args.audio_encoder} if args.audio_encoder else {}
     changes |= {"init_seed": args.seed} if args.seed is not None else {}
     source = adapter or args.stage1_model_path
-    prompt = {"prompt_layout": args.prompt_layout} if args.prompt_layout else {}
-    if args.max_eval_frames is not None:
-        prompt["max_eval_frames"] = args.max_eval_frames or None
-    settings, model_settings, inputs = vqa.trained_settings(source, device.type, changes | prompt)
-    if settings and inputs.max_eval_frames != settings["input"].get("max_eval_frames", 6):
-        raise vqa.VQAError(f"--max_eval_frames {args.max_eval_frames}: {source} has settings of its own; leave it out")
-    if prompt and not settings:
-        vqa.refuse_unsaid_layout(source, prompt)
+    prompt, settings, model_settings, inputs = read_settings(args, source, device, changes)
 
     # 2. Load, merge, and answer one sample before and after
     print(f"Loading {args.stage1_model_path} on {device} in {args.dtype}")
@@ -191,25 +226,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     merged = sample_logits(model, inputs)
 
     # 3. Write beside the output, read back, and only then give it its name
-    partial = output.with_name(f".{output.name}.{os.getpid()}.incomplete")
-    partial.mkdir()
-    try:
-        print(f"Writing {output}")
-        vqa.write_weights(model, partial)
-        base = vqa.resolve_model_dir(args.stage1_model_path)
-        vqa.write_config_and_tokenizer(model, model.processor.tokenizer, base, partial)
-        identity = vqa.fingerprint(model)
-        if settings:
-            write_settings(settings, output, args.dtype, identity, partial)
-        for path in [*partial.iterdir(), partial]:  # a power cut must not leave a finished name on truncated files
-            vqa.sync(path)
-        vocab = model.processor.tokenizer.get_vocab()
-        del model, trained
-        check_written(partial, vocab, dtype, device, identity, merged)
-        partial.rename(output)
-        vqa.sync(output.parent)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+    del trained
+    write_merged(model, settings, args, dtype, device, merged)
     print("Read back: every answer to the sample is that of the model in memory")
     if adapter:
         print(compare(before, live, merged, dtype))

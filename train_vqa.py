@@ -2399,14 +2399,7 @@ def load_model(
     if not random_weights and (not on_meta or any(folder.glob("model*.safetensors"))):
         model = read_model(folder, config, device, audio_encoder, load_in_4bit, allow_pickle, **options)
     else:
-        with torch.random.fork_rng(), device:
-            torch.manual_seed(seed)
-            model = MODEL_CLASSES[config.model_type]._from_config(config, **options)
-        if load_in_4bit and not on_meta:
-            with tempfile.TemporaryDirectory() as drawn:
-                write_weights(model, Path(drawn))
-                model.config.save_pretrained(drawn)
-                model = read_model(Path(drawn), config, device, None, True, False, **options)
+        model = draw_model(config, seed, device, load_in_4bit, **options)
     if audio_encoder and not (random_weights or on_meta):
         graft_encoder(model, audio_encoder, allow_pickle, seed)
     if attn_implementation == "sdpa":
@@ -2417,6 +2410,19 @@ def load_model(
         eos_token_id=stop_token_ids(tokenizer), pad_token_id=tokenizer.pad_token_id
     )
     return model.requires_grad_(False).eval()
+
+
+def draw_model(config: Qwen2VLConfig, seed: int, device: torch.device, load_in_4bit: bool, **options) -> SpeechMixin:
+    """A model with random weights; in 4 bits it goes through a temporary folder, as large as the model."""
+    with torch.random.fork_rng(), device:
+        torch.manual_seed(seed)
+        model = MODEL_CLASSES[config.model_type]._from_config(config, **options)
+    if not load_in_4bit or device.type == "meta":
+        return model
+    with tempfile.TemporaryDirectory() as drawn:
+        write_weights(model, Path(drawn))
+        model.config.save_pretrained(drawn)
+        return read_model(Path(drawn), config, device, None, True, False, **options)
 
 
 def check_attention(name: str, dtype: torch.dtype) -> None:
@@ -2536,6 +2542,29 @@ def load_with_report(model_class: type, folder: Path, **options) -> tuple[nn.Mod
         transformers_logging.enable_progress_bar()
 
 
+def check_speech_encoder(folder: Path, keys: Sequence[str], audio_encoder: str | Path | None) -> None:
+    """VQAError for a folder without speech encoder where none is named, or with its own beside one that is named."""
+    own_encoder = not keys or any(key.startswith("audio_encoder.") for key in keys)
+    if own_encoder and audio_encoder:
+        raise VQAError(f"{folder}: brings its own speech encoder (audio_encoder.*); leave --audio_encoder out")
+    if not own_encoder and not audio_encoder:
+        raise VQAError(
+            f"{folder}: holds no audio_encoder.* tensors, so it is a plain Qwen2-VL that cannot hear; name a Whisper "
+            "whose encoder it gets: --audio_encoder openai/whisper-large-v3-turbo (the projector then starts untrained)"
+        )
+
+
+def nf4_config(dtype: torch.dtype) -> BitsAndBytesConfig:
+    """Quantise the decoder's linear layers as they load: NF4, double quantisation, computed in `dtype`."""
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
+        llm_int8_skip_modules=list(SIXTEEN_BIT_PARTS),
+    )
+
+
 def read_model(
     folder: Path,
     config: Qwen2VLConfig,
@@ -2553,14 +2582,7 @@ def read_model(
     that do not fit.
     """
     keys = stored_keys(folder, allow_pickle)
-    own_encoder = not keys or any(key.startswith("audio_encoder.") for key in keys)
-    if own_encoder and audio_encoder:
-        raise VQAError(f"{folder}: brings its own speech encoder (audio_encoder.*); leave --audio_encoder out")
-    if not own_encoder and not audio_encoder:
-        raise VQAError(
-            f"{folder}: holds no audio_encoder.* tensors, so it is a plain Qwen2-VL that cannot hear; name a Whisper "
-            "whose encoder it gets: --audio_encoder openai/whisper-large-v3-turbo (the projector then starts untrained)"
-        )
+    check_speech_encoder(folder, keys, audio_encoder)
     packed: dict[str, set[str]] = {}
     for match in filter(None, map(FOUR_BIT_KEY.fullmatch, keys)):
         packed.setdefault(match[1], set()).add(match[2])
@@ -2573,13 +2595,7 @@ def read_model(
     if packed and device.type == "meta":
         return model_class(config).to(device, options["dtype"])
     if quantised:
-        options["quantization_config"] = BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=options["dtype"],
-            llm_int8_skip_modules=list(SIXTEEN_BIT_PARTS),
-        )
+        options["quantization_config"] = nf4_config(options["dtype"])
     if packed:
         config.quantization_config = quantization_of(folder, keys, packed, options["dtype"])
     options |= {"config": config, "key_mapping": KEY_MAPPING, "use_safetensors": bool(keys), "device_map": {"": device}}
@@ -3016,6 +3032,17 @@ def base_of_adapter(folder: Path) -> str:
     return base
 
 
+def drawing_device(path: str | Path, model_settings: ModelSettings, device_type: str) -> str:
+    """The device type on which the base is read, or drawn as in training; VQAError where that one is not here."""
+    drawn_on = (model_settings.init == "random" and model_settings.init_device) or device_type
+    if drawn_on not in ("cpu", device_type):
+        raise VQAError(
+            f"{path}: its random base was drawn on {drawn_on}, and {device_type} draws other numbers; evaluate it on a "
+            f"machine with {drawn_on}"
+        )
+    return drawn_on
+
+
 def load_trained(
     path: str | Path,
     *,
@@ -3046,14 +3073,7 @@ def load_trained(
     adapter = (Path(path) / "adapter_config.json").is_file()
     settings, model_settings, input_settings = trained_settings(path, device.type, changes)
     refuse_damage(path)
-    drawn_on = device.type
-    if model_settings.init == "random" and model_settings.init_device:
-        drawn_on = model_settings.init_device
-    if drawn_on not in ("cpu", device.type):
-        raise VQAError(
-            f"{path}: its random base was drawn on {drawn_on}, and {device.type} draws other numbers; evaluate it on a "
-            f"machine with {drawn_on}"
-        )
+    drawn_on = drawing_device(path, model_settings, device.type)
     dtype = dtype or getattr(torch, model_settings.dtype)
     base_dtype = base_dtype or (getattr(torch, model_settings.dtype) if adapter else dtype)
     own_tokenizer = not adapter or (Path(path) / "tokenizer.json").is_file()
