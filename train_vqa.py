@@ -632,6 +632,8 @@ def refuse_surroundings(flags: SimpleNamespace, args: VQATrainingArguments) -> N
         return
     if flags.load_in_4bit or "bnb" in args.optim:
         check_bitsandbytes("--load_in_4bit" if flags.load_in_4bit else f"--optim {args.optim.value}")
+    if "bnb" in args.optim and args.device.type == "cpu":
+        raise VQAError(f"--optim {args.optim.value}: bitsandbytes' optimizers need a GPU; leave the flag out")
     if (count := max(args.n_gpu, args.world_size)) > 1:
         raise VQAError(
             f"{count} GPUs are to be used, and this script trains on one: start it by itself (not by torchrun or "

@@ -157,3 +157,9 @@ def test_without_bitsandbytes_or_with_one_not_tested_the_flag_says_what_to_insta
     monkeypatch.setattr(vqa, "BITSANDBYTES", "bitsandbytes>=99")
     message = refusal(fresh, load_in_4bit=True)
     assert len(message.splitlines()) == 1 and "pip install 'bitsandbytes>=99'" in message
+
+
+@needs_bitsandbytes
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="there it works")
+def test_an_optimizer_of_bitsandbytes_is_refused_on_a_cpu(train, tmp_path, no_weights):
+    assert "--optim adamw_bnb_8bit" in refusal(train, tmp_path / "out", "--optim", "adamw_bnb_8bit")
