@@ -1345,6 +1345,8 @@ def choose_model(args: argparse.Namespace, device: Any) -> ModelChoice:
         vqa.check_bitsandbytes("--load_in_4bit")
     if adapter and model.load_in_4bit and not args.no_merge:
         print(f"   {path}: the base is kept in 4 bits, into which no adapter is merged; it stays unmerged")
+    if adapter and stored.get("model", {}).get("load_in_4bit") and not model.load_in_4bit:
+        print(f"   {path}: trained on the base in 4 bits, asked on it in 16: other answers than in training")
     merged = adapter and not model.load_in_4bit and not args.no_merge
     return ModelChoice(path, adapter, model, inputs, changes, patterns, dtype, merged)
 

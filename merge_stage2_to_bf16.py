@@ -142,6 +142,8 @@ def read_settings(args, source: str, device: torch.device, changes: dict) -> tup
     VQAError where the two contradict each other, or the flags tell half.
     """
     prompt = {"prompt_layout": args.prompt_layout} if args.prompt_layout else {}
+    if args.max_eval_frames is not None and args.max_eval_frames < 0:
+        raise vqa.VQAError(f"--max_eval_frames {args.max_eval_frames}: must be 0 (all frames) or more")
     if args.max_eval_frames is not None:
         prompt["max_eval_frames"] = args.max_eval_frames or None
     settings, model_settings, inputs = vqa.trained_settings(source, device.type, changes | prompt)
@@ -200,7 +202,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     four_bits = bool(adapter) and model_settings.load_in_4bit
     # Quantised from the dtype that training quantised from, so that the weights are those that the adapter knows.
     base_dtype = getattr(torch, model_settings.dtype) if four_bits else dtype
-    changes |= prompt | {"device": device, "dtype": dtype, "base_dtype": base_dtype, "allow_pickle": args.allow_pickle}
+    dtypes = {"dtype": base_dtype, "base_dtype": base_dtype}
+    changes |= prompt | dtypes | {"device": device, "allow_pickle": args.allow_pickle}
     trained = vqa.load_trained(source, merge=False, **changes)
     if four_bits:
         vqa.dequantise(trained.model, dtype)

@@ -124,6 +124,9 @@ AUDIO_EXTENSIONS = (".mp3", ".wav", ".flac", ".ogg", ".m4a", ".webm", ".opus", "
 # How a file begins, what it then is, and FFmpeg's reader for it where it is sound. A named reader keeps FFmpeg from its
 # others: a playlist, say, would open further files.
 KINDS = (
+    (rb"\xff\xfe[^\0]\0|\xfe\xff\0[^\0]", "UTF-16 text", None),
+    (rb"....ftyp(heic|heix|mif1|msf1|avif|avis)", "a HEIC or AVIF image", None),
+    (rb"GIF8", "a GIF image", None),
     (rb"(RIFF|RF64)....WAVE", "a WAV", "wav"),
     (rb"fLaC", "a FLAC", "flac"),
     (rb"OggS", "an Ogg", "ogg"),
@@ -157,7 +160,7 @@ MP3_KBPS = (
     (32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320),
 )
 # Media that passed under others are decoded again; raise the number when decode_frame or decode_audio refuse more.
-CHECKED_BY = f"checks 2, Pillow {PIL_VERSION}, av {av.__version__}"
+CHECKED_BY = f"checks 3, Pillow {PIL_VERSION}, av {av.__version__}"
 MAX_REMEMBERED = 500_000  # files that passed, about 100 bytes each
 SPEECH_KEPT = 64  # files whose mel each loader worker keeps: 98 MB in 128 bins
 MAX_KNOWN_TEXTS = 10_000  # tokenised pieces of prompts and answers, a few MB
@@ -216,6 +219,9 @@ ACTIVATION_MEMORY_BUDGET = 0.5
 # (0.15 s; a step takes 0.76 s). Of 14 lengths in 50 questions, 16 leaves 2 (0.2 % more tokens) and 64 leaves 1 (1.1 %).
 PADDING_MULTIPLE = 16
 # 0.46 is the first that transformers takes. Newer ones than were tested may store or compute otherwise.
+BITSANDBYTES_OPTIMIZER = re.compile(
+    r"paged_\w+|(adamw|ademamix|lion)_8bit|ademamix|lion_32bit|adamw_bnb_8bit|rmsprop_bnb\w*"
+)
 BITSANDBYTES = "bitsandbytes>=0.46.1,<0.51"
 LIGER = "liger-kernel>=0.8"  # whose SwiGLU takes a factor for the gate and one for the product
 GIB = 2**30
@@ -244,6 +250,7 @@ SHARD_BYTES = 5 * 10**9  # a file of weights
 # Files of the base that other programs ask for and this project does not; none of them holds weights or code.
 COPIED_FILES = ("preprocessor_config.json", "video_preprocessor_config.json")
 COPIED_FILES += ("chat_template.json", "chat_template.jinja")
+STARTED_FILE = "started_from_adapter"  # in --output_dir: a run without checkpoint must not resume on the bare base
 SETTINGS_FILE = "vqa_settings.json"
 RECORDED = ("_path", "_dir", "_pattern", "_samples", "_features")  # how flags end that its section `data` holds
 # Fields of an adapter_config.json that `load_adapter` reads, or that show in the names of the adapter's tensors.
@@ -543,10 +550,10 @@ def start_from_adapter(
     for name, value in adopted.items():
         if f"--{name}" in given and asked[name] != value:
             raise VQAError(f"--{name} {asked[name]}: {path} was trained with {value}; leave the flag out")
-    handed_on = ("model_name_or_path", "init", "audio_encoder", *(f.name for f in fields(InputSettings)))
+    handed_on = ["model_name_or_path", "init", "audio_encoder", "load_in_4bit"]
+    handed_on += [f.name for f in fields(InputSettings)]
     changes = {name: asked[name] for name in handed_on if f"--{name}" in given}
-    unsaid = {"max_eval_frames": data_args.max_eval_frames} if not (path / SETTINGS_FILE).is_file() else {}
-    settings, model, inputs = trained_settings(path, "cpu", unsaid | changes)
+    settings, model, inputs = trained_settings(path, "cpu", changes)
     stored = {**asdict(model), **asdict(inputs)}
     adopted |= {name: stored[name] for name in handed_on if name in asked}
     model_args.base_seed = model.init_seed if settings else None
@@ -630,9 +637,10 @@ def refuse_surroundings(flags: SimpleNamespace, args: VQATrainingArguments) -> N
         check_liger(args.device.type)
     if flags.dry_run or flags.check_data:
         return
-    if flags.load_in_4bit or "bnb" in args.optim:
+    by_bitsandbytes = BITSANDBYTES_OPTIMIZER.fullmatch(args.optim.value)
+    if flags.load_in_4bit or by_bitsandbytes:
         check_bitsandbytes("--load_in_4bit" if flags.load_in_4bit else f"--optim {args.optim.value}")
-    if "bnb" in args.optim and args.device.type == "cpu":
+    if by_bitsandbytes and args.device.type == "cpu":
         raise VQAError(f"--optim {args.optim.value}: bitsandbytes' optimizers need a GPU; leave the flag out")
     if (count := max(args.n_gpu, args.world_size)) > 1:
         raise VQAError(
@@ -1000,8 +1008,8 @@ def check_media(rows: Iterable[VQARow]) -> list[Problem]:
     known, state_of = read_passed(), {}
     for path in users:
         stat = os.stat(path)
-        state_of[os.path.abspath(path)] = [stat.st_size, stat.st_mtime_ns, stat.st_ino]
-    passed = {name: known[name] for name, state in state_of.items() if known.get(name, [])[:3] == state}
+        state_of[os.path.abspath(path)] = [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino]
+    passed = {name: known[name] for name, state in state_of.items() if known.get(name, [])[:4] == state}
     waiting = {path: name for path, name in zip(users, state_of, strict=True) if name not in passed}
     unchanged = len(passed)
 
@@ -1032,7 +1040,7 @@ def check_media(rows: Iterable[VQARow]) -> list[Problem]:
     for (path, using), name in zip(users.items(), state_of, strict=True):
         for row in using:
             if path == row.audio_path and name in passed:
-                row.speech_samples = passed[name][3]
+                row.speech_samples = passed[name][4]
     return problems
 
 
@@ -1046,7 +1054,7 @@ def read_passed() -> dict[str, list[int]]:
     is missing or damaged."""
     try:
         stored = json.loads(passed_file().read_bytes())
-        usable = stored["checked_by"] == CHECKED_BY and all(len(state) == 4 for state in stored["files"].values())
+        usable = stored["checked_by"] == CHECKED_BY and all(len(state) == 5 for state in stored["files"].values())
         return stored["files"] if usable else {}
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
         return {}
@@ -1194,7 +1202,9 @@ def sound_png(data: bytes) -> bytes:
         if end <= len(data) and zlib.crc32(data[at + 4 : end - 4]) == int.from_bytes(stated, "big"):
             kept.append(data[at:end])
         elif name[:1].isupper() or name == b"tRNS":
-            raise ValueError("it is cut off" if end > len(data) else f"the checksum of {name.decode()} is wrong")
+            raise ValueError(
+                "it is cut off" if end > len(data) else f"the checksum of {name.decode('ascii', 'replace')} is wrong"
+            )
         at = end
     if name != b"IEND":
         raise ValueError("it is cut off")
@@ -1252,6 +1262,8 @@ def decode_audio(path: Path) -> tuple[np.ndarray, int]:
         reader = "mp3"  # one that was cut out of a stream begins anywhere
     if reader is None:
         refuse(f"is {kind}")
+    if reader in ("wav", "ogg"):
+        data = without_tag(data)
     if reader == "wav" and re.search(rb"RIFF....WAVE", data[12:], re.DOTALL):
         refuse("is a WAV with another WAV behind it", "join them with ffmpeg or sox")
     cut = "is cut off", "copy it again or remove the row"
@@ -1291,7 +1303,7 @@ def decode_stream(data: bytes, reader: str) -> tuple[np.ndarray, int, bool]:
     fifo, shape, blocks, packet = av.AudioFifo(), None, 0, b""
     # FFmpeg looks into 5 MB of a WAV for sound that is packed as PCM; nobody packs speech so.
     options = {"probesize": "2048"} if reader == "wav" else {}
-    with av.open(io.BytesIO(data), format=reader, options=options) as container:
+    with av.open(io.BytesIO(data), format=reader, options=options, metadata_errors="replace") as container:
         stream = next(iter(container.streams.audio), None)
         if stream is None or stream.codec_context is None:  # None: in a coding that FFmpeg does not know
             raise ValueError("it holds no sound that can be decoded")
@@ -1338,10 +1350,12 @@ def is_cut_off(data: bytes, reader: str) -> bool:
     """Whether a WAV or an Ogg ends before it says that it does, which FFmpeg does not tell."""
     at = 12
     if reader == "wav":
+        long = int.from_bytes(data[28:36], "little") if data[:4] == b"RF64" and data[12:16] == b"ds64" else 0
         while at + 8 <= len(data):
             name, size = data[at : at + 4], int.from_bytes(data[at + 4 : at + 8], "little")
             if name == b"data":
-                return at + 8 + size > len(data) and size < STREAMED_BYTES
+                size = long if size == 0xFFFFFFFF and long else size  # above 4 GiB, or written as if
+                return at + 8 + size > len(data) and (bool(long) or size < STREAMED_BYTES)
             at += 8 + size + size % 2
         return True
     if reader == "ogg":  # pages are counted, and the last one of a stream is marked
@@ -1371,7 +1385,7 @@ def is_tag(packet: bytes) -> bool:
 def stated_blocks(data: bytes) -> int:
     """The number of blocks that an MP3's first block states; 0 if it does not."""
     header = re.search(rb"(?:Xing|Info)\0\0\0[\x01-\x0f](.{4})", without_tag(data)[:192], re.DOTALL)
-    return int.from_bytes(header[1], "big") if header and data[header.start() + 7] & 1 else 0
+    return int.from_bytes(header[1], "big") if header and header[0][7] & 1 else 0
 
 
 def block_bytes(packet: bytes) -> int:
@@ -2424,6 +2438,7 @@ def draw_model(config: Qwen2VLConfig, seed: int, device: torch.device, load_in_4
     with tempfile.TemporaryDirectory() as drawn:
         write_weights(model, Path(drawn))
         model.config.save_pretrained(drawn)
+        model.to("meta")  # two models at a time may not fit
         return read_model(Path(drawn), config, device, None, True, False, **options)
 
 
@@ -2612,8 +2627,9 @@ def read_model(
         dequantise(model, options["dtype"], keep=LORA_TARGETS if load_in_4bit else None)
     if quantised:
         model.before_quantising = stored_samples(folder)
-        if len(model.before_quantising) != LORA_MODULES_PER_LAYER * config.text_config.num_hidden_layers:
-            raise RuntimeError(f"{len(model.before_quantising)} layers in 4 bits are not the decoder's linear ones")
+        found = sum(getattr(weight, "quant_state", None) is not None for weight in model.parameters())
+        if not found == len(model.before_quantising) == LORA_MODULES_PER_LAYER * config.text_config.num_hidden_layers:
+            raise RuntimeError(f"{found} layers in 4 bits are not the decoder's linear ones")
     for layer in model.modules():
         # bitsandbytes 0.49 and later would pack the weights anew in the first evaluation on a CPU with AVX512-BF16, in
         # a form through which no gradient flows.
@@ -2695,7 +2711,9 @@ def dequantise(model: SpeechMixin, dtype: torch.dtype, keep: str | None = None) 
                 plain = nn.Linear(layer.in_features, layer.out_features, bias=False)
             plain.weight, plain.bias = nn.Parameter(weight), layer.bias
             model.set_submodule(name, plain)
-    round_weights(model, dtype)  # transformers leaves the others of a 4-bit copy in the dtype they were stored in
+    for name, weight in model.named_parameters():  # transformers leaves those beside in the dtype they were stored in
+        if getattr(weight, "quant_state", None) is None and "lora_" not in name and "modules_to_save" not in name:
+            weight.data = weight.data.to(dtype)
     model.is_loaded_in_4bit = bool(keep)
     model.before_quantising = {}
     if not keep:
@@ -2726,6 +2744,9 @@ def round_weights(module: nn.Module, dtype: torch.dtype) -> None:
     for weight in module.parameters():
         if weight.is_floating_point():
             weight.data = weight.data.to(dtype)
+    for layer in module.modules():
+        if hasattr(layer, "compute_type_is_set"):  # of bitsandbytes: it computes in the dtype that it was loaded with
+            layer.compute_dtype = dtype
 
 
 def graft_encoder(model: SpeechMixin, audio_encoder: str | Path, allow_pickle: bool, seed: int) -> None:
@@ -3494,6 +3515,11 @@ def find_checkpoint(args: VQATrainingArguments) -> Path | None:
         raise VQAError(f"--resume_from_checkpoint {damaged[0]}; name another, or True for the newest complete one")
     print("".join(f"Skipping {text}\n" for text in damaged), end="")
     if wanted is True:
+        if not chosen and (marker := Path(args.output_dir) / STARTED_FILE).is_file():
+            raise VQAError(
+                f"{args.output_dir}: holds no checkpoint yet of the run from {marker.read_text().strip()}; start it "
+                "again with --adapter_path, without --resume_from_checkpoint"
+            )
         if not chosen:
             print("No checkpoint to resume from; starting from the beginning.")
         return chosen
@@ -3521,7 +3547,7 @@ def refuse_other_settings(checkpoint: Path, settings: dict) -> None:
     fixed = {part: settings[part].keys() - {"max_eval_frames"} for part in ("model", "input", "trained", "lora")}
     fixed["training"] = {"learning_rate", "lr_scheduler_type", "optim", "weight_decay", "seed"}
     fixed["training"] |= {"per_device_train_batch_size", "gradient_accumulation_steps"}
-    fixed["data"] = {"train_data_path", "max_train_samples"}
+    fixed["data"] = {"train_data_path", "max_train_samples", "audio_pattern", "frame_pattern"}
     raise_problems(
         [
             f"{checkpoint}: was trained with {name} {stored.get(part, {}).get(name)!r}, this run has "
@@ -4119,7 +4145,9 @@ def choose_layout(base: str, asked: str | None) -> str:
     folder = resolve_model_dir(base)
     stored = load_settings(folder)["input"] if (folder / SETTINGS_FILE).is_file() else {}
     layout = asked or stored.get("prompt_layout", "plain")
-    print(f"   Prompt layout: {layout}" + ("" if asked else " (--prompt_layout names another)"))
+    theirs = stored.get("prompt_layout", layout)
+    other = f"; {base} was trained with {theirs}" if theirs != layout else ""
+    print(f"   Prompt layout: {layout}{other}" + ("" if asked else " (--prompt_layout names another)"))
     return layout
 
 
@@ -4263,6 +4291,11 @@ def train(
     callbacks = [memory, *([target] if target else [])]
     multiple = model_args.padding_multiple
     trainer = make_trainer(trained, datasets, settings, multiple, callbacks, training_args, stop_signal)
+    marker = Path(training_args.output_dir) / STARTED_FILE
+    if model_args.adapter_path:
+        marker.write_text(f"{model_args.adapter_path}\n", encoding="utf-8")
+    elif not checkpoint:
+        marker.unlink(missing_ok=True)
     trainer.train_safely(checkpoint)
 
     # 6. Results

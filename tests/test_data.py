@@ -421,7 +421,8 @@ def png(width: int, height: int, body: bytes) -> bytes:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        *((content, "is in no format that is known") for content in (b"hello", "GIF", "BMP", "TIFF")),
+        *((content, "is in no format that is known") for content in (b"hello", "BMP", "TIFF")),
+        ("GIF", "is a GIF image"),
         *((b"", "is empty"), (b"\n<!DOCTYPE html>", "is an HTML page"), (b"RIFF\0\0\0\0WAVEfmt ", "is a WAV")),
         *(("WEBP", "is a WebP image called .jpg"), (b"\xff\xd8\xff", "cannot be decoded (cannot identify image file")),
         (png(10_000, 10_000, zlib.compress(b"")), "has 10000 x 10000 pixels"),

@@ -219,6 +219,7 @@ def test_a_run_goes_on_where_the_adapter_stands(train, trained, foreign, rows, t
     if whose == "foreign":
         adapter, layout = foreign[0], "chat"
         flags = ("--init", "pretrained", "--model_name_or_path", foreign[1], "--prompt_layout", "chat")
+        flags += ("--max_eval_frames", "8")
     assert train(tmp_path / "out", *flags, *ONE_STEP, "--adapter_path", adapter) == 0
     settings = vqa.load_settings(tmp_path / "out")
     assert settings["input"]["prompt_layout"] == layout
@@ -268,7 +269,8 @@ def test_base_and_inputs_are_handed_on_where_no_flag_says_otherwise(trained, tmp
         (("--resume_from_checkpoint", "True"), "--lora_r 4"),  # it says what to go on with
         (("--adapter_path", "nowhere"), "nowhere"),
         (("--adapter_path", "BASE"), "BASE"),
-        (("--adapter_path", "FOREIGN"), "--prompt_layout must"),
+        (("--adapter_path", "FOREIGN"), "--prompt_layout"),
+        (("--adapter_path", "FOREIGN", "--prompt_layout", "chat"), "--max_eval_frames"),
         (("--output_dir", "ADAPTER"), "--output_dir"),
     ],
 )
@@ -304,3 +306,24 @@ def test_a_layout_is_trained_said_and_kept(train, argv, evaluate, tmp_path, caps
     assert "Prompt layout: plain" in plain and "Prompt layout: chat" in chat
     longest = [int(text.split("tokens per sample: min")[1].split("max ")[1].split()[0]) for text in (plain, chat)]
     assert longest[1] > longest[0]
+
+
+def test_a_run_from_an_adapter_that_has_no_checkpoint_yet_does_not_resume_on_the_bare_base(train, trained, tmp_path):
+    out = tmp_path / "out"
+    assert train(out, *ONE_STEP, "--adapter_path", trained, "--save_strategy", "no") == 0
+    for file in out.iterdir():
+        if file.is_file() and file.name != vqa.STARTED_FILE:
+            file.unlink()
+    assert "--adapter_path" in refusal(train, out, *ONE_STEP, "--lora_r", "4", "--resume_from_checkpoint", "True")
+
+
+def test_four_bits_are_handed_on_by_an_adapter(argv, trained, tmp_path):
+    pytest.importorskip("bitsandbytes")
+    adapter = shutil.copytree(trained, tmp_path / "adapter")
+    (adapter / vqa.MANIFEST_FILE).unlink()
+    settings = vqa.load_settings(adapter)
+    settings["model"]["load_in_4bit"] = True
+    (adapter / vqa.SETTINGS_FILE).write_text(json.dumps(settings))
+    words = argv(tmp_path / "out", "--adapter_path", adapter)
+    assert vqa.parse_arguments(words)[0].load_in_4bit
+    assert not vqa.parse_arguments([*words, "--load_in_4bit", "False"])[0].load_in_4bit

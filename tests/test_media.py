@@ -218,6 +218,30 @@ def test_odd_sound_that_is_complete_is_read(good, tmp_path):
         assert abs(twice - 2 * once) <= 1000
 
 
+def test_a_tagged_mp3_that_is_cut_between_two_blocks_is_refused(good, tmp_path):
+    data = (good / "stereo.mp3").read_bytes()
+    start = len(data) - len(vqa.without_tag(data))
+    assert start > 0  # FFmpeg writes a tag
+    at, ends = start, []
+    while at < len(data) and (size := vqa.block_bytes(data[at : at + 4])):
+        at += size
+        ends.append(at)
+    assert len(ends) > 20
+    path = tmp_path / "q.mp3"
+    path.write_bytes(data[: ends[len(ends) * 6 // 10]])
+    assert "is cut off" in refusal(vqa.decode_audio, path)
+
+
+def test_a_performer_in_latin_1_is_no_damage(good, tmp_path):
+    data = (good / "a.wav").read_bytes()
+    at = data.index(b"data")
+    name = "Frédérique".encode("latin-1")
+    note = b"LIST" + struct.pack("<I", 12 + len(name)) + b"INFOIART" + struct.pack("<I", len(name)) + name
+    path = tmp_path / "q.wav"
+    path.write_bytes(b"RIFF" + struct.pack("<I", len(data) - 8 + len(note)) + data[8:at] + note + data[at:])
+    assert len(vqa.decode_audio(path)[0]) == len(vqa.decode_audio(good / "a.wav")[0])
+
+
 def test_threads_hear_their_own_damage(good, tmp_path):
     """FFmpeg's log is one for all threads, and leaves out repeated lines by itself."""
     (tmp_path / "bit.ogg").write_bytes(flip((good / "a.ogg").read_bytes()))
