@@ -4294,8 +4294,8 @@ def train(
     marker = Path(training_args.output_dir) / STARTED_FILE
     if model_args.adapter_path:
         marker.write_text(f"{model_args.adapter_path}\n", encoding="utf-8")
-    elif not checkpoint:
-        marker.unlink(missing_ok=True)
+    elif not checkpoint and marker.is_file():
+        marker.unlink()
     trainer.train_safely(checkpoint)
 
     # 6. Results
