@@ -1308,10 +1308,6 @@ def choose_model(args: argparse.Namespace, device: Any) -> ModelChoice:
             )
         if args.model_name_or_path:
             raise InputError(f"--checkpoint_path {path} is a full model; leave --model_name_or_path out")
-    has_settings = (Path(path) / vqa.SETTINGS_FILE).is_file()
-    stored = vqa.load_settings(path) if adapter and has_settings else {}
-    if args.init not in (None, stored.get("model", {}).get("init", "pretrained")) and args.checkpoint_path:
-        raise InputError(f"--init {args.init}: {path} was not trained so; leave the flag out")
     if args.no_merge and not adapter:
         raise InputError("--no_merge: there is no adapter to keep unmerged; leave it out")
     changes = {
@@ -1326,9 +1322,12 @@ def choose_model(args: argparse.Namespace, device: Any) -> ModelChoice:
     changes = {name: value for name, value in changes.items() if value is not None}
     if args.max_eval_frames is not None:
         changes["max_eval_frames"] = args.max_eval_frames or None
-    if args.checkpoint_path and not has_settings:
+    if args.checkpoint_path and not (Path(path) / vqa.SETTINGS_FILE).is_file():
         vqa.refuse_unsaid_layout(path, changes)
     settings, model, inputs = vqa.trained_settings(path, device.type, changes)
+    trained_on = settings.get("model", {}) if adapter else {}  # a full model has weights of its own
+    if args.init not in (None, trained_on.get("init", "pretrained")) and args.checkpoint_path:
+        raise InputError(f"--init {args.init}: {path} was not trained so; leave the flag out")
     patterns = {}
     for name in ("audio_pattern", "frame_pattern"):
         patterns[name] = getattr(args, name)
@@ -1345,7 +1344,7 @@ def choose_model(args: argparse.Namespace, device: Any) -> ModelChoice:
         vqa.check_bitsandbytes("--load_in_4bit")
     if adapter and model.load_in_4bit and not args.no_merge:
         print(f"   {path}: the base is kept in 4 bits, into which no adapter is merged; it stays unmerged")
-    if adapter and stored.get("model", {}).get("load_in_4bit") and not model.load_in_4bit:
+    if trained_on.get("load_in_4bit") and not model.load_in_4bit:
         print(f"   {path}: trained on the base in 4 bits, asked on it in 16: other answers than in training")
     merged = adapter and not model.load_in_4bit and not args.no_merge
     return ModelChoice(path, adapter, model, inputs, changes, patterns, dtype, merged)

@@ -219,10 +219,11 @@ ACTIVATION_MEMORY_BUDGET = 0.5
 # (0.15 s; a step takes 0.76 s). Of 14 lengths in 50 questions, 16 leaves 2 (0.2 % more tokens) and 64 leaves 1 (1.1 %).
 PADDING_MULTIPLE = 16
 # 0.46 is the first that transformers takes. Newer ones than were tested may store or compute otherwise.
+BITSANDBYTES = "bitsandbytes>=0.46.1,<0.51"
+# Values of --optim for which the Trainer takes an optimizer of bitsandbytes.
 BITSANDBYTES_OPTIMIZER = re.compile(
     r"paged_\w+|(adamw|ademamix|lion)_8bit|ademamix|lion_32bit|adamw_bnb_8bit|rmsprop_bnb\w*"
 )
-BITSANDBYTES = "bitsandbytes>=0.46.1,<0.51"
 LIGER = "liger-kernel>=0.8"  # whose SwiGLU takes a factor for the gate and one for the product
 GIB = 2**30
 FITTING_SHARE = 0.93  # of the memory that an estimate may take: it may err, and the allocator leaves gaps
@@ -252,6 +253,9 @@ COPIED_FILES = ("preprocessor_config.json", "video_preprocessor_config.json")
 COPIED_FILES += ("chat_template.json", "chat_template.jinja")
 STARTED_FILE = "started_from_adapter"  # in --output_dir: a run without checkpoint must not resume on the bare base
 SETTINGS_FILE = "vqa_settings.json"
+# Settings, and flags of the same names, that `load_model` and VQAProcessor take as they are.
+BASE_FIELDS = ("init", "attn_implementation", "audio_encoder", "load_in_4bit")
+PROCESSOR_FIELDS = ("max_image_size", "input_mode", "audio_tokens", "frame_mode", "prompt_layout")
 RECORDED = ("_path", "_dir", "_pattern", "_samples", "_features")  # how flags end that its section `data` holds
 # Fields of an adapter_config.json that `load_adapter` reads, or that show in the names of the adapter's tensors.
 ADAPTER_FIELDS_READ = (
@@ -543,9 +547,8 @@ def start_from_adapter(
         raise VQAError(f"--adapter_path {path}: holds no adapter (adapter_config.json, adapter_model.safetensors)")
     refuse_damage(path)
     config = read_adapter_config(path / "adapter_config.json")
-    saved = {str(name).rpartition(".")[2] for name in config.get("modules_to_save") or ()}
     adopted = {"train_decoder": "lora", "lora_r": config["r"], "lora_alpha": config["lora_alpha"]}
-    adopted |= {f"train_{encoder}": name in saved for encoder, name in ENCODERS.items()}
+    adopted |= {f"train_{encoder}": trained for encoder, trained in trained_encoders(config).items()}
     asked = {**vars(model_args), **vars(data_args)}
     for name, value in adopted.items():
         if f"--{name}" in given and asked[name] != value:
@@ -961,8 +964,7 @@ def find_shared_media(rows: Iterable[VQARow]) -> list[Problem]:
 
     for row in rows:
         for frame, path in zip(row.frames, row.frame_paths, strict=False):  # up to the first that is missing
-            video, _, number = frame.rpartition("_")
-            name = f"{video or row.video_id}_{number}"
+            name = fill_pattern("{video}_{frame_number}", row, frame)
             other_name, other = shown.setdefault(path, (name, row))
             if other_name != name:
                 text = f"needs frame {name}, and {other.where} {other_name}, but both would show {path}"
@@ -1050,8 +1052,8 @@ def passed_file() -> Path:
 
 
 def read_passed() -> dict[str, list[int]]:
-    """Absolute path -> [bytes, mtime in ns, inode, samples of speech at 16 kHz] of media that passed; {} where the file
-    is missing or damaged."""
+    """Absolute path -> [bytes, mtime in ns, ctime in ns, inode, samples of speech at 16 kHz] of media that passed; {}
+    where the file is missing or damaged."""
     try:
         stored = json.loads(passed_file().read_bytes())
         usable = stored["checked_by"] == CHECKED_BY and all(len(state) == 5 for state in stored["files"].values())
@@ -2633,7 +2635,8 @@ def read_model(
     for layer in model.modules():
         # bitsandbytes 0.49 and later would pack the weights anew in the first evaluation on a CPU with AVX512-BF16, in
         # a form through which no gradient flows.
-        layer.support_avx512bf16_for_cpu = False
+        if hasattr(layer, "support_avx512bf16_for_cpu"):
+            layer.support_avx512bf16_for_cpu = False
     if device.type != "meta":
         files = len(list(folder.glob("model*.safetensors"))) or 1
         note = f" ({files} file{'s' * (files > 1)})" + f", {len(packed)} weights in 4 bits" * bool(packed)
@@ -2891,9 +2894,20 @@ def read_adapter_config(path: Path) -> dict:
         )
     known = (PROJECTOR, *ENCODERS.values())
     saved = config.get("modules_to_save") or []
-    if not isinstance(saved, list) or not {str(name).rpartition(".")[2] for name in saved} <= {*known}:
+    if not isinstance(saved, list) or not saved_modules(config) <= {*known}:
         raise VQAError(f"{path}: modules_to_save is {saved!r:.80}; this reads adapters that saved {', '.join(known)}")
     return config
+
+
+def saved_modules(config: dict) -> set[str]:
+    """The modules that an adapter holds in full, by the last part of their names in its config."""
+    return {str(name).rpartition(".")[2] for name in config.get("modules_to_save") or ()}
+
+
+def trained_encoders(config: dict) -> dict[str, bool]:
+    """Which of ENCODERS an adapter has trained, from its config."""
+    saved = saved_modules(config)
+    return {encoder: name in saved for encoder, name in ENCODERS.items()}
 
 
 def read_adapter(path: Path, allow_pickle: bool = False) -> dict[str, torch.Tensor]:
@@ -2957,8 +2971,7 @@ def load_adapter(
     tensors = read_adapter(path, allow_pickle)
     config = read_adapter_config(path / "adapter_config.json")
     check_base(model, path)
-    saved = {str(name).rpartition(".")[2] for name in config.get("modules_to_save") or ()}
-    encoders = {encoder: name in saved for encoder, name in ENCODERS.items()}
+    encoders = trained_encoders(config)
     dropout = config.get("lora_dropout", 0.0) if dropout is None else dropout
     peft_model = add_lora(model, config["r"], config["lora_alpha"], dropout, **encoders)
     stored = {f"base_model.model.{current_name(key)}": tensor for key, tensor in tensors.items()}
@@ -3102,8 +3115,7 @@ def load_trained(
     own_tokenizer = not adapter or (Path(path) / "tokenizer.json").is_file()
     base = model_settings.model_name_or_path
     tokenizer = load_tokenizer(path if own_tokenizer else base)
-    names = ("init", "attn_implementation", "audio_encoder", "load_in_4bit")
-    options = {name: getattr(model_settings, name) for name in names}
+    options = {name: getattr(model_settings, name) for name in BASE_FIELDS}
     options |= {"seed": model_settings.init_seed, "dtype": base_dtype, "device": drawn_on}
     model = load_model(base, tokenizer, allow_pickle=allow_pickle, **options)
     identity = fingerprint(model)
@@ -3117,8 +3129,8 @@ def load_trained(
         round_weights(part, dtype)
     if merged and dtype == torch.float32:  # after widening, so that nothing is rounded
         model = merge_adapter(model)
-    names = ("max_image_size", "input_mode", "audio_tokens", "frame_mode", "prompt_layout")
-    model.processor = VQAProcessor(tokenizer, model.config, **{name: getattr(input_settings, name) for name in names})
+    inputs = {name: getattr(input_settings, name) for name in PROCESSOR_FIELDS}
+    model.processor = VQAProcessor(tokenizer, model.config, **inputs)
     if input_settings.encoder_tokens not in (None, model.processor.encoder_tokens):
         raise VQAError(
             f"{path}: trained with {input_settings.encoder_tokens} audio tokens a question, this base makes "
@@ -3539,11 +3551,10 @@ def refuse_other_settings(checkpoint: Path, settings: dict) -> None:
     The optimizer's state brings its learning rate along, so that another --learning_rate would be ignored.
     """
     stored = load_settings(checkpoint)
-    once = dict.fromkeys(
-        (*ENCODERS, "compile_layers", "use_liger_kernel"), False
-    )  # defaults for settings files without these keys
+    # Defaults for settings files without these keys.
+    once = dict.fromkeys((*ENCODERS, "compile_layers", "use_liger_kernel"), False)
     stored["trained"] = once | {"decoder": "lora"} | stored.get("trained", {})
-    stored["input"] = {"prompt_layout": "plain"} | stored["input"]  # likewise
+    stored["input"] = {"prompt_layout": "plain"} | stored["input"]
     fixed = {part: settings[part].keys() - {"max_eval_frames"} for part in ("model", "input", "trained", "lora")}
     fixed["training"] = {"learning_rate", "lr_scheduler_type", "optim", "weight_decay", "seed"}
     fixed["training"] |= {"per_device_train_batch_size", "gradient_accumulation_steps"}
@@ -4048,24 +4059,22 @@ def check_liger(device_type: str) -> None:
     """VQAError where Liger's kernels, which are Triton's, cannot run: they take a GPU and the package."""
     if device_type != "cuda":
         raise VQAError("--use_liger_kernel needs a CUDA GPU, since its kernels are Triton's; leave the flag out")
-    try:
-        import liger_kernel.ops  # noqa: F401
-
-        require_version(LIGER)
-    except Exception as error:  # a Triton that does not fit raises what it likes
-        reason = first_line(error).rstrip(". ")
-        raise VQAError(f"--use_liger_kernel: {reason}; pip install '{LIGER}', or leave the flag out") from error
+    check_package("--use_liger_kernel", "liger_kernel.ops", LIGER, "leave the flag out")
 
 
 def check_bitsandbytes(what: str) -> None:
     """VQAError, which begins with `what` asks for it, where bitsandbytes is missing or of a version not tested."""
-    try:
-        import bitsandbytes  # noqa: F401
+    check_package(what, "bitsandbytes", BITSANDBYTES, "take 16-bit weights")
 
-        require_version(BITSANDBYTES)
-    except Exception as error:  # its native part may raise what it likes
+
+def check_package(what: str, module: str, requirement: str, otherwise: str) -> None:
+    """VQAError where an optional package is missing, does not load or has a version not tested; `what` asks for it."""
+    try:
+        importlib.import_module(module)
+        require_version(requirement)
+    except Exception as error:  # a Triton, or native part, that does not fit raises what it likes
         reason = first_line(error).rstrip(". ")
-        raise VQAError(f"{what}: {reason}; run `pip install '{BITSANDBYTES}'`, or take 16-bit weights") from error
+        raise VQAError(f"{what}: {reason}; run `pip install '{requirement}'`, or {otherwise}") from error
 
 
 def prepare_data(args: DataArguments) -> tuple[list[VQARow], list[VQARow], list[str]]:
@@ -4115,8 +4124,7 @@ def build_model(
         raise VQAError(f"--use_liger_kernel needs hidden_act 'silu', config.json has {used!r}; leave it out")
     print(f"⏳ Loading merged {precision} model with {kernel} attention...")
     tokenizer = load_tokenizer(args.model_name_or_path)
-    names = ("init", "attn_implementation", "audio_encoder", "load_in_4bit")
-    options = {name: getattr(args, name) for name in names} | {"device": device}
+    options = {name: getattr(args, name) for name in BASE_FIELDS} | {"device": device}
     options["seed"] = training_args.seed if args.base_seed is None else args.base_seed
     options |= {"dtype": torch.float32 if full else dtype, "compute_dtype": dtype}
     model = load_model(args.model_name_or_path, tokenizer, **options)
@@ -4259,10 +4267,9 @@ def train(
     device = "meta" if data_args.dry_run else training_args.device
     if checkpoint and "started_from" in (stored := load_settings(checkpoint)):
         model_args.base_seed = stored["model"]["init_seed"]
-    model, trained, tokenizer, base_fingerprint = build_model(model_args, training_args, device)
     data_args.prompt_layout = choose_layout(model_args.model_name_or_path, data_args.prompt_layout)
-    names = ("max_image_size", "input_mode", "audio_tokens", "frame_mode", "prompt_layout")
-    inputs = {name: getattr(data_args, name) for name in names}
+    model, trained, tokenizer, base_fingerprint = build_model(model_args, training_args, device)
+    inputs = {name: getattr(data_args, name) for name in PROCESSOR_FIELDS}
     processor = VQAProcessor(tokenizer, model.config, **inputs)
     datasets = build_datasets(train_rows, eval_rows, processor, data_args)
 
