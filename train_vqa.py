@@ -22,6 +22,7 @@ Trainer, main(). `evaluate_checkpoint.py` imports from here, so that training an
 
 import contextlib
 import copy
+import difflib
 import fcntl
 import hashlib
 import importlib.metadata
@@ -50,7 +51,7 @@ import zlib
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields, make_dataclass
 from functools import cache, lru_cache, partial, partialmethod
 from pathlib import Path
 from types import SimpleNamespace
@@ -89,12 +90,15 @@ from transformers import (
     TrainingArguments,
     WhisperConfig,
     WhisperFeatureExtractor,
+    get_scheduler,
     set_seed,
 )
 from transformers.integrations import get_available_reporting_integrations
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil, smart_resize
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
+from transformers.trainer_pt_utils import LengthGroupedSampler
+from transformers.training_args import OptimizerNames
 from transformers.utils import is_flash_attn_2_available
 from transformers.utils import logging as transformers_logging
 from transformers.utils.versions import require_version
@@ -270,13 +274,84 @@ EVALUATION_DUE = "evaluation_due"  # marker file: a signal interrupted the evalu
 RESUME_FILES = (SETTINGS_FILE, PROGRESS_FILE, "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json")
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 MAX_PROBLEMS_SHOWN = 20
-# Flags of merge_stage2_to_bf16.py and of transformers that training does not take.
+# Flags of transformers' TrainingArguments that training does not take, and why.
+NOT_OFFERED = {
+    "average_tokens_across_devices ddp_backend ddp_broadcast_buffers ddp_bucket_cap_mb ddp_find_unused_parameters "
+    "ddp_static_graph ddp_timeout deepspeed fsdp fsdp_config local_rank log_level_replica log_on_each_node "
+    "parallelism_config save_on_each_node": "training is one process on one GPU",
+    "batch_eval_metrics do_predict eval_do_concat_batches eval_use_gather_object include_for_metrics "
+    "prediction_loss_only": "an evaluation in training keeps no logits; evaluate_checkpoint.py asks for answers",
+    "activation_checkpointing activation_checkpointing_kwargs gradient_checkpointing gradient_checkpointing_kwargs": (
+        "here it is --checkpoint_every_n (1: every layer, 0: none)"
+    ),
+    "torch_compile torch_compile_backend torch_compile_mode": "here it is --compile_layers True",
+    "liger_kernel_config": "--use_liger_kernel takes Liger's RMSNorm and SwiGLU alone, because the fused cross entropy "
+    "bypasses the speech",
+    "fp16 bf16_full_eval fp16_full_eval": "--bf16 True sets the precision of training and evaluation",
+    "hub_always_push hub_model_id hub_private_repo hub_revision hub_strategy hub_token push_to_hub": (
+        "training uploads nothing"
+    ),
+    "project trackio_bucket_id trackio_space_id trackio_static_space_id": "training uploads nothing to Trackio",
+    "debug logging_nan_inf_filter": "a loss or gradient that is not finite ends the run and names its rows",
+    "do_train": "training is what this script does",
+    "dataloader_drop_last": "it would drop rows of the evaluation too",
+    "dataloader_in_order ignore_data_skip": "a resumed run could not go on with the same rows",
+    "enable_jit_checkpoint": "after a SIGTERM every run saves, and --resume_from_checkpoint True goes on from there",
+    "label_names length_column_name remove_unused_columns": "this script makes its samples itself",
+    "label_smoothing_factor": "the loss is the plain cross entropy of the answer",
+    "optim_args optim_target_modules": "the optimizers on offer need none",
+    "restore_callback_states_from_checkpoint": "a resumed run takes up what it needs",
+    "skip_memory_metrics": "the peak of each phase is printed at the end",
+    "accelerator_config auto_find_batch_size torch_empty_cache_steps": "--dry_run says which batch fits",
+    "use_cache": "training has no use for a cache, and answers are always made with one",
+}
+# What this script sets of them, where transformers' default is another; and --use_liger_kernel, which ModelArguments
+# has, because the Trainer's would also replace the model's forward, and with it the speech.
+SET_HERE = {
+    "logging_nan_inf_filter": False,  # True would print the last finite loss in place of NaN
+    "do_train": True,
+    "remove_unused_columns": False,
+    "prediction_loss_only": True,  # the logits of an evaluation, [B, T, 152064] a step, do not fit beside the model
+    "label_names": ["labels"],
+    "use_liger_kernel": False,
+}
+# Flags of the public SurgViVQA-Audio, of transformers 4 and of merge_stage2_to_bf16.py, and what does the same here.
 REFUSED_FLAGS = {
+    "--allow_missing_audio": "rows without speech are never trained; --skip_bad_samples True leaves them out",
     "--allow_pickle": "training reads safetensors alone; convert the model once with `python merge_stage2_to_bf16.py "
     "--stage1_model_path MODEL --output_path OUT --allow_pickle`",
-    "--liger_kernel_config": "leave it out; --use_liger_kernel takes Liger's RMSNorm and SwiGLU alone, because the "
-    "fused cross entropy bypasses the speech",
+    "--cache_dir": "the environment variable HF_HUB_CACHE names the folder of downloads",
+    "--evaluation_strategy": "here it is --eval_strategy",
+    "--group_by_length": "here it is --train_sampling_strategy group_by_length",
+    "--include_question_text": "here it is --input_mode audio_text",
+    "--logging_dir": "the environment variable TENSORBOARD_LOGGING_DIR names the folder of --report_to tensorboard",
+    "--max_seq_length": "samples are never cut; lower --max_image_size or --max_train_frames to shorten them",
+    "--no_cuda": "here it is --use_cpu True",
+    "--overwrite_output_dir": "no run is overwritten; name another --output_dir, or go on with "
+    "--resume_from_checkpoint True",
+    **{f"--{name}": f"leave it out; {reason}" for names, reason in NOT_OFFERED.items() for name in names.split()},
 }
+# Those of transformers' optimizers that need torch or bitsandbytes alone.
+OPTIMIZERS = [
+    *("adamw_torch", "adamw_torch_fused", "adafactor", "sgd", "adagrad", "rmsprop"),
+    *(name.value for name in OptimizerNames if BITSANDBYTES_OPTIMIZER.fullmatch(name.value)),
+]
+# Flags that nothing reads without another one: (flags, the other, whether its value makes them read).
+READ_WITH = (
+    (("eval_steps",), "--eval_strategy steps", lambda flags: flags.eval_strategy == "steps"),
+    (
+        ("eval_delay", "load_best_model_at_end", "metric_for_best_model"),
+        "--eval_strategy steps or epoch",
+        lambda flags: flags.eval_strategy != "no",
+    ),
+    (("do_eval", "eval_on_start"), "--eval_data_path", lambda flags: flags.eval_data_path),
+    (("greater_is_better",), "--metric_for_best_model", lambda flags: flags.metric_for_best_model),
+    (
+        ("dataloader_persistent_workers", "dataloader_prefetch_factor", "dataloader_multiprocessing_context"),
+        "--dataloader_num_workers 1 or more",
+        lambda flags: flags.dataloader_num_workers,
+    ),
+)
 
 # FFmpeg has one log for the process, which PyAV's `Capture` sorts by the thread that decodes. Errors only: good files
 # have warnings too. Repeated lines stay: of two threads with equal damage one would hear nothing.
@@ -465,28 +540,56 @@ class DataArguments:
     )
 
 
+def withheld(name: str, default, factory):
+    """The field of a flag of TrainingArguments that is not offered: its default, or what SET_HERE has for it."""
+    if name in SET_HERE:
+        return name, object, field(default_factory=lambda: SET_HERE[name], init=False)
+    if factory is not MISSING:
+        return name, object, field(default_factory=factory, init=False)
+    return name, object, field(default=default, init=False)
+
+
+OfferedArguments = make_dataclass(
+    "OfferedArguments",
+    [
+        withheld(f.name, f.default, f.default_factory)
+        for f in fields(TrainingArguments)
+        if f.name in SET_HERE or f"--{f.name}" in REFUSED_FLAGS
+    ],
+    bases=(TrainingArguments,),
+)
+
+
 @dataclass
-class VQATrainingArguments(TrainingArguments):
+class VQATrainingArguments(OfferedArguments):
     """transformers' TrainingArguments; what this script decides itself is no flag, so that none is silently unused."""
 
-    # True would print the last finite loss in place of NaN; a loss that is not finite ends the run.
-    logging_nan_inf_filter: bool = field(default=False, init=False)
-    do_train: bool = field(default=True, init=False)
-    do_eval: bool = field(default=False, init=False)
-    do_predict: bool = field(default=False, init=False)
-    remove_unused_columns: bool = field(default=False, init=False)
-    # Gathering the logits of an evaluation, [B, T, 152064] a step, does not fit beside the model.
-    prediction_loss_only: bool = field(default=True, init=False)
-    label_smoothing_factor: float = field(default=0.0, init=False)
-    label_names: list[str] | None = field(default_factory=lambda: ["labels"], init=False)
-    # --checkpoint_every_n says which layers are checkpointed, under either of transformers' names for it.
-    gradient_checkpointing: bool | None = field(default=None, init=False)
-    gradient_checkpointing_kwargs: dict | None = field(default=None, init=False)
-    activation_checkpointing: bool | None = field(default=None, init=False)
-    activation_checkpointing_kwargs: dict | None = field(default=None, init=False)
-    # ModelArguments has --use_liger_kernel: the Trainer would also replace the model's forward, and with it the speech.
-    use_liger_kernel: bool = field(default=False, init=False)
-    liger_kernel_config: dict[str, bool] | None = field(default=None, init=False)
+    do_eval: bool = flag(
+        True,
+        "Evaluate on --eval_data_path, as is done wherever that is given: as --eval_strategy says, else at the end.",
+    )
+    warmup_ratio: float | None = flag(
+        None,
+        "Share of the steps, from 0 to below 1, in which the learning rate rises; in place of --warmup_steps.",
+    )
+    optim: str = flag(
+        "adamw_torch_fused", "The optimizer; those of bitsandbytes need that package and a GPU.", OPTIMIZERS
+    )
+    train_sampling_strategy: str = flag(
+        "random",
+        "Order of the training rows: random, sequential (as in the file), or group_by_length (random, but rows of "
+        "about the same number of tokens come together, so that batches are padded less).",
+        ["random", "sequential", "group_by_length"],
+    )
+
+    def __post_init__(self):
+        if not self.do_eval:
+            raise ValueError("--do_eval False: leave out --eval_data_path to train without evaluation")
+        if self.warmup_ratio is not None:
+            if self.warmup_steps not in (0, self.warmup_ratio):
+                raise ValueError("--warmup_ratio and --warmup_steps say the same; leave one of them out")
+            self.warmup_steps = self.warmup_ratio  # transformers takes a number below 1 for the share
+        super().__post_init__()
 
     @property
     def compute_dtype(self) -> torch.dtype:
@@ -511,7 +614,10 @@ def parse_arguments(argv: Sequence[str]) -> tuple[ModelArguments, DataArguments,
     for name, advice in REFUSED_FLAGS.items():
         if name in given:
             raise VQAError(f"{name}: {advice}")
-    parser.parse_args(argv)  # unknown flags: usage and status 2; transformers would raise
+    if unknown := parser.parse_known_args(argv)[1]:  # usage and status 2; transformers would raise
+        name = "--" + unknown[0].lstrip("-").split("=")[0].replace("-", "_")
+        near = difflib.get_close_matches(name, flag_names(), n=1)
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}" + "".join(f"; did you mean {n}?" for n in near))
     if not torch.accelerator.is_available() and "--use_cpu" not in given:
         print("No accelerator found: training on the CPU (use_cpu).")
         argv = [*argv, "--use_cpu", "True"]
@@ -529,9 +635,16 @@ def parse_arguments(argv: Sequence[str]) -> tuple[ModelArguments, DataArguments,
     check_patterns(flags.audio_pattern, flags.frame_pattern)
     refuse_numbers(flags)
     refuse_contradictions(flags, given)
+    refuse_optimizer(training_args)
     refuse_surroundings(flags, training_args)
     data_args.max_eval_frames = data_args.max_eval_frames or None
     return model_args, data_args, training_args
+
+
+def flag_names() -> list[str]:
+    """All flags of training."""
+    parts = (ModelArguments, DataArguments, VQATrainingArguments)
+    return [f"--{f.name}" for part in parts for f in fields(part) if f.init]
 
 
 def start_from_adapter(
@@ -593,13 +706,28 @@ def refuse_numbers(flags: SimpleNamespace) -> None:
     if not re.fullmatch(r"\d+|auto", flags.checkpoint_every_n):
         raise VQAError("--checkpoint_every_n must be 0 (none), 1 (every layer), N (every N-th layer) or auto")
     optional = ("max_train_frames", "max_train_samples", "max_eval_samples")
+    counts = ("eval_accumulation_steps", "save_total_limit", "dataloader_prefetch_factor")
     batches = ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps")
-    epochs = ["num_train_epochs"] if flags.max_steps <= 0 else []
+    positive = ["learning_rate", "gpu_memory_limit_gib", "logging_steps", "save_steps", "eval_steps"]
+    positive += ["neftune_noise_alpha", *(["num_train_epochs"] if flags.max_steps <= 0 else [])]
+    not_negative = ("weight_decay", "adam_epsilon", "max_grad_norm", "dataloader_num_workers", "eval_delay")
+    shares = ("lora_dropout", "adam_beta1", "adam_beta2", "warmup_ratio")
     for names, holds, rule in (
         (optional, lambda number: number >= 1, "must be at least 1; leave it out for all"),
-        (("max_image_size", "lora_r", "lora_alpha", *batches), lambda number: number >= 1, "must be at least 1"),
-        (("learning_rate", "gpu_memory_limit_gib", *epochs), lambda number: number > 0, "must be above 0"),  # nor NaN
-        (["lora_dropout"], lambda number: 0 <= number < 1, "must be 0 or more, and below 1"),
+        (
+            ("max_image_size", "lora_r", "lora_alpha", *batches, *counts),
+            lambda number: number >= 1,
+            "must be at least 1",
+        ),
+        (positive, lambda number: 0 < number < math.inf, "must be above 0"),  # nor NaN
+        (not_negative, lambda number: 0 <= number < math.inf, "must be 0 or more"),
+        (shares, lambda number: 0 <= number < 1, "must be 0 or more, and below 1"),
+        (("seed", "data_seed"), lambda number: 0 <= number < 2**32, f"must be from 0 to {2**32 - 1}"),
+        (
+            ["max_steps"],
+            lambda number: number >= 1 or number == -1,
+            "must be at least 1; -1: as --num_train_epochs says",
+        ),
         (["max_eval_frames"], lambda number: number >= 0, "must be 0 (all frames) or more"),
     ):
         for name in names:
@@ -609,7 +737,11 @@ def refuse_numbers(flags: SimpleNamespace) -> None:
 
 
 def refuse_contradictions(flags: SimpleNamespace, given: set[str]) -> None:
-    """VQAError where flags contradict others on what is trained, or how."""
+    """VQAError where flags contradict others on what is trained, or how, or nothing reads them for lack of another."""
+    for names, other, is_read in READ_WITH:
+        for name in names:
+            if f"--{name}" in given and getattr(flags, name) and not is_read(flags):
+                raise VQAError(f"--{name} needs {other}: add that, or leave it out")
     if flags.use_liger_kernel and flags.compile_layers:
         raise VQAError("--use_liger_kernel: --compile_layers True fuses the same operations; leave one of them out")
     if flags.train_audio_encoder and flags.input_mode == "text":
@@ -628,6 +760,33 @@ def refuse_contradictions(flags: SimpleNamespace, given: set[str]) -> None:
     elif flags.adapter_path and Path(flags.adapter_path).resolve() == Path(flags.output_dir).resolve():
         message = "holds the adapter of --adapter_path, which the new one would overwrite; name another folder"
         raise VQAError(f"--output_dir {flags.output_dir}: {message}")
+
+
+def refuse_optimizer(args: VQATrainingArguments) -> None:
+    """VQAError where optimizer or schedule cannot be made from their flags, by making them for one number."""
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=args.learning_rate)
+    try:
+        if not BITSANDBYTES_OPTIMIZER.fullmatch(args.optim.value):  # which need a GPU
+            kind, options = Trainer.get_optimizer_cls_and_kwargs(args)
+            kind([nn.Parameter(torch.zeros(1))], **options)
+    except (ValueError, TypeError, ImportError) as error:
+        raise VQAError(f"--optim {args.optim.value}: {first_line(error)}") from error
+    try:
+        get_scheduler(args.lr_scheduler_type, optimizer, 1, 2, args.lr_scheduler_kwargs)
+    except (ValueError, TypeError) as error:
+        what = (
+            f"--lr_scheduler_type {args.lr_scheduler_type.value} with --lr_scheduler_kwargs {args.lr_scheduler_kwargs}"
+        )
+        raise VQAError(f"{what}: {first_line(error)}") from error
+
+
+def log_in_to_wandb() -> None:
+    """VQAError unless W&B is off or offline, or has a key that it accepts; it asks for one at a terminal."""
+    try:
+        importlib.import_module("wandb").login()
+    except Exception as error:  # of several kinds, by the version of wandb
+        advice = "run `wandb login`, set WANDB_MODE=offline, or leave the flag out"
+        raise VQAError(f"--report_to wandb: {first_line(error)}; {advice}") from error
 
 
 def refuse_surroundings(flags: SimpleNamespace, args: VQATrainingArguments) -> None:
@@ -654,6 +813,8 @@ def refuse_surroundings(flags: SimpleNamespace, args: VQATrainingArguments) -> N
         raise VQAError(
             f"--report_to {' '.join(absent)}: no such package is installed; install it, or leave the flag out"
         )
+    if "wandb" in args.report_to:
+        log_in_to_wandb()
     if args.save_strategy == "best" and args.metric_for_best_model is None:
         raise VQAError("--save_strategy best: say by what, such as --metric_for_best_model eval_loss")
 
@@ -3597,6 +3758,10 @@ class VQATrainer(Trainer):
         # The Trainer would delete old checkpoints before the new one is complete.
         self.total_limit = self.args.save_total_limit
         self.args.save_total_limit = None
+        # It would decode every row to measure it.
+        self.grouped = self.args.train_sampling_strategy == "group_by_length"
+        if self.grouped:
+            self.args.train_sampling_strategy = "random"
         self.saving = False  # a checkpoint is being written
         self.parameter_count: int | None = None
         # Of this step: indices of the rows, tokens and loss of each batch.
@@ -3768,12 +3933,30 @@ class VQATrainer(Trainer):
         return 6 * inputs["input_ids"].numel() * self.parameter_count
 
     def get_train_dataloader(self):
-        """The Trainer's, by `let_workers_ignore_signals`, as the next."""
-        return let_workers_ignore_signals(super().get_train_dataloader())
+        """The Trainer's, by `let_workers_ignore_signals`, as the next; or with the rows in groups of like length."""
+        loader = let_workers_ignore_signals(super().get_train_dataloader())
+        if self.grouped:
+            args = self.args
+            seed = args.seed if args.data_seed is None else args.data_seed
+            rows = args.train_batch_size * args.gradient_accumulation_steps
+            loader.set_sampler(GroupedByLength(rows, self.train_dataset.token_counts(), seed))
+        return loader
 
     def get_eval_dataloader(self, *args, **kwargs):
         """The Trainer's, for evaluation."""
         return let_workers_ignore_signals(super().get_eval_dataloader(*args, **kwargs))
+
+
+class GroupedByLength(LengthGroupedSampler):
+    """transformers' sampler, whose order follows from the seed and the epoch: a resumed run has the same."""
+
+    def __init__(self, batch_size: int, lengths: list[int], seed: int):
+        super().__init__(batch_size, lengths=lengths, generator=torch.Generator())
+        self.seed = seed
+
+    def set_epoch(self, epoch: int) -> None:
+        """Called by the Trainer before each epoch."""
+        self.generator.manual_seed(self.seed + epoch)
 
 
 def let_workers_ignore_signals(loader: torch.utils.data.DataLoader) -> torch.utils.data.DataLoader:
@@ -3843,8 +4026,7 @@ class RunGuard(TrainerCallback):
         """Loss and gradients must be finite; they are read from the GPU once a step, and waited for."""
         batches = self.trainer.batches
         values = [loss.detach().float() for *_, loss in batches]
-        if self.trainer.accelerator.scaler is None:  # a scaler looks for overflow itself, and skips the step
-            values.append(nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None]))
+        values.append(nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None]))
         values = torch.stack([value.to(values[0]) for value in values]).tolist()
         if all(map(math.isfinite, values)):
             self.stepping = True
