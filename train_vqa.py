@@ -586,6 +586,8 @@ class VQATrainingArguments(OfferedArguments):
         if not self.do_eval:
             raise ValueError("--do_eval False: leave out --eval_data_path to train without evaluation")
         if self.warmup_ratio is not None:
+            if not 0 <= self.warmup_ratio < 1:
+                raise ValueError(f"--warmup_ratio {self.warmup_ratio}: must be 0 or more, and below 1")
             if self.warmup_steps not in (0, self.warmup_ratio):
                 raise ValueError("--warmup_ratio and --warmup_steps say the same; leave one of them out")
             self.warmup_steps = self.warmup_ratio  # transformers takes a number below 1 for the share
@@ -626,7 +628,8 @@ def parse_arguments(argv: Sequence[str]) -> tuple[ModelArguments, DataArguments,
     try:
         model_args, data_args, training_args = parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
     except (ValueError, ImportError) as error:  # TrainingArguments' own cross-checks, and packages that a flag needs
-        raise VQAError(" ".join(str(error).split())) from error
+        what = "--lr_scheduler_kwargs: " if isinstance(error, json.JSONDecodeError) else ""
+        raise VQAError(what + " ".join(str(error).split())) from error
     if model_args.adapter_path:
         start_from_adapter(model_args, data_args, training_args.resume_from_checkpoint, given)
     # --use_liger_kernel is that of the model: the Trainer's own is off
@@ -711,7 +714,6 @@ def refuse_numbers(flags: SimpleNamespace) -> None:
     positive = ["learning_rate", "gpu_memory_limit_gib", "logging_steps", "save_steps", "eval_steps"]
     positive += ["neftune_noise_alpha", *(["num_train_epochs"] if flags.max_steps <= 0 else [])]
     not_negative = ("weight_decay", "adam_epsilon", "max_grad_norm", "dataloader_num_workers", "eval_delay")
-    shares = ("lora_dropout", "adam_beta1", "adam_beta2", "warmup_ratio")
     for names, holds, rule in (
         (optional, lambda number: number >= 1, "must be at least 1; leave it out for all"),
         (
@@ -721,7 +723,11 @@ def refuse_numbers(flags: SimpleNamespace) -> None:
         ),
         (positive, lambda number: 0 < number < math.inf, "must be above 0"),  # nor NaN
         (not_negative, lambda number: 0 <= number < math.inf, "must be 0 or more"),
-        (shares, lambda number: 0 <= number < 1, "must be 0 or more, and below 1"),
+        (
+            ("lora_dropout", "adam_beta1", "adam_beta2"),
+            lambda number: 0 <= number < 1,
+            "must be 0 or more, and below 1",
+        ),
         (("seed", "data_seed"), lambda number: 0 <= number < 2**32, f"must be from 0 to {2**32 - 1}"),
         (
             ["max_steps"],

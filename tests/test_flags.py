@@ -1,4 +1,4 @@
-"""Flags of training: the public launch lines, names from elsewhere, and each flag of transformers' TrainingArguments."""
+"""Flags of training: the public launch lines, names from elsewhere, and each flag of TrainingArguments."""
 
 import importlib.util
 import json
@@ -116,20 +116,19 @@ REFUSED = """
 --lr_scheduler_type warmup_stable_decay | --lr_scheduler_type reduce_lr_on_plateau | --lr_scheduler_kwargs file
 --lr_scheduler_kwargs {"no_such":1} | --lr_scheduler_kwargs {broken | --report_to no_such | --report_to mlflow
 """
-SAID_OTHERWISE = {"--include_num_input_tokens_seen": "", "--logging_strategy": "", "--lr_scheduler_kwargs": ""}
 
 
 def test_values_that_cannot_be_trained_with_are_refused_before_data_are_read(train, tmp_path, no_data, capsys):
     """By a VQAError of one line, or by argparse with status 2."""
+    taken = []
     for flags in REFUSED.replace("\n", " | ").strip(" |").split(" | "):
         capsys.readouterr()
-        with pytest.raises((vqa.VQAError, SystemExit)) as error:
+        with pytest.raises((vqa.VQAError, SystemExit, pytest.fail.Exception)) as error:
             train(tmp_path, *flags.split())
-        message = str(error.value)
-        if error.type is SystemExit:
-            assert error.value.code == 2
-            message = capsys.readouterr().err.splitlines()[-1]
-        assert flags.split()[0] in message and "\n" not in message, (flags, message)
+        message = capsys.readouterr().err.splitlines()[-1] if error.value.args == (2,) else str(error.value)
+        if flags.split()[0].removeprefix("--") not in message or "\n" in message:
+            taken.append((flags, message))
+    assert not taken
 
 
 def test_schedules_are_made_or_refused_before_data_are_read(argv, tmp_path):
@@ -150,7 +149,7 @@ def test_schedules_are_made_or_refused_before_data_are_read(argv, tmp_path):
 def test_a_misspelt_flag_is_told_its_nearest_neighbour(flag, near, train, tmp_path, no_data, capsys):
     with pytest.raises(SystemExit) as stop:
         train(tmp_path, flag, "1")
-    assert stop.value.code == 2 and near in capsys.readouterr().err.splitlines()[-1].split(flag)[1]
+    assert stop.value.code == 2 and near in capsys.readouterr().err.splitlines()[-1].split("; ")[1]
 
 
 @pytest.mark.skipif(not WANDB, reason="the package wandb is not installed")
@@ -160,3 +159,207 @@ def test_wandb_without_a_login_is_refused_before_data_are_read(train, tmp_path, 
     monkeypatch.setenv("HOME", str(tmp_path))
     message = refusal(train, tmp_path, "--report_to", "wandb")
     assert message.startswith("--report_to wandb: ") and "wandb login" in message and "\n" not in message
+
+
+# ----------------------------------------------------------------------------------------------- each flag that is taken
+
+EVALUATED_TWICE = "--eval_strategy steps --eval_steps 2 --max_steps 4"
+BY_LOSS = "--eval_strategy steps --eval_steps 1 --save_strategy steps --save_steps 1 --metric_for_best_model loss"
+WORKER = "--dataloader_num_workers 1"
+# Flag -> what is added to SHORT, and what is then seen of it, where `plain` is the run with SHORT alone.
+SHORT = "--max_train_samples 3 --max_eval_samples 1 --per_device_train_batch_size 1 --logging_steps 1 --max_steps 3 "
+SHORT += "--save_strategy no --lora_dropout 0 --learning_rate 1e-2 --input_mode text"
+TAKEN = {
+    "output_dir": ("", lambda run, plain: (run.folder / "adapter_model.safetensors").is_file()),
+    "per_device_train_batch_size": ("--per_device_train_batch_size 3", lambda run, plain: run.epoch == 3),
+    "num_train_epochs": ("--max_steps -1 --num_train_epochs 2", lambda run, plain: len(run.losses) == 6),
+    "max_steps": ("--max_steps 2", lambda run, plain: len(run.losses) == 2),
+    "learning_rate": ("--learning_rate 1e-3", lambda run, plain: run.rates[0] == 1e-3),
+    "lr_scheduler_type": ("--lr_scheduler_type constant", lambda run, plain: run.rates == [1e-2] * 3),
+    "lr_scheduler_kwargs": (
+        '--lr_scheduler_type cosine_with_min_lr --lr_scheduler_kwargs {"min_lr":5e-3}',
+        lambda run, plain: run.rates[-1] > 5e-3,
+    ),
+    "warmup_steps": ("--warmup_steps 2", lambda run, plain: run.rates == [0, 5e-3, 1e-2]),
+    "warmup_ratio": ("--warmup_ratio 0.5", lambda run, plain: run.rates == [0, 5e-3, 1e-2]),
+    "optim": ("--optim sgd", lambda run, plain: run.differs and run.training["optim"] == "sgd"),
+    "weight_decay": ("--weight_decay 0.5", lambda run, plain: run.differs),
+    "adam_beta1": ("--adam_beta1 0.5", lambda run, plain: run.differs),
+    "adam_beta2": ("--adam_beta2 0.5", lambda run, plain: run.differs),
+    "adam_epsilon": ("--adam_epsilon 0.1", lambda run, plain: run.differs),
+    "gradient_accumulation_steps": ("--gradient_accumulation_steps 3", lambda run, plain: run.epoch == 3),
+    "max_grad_norm": ("--max_grad_norm 1e-3", lambda run, plain: run.differs),
+    "bf16": ("--bf16 True", lambda run, plain: run.settings["model"]["dtype"] == "bfloat16"),
+    "neftune_noise_alpha": ("--neftune_noise_alpha 5", lambda run, plain: run.losses[0] != plain.losses[0]),
+    "logging_strategy": ("--logging_strategy epoch", lambda run, plain: len(run.losses) == 1),
+    "logging_steps": ("--logging_steps 2", lambda run, plain: len(run.losses) == 1),
+    "logging_first_step": ("--logging_steps 3 --logging_first_step True", lambda run, plain: len(run.losses) == 2),
+    "include_num_input_tokens_seen": (
+        "--include_num_input_tokens_seen True",
+        lambda run, plain: run.log[-1]["num_input_tokens_seen"] > 100,
+    ),
+    "log_level": ("--log_level info", lambda run, plain: run.verbosity == 20 != plain.verbosity),
+    "disable_tqdm": ("--disable_tqdm False", lambda run, plain: "3/3" in run.err and "3/3" not in plain.err),
+    "report_to": (f"--report_to {REPORTER}", lambda run, plain: not WANDB or "wandb" in run.training["report_to"]),
+    "run_name": ("--run_name mine", lambda run, plain: run.training["run_name"] == "mine"),
+    "do_eval": ("--do_eval", lambda run, plain: "eval_loss" in run.out),
+    "eval_strategy": ("--eval_strategy epoch", lambda run, plain: run.evaluated == [3]),
+    "eval_steps": (EVALUATED_TWICE, lambda run, plain: run.evaluated == [2, 4]),
+    "eval_delay": (f"{EVALUATED_TWICE} --eval_delay 3", lambda run, plain: run.evaluated == [4]),
+    "eval_on_start": ("--eval_on_start True", lambda run, plain: run.evaluated == [0]),
+    "eval_accumulation_steps": (
+        f"{EVALUATED_TWICE} --eval_accumulation_steps 1",
+        lambda run, plain: run.evaluated == [2, 4],
+    ),
+    "per_device_eval_batch_size": (
+        "--eval_strategy epoch --max_eval_samples 4 --per_device_eval_batch_size 2",
+        lambda run, plain: run.eval_loader.batch_sampler.batch_size == 2,
+    ),
+    "save_strategy": ("--save_strategy epoch", lambda run, plain: run.saved == [3]),
+    "save_steps": ("--save_strategy steps --save_steps 2", lambda run, plain: run.saved == [2, 3]),
+    "save_total_limit": (
+        "--save_strategy steps --save_steps 1 --save_total_limit 1",
+        lambda run, plain: run.saved == [3],
+    ),
+    "save_only_model": (
+        "--save_strategy epoch --save_only_model True",
+        lambda run, plain: not (run.folder / "checkpoint-3/optimizer.pt").exists(),
+    ),
+    "load_best_model_at_end": (
+        f"{BY_LOSS} --load_best_model_at_end True",
+        lambda run, plain: same_tensors(run.weights, weights_of(run.folder / f"checkpoint-{run.lowest}")),
+    ),
+    "metric_for_best_model": (BY_LOSS, lambda run, plain: run.state["best_global_step"] == run.lowest),
+    "greater_is_better": (
+        f"{BY_LOSS} --greater_is_better True",
+        lambda run, plain: run.state["best_global_step"] != run.lowest,
+    ),
+    "full_determinism": ("--full_determinism True", lambda run, plain: run.deterministic and not plain.deterministic),
+    "seed": ("--seed 2", lambda run, plain: run.losses[0] != plain.losses[0]),
+    "data_seed": ("--data_seed 5", lambda run, plain: run.order != plain.order),
+    "use_cpu": ("--use_cpu True", lambda run, plain: run.settings["model"]["init_device"] == "cpu"),
+    "dataloader_num_workers": (WORKER, lambda run, plain: run.loader.num_workers == 1 and not run.differs),
+    "dataloader_persistent_workers": (
+        f"{WORKER} --dataloader_persistent_workers True",
+        lambda run, plain: run.loader.persistent_workers and not run.differs,
+    ),
+    "dataloader_prefetch_factor": (
+        f"{WORKER} --dataloader_prefetch_factor 4",
+        lambda run, plain: run.loader.prefetch_factor == 4 and not run.differs,
+    ),
+    "dataloader_multiprocessing_context": (
+        f"{WORKER} --dataloader_multiprocessing_context spawn",
+        lambda run, plain: run.loader.multiprocessing_context.get_start_method() == "spawn" and not run.differs,
+    ),
+    "train_sampling_strategy": (
+        "--train_sampling_strategy sequential",
+        lambda run, plain: run.order == [0, 1, 2] != plain.order,
+    ),
+    "resume_from_checkpoint": (
+        "--resume_from_checkpoint True",
+        lambda run, plain: "No checkpoint to resume from" in run.out,
+    ),
+}
+# What only a GPU shows: TF32 is refused without one, and memory is pinned for it alone.
+ON_A_GPU = {"tf32", "dataloader_pin_memory"}
+
+
+def test_every_flag_of_transformers_has_been_looked_at():
+    """A new one belongs into TAKEN, with what is seen of it, or into NOT_OFFERED."""
+    here = {f.name for f in fields(vqa.VQATrainingArguments) if f.init}
+    theirs = {f.name for f in fields(TrainingArguments)} - {"use_liger_kernel"}
+    assert here == (TAKEN.keys() & here) | ON_A_GPU
+    assert theirs <= TAKEN.keys() | ON_A_GPU | {name for group in vqa.NOT_OFFERED for name in group.split()}
+
+
+@pytest.fixture()
+def short_run(train, tmp_path, capsys, monkeypatch):
+    """Runs SHORT and more flags, with what was left behind, printed, and seen by the loaders."""
+    loaders, order = [], []
+    keep, item = vqa.let_workers_ignore_signals, vqa.SurgicalVQADataset.__getitem__
+    monkeypatch.setattr(vqa, "let_workers_ignore_signals", lambda loader: loaders.append(loader) or keep(loader))
+    monkeypatch.setattr(vqa.SurgicalVQADataset, "__getitem__", lambda self, i: order.append(i) or item(self, i))
+
+    def run(name, more, plain=None):
+        folder = tmp_path / name
+        loaders.clear(), order.clear(), capsys.readouterr()
+        evaluated = [*EVAL_DATA[:2]] if "eval" in more or "greater" in more else []
+        try:
+            assert train(folder, *SHORT.split(), *evaluated, *more.split()) == 0
+            deterministic = torch.are_deterministic_algorithms_enabled()
+            verbosity = transformers_logging.get_verbosity()
+        finally:
+            torch.use_deterministic_algorithms(False)
+            transformers_logging.set_verbosity_warning()
+        state = json.loads((folder / "trainer_state.json").read_text())
+        log, settings = state["log_history"], vqa.load_settings(folder)
+        evaluations = {entry["step"]: entry["eval_loss"] for entry in log if "eval_loss" in entry}
+        return SimpleNamespace(
+            **dict(zip(("out", "err"), capsys.readouterr(), strict=True)),
+            folder=folder,
+            state=state,
+            log=log,
+            losses=[entry["loss"] for entry in log if "loss" in entry],
+            rates=[entry["learning_rate"] for entry in log if "loss" in entry],
+            epoch=log[-1]["epoch"],
+            evaluated=[*evaluations],
+            lowest=min(evaluations, key=evaluations.get, default=None),
+            saved=sorted(vqa.checkpoints_of(folder)),
+            settings=settings,
+            training=settings["training"],
+            weights=weights_of(folder),
+            differs=plain is not None and not same_tensors(weights_of(folder), plain.weights),
+            order=[*order],
+            loader=loaders[0],
+            eval_loader=loaders[-1],
+            deterministic=deterministic,
+            verbosity=verbosity,
+        )
+
+    return run
+
+
+@pytest.mark.slow
+def test_every_flag_that_is_taken_is_seen_in_a_file_or_a_figure(short_run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    plain = short_run("plain", "")
+    without_effect = [name for name, (more, seen) in TAKEN.items() if not seen(short_run(name, more, plain), plain)]
+    assert not without_effect
+
+
+@pytest.mark.slow
+def test_no_file_holds_a_token(short_run, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    run = short_run("out", "--save_strategy epoch")
+    assert not [path for path in run.folder.rglob("*") if path.is_file() and b"hf_secret" in path.read_bytes()]
+
+
+@pytest.mark.slow
+def test_rows_of_like_length_come_together_and_none_is_read_before_its_turn(short_run, tmp_path):
+    """Also after a resume: the order of an epoch follows from the seed."""
+    grouped = "--train_sampling_strategy group_by_length --max_train_samples 5 --per_device_train_batch_size 2 "
+    grouped += "--save_strategy steps --save_steps 4 --max_steps 6"  # of three an epoch
+    run = short_run("whole", grouped)
+    assert sorted(run.order[:5]) == sorted(run.order[5:]) == [0, 1, 2, 3, 4] and run.order[:5] != run.order[5:]
+    assert run.loader.batch_sampler.sampler.lengths == run.loader.dataset.token_counts()
+    (tmp_path / "part").mkdir()
+    (run.folder / "checkpoint-4").rename(tmp_path / "part" / "checkpoint-4")
+    resumed = short_run("part", f"{grouped} --resume_from_checkpoint True", run)
+    assert not resumed.differs
+
+
+def test_groups_of_like_length_pad_less_and_change_with_the_epoch():
+    lengths = [(37 * row) % 101 for row in range(100)]
+    sampler = vqa.GroupedByLength(4, lengths, seed=1)
+    sampler.set_epoch(0)
+    orders = [[*sampler]]
+    for epoch in (0, 1):
+        sampler.set_epoch(epoch)
+        orders.append([*sampler])
+    assert orders[0] == orders[1] != orders[2] and sorted(orders[2]) == [*range(100)]
+
+    def padded(order):
+        return sum(4 * max(lengths[row] for row in order[i : i + 4]) for i in range(0, 100, 4))
+
+    assert all(padded(order) < 0.8 * padded(range(100)) for order in orders)
