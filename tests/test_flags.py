@@ -1,5 +1,6 @@
 """Flags of training: the public launch lines, names from elsewhere, and each flag of TrainingArguments."""
 
+import importlib
 import importlib.util
 import json
 import shlex
@@ -38,6 +39,16 @@ LAUNCH_LINES = {
 EVALUATED = {"src/train_vqa.py": [10, 20], "train_with_eval_FINAL.sh": [10, 20], "train_multivideo_overnight.sh": [8]}
 
 
+@pytest.fixture()
+def offline(tmp_path, monkeypatch):
+    """W&B writes into a folder of the test, whose run ends with it."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    yield
+    if WANDB:
+        importlib.import_module("wandb").teardown()
+
+
 @pytest.fixture(scope="module")
 def with_weights(tiny, base, tokenizer, tmp_path_factory):
     """The tiny model as a folder with weights."""
@@ -48,9 +59,7 @@ def with_weights(tiny, base, tokenizer, tmp_path_factory):
 
 
 @pytest.mark.parametrize("name", LAUNCH_LINES)
-def test_the_public_launch_lines_train(name, with_weights, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)  # where W&B writes
-    monkeypatch.setenv("WANDB_MODE", "offline")
+def test_the_public_launch_lines_train(name, with_weights, tmp_path, offline):
     row = read_jsonl(FIXTURES / "smoke.jsonl")[0]
     rows = write_jsonl(tmp_path / "rows.jsonl", [row | {"frames": row["frames"][:1]}])
     paths = {"frames": FIXTURES / "frames", "audio": FIXTURES / "audio", "rows": rows, "out": tmp_path / "out"}
@@ -161,11 +170,14 @@ def test_wandb_without_a_login_is_refused_before_data_are_read(train, tmp_path, 
     assert message.startswith("--report_to wandb: ") and "wandb login" in message and "\n" not in message
 
 
-# ----------------------------------------------------------------------------------------------- each flag that is taken
+# ---------------------------------------------------------------------------------------------- each flag that is taken
 
-EVALUATED_TWICE = "--eval_strategy steps --eval_steps 2 --max_steps 4"
+EVALUATED_TWICE = "--eval_strategy steps --eval_steps 2 --eval_accumulation_steps 1 --max_steps 4"
 BY_LOSS = "--eval_strategy steps --eval_steps 1 --save_strategy steps --save_steps 1 --metric_for_best_model loss"
-WORKER = "--dataloader_num_workers 1"
+LOADED = "--dataloader_num_workers 1 --dataloader_persistent_workers True --dataloader_prefetch_factor 4 "
+LOADED += "--dataloader_multiprocessing_context spawn"
+SHOWN = f"--run_name mine --report_to {REPORTER} --log_level info --disable_tqdm False --resume_from_checkpoint True "
+SHOWN += "--include_num_input_tokens_seen True --bf16 True --use_cpu True --gradient_accumulation_steps 3"
 # Flag -> what is added to SHORT, and what is then seen of it, where `plain` is the run with SHORT alone.
 SHORT = "--max_train_samples 3 --max_eval_samples 1 --per_device_train_batch_size 1 --logging_steps 1 --max_steps 3 "
 SHORT += "--save_strategy no --lora_dropout 0 --learning_rate 1e-2 --input_mode text"
@@ -173,7 +185,7 @@ TAKEN = {
     "output_dir": ("", lambda run, plain: (run.folder / "adapter_model.safetensors").is_file()),
     "per_device_train_batch_size": ("--per_device_train_batch_size 3", lambda run, plain: run.epoch == 3),
     "num_train_epochs": ("--max_steps -1 --num_train_epochs 2", lambda run, plain: len(run.losses) == 6),
-    "max_steps": ("--max_steps 2", lambda run, plain: len(run.losses) == 2),
+    "max_steps": (EVALUATED_TWICE, lambda run, plain: len(run.losses) == 4),
     "learning_rate": ("--learning_rate 1e-3", lambda run, plain: run.rates[0] == 1e-3),
     "lr_scheduler_type": ("--lr_scheduler_type constant", lambda run, plain: run.rates == [1e-2] * 3),
     "lr_scheduler_kwargs": (
@@ -187,28 +199,28 @@ TAKEN = {
     "adam_beta1": ("--adam_beta1 0.5", lambda run, plain: run.differs),
     "adam_beta2": ("--adam_beta2 0.5", lambda run, plain: run.differs),
     "adam_epsilon": ("--adam_epsilon 0.1", lambda run, plain: run.differs),
-    "gradient_accumulation_steps": ("--gradient_accumulation_steps 3", lambda run, plain: run.epoch == 3),
+    "gradient_accumulation_steps": (SHOWN, lambda run, plain: run.epoch == 3),
     "max_grad_norm": ("--max_grad_norm 1e-3", lambda run, plain: run.differs),
-    "bf16": ("--bf16 True", lambda run, plain: run.settings["model"]["dtype"] == "bfloat16"),
+    "bf16": (SHOWN, lambda run, plain: run.settings["model"]["dtype"] == "bfloat16"),
     "neftune_noise_alpha": ("--neftune_noise_alpha 5", lambda run, plain: run.losses[0] != plain.losses[0]),
     "logging_strategy": ("--logging_strategy epoch", lambda run, plain: len(run.losses) == 1),
     "logging_steps": ("--logging_steps 2", lambda run, plain: len(run.losses) == 1),
     "logging_first_step": ("--logging_steps 3 --logging_first_step True", lambda run, plain: len(run.losses) == 2),
     "include_num_input_tokens_seen": (
-        "--include_num_input_tokens_seen True",
+        SHOWN,
         lambda run, plain: run.log[-1]["num_input_tokens_seen"] > 100,
     ),
-    "log_level": ("--log_level info", lambda run, plain: run.verbosity == 20 != plain.verbosity),
-    "disable_tqdm": ("--disable_tqdm False", lambda run, plain: "3/3" in run.err and "3/3" not in plain.err),
-    "report_to": (f"--report_to {REPORTER}", lambda run, plain: not WANDB or "wandb" in run.training["report_to"]),
-    "run_name": ("--run_name mine", lambda run, plain: run.training["run_name"] == "mine"),
+    "log_level": (SHOWN, lambda run, plain: run.verbosity == 20 != plain.verbosity),
+    "disable_tqdm": (SHOWN, lambda run, plain: "3/3" in run.err and "3/3" not in plain.err),
+    "report_to": (SHOWN, lambda run, plain: not WANDB or "wandb" in run.training["report_to"]),
+    "run_name": (SHOWN, lambda run, plain: run.training["run_name"] == "mine"),
     "do_eval": ("--do_eval", lambda run, plain: "eval_loss" in run.out),
     "eval_strategy": ("--eval_strategy epoch", lambda run, plain: run.evaluated == [3]),
     "eval_steps": (EVALUATED_TWICE, lambda run, plain: run.evaluated == [2, 4]),
     "eval_delay": (f"{EVALUATED_TWICE} --eval_delay 3", lambda run, plain: run.evaluated == [4]),
     "eval_on_start": ("--eval_on_start True", lambda run, plain: run.evaluated == [0]),
     "eval_accumulation_steps": (
-        f"{EVALUATED_TWICE} --eval_accumulation_steps 1",
+        EVALUATED_TWICE,
         lambda run, plain: run.evaluated == [2, 4],
     ),
     "per_device_eval_batch_size": (
@@ -237,18 +249,18 @@ TAKEN = {
     "full_determinism": ("--full_determinism True", lambda run, plain: run.deterministic and not plain.deterministic),
     "seed": ("--seed 2", lambda run, plain: run.losses[0] != plain.losses[0]),
     "data_seed": ("--data_seed 5", lambda run, plain: run.order != plain.order),
-    "use_cpu": ("--use_cpu True", lambda run, plain: run.settings["model"]["init_device"] == "cpu"),
-    "dataloader_num_workers": (WORKER, lambda run, plain: run.loader.num_workers == 1 and not run.differs),
+    "use_cpu": (SHOWN, lambda run, plain: run.settings["model"]["init_device"] == "cpu"),
+    "dataloader_num_workers": (LOADED, lambda run, plain: run.loader.num_workers == 1 and not run.differs),
     "dataloader_persistent_workers": (
-        f"{WORKER} --dataloader_persistent_workers True",
+        LOADED,
         lambda run, plain: run.loader.persistent_workers and not run.differs,
     ),
     "dataloader_prefetch_factor": (
-        f"{WORKER} --dataloader_prefetch_factor 4",
+        LOADED,
         lambda run, plain: run.loader.prefetch_factor == 4 and not run.differs,
     ),
     "dataloader_multiprocessing_context": (
-        f"{WORKER} --dataloader_multiprocessing_context spawn",
+        LOADED,
         lambda run, plain: run.loader.multiprocessing_context.get_start_method() == "spawn" and not run.differs,
     ),
     "train_sampling_strategy": (
@@ -256,7 +268,7 @@ TAKEN = {
         lambda run, plain: run.order == [0, 1, 2] != plain.order,
     ),
     "resume_from_checkpoint": (
-        "--resume_from_checkpoint True",
+        SHOWN,
         lambda run, plain: "No checkpoint to resume from" in run.out,
     ),
 }
@@ -320,11 +332,15 @@ def short_run(train, tmp_path, capsys, monkeypatch):
 
 
 @pytest.mark.slow
-def test_every_flag_that_is_taken_is_seen_in_a_file_or_a_figure(short_run, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("WANDB_MODE", "offline")
+def test_every_flag_that_is_taken_is_seen_in_a_file_or_a_figure(short_run, offline):
     plain = short_run("plain", "")
-    without_effect = [name for name, (more, seen) in TAKEN.items() if not seen(short_run(name, more, plain), plain)]
+    runs = {"": plain}  # flags that do not disturb each other share one
+    without_effect = []
+    for name, (more, seen) in TAKEN.items():
+        if more not in runs:
+            runs[more] = short_run(name, more, plain)
+        if not seen(runs[more], plain):
+            without_effect.append(name)
     assert not without_effect
 
 

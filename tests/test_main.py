@@ -27,7 +27,7 @@ def test_unknown_and_abbreviated_flags_are_errors(flag, capsys):
         vqa.main([*TRAIN_DATA, "--output_dir", "out", flag, "1"])
     usage, message = capsys.readouterr().err.splitlines()
     assert stop.value.code == 2 and "--help" in usage
-    assert message.endswith(f"error: unrecognized arguments: {flag} 1")
+    assert f"error: unrecognized arguments: {flag} 1" in message
 
 
 @pytest.mark.parametrize(
