@@ -328,7 +328,8 @@ def short_run(train, tmp_path, capsys, monkeypatch):
             verbosity=verbosity,
         )
 
-    return run
+    yield run
+    vqa.end_workers()  # persistent ones, for which Python would wait without end
 
 
 @pytest.mark.slow
