@@ -2397,7 +2397,7 @@ def grouped(samples: Iterable[dict]) -> Iterator[list[dict]]:
 
 def on_device(batch: dict, device: torch.device) -> dict[str, torch.Tensor]:
     """The tensors of a collated batch that the model takes, on `device`."""
-    tensors = {name: tensor for name, tensor in batch.items() if name != "labels"}
+    tensors = {name: tensor for name, tensor in batch.items() if name not in ("labels", "row_indices")}
     if device.type == "cuda":  # from pinned memory the copy runs beside the computation
         return {name: tensor.pin_memory().to(device, non_blocking=True) for name, tensor in tensors.items()}
     return {name: tensor.to(device) for name, tensor in tensors.items()}
@@ -4018,28 +4018,27 @@ class VQATrainer(Trainer):
     def answer_rows(self, indices: Sequence[int]) -> list[dict]:
         """Greedy answers to evaluation rows, as the prediction part of evaluation's rows."""
         dataset = copy.copy(self.eval_dataset)
-        dataset.with_answer = dataset.with_index = False
+        dataset.with_answer = False
         model = self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
         tokenizer = self.tokenizer
         decoding = tokenizer.pad_token_id, stop_token_ids(tokenizer), ANSWER_TOKENS
         size = math.ceil(len(indices) / math.ceil(len(indices) / self.answers_at_once))  # batches of about one size
 
-        def heeding_signals() -> Iterator[dict]:
-            for index, sample in zip(indices, decoded, strict=True):
+        def heeding_signals(samples: Iterable[dict]) -> Iterator[dict]:
+            for sample in samples:
                 self.guard.heed_signal()
-                self.batches = [([index], len(sample["input_ids"]), None)]  # for `explain`
+                self.batches = [(sample["row_indices"], len(sample["input_ids"]), None)]  # for `explain`
                 yield sample
-            self.guard.heed_signal()  # of the last batch
 
-        with (
-            contextlib.closing(ahead(dataset.__getitem__, indices, 2 * size)) as decoded,
-            plain_layers(model),
-            self.accelerator.autocast(),
-        ):
-            answers, fitting = answer_with_halving(
-                heeding_signals(), size, True, lambda batch: answer_batch(model, batch, *decoding)
-            )
-        self.answers_at_once = min(self.answers_at_once, fitting) if fitting < size else self.answers_at_once
+        def answer(samples: Iterable[dict]) -> list[tuple[list[int], str]]:
+            return answer_batch(model, heeding_signals(samples), *decoding)
+
+        samples = ahead(dataset.__getitem__, indices, 2 * size)
+        with contextlib.closing(samples), plain_layers(model), self.accelerator.autocast():
+            answers, fitting = answer_with_halving(samples, size, True, answer)
+        self.guard.heed_signal()  # of the last batch
+        if fitting < size:
+            self.answers_at_once = fitting
         return [
             {
                 "predicted_answer": tokenizer.decode(ids, skip_special_tokens=True).strip(),
@@ -4586,10 +4585,9 @@ def name_final_step(args: VQATrainingArguments, state: TrainerState, early_stopp
     if step != state.best_global_step:
         line += f" with a checkpoint (step {state.best_global_step} had {state.best_metric:.4g}, but was not saved)"
     misses = early_stopping.early_stopping_patience_counter
-    early = f" early, after {misses} evaluations without improvement" * (
-        misses >= early_stopping.early_stopping_patience
-    )
-    return f"{line}; training ended{early} at step {state.global_step}"
+    if misses < early_stopping.early_stopping_patience:
+        return f"{line}; training ended at step {state.global_step}"
+    return f"{line}; stopped early at step {state.global_step}, after {misses} evaluations without improvement"
 
 
 def train(
