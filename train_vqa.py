@@ -3769,7 +3769,7 @@ def refuse_other_settings(checkpoint: Path, settings: dict) -> None:
     fixed["training"] = {"learning_rate", "lr_scheduler_type", "optim", "weight_decay", "seed"}
     fixed["training"] |= {"per_device_train_batch_size", "gradient_accumulation_steps"}
     fixed["data"] = {"train_data_path", "max_train_samples", "audio_pattern", "frame_pattern"}
-    if stored["training"].get("metric_for_best_model"):  # the best value so far is one of this metric
+    if stored.get("training", {}).get("metric_for_best_model"):  # the best value so far is one of this metric
         fixed["training"] |= {"metric_for_best_model", "greater_is_better"}
     raise_problems(
         [
@@ -4538,7 +4538,7 @@ def make_trainer(
     args: VQATrainingArguments,
     stop_signal: StopSignal,
 ) -> VQATrainer:
-    """The Trainer of a run, whose evaluation computes the loss only; `multiple` as in `VQACollator`."""
+    """The Trainer of a run; `multiple` as in `VQACollator`."""
     tokenizer = datasets[0].processor.tokenizer
     return VQATrainer(
         model=trained,

@@ -5,7 +5,8 @@
 
 Flags that it does not know are train_vqa.py's (`--max_eval_frames 0`, `--cache_features F`, `--load_in_4bit True`,
 `--per_device_eval_batch_size 1`). Both steps are followed by an evaluation; the first one also loads and chooses
-kernels. Random weights rarely stop, so that nearly every answer has the 32 tokens at which answers are cut.
+kernels. Random weights rarely stop, so that nearly every answer has the 32 tokens at which answers are cut. The speech
+is linked into a temporary folder: with the data on another disk than /tmp, set TMPDIR.
 """
 
 import argparse

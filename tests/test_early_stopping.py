@@ -316,6 +316,7 @@ def test_compiled_layers_answer_uncompiled_and_are_compiled_again_after(fresh, p
     assert [vars(layer)["forward"] for layer in model.model.language_model.layers] == compiled
 
 
+@pytest.mark.slow
 def test_answers_that_do_not_fit_are_computed_fewer_at_a_time_or_named(train, flags, undisturbed, tmp_path, capsys):
     """Batches of five and of three do not fit, of two do; and then not even one, in one line with the row."""
 
