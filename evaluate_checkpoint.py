@@ -61,7 +61,6 @@ LISTED = 10  # keys shown in a message; the summary lists them all
 WIDTH = 80
 AUTO_BATCH_SIZE = 128  # rows at most: a step of decoding costs the same for one row as for a hundred
 CPU_BATCH_SIZE = 8  # of --batch_size auto where no GPU sets a limit
-PREFILL_TOKENS = 16384  # prompts read at a time: enough to fill a GPU, and what MLP activations take stays bounded
 USABLE_MEMORY = 0.92  # of the limit: the allocator splits what it holds
 
 Row = dict[str, Any]
@@ -1542,7 +1541,7 @@ def check_liveness(model: Any, inputs: ArmInputs) -> Row:
     def logits(frames: list[Any], speech: Any) -> Any:
         batch = collate([inputs.make_sample(index, frames, speech)])
         with torch.inference_mode():
-            return model(**on_device(batch, model.device), logits_to_keep=1).logits.float()
+            return model(**vqa.on_device(batch, model.device), logits_to_keep=1).logits.float()
 
     def readable() -> Iterator[tuple[int, tuple[list[Any], Any]]]:
         for index in range(len(inputs.rows)):
@@ -1580,149 +1579,6 @@ def check_liveness(model: Any, inputs: ArmInputs) -> Row:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def answer_batch(
-    model: Any, samples: Iterable[Row], pad_token_id: int, stop_ids: Sequence[int], max_new_tokens: int
-) -> list[tuple[list[int], str]]:
-    """Greedy answers of any number of samples: per row the new ids, stop token included, and `eos` or `length`.
-
-    Prefill goes by groups (`prefill`), then all rows decode together, one token a step. Written out because `generate`
-    prefills all rows at once, under a mask that keeps sdpa from its fast kernels: 5.74 answers/s in place of 7.87 on
-    one H100, and 4 GiB more (docs/PERFORMANCE.md).
-    """
-    from transformers import DynamicCache
-
-    with torch.inference_mode():
-        lengths, ids, positions, layers = prefill(model, samples, pad_token_id)
-        if not lengths:
-            return []
-        cache = DynamicCache()
-        for index in range(len(layers)):
-            cache.update(*layers[index], index)
-            layers[index] = None  # freed, so that one layer at a time is there twice
-        width = max(lengths)
-        mask = None
-        if min(lengths) < width:
-            starts = width - torch.tensor(lengths, device=ids.device)
-            mask = (torch.arange(width, device=ids.device) >= starts[:, None]).long()
-        stops = torch.tensor(list(stop_ids), dtype=ids.dtype, device=ids.device)
-        ended = torch.isin(ids, stops)
-        produced = [ids]
-        while len(produced) < max_new_tokens and not ended.all():
-            if mask is not None:
-                mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
-            output = model(
-                input_ids=ids[:, None],
-                attention_mask=mask,
-                position_ids=positions.expand(3, -1)[..., None],
-                past_key_values=cache,
-                use_cache=True,
-            )
-            ids = output.logits[:, -1].argmax(-1)
-            positions = positions + 1
-            ended |= torch.isin(ids, stops)
-            produced.append(ids)
-    answers = []
-    for ids in torch.stack(produced, dim=1).tolist():
-        end = next((index for index, token in enumerate(ids) if token in stop_ids), None)
-        answers.append((ids, "length") if end is None else (ids[: end + 1], "eos"))
-    return answers
-
-
-def prefill(model: Any, samples: Iterable[Row], pad_token_id: int) -> tuple[list[int], Any, Any, list[tuple[Any, Any]]]:
-    """Compute the keys and values of prompts, in groups of at most PREFILL_TOKENS with their padding.
-
-    Padding is on the right, where causal attention never meets it, so that no mask is needed. The keys and values of
-    each row are then moved to end where those of the longest row end.
-
-    Returns:
-        Tokens of each prompt; the first token of each answer, int64 [B], and its position, int64 [B]; per decoder layer
-        keys and values [B, heads, longest prompt, head size], 0 in front of shorter prompts.
-    """
-    from torch.nn.functional import pad
-    from transformers import DynamicCache
-
-    collate = vqa.VQACollator(pad_token_id)
-    lengths, first, positions, caches = [], [], [], []
-    for group in grouped(samples):
-        batch = collate(group)
-        last = torch.tensor([[len(sample["input_ids"]) - 1] for sample in group])
-        grids = {name: batch[name] for name in ("image_grid_thw", "video_grid_thw") if name in batch}
-        # On the CPU, where reading the ids does not wait for the group before.
-        rope, _ = model.model.get_rope_index(batch["input_ids"], mm_token_type_ids=batch["mm_token_type_ids"], **grids)
-        inputs = on_device({**batch, "position_ids": rope, "logits_to_keep": last}, model.device)
-        output = model(**inputs, past_key_values=DynamicCache(), use_cache=True)
-        lengths += (last[:, 0] + 1).tolist()
-        first.append(output.logits[:, 0].argmax(-1))
-        positions.append(rope[0].gather(1, last)[:, 0] + 1)  # a prompt ends in words: its three positions are one
-        caches.append([(layer.keys, layer.values) for layer in output.past_key_values.layers])
-        del output
-    if not lengths:
-        return [], None, None, []
-
-    def aligned(layer: int, side: int) -> Any:
-        parts = [cache[layer][side] for cache in caches]
-        width = max(lengths)
-        if min(lengths) == width:
-            return torch.cat(parts)
-        rows = zip(lengths, (row for part in parts for row in part), strict=True)
-        return torch.stack([pad(row[:, :length], (0, 0, width - length, 0)) for length, row in rows])
-
-    layers = []
-    for layer in range(len(caches[0])):
-        layers.append((aligned(layer, 0), aligned(layer, 1)))
-        for cache in caches:
-            cache[layer] = None  # freed, so that one layer at a time is there twice
-    return lengths, torch.cat(first), torch.cat(positions).to(model.device), layers
-
-
-def grouped(samples: Iterable[Row]) -> Iterator[list[Row]]:
-    """Samples in lists, in order, each of at most PREFILL_TOKENS when padded to its longest, or of one sample."""
-    group: list[Row] = []
-    for sample in samples:
-        longest = max(len(other["input_ids"]) for other in (*group, sample))
-        if group and longest * (len(group) + 1) > PREFILL_TOKENS:
-            yield group
-            group = []
-        group.append(sample)
-    if group:
-        yield group
-
-
-def on_device(batch: Row, device: Any) -> Row:
-    """The tensors of a collated batch that the model takes, on `device`."""
-    tensors = {name: tensor for name, tensor in batch.items() if name != "labels"}
-    if device.type == "cuda":  # from pinned memory the copy runs beside the computation
-        return {name: tensor.pin_memory().to(device, non_blocking=True) for name, tensor in tensors.items()}
-    return {name: tensor.to(device) for name, tensor in tensors.items()}
-
-
-def answer_with_halving(
-    samples: Iterator[Row], size: int, may_halve: bool, answer: Callable[[Iterable[Row]], list[Any]]
-) -> tuple[list[Any], int]:
-    """Answers of `samples`, `size` at a time; with `may_halve` in halves where torch is out of memory.
-
-    Returns the answers, and the size that fitted. Raises torch.OutOfMemoryError where halving is over or not wanted.
-    """
-    answers = []
-    while True:
-        samples, attempt = itertools.tee(samples)  # what fails is gone through again
-        try:
-            batch = answer(itertools.islice(attempt, size))
-        except torch.OutOfMemoryError:
-            if not may_halve or size == 1:
-                raise
-            batch = None
-        if batch is None:  # out of the handler, which holds on to the tensors of the failed batch
-            size = math.ceil(size / 2)
-            torch.cuda.empty_cache()
-            print(f"   The GPU memory is full: continuing with batches of {size}", flush=True)
-        elif batch:
-            answers += batch
-            next(itertools.islice(samples, len(batch) - 1, None))  # goes past the samples of the batch
-        else:
-            return answers, size
-
-
 def choose_batch_size(model: Any, longest: int, max_new_tokens: int, limit_gib: float) -> int:
     """Rows that fit into the GPU memory at a time, 1 to AUTO_BATCH_SIZE; CPU_BATCH_SIZE without a CUDA GPU.
 
@@ -1741,7 +1597,7 @@ def choose_batch_size(model: Any, longest: int, max_new_tokens: int, limit_gib: 
     head = text.hidden_size // text.num_attention_heads
     # In prefill: four activations of the MLP's width (gate, its SiLU, up, their product), and about sixteen of the
     # hidden size, of which some are float32.
-    prefilling = max(PREFILL_TOKENS, longest) * item * (4 * text.intermediate_size + 16 * text.hidden_size)
+    prefilling = max(vqa.PREFILL_TOKENS, longest) * item * (4 * text.intermediate_size + 16 * text.hidden_size)
     # A token keeps a key and a value a layer; one layer is copied to grow, and, under a mask, repeated for every head.
     kept = 2 * head * text.num_key_value_heads * (text.num_hidden_layers + 2)
     row = (longest + max_new_tokens) * item * (kept + 2 * head * text.num_attention_heads)
@@ -1778,7 +1634,9 @@ def answer_arm(model: Any, inputs: ArmInputs, file: RowFile, args: argparse.Name
             # Two iterators over one slice: prefill begins while the rest of it is still being decoded.
             samples, again = itertools.tee(itertools.islice(decoded, len(part)))
             usable = (sample for sample in samples if not isinstance(sample, str))
-            answers, size = answer_with_halving(usable, size, auto, lambda batch: answer_batch(model, batch, *decoding))
+            answers, size = vqa.answer_with_halving(
+                usable, size, auto, lambda batch: vqa.answer_batch(model, batch, *decoding)
+            )
             waiting = iter(answers)
             for index, sample in zip(part, again, strict=True):
                 error = sample if isinstance(sample, str) else None

@@ -28,6 +28,7 @@ import hashlib
 import importlib.metadata
 import importlib.util
 import io
+import itertools
 import json
 import logging
 import math
@@ -48,7 +49,7 @@ import time
 import typing
 import warnings
 import zlib
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import MISSING, asdict, dataclass, field, fields, make_dataclass
@@ -79,6 +80,8 @@ from transformers import (
     AttentionInterface,
     AutoTokenizer,
     BitsAndBytesConfig,
+    DynamicCache,
+    EarlyStoppingCallback,
     GenerationConfig,
     HfArgumentParser,
     PreTrainedTokenizerBase,
@@ -98,6 +101,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil, smart_resize
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
 from transformers.trainer_pt_utils import LengthGroupedSampler
+from transformers.trainer_utils import EvalLoopOutput
 from transformers.training_args import OptimizerNames
 from transformers.utils import is_flash_attn_2_available
 from transformers.utils import logging as transformers_logging
@@ -233,6 +237,14 @@ GIB = 2**30
 FITTING_SHARE = 0.93  # of the memory that an estimate may take: it may err, and the allocator leaves gaps
 CUDA_CONTEXT_GIB = 1.0  # what the driver and cuBLAS hold beside the allocator
 
+PREFILL_TOKENS = 16384  # prompts read at a time: enough to fill a GPU, and what MLP activations take stays bounded
+# --eval_answers: a token keeps 57 kB at full size, so that 32 rows of 2,700 tokens take 5 GB; answers are cut as by
+# evaluate_checkpoint.py's default.
+ANSWERS_AT_ONCE, ANSWER_TOKENS = 32, 32
+ANSWERS_DIR = "eval_answers"  # in --output_dir: step-N.jsonl with the rows, step-N.summary.json with their scores
+ANSWER_METRICS = ("choice", "contains", "stopped")  # each logged as eval_...
+SCORER = Path(__file__).resolve().with_name("evaluate_checkpoint.py")  # run, not imported: it imports this file
+
 MAX_WORKERS = 8  # decoding 8 frames of 1240x1080 and the speech takes one core 0.3 s, a GPU step less than twice that
 # The rest of a Whisper config speaks of its decoder.
 AUDIO_CONFIG_FIELDS = (*WHISPER_LARGE_V3_TURBO, "activation_function", "scale_embedding", "init_std")
@@ -300,7 +312,7 @@ NOT_OFFERED = {
     "label_names length_column_name remove_unused_columns": "this script makes its samples itself",
     "label_smoothing_factor": "the loss is the plain cross entropy of the answer",
     "optim_args optim_target_modules": "the optimizers on offer need none",
-    "restore_callback_states_from_checkpoint": "a resumed run takes up what it needs",
+    "restore_callback_states_from_checkpoint": "a resumed run takes up what it needs, but for the old patience",
     "skip_memory_metrics": "the peak of each phase is printed at the end",
     "accelerator_config auto_find_batch_size torch_empty_cache_steps": "--dry_run says which batch fits",
     "use_cache": "training has no use for a cache, and answers are always made with one",
@@ -593,6 +605,23 @@ class VQATrainingArguments(OfferedArguments):
             self.warmup_steps = self.warmup_ratio  # transformers takes a number below 1 for the share
         super().__post_init__()
 
+    early_stopping_patience: int = flag(
+        0,
+        "Stop after so many evaluations in a row that did not improve --metric_for_best_model (by default the loss); "
+        "needs --load_best_model_at_end True. 0: train to the end.",
+    )
+    early_stopping_threshold: float = flag(
+        0.0, "With --early_stopping_patience: an improvement of no more than this counts as none."
+    )
+    eval_answers: int = flag(
+        0,
+        "At each evaluation also answer so many of its rows, greedily, always the same, as equally many of each "
+        "question type as there are; logs eval_choice and eval_contains (shares right, by evaluate_checkpoint.py) and "
+        "eval_stopped (share that ended by itself), which --metric_for_best_model may name. Answers are cut at "
+        f"{ANSWER_TOKENS} tokens, kept in {ANSWERS_DIR} of --output_dir, and computed {ANSWERS_AT_ONCE} at a time, or "
+        "fewer where these do not fit. 0: the loss alone.",
+    )
+
     @property
     def compute_dtype(self) -> torch.dtype:
         """The dtype of the computation, by autocast."""
@@ -639,6 +668,7 @@ def parse_arguments(argv: Sequence[str]) -> tuple[ModelArguments, DataArguments,
     refuse_numbers(flags)
     refuse_contradictions(flags, given)
     refuse_optimizer(training_args)
+    refuse_unmeasured(flags, given)
     refuse_surroundings(flags, training_args)
     data_args.max_eval_frames = data_args.max_eval_frames or None
     return model_args, data_args, training_args
@@ -735,6 +765,8 @@ def refuse_numbers(flags: SimpleNamespace) -> None:
             "must be at least 1; -1: as --num_train_epochs says",
         ),
         (["max_eval_frames"], lambda number: number >= 0, "must be 0 (all frames) or more"),
+        (["early_stopping_patience", "eval_answers"], lambda number: number >= 0, "must be 0 (off) or more"),
+        (["early_stopping_threshold"], lambda number: 0 <= number < math.inf, "must be 0 or more"),
     ):
         for name in names:
             number = getattr(flags, name)
@@ -793,6 +825,29 @@ def log_in_to_wandb() -> None:
     except Exception as error:  # of several kinds, by the version of wandb
         advice = "run `wandb login`, set WANDB_MODE=offline, or leave the flag out"
         raise VQAError(f"--report_to wandb: {first_line(error)}; {advice}") from error
+
+
+def refuse_unmeasured(flags: SimpleNamespace, given: set[str]) -> None:
+    """VQAError where no evaluation measures what is to choose the model, or to stop the run."""
+    metrics = [f"eval_{name}" for name in ("loss", *(ANSWER_METRICS if flags.eval_answers else ()))]
+    metric, stopping = flags.metric_for_best_model, flags.early_stopping_patience
+    if metric is not None and f"eval_{metric.removeprefix('eval_')}" not in metrics:
+        more = "" if flags.eval_answers else "; --eval_answers N adds eval_" + ", eval_".join(ANSWER_METRICS)
+        raise VQAError(f"--metric_for_best_model {metric}: evaluations measure {', '.join(metrics)}{more}")
+    if flags.eval_answers and not flags.eval_data_path:
+        raise VQAError(f"--eval_answers {flags.eval_answers} needs --eval_data_path: name the questions to answer")
+    if flags.eval_answers and not SCORER.is_file():
+        raise VQAError(f"--eval_answers: {SCORER}, which scores the answers, is missing; copy it there")
+    if "--early_stopping_threshold" in given and not stopping:
+        raise VQAError("--early_stopping_threshold does nothing without --early_stopping_patience; leave it out")
+    if stopping and not flags.load_best_model_at_end:
+        raise VQAError(
+            f"--early_stopping_patience {stopping} needs --load_best_model_at_end True: else the run would end with "
+            "the model that is no longer the best"
+        )
+    if flags.load_best_model_at_end and flags.eval_strategy == "no":
+        name = f"--early_stopping_patience {stopping}" if stopping else "--load_best_model_at_end"
+        raise VQAError(f"{name} needs evaluations: give --eval_strategy steps or epoch, and --save_strategy the same")
 
 
 def refuse_surroundings(flags: SimpleNamespace, args: VQATrainingArguments) -> None:
@@ -2363,6 +2418,18 @@ def compile_decoder(model: SpeechMixin) -> None:
             layer.gradient_checkpointing = False
 
 
+@contextlib.contextmanager
+def plain_layers(model: SpeechMixin) -> Iterator[None]:
+    """Let the decoder's layers run uncompiled: with a cache each of them would have to be compiled by itself."""
+    compiled = {layer: vars(layer).pop("forward", None) for layer in model.model.language_model.layers}
+    try:
+        yield
+    finally:
+        for layer, forward in compiled.items():
+            if forward is not None:
+                layer.forward = forward
+
+
 def use_liger(model: SpeechMixin) -> None:
     """Let Liger's kernels compute the decoder's RMSNorm and SwiGLU, of this model alone; no weight changes.
 
@@ -2385,6 +2452,147 @@ def use_liger(model: SpeechMixin) -> None:
         layer.mlp.forward = mlp.__get__(layer.mlp)
         for module in (layer.input_layernorm, layer.post_attention_layernorm):
             module.forward = norm.__get__(module)
+
+
+def answer_batch(
+    model: SpeechMixin, samples: Iterable[dict], pad_token_id: int, stop_ids: Sequence[int], max_new_tokens: int
+) -> list[tuple[list[int], str]]:
+    """Greedy answers of any number of samples: per row the new ids, stop token included, and `eos` or `length`.
+
+    Prefill goes by groups (`prefill`), then all rows decode together, one token a step. Written out because `generate`
+    prefills all rows at once, under a mask that keeps sdpa from its fast kernels: 5.74 answers/s in place of 7.87 on
+    one H100, and 4 GiB more (docs/PERFORMANCE.md).
+    """
+    with torch.inference_mode():
+        lengths, ids, positions, layers = prefill(model, samples, pad_token_id)
+        if not lengths:
+            return []
+        cache = DynamicCache()
+        for index in range(len(layers)):
+            cache.update(*layers[index], index)
+            layers[index] = None  # freed, so that one layer at a time is there twice
+        width = max(lengths)
+        mask = None
+        if min(lengths) < width:
+            starts = width - torch.tensor(lengths, device=ids.device)
+            mask = (torch.arange(width, device=ids.device) >= starts[:, None]).long()
+        stops = torch.tensor(list(stop_ids), dtype=ids.dtype, device=ids.device)
+        ended = torch.isin(ids, stops)
+        produced = [ids]
+        while len(produced) < max_new_tokens and not ended.all():
+            if mask is not None:
+                mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
+            output = model(
+                input_ids=ids[:, None],
+                attention_mask=mask,
+                position_ids=positions.expand(3, -1)[..., None],
+                past_key_values=cache,
+                use_cache=True,
+            )
+            ids = output.logits[:, -1].argmax(-1)
+            positions = positions + 1
+            ended |= torch.isin(ids, stops)
+            produced.append(ids)
+    answers = []
+    for ids in torch.stack(produced, dim=1).tolist():
+        end = next((index for index, token in enumerate(ids) if token in stop_ids), None)
+        answers.append((ids, "length") if end is None else (ids[: end + 1], "eos"))
+    return answers
+
+
+def prefill(
+    model: SpeechMixin, samples: Iterable[dict], pad_token_id: int
+) -> tuple[list[int], torch.Tensor, torch.Tensor, list[tuple[torch.Tensor, torch.Tensor]]]:
+    """Compute the keys and values of prompts, in groups of at most PREFILL_TOKENS with their padding.
+
+    Padding is on the right, where causal attention never meets it, so that no mask is needed. The keys and values of
+    each row are then moved to end where those of the longest row end.
+
+    Returns:
+        Tokens of each prompt; the first token of each answer, int64 [B], and its position, int64 [B]; per decoder layer
+        keys and values [B, heads, longest prompt, head size], 0 in front of shorter prompts.
+    """
+    collate = VQACollator(pad_token_id)
+    device = model.get_input_embeddings().weight.device  # with cached features the encoders are elsewhere
+    lengths, first, positions, caches = [], [], [], []
+    for group in grouped(samples):
+        batch = collate(group)
+        last = torch.tensor([[len(sample["input_ids"]) - 1] for sample in group])
+        grids = {name: batch[name] for name in ("image_grid_thw", "video_grid_thw") if name in batch}
+        # On the CPU, where reading the ids does not wait for the group before.
+        rope, _ = model.model.get_rope_index(batch["input_ids"], mm_token_type_ids=batch["mm_token_type_ids"], **grids)
+        inputs = on_device({**batch, "position_ids": rope, "logits_to_keep": last}, device)
+        output = model(**inputs, past_key_values=DynamicCache(), use_cache=True)
+        lengths += (last[:, 0] + 1).tolist()
+        first.append(output.logits[:, 0].argmax(-1))
+        positions.append(rope[0].gather(1, last)[:, 0] + 1)  # a prompt ends in words: its three positions are one
+        caches.append([(layer.keys, layer.values) for layer in output.past_key_values.layers])
+        del output
+    if not lengths:
+        return [], None, None, []
+
+    def aligned(layer: int, side: int) -> torch.Tensor:
+        parts = [group[layer][side] for group in caches]
+        width = max(lengths)
+        if min(lengths) == width:
+            return torch.cat(parts)
+        rows = zip(lengths, (row for part in parts for row in part), strict=True)
+        return torch.stack([F.pad(row[:, :length], (0, 0, width - length, 0)) for length, row in rows])
+
+    layers = []
+    for layer in range(len(caches[0])):
+        layers.append((aligned(layer, 0), aligned(layer, 1)))
+        for group in caches:
+            group[layer] = None  # freed, so that one layer at a time is there twice
+    return lengths, torch.cat(first), torch.cat(positions).to(device), layers
+
+
+def grouped(samples: Iterable[dict]) -> Iterator[list[dict]]:
+    """Samples in lists, in order, each of at most PREFILL_TOKENS when padded to its longest, or of one sample."""
+    group: list[dict] = []
+    for sample in samples:
+        longest = max(len(other["input_ids"]) for other in (*group, sample))
+        if group and longest * (len(group) + 1) > PREFILL_TOKENS:
+            yield group
+            group = []
+        group.append(sample)
+    if group:
+        yield group
+
+
+def on_device(batch: dict, device: torch.device) -> dict[str, torch.Tensor]:
+    """The tensors of a collated batch that the model takes, on `device`."""
+    tensors = {name: tensor for name, tensor in batch.items() if name not in ("labels", "row_indices")}
+    if device.type == "cuda":  # from pinned memory the copy runs beside the computation
+        return {name: tensor.pin_memory().to(device, non_blocking=True) for name, tensor in tensors.items()}
+    return {name: tensor.to(device) for name, tensor in tensors.items()}
+
+
+def answer_with_halving(
+    samples: Iterator[dict], size: int, may_halve: bool, answer: typing.Callable[[Iterable[dict]], list]
+) -> tuple[list, int]:
+    """Answers of `samples`, `size` at a time; with `may_halve` in halves where torch is out of memory.
+
+    Returns the answers, and the size that fitted. Raises torch.OutOfMemoryError where halving is over or not wanted.
+    """
+    answers = []
+    while True:
+        samples, attempt = itertools.tee(samples)  # what fails is gone through again
+        try:
+            batch = answer(itertools.islice(attempt, size))
+        except torch.OutOfMemoryError:
+            if not may_halve or size == 1:
+                raise
+            batch = None
+        if batch is None:  # out of the handler, which holds on to the tensors of the failed batch
+            size = math.ceil(size / 2)
+            torch.cuda.empty_cache()
+            print(f"   The GPU memory is full: continuing with batches of {size}", flush=True)
+        elif batch:
+            answers += batch
+            next(itertools.islice(samples, len(batch) - 1, None))  # goes past the samples of the batch
+        else:
+            return answers, size
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -3726,6 +3934,8 @@ def refuse_other_settings(checkpoint: Path, settings: dict) -> None:
     fixed["training"] = {"learning_rate", "lr_scheduler_type", "optim", "weight_decay", "seed"}
     fixed["training"] |= {"per_device_train_batch_size", "gradient_accumulation_steps"}
     fixed["data"] = {"train_data_path", "max_train_samples", "audio_pattern", "frame_pattern"}
+    if stored.get("training", {}).get("metric_for_best_model"):  # the best value so far is one of this metric
+        fixed["training"] |= {"metric_for_best_model", "greater_is_better"}
     raise_problems(
         [
             f"{checkpoint}: was trained with {name} {stored.get(part, {}).get(name)!r}, this run has "
@@ -3772,6 +3982,11 @@ class VQATrainer(Trainer):
         self.parameter_count: int | None = None
         # Of this step: indices of the rows, tokens and loss of each batch.
         self.batches: list[tuple[list[int], int, torch.Tensor | None]] = []
+        patience = self.args.early_stopping_patience or sys.maxsize  # which no run reaches
+        self.early_stopping = EarlyStoppingCallback(patience, self.args.early_stopping_threshold)
+        if self.args.early_stopping_patience:
+            self.add_callback(self.early_stopping)
+        self.answers_at_once = ANSWERS_AT_ONCE
         self.guard = RunGuard(self)
         self.add_callback(self.guard)
 
@@ -3932,6 +4147,77 @@ class VQATrainer(Trainer):
         self.batches = []
         return metrics
 
+    def evaluation_loop(self, *args, metric_key_prefix: str = "eval", **kwargs) -> EvalLoopOutput:
+        """The Trainer's; with --eval_answers adds what the answers are worth to its metrics."""
+        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        if self.args.eval_answers:
+            output.metrics.update(
+                {f"{metric_key_prefix}_{name}": share for name, share in self.score_answers().items()}
+            )
+        return output
+
+    def score_answers(self) -> dict[str, float]:
+        """Answer --eval_answers rows with the current weights, write them to ANSWERS_DIR, and let SCORER judge them by
+        the rules of evaluation; returns the shares that ANSWER_METRICS names. Interrupted after a signal."""
+        indices = spread_over_types(self.eval_dataset.rows, self.args.eval_answers)
+        rows = [self.eval_dataset.rows[index] for index in indices]
+        answers = self.answer_rows(indices)
+        folder = Path(self.args.output_dir) / ANSWERS_DIR
+        questions, file = folder / "questions.jsonl", folder / f"step-{self.state.global_step}.jsonl"
+        names = ("id", "video_id", "question_type", "question", "short_answer")
+        with self.naming_failed_saves():
+            folder.mkdir(parents=True, exist_ok=True)
+            for path, parts in ((questions, [{"answer": row.answer} for row in rows]), (file, answers)):
+                lines = [
+                    {**{name: getattr(row, name) for name in names}, **part}
+                    for row, part in zip(rows, parts, strict=True)
+                ]
+                text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+                path.write_text(text, encoding="utf-8")
+        command = [sys.executable, SCORER, "--score_only", "--output_file", file, "--eval_data_path", questions]
+        # A session of its own: Ctrl-C stops this process after its batch, and the scores belong to that.
+        done = subprocess.run(command, capture_output=True, text=True, errors="replace", start_new_session=True)
+        if done.returncode:
+            raise VQAError(f"{file}: could not be scored ({(done.stderr.splitlines() or ['no message'])[-1]})")
+        summary = json.loads(file.with_suffix(".summary.json").read_text(encoding="utf-8"))
+        shares = {name: metric["accuracy"] for name, metric in summary["metrics"].items()}
+        shares["stopped"] = summary["finish"]["eos"] / summary["n_total"]
+        return {name: shares[name] for name in ANSWER_METRICS}
+
+    def answer_rows(self, indices: Sequence[int]) -> list[dict]:
+        """Greedy answers to evaluation rows, as the prediction part of evaluation's rows."""
+        dataset = copy.copy(self.eval_dataset)
+        dataset.with_answer = False
+        model = self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
+        tokenizer = self.tokenizer
+        decoding = tokenizer.pad_token_id, stop_token_ids(tokenizer), ANSWER_TOKENS
+        size = math.ceil(len(indices) / math.ceil(len(indices) / self.answers_at_once))  # batches of about one size
+
+        def heeding_signals(samples: Iterable[dict]) -> Iterator[dict]:
+            for sample in samples:
+                self.guard.heed_signal()
+                self.batches = [(sample["row_indices"], len(sample["input_ids"]), None)]  # for `explain`
+                yield sample
+
+        def answer(samples: Iterable[dict]) -> list[tuple[list[int], str]]:
+            return answer_batch(model, heeding_signals(samples), *decoding)
+
+        samples = ahead(dataset.__getitem__, indices, 2 * size)
+        with contextlib.closing(samples), plain_layers(model), self.accelerator.autocast():
+            answers, fitting = answer_with_halving(samples, size, True, answer)
+        self.guard.heed_signal()  # of the last batch
+        if fitting < size:
+            self.answers_at_once = fitting
+        return [
+            {
+                "predicted_answer": tokenizer.decode(ids, skip_special_tokens=True).strip(),
+                "ground_truth": dataset.rows[index].answer,
+                "finish_reason": finish,
+                "n_tokens": len(ids),
+            }
+            for index, (ids, finish) in zip(indices, answers, strict=True)
+        ]
+
     def floating_point_ops(self, inputs: dict) -> int:
         """The Trainer's figure; counts the parameters once, which for each batch takes longer than a small step."""
         if self.parameter_count is None:
@@ -3963,6 +4249,17 @@ class GroupedByLength(LengthGroupedSampler):
     def set_epoch(self, epoch: int) -> None:
         """Called by the Trainer before each epoch."""
         self.generator.manual_seed(self.seed + epoch)
+
+
+def spread_over_types(rows: Sequence[VQARow], count: int) -> list[int]:
+    """Indices of `count` rows, or of all: equally many of each question type as far as they go, evenly spaced among
+    its rows."""
+    types: dict[str, list[int]] = {}
+    for index, row in enumerate(rows):
+        types.setdefault(row.question_type, []).append(index)
+    turns = sorted((turn, kind) for kind, indices in types.items() for turn in range(len(indices)))
+    share = Counter(kind for _, kind in turns[:count])
+    return sorted(index for kind in share for index in select_frames(types[kind], share[kind]))
 
 
 def let_workers_ignore_signals(loader: torch.utils.data.DataLoader) -> torch.utils.data.DataLoader:
@@ -3997,6 +4294,7 @@ class RunGuard(TrainerCallback):
         if checkpoint is None:
             return
         self.resumed = True
+        self.trainer.args.eval_on_start = False  # it was evaluated at its own start
         try:
             stored = json.loads((checkpoint / PROGRESS_FILE).read_text(encoding="utf-8"))
             self.saved, self.saved_step = checkpoint, int(stored["step"])
@@ -4017,7 +4315,12 @@ class RunGuard(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **kwargs):
         """Take up the loss log, and the evaluation that was cut short, where the checkpoint left them."""
-        trainer = self.trainer
+        trainer, stopping = self.trainer, self.trainer.early_stopping
+        if args.early_stopping_patience:
+            stored = state.stateful_callbacks.setdefault(type(stopping).__name__, stopping.state())
+            stopping.early_stopping_patience_counter = stored["attributes"]["early_stopping_patience_counter"]
+        if args.eval_answers:
+            remove_later_answers(Path(args.output_dir) / ANSWERS_DIR, state.global_step)
         if self.saved_step >= 0:
             trainer._tr_loss += self.unlogged_loss[0]
             trainer._globalstep_last_logged = self.unlogged_loss[1]
@@ -4026,7 +4329,8 @@ class RunGuard(TrainerCallback):
         if self.evaluation_due:
             self.evaluation_due = False
             keep_best(args, state, trainer.evaluate(), kwargs["lr_scheduler"])
-        self.already_finished = control.should_training_stop = state.global_step >= state.max_steps
+        stopped_early = stopping.early_stopping_patience_counter >= stopping.early_stopping_patience
+        self.already_finished = control.should_training_stop = stopped_early or state.global_step >= state.max_steps
 
     def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
         """Loss and gradients must be finite; they are read from the GPU once a step, and waited for."""
@@ -4063,6 +4367,10 @@ class RunGuard(TrainerCallback):
             control.should_save = self.saved_step != state.global_step
 
     def on_prediction_step(self, args, state, control, **kwargs):
+        """Between two batches of an evaluation."""
+        self.heed_signal()
+
+    def heed_signal(self) -> None:
         """After a signal an evaluation ends at once; it is made up for when the run is resumed."""
         if self.trainer.stop_signal.signum:
             raise Interrupted(self.trainer.stop_signal.signum)
@@ -4086,6 +4394,14 @@ class RunGuard(TrainerCallback):
                     (old / MANIFEST_FILE).unlink()  # a deletion cut short leaves nothing that looks complete
                     shutil.rmtree(old)
         control.should_training_stop |= bool(trainer.stop_signal.signum)
+
+
+def remove_later_answers(folder: Path, step: int) -> None:
+    """Delete the answers after `step` from ANSWERS_DIR: of what a run did after the save that it goes on from."""
+    for file in folder.glob("step-*.json*"):
+        number = file.name.removeprefix("step-").partition(".")[0]
+        if number.isdecimal() and int(number) > step:
+            file.unlink()
 
 
 def epoch_ends(state: TrainerState) -> bool:
@@ -4120,6 +4436,7 @@ class PeakMemory(TrainerCallback):
 
     on_step_end = partialmethod(_note, "training")
     on_prediction_step = partialmethod(_note, "evaluation")
+    on_evaluate = partialmethod(_note, "evaluation")  # with --eval_answers
     on_save = partialmethod(_note, "saving")
 
 
@@ -4407,7 +4724,7 @@ def make_trainer(
     args: VQATrainingArguments,
     stop_signal: StopSignal,
 ) -> VQATrainer:
-    """The Trainer of a run, whose evaluation computes the loss only; `multiple` as in `VQACollator`."""
+    """The Trainer of a run; `multiple` as in `VQACollator`."""
     tokenizer = datasets[0].processor.tokenizer
     return VQATrainer(
         model=trained,
@@ -4433,12 +4750,30 @@ def finish(trainer: VQATrainer, memory: PeakMemory, target: StopAtLoss | None) -
         raise Interrupted(stop_signal.signum, f"training had ended, and {args.output_dir} is complete")
     if memory.gib:
         print("Peak GPU memory: " + ", ".join(f"{phase} {gib:.1f} GiB" for phase, gib in memory.gib.items()))
+    if args.load_best_model_at_end:
+        print(name_final_step(args, trainer.state, trainer.early_stopping))
     what = "adapter, projector" if isinstance(trainer.model, PeftModel) else "the full model"
     print(f"Saved {what}, tokenizer and {SETTINGS_FILE} to {args.output_dir}")
     if target and not target.reached:
         print(f"error: the loss did not fall below --target_train_loss {target.target}", file=sys.stderr)
         return 1
     return 0
+
+
+def name_final_step(args: VQATrainingArguments, state: TrainerState, early_stopping: EarlyStoppingCallback) -> str:
+    """Which step the final model is from with --load_best_model_at_end, and why, in a line."""
+    metric = "eval_" + args.metric_for_best_model.removeprefix("eval_")
+    evaluated = {entry["step"]: entry[metric] for entry in state.log_history if metric in entry}
+    if state.best_model_checkpoint is None:
+        return f"Final model: of step {state.global_step}, the last; no checkpoint was the best by {metric}"
+    step = int(Path(state.best_model_checkpoint).name.removeprefix("checkpoint-"))
+    line = f"Final model: of step {step}, the best by {metric} = {evaluated[step]:.4g}"
+    if step != state.best_global_step:
+        line += f" with a checkpoint (step {state.best_global_step} had {state.best_metric:.4g}, but was not saved)"
+    misses = early_stopping.early_stopping_patience_counter
+    if misses < early_stopping.early_stopping_patience:
+        return f"{line}; training ended at step {state.global_step}"
+    return f"{line}; stopped early at step {state.global_step}, after {misses} evaluations without improvement"
 
 
 def train(

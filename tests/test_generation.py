@@ -107,7 +107,7 @@ def test_in_any_batch_the_answers_are_those_of_generate_longest_prompts_first(
 
     pairs, alone = answers("x", "--batch_size", 2), answers("alone", "--batch_size", 1)
     with monkeypatch.context() as patch:  # prompts of a batch are read a few at a time where they are long
-        patch.setattr(ev, "PREFILL_TOKENS", 500, raising=False)
+        patch.setattr(vqa, "PREFILL_TOKENS", 500)
         assert pairs.rows == alone.rows == answers("together", "--batch_size", 5).rows
 
     model, stored = vqa.load_trained(folder).model, read_jsonl(uneven[0])
