@@ -50,17 +50,15 @@ SCHEMA_VERSION = 1
 METRICS = ("choice", "strict", "contains")  # the headline first
 INPUT_MODES = ("audio", "audio_text", "text")  # repeated from train_vqa.py, so that scoring needs no torch
 PROMPT_LAYOUTS = ("plain", "chat")
-# The input modes of the public SurgViVQA-Audio script, and ours with the same prompt. Its mismatched_audio gives the
-# question's own text beside another question's speech.
-PUBLIC_MODES = {"audio_only": "audio", "text_only": "text", "mismatched_audio": "audio_text"}
-PUBLIC_WORDS = {
-    "audio_only": "audio here, the question as speech alone",
-    "text_only": "text here, the question as text alone",
-    "mismatched_audio": "the arm mismatched_audio in audio_text here, the question as text beside the speech of another",
+# Input modes of the public SurgViVQA-Audio script: our mode with the same prompt, and what else is to be said.
+PUBLIC_MODES = {
+    "audio_only": ("audio", "is audio here"),
+    "text_only": ("text", "is text here"),
+    "mismatched_audio": ("audio_text", "is the arm mismatched_audio in audio_text here: the text is the row's own"),
 }
 REFUSED_FLAGS = {
-    "--allow_missing_audio": "silence in place of missing speech measures no hearing; --allow_errors counts such rows as "
-    "wrong, --arms silent_audio measures what silence does",
+    "--allow_missing_audio": "silence in place of missing speech measures no hearing; --allow_errors counts such a row "
+    "as wrong, --arms silent_audio measures silence",
 }
 ARMS = (*INPUT_MODES, "mismatched_audio", "silent_audio", "black_frames", "shuffled_frames", "first_frame")
 Z95 = 1.959963984540054  # 97.5 % quantile of the standard normal distribution
@@ -70,9 +68,7 @@ VIDEO_RESAMPLES = 2000
 COLLAPSE_SHARE = 0.9  # one answer for more than this share of a type is mode collapse, if the gold answers are balanced
 BALANCE_SLACK = 1.3  # balanced: the commonest of k gold answers holds at most 1.3 / k of the type's rows
 COLLAPSE_MIN_ROWS = 10  # below this, one answer throughout is no surprise
-FRAMES_DIFFER = (
-    "Asked on {asked} frames a clip, but trained on {trained}: --max_eval_frames {trained} asks as in training"
-)
+FRAMES_DIFFER = "Asked on {asked} frames a clip, but trained on {trained}: see --max_eval_frames {trained}"
 LISTED = 10  # keys shown in a message; the summary lists them all
 WIDTH = 80
 AUTO_BATCH_SIZE = 128  # rows at most: a step of decoding costs the same for one row as for a hundred
@@ -1134,9 +1130,9 @@ def check_output(args: argparse.Namespace) -> None:
     path = Path(args.output_file)
     summary_path(path)
     for name in ("eval_data_path", "train_data_path"):
-        if getattr(args, name) and path.exists() and Path(getattr(args, name)).exists():
-            if path.samefile(getattr(args, name)):
-                raise InputError(f"--output_file {path}: is the file of --{name}; choose another name")
+        data = getattr(args, name)
+        if data and path.exists() and Path(data).exists() and path.samefile(data):
+            raise InputError(f"--output_file {path}: is the file of --{name}; choose another name")
     there = next(part for part in (path, *path.absolute().parents) if part.exists())
     if (there.is_dir() if there == path else not there.is_dir()) or not os.access(there, os.W_OK):
         raise InputError(f"--output_file {path}: {there} cannot be written; choose another name")
@@ -1337,12 +1333,8 @@ class ModelChoice:
     merged: bool  # the adapter is merged into the weights
 
 
-def choose_model(args: argparse.Namespace, device: Any) -> ModelChoice:
-    """Find the model to evaluate, before any weights load.
-
-    Raises InputError for a folder without adapter or model and for flags that contradict it; VQAError for unreadable
-    settings, or an attention kernel or a pattern of file names that is not supported.
-    """
+def find_model(args: argparse.Namespace) -> tuple[str, bool]:
+    """The folder or hub id that the flags name, and whether an adapter lies there; InputError where nothing does."""
     path = args.checkpoint_path or args.model_name_or_path or vqa.DEFAULT_MODEL
     adapter = (Path(path) / "adapter_config.json").is_file()
     if args.checkpoint_path and not adapter:
@@ -1358,11 +1350,21 @@ def choose_model(args: argparse.Namespace, device: Any) -> ModelChoice:
         raise InputError(f"--no_adapter: {path} is a full model, which has no adapter; leave the flag out")
     if args.no_merge and (args.no_adapter or not adapter):
         raise InputError("--no_merge: there is no adapter to keep unmerged; leave it out")
+    return path, adapter
+
+
+def choose_model(args: argparse.Namespace, device: Any) -> ModelChoice:
+    """Find the model to evaluate, before any weights load.
+
+    Raises InputError for a folder without adapter or model and for flags that contradict it; VQAError for unreadable
+    settings, or an attention kernel or a pattern of file names that is not supported.
+    """
+    path, adapter = find_model(args)
     changes = {
         "model_name_or_path": args.model_name_or_path if adapter else None,
         "attn_implementation": args.attn_implementation,
         "load_in_4bit": args.load_in_4bit,
-        "input_mode": PUBLIC_MODES.get(args.input_mode, args.input_mode),
+        "input_mode": PUBLIC_MODES.get(args.input_mode, [args.input_mode])[0],
         "max_image_size": args.max_image_size,
         "prompt_layout": args.prompt_layout,
         **({} if adapter else {"init": args.init, "init_seed": args.seed}),
@@ -1394,20 +1396,27 @@ def choose_model(args: argparse.Namespace, device: Any) -> ModelChoice:
         print(f"   {path}: the base is kept in 4 bits, into which no adapter is merged; it stays unmerged")
     if trained_on.get("load_in_4bit") and not model.load_in_4bit:
         print(f"   {path}: trained on the base in 4 bits, asked on it in 16: other answers than in training")
-    trained_frames = None
-    if "max_train_frames" in settings.get("input", {}) and not args.no_adapter:
-        trained_frames = inputs.max_train_frames or 0
-    mapped = []
-    if args.input_mode in PUBLIC_MODES:
-        mapped.append(f"--input_mode {args.input_mode}: {PUBLIC_WORDS[args.input_mode]}")
-    if adapter and args.no_adapter:
-        path, adapter = model.model_name_or_path, False
-        mapped.append(f"--no_adapter: {path}, the base of {args.checkpoint_path}, is asked as the adapter would be")
-        changes = dataclasses.asdict(model) | dataclasses.asdict(inputs)
-    for line in mapped:
-        print(f"   {line}")
+    frames = (inputs.max_train_frames or 0) if "max_train_frames" in settings.get("input", {}) else None
     merged = adapter and not model.load_in_4bit and not args.no_merge
-    return ModelChoice(path, adapter, model, inputs, changes, trained_frames, mapped, patterns, dtype, merged)
+    return as_asked_publicly(
+        args, ModelChoice(path, adapter, model, inputs, changes, frames, [], patterns, dtype, merged)
+    )
+
+
+def as_asked_publicly(args: argparse.Namespace, chosen: ModelChoice) -> ModelChoice:
+    """The choice with --no_adapter applied; prints and records what flags of the public script are taken for."""
+    if args.input_mode in PUBLIC_MODES:
+        chosen.mapped.append(f"--input_mode {args.input_mode} {PUBLIC_MODES[args.input_mode][1]}")
+    if chosen.adapter and args.no_adapter:
+        base = chosen.model.model_name_or_path
+        chosen.mapped.append(f"--no_adapter: {base} is asked, as {chosen.path} would be, whose base it is")
+        every = dataclasses.asdict(chosen.model) | dataclasses.asdict(chosen.inputs)
+        changes = {name: value for name, value in every.items() if name not in ("dtype", "allow_pickle")}
+        how = {"changes": changes, "trained_frames": None, "merged": False}
+        chosen = dataclasses.replace(chosen, path=base, adapter=False, **how)
+    for line in chosen.mapped:
+        print(f"   {line}")
+    return chosen
 
 
 def check_weights(chosen: ModelChoice, device: Any) -> None:
@@ -1928,10 +1937,7 @@ def answer_and_score(args: argparse.Namespace, stop: Any) -> int:
     modes = choose_arms(args, chosen.inputs.input_mode)
     main_arm, *_ = modes
     files = {arm: arm_path(args.output_file, arm, main_arm) for arm in modes}
-    for arm, path in files.items():
-        if not args.overwrite and path.is_file() and path.stat().st_size:
-            check_same_run(path, known_settings(args, chosen, arm, modes[arm]), complete=False)
-    check_weights(chosen, device)
+    check_before_data(args, chosen, modes, files, device)
 
     # 2. Data: everything is found and decoded once before the weights load
     rows_of, speech_sources, train_rows = read_data(args, modes, chosen)
@@ -1980,6 +1986,16 @@ def answer_and_score(args: argparse.Namespace, stop: Any) -> int:
     if stop.signum:
         raise vqa.Interrupted(stop.signum, f"all rows are answered, and {target} is complete")
     return 1 if any(row.prediction is None for part in scored.values() for row in part) else 0
+
+
+def check_before_data(
+    args: argparse.Namespace, chosen: ModelChoice, modes: Row, files: Mapping[str, Path], device: Any
+) -> None:
+    """Raise InputError or VQAError for rows of another run and unusable weights, before minutes of decoding."""
+    for arm, path in files.items():
+        if not args.overwrite and path.is_file() and path.stat().st_size:
+            check_same_run(path, known_settings(args, chosen, arm, modes[arm]), complete=False)
+    check_weights(chosen, device)
 
 
 def choose_arms(args: argparse.Namespace, mode: str) -> dict[str, str]:
@@ -2235,7 +2251,7 @@ def build_parser() -> argparse.ArgumentParser:
          "train majority, no check")
     data("--output_file", help="X.jsonl, one row a sample; the figures go to X.summary.json. With --score_only: the "
          "existing predictions")
-    data("--limit", "--max_eval_samples", type=_at_least(0), default=0, help="evaluate the first N rows. 0: all of them")
+    data("--limit", "--max_eval_samples", type=_at_least(0), default=0, help="evaluate the first N rows. 0: all")
     data("--overwrite", **switch, help="start again where --output_file holds rows; without it, rows of the same run "
          "are kept and the rest is done")
     data("--allow_errors", **switch, help="a row whose files cannot be read counts as wrong; without it, such a row "
@@ -2262,8 +2278,8 @@ def build_parser() -> argparse.ArgumentParser:
           "in training")
     model("--init", choices=("pretrained", "random"), help="random: the base with weights drawn from --seed, to "
           "rehearse. None: as in training, else pretrained")
-    model("--no_adapter", **switch, help="ask the base of the adapter in --checkpoint_path, with the adapter's prompt and "
-         "frames but without the adapter")
+    model("--no_adapter", **switch, help="ask the base of the adapter in --checkpoint_path without the adapter, its "
+          "prompt and frames being the adapter's")
     model("--no_merge", **switch, help="keep the adapter unmerged: slower; without it, it is merged once the "
           "weights are loaded")
     model("--gpu_memory_limit_gib", type=float, default=0.0, help="hard cap on this process's GPU memory, to rehearse "
@@ -2288,15 +2304,16 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def parse_arguments(parser: argparse.ArgumentParser, argv: Sequence[str]) -> argparse.Namespace:
-    """Parse `argv`, with dashes or underscores in flags; an unknown flag ends with status 2 and names the nearest one."""
+    """Parse `argv`, with dashes or underscores in flags; for an unknown one the nearest is named, status 2."""
     spelled = [re.sub(r"^--[^=]+", lambda flag: "--" + flag[0][2:].replace("-", "_"), part) for part in argv]
     for name in {part.partition("=")[0] for part in spelled} & REFUSED_FLAGS.keys():
         parser.error(f"{name}: {REFUSED_FLAGS[name]}")
     args, unknown = parser.parse_known_args(spelled)
     if unknown:
         known = [f"--{name}" for name in (*vars(args), "max_eval_samples", "help")]
-        near = (difflib.get_close_matches(part.partition("=")[0], known, 1) for part in unknown if part[:2] == "--")
-        meant = ", ".join(itertools.chain.from_iterable(near))
+        wrong = [part.partition("=")[0] for part in unknown if part[:2] == "--"]
+        near = ([name for name in known if name.startswith(part)] or known for part in wrong)
+        meant = ", ".join(itertools.chain(*map(difflib.get_close_matches, wrong, near, itertools.repeat(1))))
         parser.error(f"unrecognized arguments: {' '.join(unknown)}{meant and f'; did you mean {meant}?'}")
     return args
 
