@@ -1141,6 +1141,20 @@ def check_output(args: argparse.Namespace) -> None:
             lock_rows(path, file)
 
 
+def check_rows_of(path: str | Path, checkpoint: str) -> None:
+    """Raise InputError where `path` holds other rows than those of an evaluation of the folder `checkpoint`."""
+    if not Path(path).is_file() or not Path(path).stat().st_size:
+        return
+    if not Path(f"{path}.run.json").is_file():
+        raise InputError(f"--output_file {path}: holds what no evaluation wrote; choose another name")
+    try:
+        made_of = json.loads(summary_path(path).read_bytes())["manifest"]["flags"]["checkpoint_path"]
+    except (OSError, ValueError, LookupError, TypeError):  # an evaluation that did not end has none
+        return
+    if os.path.realpath(made_of or "") != os.path.realpath(checkpoint):
+        raise InputError(f"--output_file {path}: holds the answers of {made_of}; choose another name or move them away")
+
+
 def lock_rows(path: Path, file: Any) -> None:
     """Lock a rows file, as long as `file` is open; InputError where another process has."""
     try:
