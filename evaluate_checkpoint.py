@@ -1439,10 +1439,12 @@ def check_weights(chosen: ModelChoice, device: Any) -> None:
     if chosen.adapter:
         vqa.refuse_damage(chosen.path)
         vqa.read_adapter(Path(chosen.path))
-    base = chosen.model.model_name_or_path
+    base, audio_encoder = chosen.model.model_name_or_path, chosen.model.audio_encoder
     vqa.load_config(base)
+    if audio_encoder:
+        vqa.whisper_geometry(audio_encoder)
     if chosen.model.init != "random" and Path(base).is_dir():
-        vqa.stored_keys(Path(base))
+        vqa.check_speech_encoder(Path(base), vqa.stored_keys(Path(base)), audio_encoder)
 
 
 def frames_that_differ(trained: int | None, asked: int | None, lengths: Iterable[int]) -> Row | None:

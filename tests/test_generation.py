@@ -281,6 +281,8 @@ def test_what_is_cheap_to_check_is_checked_before_data(evaluate, checkpoint, tra
     adapter = checkpoint / "adapter_model.safetensors"
     edit_json(checkpoint / vqa.SETTINGS_FILE, model={"init": "pretrained"})
     assert f"{tiny / 'model.safetensors'}: no such file" in refused(evaluate(checkpoint=checkpoint, name="y"))
+    edit_json(checkpoint / vqa.SETTINGS_FILE, model={"audio_encoder": "no/such/whisper"})
+    assert refused(evaluate(checkpoint=checkpoint, name="y")).startswith("--audio_encoder no/such/whisper: ")
     edit_json(checkpoint / vqa.SETTINGS_FILE, model={"model_name_or_path": "no/such/base/here"})
     assert "no/such/base/here: no such folder" in refused(evaluate(checkpoint=checkpoint, name="y"))
     adapter.write_bytes(adapter.read_bytes()[:-9])
