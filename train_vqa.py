@@ -1247,7 +1247,7 @@ def check_media(rows: Iterable[VQARow]) -> list[Problem]:
         return None, 0
 
     problems = []
-    progress = tqdm(total=len(waiting), desc="Checking media", unit="file", leave=False)
+    progress = tqdm(total=len(waiting), desc="Checking media", unit="file", leave=False, disable=not waiting)
     try:  # in threads: Pillow and FFmpeg let go of the interpreter while they decode
         with progress, contextlib.closing(ahead(check, waiting, 64, os.cpu_count())) as results:
             for (path, name), (text, samples) in zip(waiting.items(), results, strict=True):

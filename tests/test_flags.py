@@ -33,8 +33,8 @@ LAUNCH_LINES = {
     "train_with_eval_FINAL.sh": f"{PUBLIC} --run_name surgical-vqa-eval-v1 --num_train_epochs 20 "
     "--warmup_ratio 0.0 --eval_steps 10 --save_steps 50 --save_total_limit 2 --logging_steps 5",
     "train_multivideo_overnight.sh": f"{PUBLIC} --run_name surgical-vqa-multivideo-overnight --num_train_epochs 8 "
-    "--warmup_ratio 0.05 --eval_steps 100 --save_steps 100 --save_total_limit 3 --greater_is_better False --early_stopping_patience 3 "
-    "--logging_steps 20",
+    "--warmup_ratio 0.05 --eval_steps 100 --save_steps 100 --save_total_limit 3 --greater_is_better False "
+    "--early_stopping_patience 3 --logging_steps 20",
 }
 EVALUATED = {"src/train_vqa.py": [10, 20], "train_with_eval_FINAL.sh": [10, 20], "train_multivideo_overnight.sh": [8]}
 
