@@ -1,15 +1,17 @@
 """Estimates of `--dry_run` beside measured peaks, full size, on one GPU; and runs that do not fit.
 
     python benchmarks/plan_check.py --model_name_or_path tests/fixtures/full_size_model \\
-        --data_path in_002-001.jsonl --frames_dir media/frames --audio_dir media/audio/in_002-001 --output plan.json
+        --data_path in_002-001.jsonl --frames_dir media/frames --audio_dir media/audio/in_002-001 \\
+        --work_dir /tmp/plan --output plan.json
 
-Each configuration is planned, then trained for `--steps` steps with random weights and evaluated on 10 questions, in
-processes of their own. A peak is the largest of the phases that the run prints. Those that do not fit are planned and
-trained under a cap: the plan must have status 1, and the run must end out of memory. Parts that would begin after
-`--seconds` are left out.
+A 16-bit folder with random weights (18 GB) is written first. Each configuration is planned, then trained for `--steps`
+steps and evaluated on 10 questions, in processes of their own. A peak is the largest of the phases that the run prints.
+Those that do not fit are planned and trained under a cap: the plan must have status 1, and the run must end out of
+memory. Parts that would begin after `--seconds` are left out.
 """
 
 import argparse
+import gc
 import json
 import re
 import shlex
@@ -19,7 +21,10 @@ import tempfile
 import time
 from pathlib import Path
 
+import torch
+
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from benchmarks.four_bits import write_folder
 from benchmarks.speed_common import add_data_flags, machine
 
 SCRIPT = Path(__file__).resolve().parent.parent / "train_vqa.py"
@@ -58,7 +63,11 @@ def compare(flags: list[str], folder: Path) -> dict:
     status, printed = run([*flags, "--output_dir", str(folder)])
     peaks = next((line for line in printed.splitlines() if line.startswith("Peak GPU memory:")), "")
     result = {"plan status": planned, "run status": status, "estimate": largest(r"^memory: about (\S+) GiB", plan)}
-    result |= {"peak": largest(r" ([\d.]+) GiB", peaks), "peaks": peaks, "out of memory": "out of memory" in printed}
+    result |= {
+        "peak": largest(r" ([\d.]+) GiB", peaks),
+        "peaks": peaks,
+        "out of memory": bool(re.search("out of memory|into memory", printed)),
+    }
     result["verdict"] = next((line for line in plan.splitlines() if line.startswith("error: ")), "")
     if status and not result["out of memory"]:
         print(printed[-2000:], flush=True)
@@ -69,6 +78,7 @@ def main(argv: list[str] | None = None) -> None:
     """Command line entry: see the module docstring."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_data_flags(parser)
+    parser.add_argument("--work_dir", type=Path, required=True, help="for the model (18 GB)")
     parser.add_argument("--steps", type=int, default=4, help="optimizer steps (4)")
     parser.add_argument("--seconds", type=float, default=440, help="begin no configuration after so many (440)")
     parser.add_argument("--only", default="", help="only configurations whose names match this pattern")
@@ -76,12 +86,16 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--flags", default="", help="more flags for train_vqa.py")
     parser.add_argument("--output", type=Path, required=True, help="file for the figures as JSON")
     args = parser.parse_args(argv)
-    common = ["--model_name_or_path", args.model_name_or_path, "--init", "random", "--bf16", "True"]
+    began, results, model = time.perf_counter(), {"machine": machine()}, args.work_dir / "model"
+    if not model.is_dir():
+        write_folder(args.model_name_or_path, model)
+        gc.collect()
+        torch.cuda.empty_cache()
+    common = ["--model_name_or_path", str(model), "--bf16", "True"]
     common += ["--frames_dir", args.frames_dir, "--audio_dir", str(args.audio_dir), "--max_steps", str(args.steps)]
     common += ["--train_data_path", str(args.data_path), "--eval_data_path", str(args.data_path)]
     common += ["--per_device_train_batch_size", "1", "--gradient_accumulation_steps", "2", "--save_strategy", "no"]
     common += ["--max_eval_samples", "10", "--report_to", "none", "--disable_tqdm", "True", *EVALUATION.split()]
-    began, results = time.perf_counter(), {"machine": machine()}
     more = dict(config.split("=", 1) for config in args.config)
     print(f"{'configuration':32} {'plan':>5} {'run':>5} {'estimate':>9} {'peak':>6} {'difference':>11}")
     for name, flags in (FITTING | more | CAPPED).items():
