@@ -23,6 +23,7 @@ def no_media(monkeypatch):
 @pytest.fixture()
 def model(fresh, tiny, tokenizer, tmp_path):
     """The tiny model as a folder with weights."""
+    (tmp_path / "model").mkdir()
     vqa.write_weights(fresh(), tmp_path / "model")
     for file in tiny.iterdir():
         if file.name.endswith((".json", ".txt")):
@@ -99,7 +100,7 @@ def test_missing_weights_are_named_before_data_are_read(how, train, model, tmp_p
 
 
 @pytest.mark.parametrize("how", [(), ("--dry_run",)])
-def test_an_adapter_or_whisper_without_weights_is_named_before_data_are_read(
+def test_an_adapter_without_weights_is_named_before_data_are_read(
     how, checkpoint, train, tmp_path, no_weights, no_media
 ):
     (checkpoint / "adapter_model.safetensors").unlink()
