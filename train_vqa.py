@@ -236,6 +236,10 @@ LIGER = "liger-kernel>=0.8"  # whose SwiGLU takes a factor for the gate and one 
 GIB = 2**30
 FITTING_SHARE = 0.93  # of the memory that an estimate may take: it may err, and the allocator leaves gaps
 CUDA_CONTEXT_GIB = 1.0  # what the driver and cuBLAS hold beside the allocator
+# States that an optimizer keeps of a parameter, by the names that --optim has for it. One is in float32, or in the 8 or
+# 4 bits of the name, with a float32 for each block. Paged ones are in memory that the CPU and the GPU share.
+OPTIMIZER_STATES = {"sgd|adafactor": 0, "adagrad|rmsprop.*|lion.*": 1, "adamw_.*": 2, "ademamix.*": 3, "paged_.*": 0}
+BYTES_OF_A_STATE = {"8bit": 1 + 4 / 256, "4bit": 1 / 2 + 4 / 128}
 
 PREFILL_TOKENS = 16384  # prompts read at a time: enough to fill a GPU, and what MLP activations take stays bounded
 # --eval_answers: a token keeps 57 kB at full size, so that 32 rows of 2,700 tokens take 5 GB; answers are cut as by
@@ -851,18 +855,31 @@ def refuse_unmeasured(flags: SimpleNamespace, given: set[str]) -> None:
 
 
 def refuse_surroundings(flags: SimpleNamespace, args: VQATrainingArguments) -> None:
-    """VQAError where this machine lacks what the flags ask for, or training would not be one process on one GPU."""
-    if flags.checkpoint_every_n == "auto":
-        memory_to_fit(flags)
-    if flags.compile_layers and not flags.dry_run:
-        check_compiler(args.device.type)
-    if flags.use_liger_kernel and not flags.dry_run:
-        check_liger(args.device.type)
-    if flags.dry_run or flags.check_data:
+    """VQAError where this machine lacks what the flags ask for, or training would not be one process on one GPU.
+
+    --dry_run needs the packages too, but no GPU: it may plan for another machine's.
+    """
+    if flags.check_data:
         return
+    if flags.checkpoint_every_n == "auto" and memory_limit(flags) is None:
+        raise VQAError("--checkpoint_every_n auto needs a CUDA GPU, or --gpu_memory_limit_gib to fit into")
+    if flags.compile_layers:
+        check_compiler(args.device.type)
+    if flags.use_liger_kernel:
+        check_liger(args.device.type, needs_gpu=not flags.dry_run)
     by_bitsandbytes = BITSANDBYTES_OPTIMIZER.fullmatch(args.optim.value)
     if flags.load_in_4bit or by_bitsandbytes:
         check_bitsandbytes("--load_in_4bit" if flags.load_in_4bit else f"--optim {args.optim.value}")
+    if absent := sorted(set(args.report_to) - set(get_available_reporting_integrations())):
+        raise VQAError(
+            f"--report_to {' '.join(absent)}: no such package is installed; install it, or leave the flag out"
+        )
+    if args.save_strategy == "best" and args.metric_for_best_model is None:
+        raise VQAError("--save_strategy best: say by what, such as --metric_for_best_model eval_loss")
+    if "wandb" in args.report_to:
+        log_in_to_wandb()
+    if flags.dry_run:
+        return
     if by_bitsandbytes and args.device.type == "cpu":
         raise VQAError(f"--optim {args.optim.value}: bitsandbytes' optimizers need a GPU; leave the flag out")
     if (count := max(args.n_gpu, args.world_size)) > 1:
@@ -870,14 +887,6 @@ def refuse_surroundings(flags: SimpleNamespace, args: VQATrainingArguments) -> N
             f"{count} GPUs are to be used, and this script trains on one: start it by itself (not by torchrun or "
             "accelerate), with CUDA_VISIBLE_DEVICES=0"
         )
-    if absent := sorted(set(args.report_to) - set(get_available_reporting_integrations())):
-        raise VQAError(
-            f"--report_to {' '.join(absent)}: no such package is installed; install it, or leave the flag out"
-        )
-    if "wandb" in args.report_to:
-        log_in_to_wandb()
-    if args.save_strategy == "best" and args.metric_for_best_model is None:
-        raise VQAError("--save_strategy best: say by what, such as --metric_for_best_model eval_loss")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -2766,7 +2775,7 @@ def load_model(
         init: `pretrained`, or `random` for weights drawn from `seed` on `device` in `dtype`. Other devices and dtypes
             draw other numbers, which `fingerprint` shows.
         seed: of the random weights, and of the projector where a Whisper encoder is newly grafted on.
-        device: `meta` allocates nothing, and checks names and shapes of 16-bit weights that are already on disk.
+        device: `meta` allocates nothing, and checks names and shapes of the 16-bit weights of a folder.
         load_in_4bit: random weights go through a temporary folder, as large as the model.
         allow_pickle: read pickled weights where there are no safetensors.
         compute_dtype: of the computation, by autocast. None: `dtype`.
@@ -2789,7 +2798,7 @@ def load_model(
     random_weights = init == "random"
     on_meta = device.type == "meta"
     folder = resolve_model_dir(model_name_or_path, weights=not (random_weights or on_meta))
-    if not random_weights and (not on_meta or any(folder.glob("model*.safetensors"))):
+    if not random_weights and (not on_meta or Path(model_name_or_path).is_dir()):  # a hub id's may be still to fetch
         model = read_model(folder, config, device, audio_encoder, load_in_4bit, allow_pickle, **options)
     else:
         model = draw_model(config, seed, device, load_in_4bit, **options)
@@ -2987,7 +2996,8 @@ def read_model(
         check_bitsandbytes(f"{folder}: weights in bitsandbytes' 4 bits" if packed else "--load_in_4bit")
     model_class = MODEL_CLASSES[config.model_type]
     if packed and device.type == "meta":
-        return model_class(config).to(device, options["dtype"])
+        with device:
+            return model_class(config).to(options["dtype"])
     if quantised:
         options["quantization_config"] = nf4_config(options["dtype"])
     if packed:
@@ -4457,10 +4467,23 @@ class StopAtLoss(TrainerCallback):
 # ----------------------------------------------------------------------------------------------------------------------
 
 
+def optimizer_bytes(optim: str) -> float | None:
+    """Bytes that the optimizer of --optim keeps of a trained parameter on the GPU; None where it is not known."""
+    states = next((count for names, count in OPTIMIZER_STATES.items() if re.fullmatch(names, optim)), None)
+    return None if states is None else states * next((b for bits, b in BYTES_OF_A_STATE.items() if bits in optim), 4)
+
+
 def estimate_memory(
-    model: SpeechMixin, tokens: int, args: ModelArguments, dtype: torch.dtype, cached_features: bool, every_n: int
+    model: SpeechMixin,
+    tokens: int,
+    args: ModelArguments,
+    dtype: torch.dtype,
+    cached_features: bool,
+    every_n: int,
+    states: float = 8,
 ) -> dict[str, int]:
-    """Bytes of GPU memory at the peak of training on batches of `tokens`, by what takes them; an estimate.
+    """Bytes of GPU memory at the peak of training on batches of `tokens`, by what takes them; an estimate. `states` are
+    the optimizer's bytes a trained parameter (`optimizer_bytes`).
 
     Counted are the tensors that a decoder layer keeps for its backward pass. In float32: both norms' inputs (2 h), and
     what comes of them where the norms are trained (2 h). In `dtype`, that of the computation: queries and
@@ -4502,10 +4525,51 @@ def estimate_memory(
     resting = [*model.model.visual.parameters(), *model.audio_encoder.parameters()] if cached_features else []
     return {
         "weights": sum(p.nbytes for p in model.parameters()) - sum(p.nbytes for p in resting) + four_bits,
-        "gradients and optimizer": 12 * trainable + (size * trainable if size < 4 else 0),  # and autocast's copy
+        "gradients and optimizer": round((4 + states + size % 4) * trainable),  # and autocast's copy, in 16 bits
         "activations": tokens * (kept + 6 * f * size)
         + size * max(sizes, default=0),  # and what the backward pass of one MLP works with
     }
+
+
+def estimate_run(
+    model: SpeechMixin,
+    tokens: tuple[int, int],
+    model_args: ModelArguments,
+    data_args: DataArguments,
+    args: VQATrainingArguments,
+    every_n: int,
+) -> dict[str, dict[str, int]]:
+    """Bytes of GPU memory at the peaks of training, evaluation and --eval_answers, by what takes them; an estimate.
+
+    `tokens` are those of the longest sample to train on, and to evaluate on (0: there is none). Without gradients an
+    MLP works with four values of its own width and four of the hidden size a token. Answers keep keys and values, of
+    which one layer is there twice as it grows; prompts are read PREFILL_TOKENS at a time.
+    """
+    multiple, size = model_args.padding_multiple, args.compute_dtype.itemsize
+    longest, longest_asked = (math.ceil(count / multiple) * multiple for count in tokens)
+    states = optimizer_bytes(args.optim.value)
+    states = 8 if states is None else states
+    batch = args.per_device_train_batch_size * longest
+    settings = model_args, args.compute_dtype, bool(data_args.cache_features)
+    training = estimate_memory(model, batch, *settings, every_n, states)
+    phases = {"training": training}
+    if not longest_asked:
+        return phases
+    text = model.config.text_config
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    resting = {"weights": training["weights"], "optimizer": training["gradients and optimizer"] - 4 * trainable}
+    dequantised = estimate_memory(model, 0, *settings, every_n)["activations"]
+    token = 4 * (text.intermediate_size + text.hidden_size) * size
+    asked = args.per_device_eval_batch_size * longest_asked
+    phases["evaluation"] = resting | {"activations": asked * token + dequantised}
+    if args.eval_answers:
+        rows = math.ceil(args.eval_answers / math.ceil(args.eval_answers / ANSWERS_AT_ONCE))
+        read = max(longest_asked, min(PREFILL_TOKENS, rows * longest_asked))
+        head = text.hidden_size // text.num_attention_heads
+        kept = 2 * head * text.num_key_value_heads * (text.num_hidden_layers + 2) * size
+        kept *= rows * (longest_asked + ANSWER_TOKENS)
+        phases["answers"] = resting | {"activations": read * token + dequantised, "keys and values": kept}
+    return phases
 
 
 def limit_gpu_memory(gib: float | None) -> None:
@@ -4520,12 +4584,10 @@ def limit_gpu_memory(gib: float | None) -> None:
     torch.cuda.set_per_process_memory_fraction(gib / total)
 
 
-def memory_to_fit(args: ModelArguments) -> float:
-    """GiB that `--checkpoint_every_n auto` may fill; VQAError with neither a GPU nor --gpu_memory_limit_gib."""
-    if args.gpu_memory_limit_gib is not None:
+def memory_limit(args: ModelArguments) -> float | None:
+    """GiB of GPU memory that a run may fill: of --gpu_memory_limit_gib, else of the card. None: neither is there."""
+    if args.gpu_memory_limit_gib is not None or not torch.cuda.is_available():
         return args.gpu_memory_limit_gib
-    if not torch.cuda.is_available():
-        raise VQAError("--checkpoint_every_n auto needs a CUDA GPU, or --gpu_memory_limit_gib to fit into")
     return torch.cuda.get_device_properties(0).total_memory / GIB - CUDA_CONTEXT_GIB
 
 
@@ -4533,7 +4595,7 @@ def choose_recomputation(args: ModelArguments, estimate: typing.Callable[[int], 
     """`--checkpoint_every_n` as a number: for `auto` the fewest recomputed layers whose estimate fits."""
     if args.checkpoint_every_n != "auto":
         return int(args.checkpoint_every_n)
-    limit = FITTING_SHARE * memory_to_fit(args) * GIB
+    limit = FITTING_SHARE * memory_limit(args) * GIB
     every_n = next((n for n in (0, *range(32, 1, -1)) if sum(estimate(n).values()) < limit), 1)
     print(f"Activation checkpointing: --checkpoint_every_n auto takes {every_n}")
     return every_n
@@ -4560,11 +4622,12 @@ def check_compiler(device_type: str) -> None:
         )
 
 
-def check_liger(device_type: str) -> None:
-    """VQAError where Liger's kernels, which are Triton's, cannot run: they take a GPU and the package."""
-    if device_type != "cuda":
+def check_liger(device_type: str, needs_gpu: bool = True) -> None:
+    """VQAError where Liger's kernels, which are Triton's, cannot run: they take the package and, to run, a GPU."""
+    if device_type != "cuda" and needs_gpu:
         raise VQAError("--use_liger_kernel needs a CUDA GPU, since its kernels are Triton's; leave the flag out")
-    check_package("--use_liger_kernel", "liger_kernel.ops", LIGER, "leave the flag out")
+    module = "liger_kernel.ops" if device_type == "cuda" else "liger_kernel"  # the kernels may not load without a GPU
+    check_package("--use_liger_kernel", module, LIGER, "leave the flag out")
 
 
 def check_bitsandbytes(what: str) -> None:
@@ -4613,33 +4676,55 @@ def prepare_data(args: DataArguments) -> tuple[list[VQARow], list[VQARow], list[
     return loaded[0], loaded[1] if len(loaded) > 1 else [], [str(problem) for problem in problems]
 
 
+def load_base(
+    args: ModelArguments, training_args: VQATrainingArguments, tokenizer: PreTrainedTokenizerBase, device
+) -> SpeechMixin:
+    """`load_model` as the flags say."""
+    dtype = training_args.compute_dtype
+    options = {name: getattr(args, name) for name in BASE_FIELDS} | {"device": device, "compute_dtype": dtype}
+    options["seed"] = training_args.seed if args.base_seed is None else args.base_seed
+    options["dtype"] = torch.float32 if args.train_decoder == "full" else dtype
+    return load_model(args.model_name_or_path, tokenizer, **options)
+
+
+def check_model(
+    args: ModelArguments, training_args: VQATrainingArguments
+) -> tuple[PreTrainedTokenizerBase, Qwen2VLConfig]:
+    """Tokenizer and config of the base. VQAError for what the headers of its weights, and the adapter, tell against
+    them. Nothing is allocated."""
+    kernel = ATTENTION_KERNELS[args.attn_implementation]
+    if args.use_liger_kernel and (used := load_config(args.model_name_or_path).text_config.hidden_act) != "silu":
+        raise VQAError(f"--use_liger_kernel needs hidden_act 'silu', config.json has {used!r}; leave it out")
+    print(f"⏳ Loading merged {'BF16' if training_args.bf16 else 'FP32'} model with {kernel} attention...")
+    tokenizer = load_tokenizer(args.model_name_or_path)
+    config = load_base(args, training_args, tokenizer, "meta").config
+    if args.adapter_path:
+        read_adapter(Path(args.adapter_path))
+    if args.audio_encoder and args.init == "pretrained" and Path(args.audio_encoder).is_dir():
+        stored_keys(Path(args.audio_encoder))
+    return tokenizer, config
+
+
 def build_model(
-    args: ModelArguments, training_args: VQATrainingArguments, device: torch.device | str
-) -> tuple[SpeechMixin, SpeechMixin | PeftModel, PreTrainedTokenizerBase, str]:
-    """The model, what is trained of it (the adapter around it, or itself), the tokenizer, the base's fingerprint.
+    args: ModelArguments,
+    training_args: VQATrainingArguments,
+    tokenizer: PreTrainedTokenizerBase,
+    device: torch.device | str,
+) -> tuple[SpeechMixin, SpeechMixin | PeftModel, str]:
+    """The model, what is trained of it (the adapter around it, or itself), the base's fingerprint.
 
     On the `meta` device nothing is allocated, and there is no fingerprint.
     """
-    kernel = ATTENTION_KERNELS[args.attn_implementation]
-    precision = "BF16" if training_args.bf16 else "FP32"
-    dtype = training_args.compute_dtype
-    full = args.train_decoder == "full"
     on_meta = str(device) == "meta"
-    if args.use_liger_kernel and (used := load_config(args.model_name_or_path).text_config.hidden_act) != "silu":
-        raise VQAError(f"--use_liger_kernel needs hidden_act 'silu', config.json has {used!r}; leave it out")
-    print(f"⏳ Loading merged {precision} model with {kernel} attention...")
-    tokenizer = load_tokenizer(args.model_name_or_path)
-    options = {name: getattr(args, name) for name in BASE_FIELDS} | {"device": device}
-    options["seed"] = training_args.seed if args.base_seed is None else args.base_seed
-    options |= {"dtype": torch.float32 if full else dtype, "compute_dtype": dtype}
-    model = load_model(args.model_name_or_path, tokenizer, **options)
+    precision = "BF16" if training_args.bf16 else "FP32"
+    model = load_base(args, training_args, tokenizer, device)
     print("✓ Model built without weights" if on_meta else f"✓ Model loaded in full {precision}")
     base_fingerprint = "" if on_meta else fingerprint(model)
     encoders = {encoder: getattr(args, f"train_{encoder}") for encoder in ENCODERS}
     set_seed(training_args.seed)
-    if full:
+    if args.train_decoder == "full":
         print("🧠 Training the full decoder, without LoRA...")
-        trained = train_fully(model, dtype, **encoders)
+        trained = train_fully(model, training_args.compute_dtype, **encoders)
     else:
         print("🧠 Adding LoRA Adapters...")
         if args.adapter_path and not on_meta:
@@ -4650,7 +4735,7 @@ def build_model(
         if training_args.bf16:
             skip_input_casts(trained)
     print_trainable_parameters(trained)
-    return model, trained, tokenizer, base_fingerprint
+    return model, trained, base_fingerprint
 
 
 def choose_layout(base: str, asked: str | None) -> str:
@@ -4681,6 +4766,77 @@ def build_datasets(
     return train, evaluation
 
 
+def longest_samples(
+    datasets: tuple[SurgicalVQADataset, SurgicalVQADataset | None], data_args: DataArguments
+) -> tuple[int, int]:
+    """Tokens of the longest sample to train on and to evaluate on (0: none), with the inputs of `data_args`."""
+    longest = []
+    for dataset in datasets:
+        if dataset:
+            dataset = copy.copy(dataset)
+            dataset.processor = copy.copy(dataset.processor)
+            for name in ("audio_tokens", "frame_mode"):
+                setattr(dataset.processor, name, getattr(data_args, name))
+            dataset.max_train_frames, dataset.max_eval_frames = data_args.max_train_frames, data_args.max_eval_frames
+        longest.append(max(dataset.token_counts()) if dataset else 0)
+    return tuple(longest)
+
+
+def smaller_settings(flags: SimpleNamespace, every_n: int, most_frames: int) -> list[list[dict[str, object]]]:
+    """What may make a run fit: alternatives, from the least change to the greatest, of flags with their values. First
+    those that leave the result as it is, then fewer tokens, then coarser weights and states, then fewer frames."""
+
+    def halves(number: int) -> list[int]:
+        return [number >> shift for shift in range(1, number.bit_length())]
+
+    train, asked = flags.per_device_train_batch_size, flags.per_device_eval_batch_size
+    rows = train * flags.gradient_accumulation_steps
+    batches = [{"per_device_train_batch_size": n, "gradient_accumulation_steps": rows // n} for n in halves(train)]
+    frozen = not (flags.train_vision_tower or flags.train_audio_encoder)
+    return [
+        [{"checkpoint_every_n": "1"}] * (every_n != 1),
+        batches,
+        [{"per_device_eval_batch_size": n} for n in halves(asked)] * bool(flags.eval_data_path),
+        [{"cache_features": "features"}] * (frozen and not flags.cache_features),
+        [{"audio_tokens": "speech"}] * (flags.audio_tokens != "speech" and flags.input_mode != "text"),
+        [{"frame_mode": "video"}] * (flags.frame_mode != "video"),
+        [{"load_in_4bit": True}] * (flags.train_decoder == "lora" and not flags.load_in_4bit),
+        [{"optim": OptimizerNames.ADAMW_BNB}] * (optimizer_bytes(flags.optim.value) == 8),
+        [{"max_train_frames": n} for n in halves(most_frames)],
+    ]
+
+
+def advise_to_fit(
+    limit: float,
+    model: SpeechMixin,
+    datasets: tuple[SurgicalVQADataset, SurgicalVQADataset | None],
+    arguments: tuple[ModelArguments, DataArguments, VQATrainingArguments],
+    every_n: int,
+) -> str:
+    """Flags with which the estimate is below `limit` bytes, none of which could be left out; or that there are none."""
+    flags = SimpleNamespace(**{**vars(arguments[2]), **vars(arguments[1]), **vars(arguments[0])})
+
+    def peak(chosen: list[dict[str, object]]) -> int:
+        changes = {name: value for settings in chosen for name, value in settings.items()}
+        changed = [copy.copy(part) for part in arguments]
+        for part, (name, value) in itertools.product(changed, changes.items()):
+            if name in vars(part):
+                setattr(part, name, value)
+        tokens = longest_samples(datasets, changed[1])
+        phases = estimate_run(model, tokens, *changed, int(changes.get("checkpoint_every_n", every_n)))
+        return max(sum(parts.values()) for parts in phases.values())
+
+    options = smaller_settings(flags, every_n, max(len(datasets[0].media_of(i)[0]) for i in range(len(datasets[0]))))
+    chosen = [some[-1] if some else {} for some in options]
+    if peak(chosen) >= limit:
+        return "no flags of this script would make it fit: take a larger GPU, or a smaller model"
+    for index in reversed(range(len(options))):  # all at first; of each, the last ones first, the least that will do
+        smaller = ([*chosen[:index], settings, *chosen[index + 1 :]] for settings in ({}, *options[index]))
+        chosen = next(some for some in smaller if peak(some) < limit)
+    named = [f"--{n} {getattr(value, 'value', value)}" for settings in chosen for n, value in settings.items()]
+    return f"it would fit with {' '.join(named)} ({peak(chosen) / GIB:.1f} GiB)"
+
+
 def plan(
     model: SpeechMixin,
     datasets: tuple[SurgicalVQADataset, SurgicalVQADataset | None],
@@ -4690,28 +4846,36 @@ def plan(
 ) -> int:
     """--checkpoint_every_n as a number: every N-th layer is recomputed, 0: none.
 
-    With --dry_run also prints tokens, optimizer steps and memory.
+    With --dry_run also prints tokens, optimizer steps and memory, and raises a VQAError where that does not fit.
     """
-    train, evaluation = datasets
     counted = data_args.dry_run or model_args.checkpoint_every_n == "auto"
-    lengths = sorted(train.token_counts()) if counted else [0]
-    multiple = model_args.padding_multiple
-    tokens = args.train_batch_size * math.ceil(lengths[-1] / multiple) * multiple
-    cached_features = bool(data_args.cache_features)
-    estimate = partial(estimate_memory, model, tokens, model_args, args.compute_dtype, cached_features)
-    every_n = choose_recomputation(model_args, estimate)
+    lengths = [sorted(dataset.token_counts()) if counted and dataset else [0] for dataset in datasets]
+    arguments = model_args, data_args, args
+    estimate = partial(estimate_run, model, (lengths[0][-1], lengths[1][-1]), *arguments)
+    every_n = choose_recomputation(model_args, lambda n: estimate(n)["training"])
     if not data_args.dry_run:
         return every_n
-    for name, counts in (("train", lengths), ("eval", sorted(evaluation.token_counts()) if evaluation else [])):
-        if counts:
+    for name, counts in zip(("train", "eval"), lengths, strict=True):
+        if counts[-1]:
             spread = f"min {counts[0]}, median {counts[len(counts) // 2]}, max {counts[-1]}"
             print(f"{name}: {len(counts)} samples, tokens per sample: {spread}")
-    per_epoch = max(1, math.ceil(math.ceil(len(lengths) / args.train_batch_size) / args.gradient_accumulation_steps))
+    samples = len(datasets[0])
+    per_epoch = max(1, math.ceil(math.ceil(samples / args.train_batch_size) / args.gradient_accumulation_steps))
     steps = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * per_epoch)
-    print(f"steps: {steps} ({per_epoch} an epoch of {len(lengths)} samples)")
-    parts = {name: size / GIB for name, size in estimate(every_n).items()}
-    shares = ", ".join(f"{name} {gib:.1f}" for name, gib in parts.items())
-    print(f"memory: about {sum(parts.values()):.1f} GiB of the GPU at the peak of training ({shares})")
+    print(f"steps: {steps} ({per_epoch} an epoch of {samples} samples)")
+    if optimizer_bytes(args.optim.value) is None:
+        print(f"memory: what --optim {args.optim.value} keeps is not known, and counted as Adam's")
+    phases = estimate(every_n)
+    for phase, parts in phases.items():
+        shares = ", ".join(f"{name} {size / GIB:.1f}" for name, size in parts.items())
+        print(f"memory: about {sum(parts.values()) / GIB:.1f} GiB of the GPU at the peak of {phase} ({shares})")
+    phase, peak = max(((phase, sum(parts.values())) for phase, parts in phases.items()), key=operator.itemgetter(1))
+    limit = memory_limit(model_args)
+    if limit and peak > limit * GIB:
+        asked = model_args.gpu_memory_limit_gib is not None
+        what = f"--gpu_memory_limit_gib {limit:g}" if asked else f"the GPU, which has {limit:.1f} GiB"
+        advice = advise_to_fit(FITTING_SHARE * limit * GIB, model, datasets, arguments, every_n)
+        raise VQAError(f"{what}: does not hold the {peak / GIB:.1f} GiB of {phase}; {advice}")
     return every_n
 
 
@@ -4780,20 +4944,25 @@ def train(
     model_args: ModelArguments, data_args: DataArguments, training_args: VQATrainingArguments, stop_signal: StopSignal
 ) -> int:
     """The steps of `main` after the arguments; returns the exit status."""
-    # 2. Data, before any weight is loaded; what the run resumes from
-    train_rows, eval_rows, skipped = prepare_data(data_args)
+    # 2. What is cheap to check: what the run resumes from, the files of the model
     if data_args.check_data:
+        prepare_data(data_args)
         return 0
-    checkpoint = None if data_args.dry_run else find_checkpoint(training_args)
-
-    # 3. Model and datasets
-    device = "meta" if data_args.dry_run else training_args.device
-    if checkpoint and "started_from" in (stored := load_settings(checkpoint)):
+    checkpoint = find_checkpoint(training_args)
+    stored = load_settings(checkpoint) if checkpoint else {}
+    if "started_from" in stored:
         model_args.base_seed = stored["model"]["init_seed"]
     data_args.prompt_layout = choose_layout(model_args.model_name_or_path, data_args.prompt_layout)
-    model, trained, tokenizer, base_fingerprint = build_model(model_args, training_args, device)
-    inputs = {name: getattr(data_args, name) for name in PROCESSOR_FIELDS}
-    processor = VQAProcessor(tokenizer, model.config, **inputs)
+    tokenizer, config = check_model(model_args, training_args)
+    processor = VQAProcessor(tokenizer, config, **{name: getattr(data_args, name) for name in PROCESSOR_FIELDS})
+    settings_of = partial(resolved_settings, model_args, data_args, training_args, processor)
+    if checkpoint:
+        refuse_other_settings(checkpoint, settings_of(stored["model"].get("base_fingerprint")))
+
+    # 3. Data, before any weight is loaded; model and datasets
+    train_rows, eval_rows, skipped = prepare_data(data_args)
+    device = "meta" if data_args.dry_run else training_args.device
+    model, trained, base_fingerprint = build_model(model_args, training_args, tokenizer, device)
     datasets = build_datasets(train_rows, eval_rows, processor, data_args)
 
     # 4. The plan, which is all that --dry_run asks for
@@ -4812,7 +4981,7 @@ def train(
             dataset.feature_store = store
 
     # 5. Training
-    settings = resolved_settings(model_args, data_args, training_args, processor, base_fingerprint, skipped)
+    settings = settings_of(base_fingerprint, skipped)
     if checkpoint:
         refuse_other_settings(checkpoint, settings)
         print(f"Resuming from {checkpoint}")
