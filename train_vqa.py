@@ -236,10 +236,10 @@ LIGER = "liger-kernel>=0.8"  # whose SwiGLU takes a factor for the gate and one 
 GIB = 2**30
 FITTING_SHARE = 0.93  # of the memory that an estimate may take: it may err, and the allocator leaves gaps
 CUDA_CONTEXT_GIB = 1.0  # what the driver and cuBLAS hold beside the allocator
-# States that an optimizer keeps of a parameter, by the names that --optim has for it. One is in float32, or in the 8 or
-# 4 bits of the name, with a float32 for each block. Paged ones are in memory that the CPU and the GPU share.
+# States that an optimizer keeps of a parameter, by the names that --optim has for it. One is in float32, or in the 8 bits
+# of the name, with a float32 for each 256. Paged ones are in memory that the CPU and the GPU share.
 OPTIMIZER_STATES = {"sgd|adafactor": 0, "adagrad|rmsprop.*|lion.*": 1, "adamw_.*": 2, "ademamix.*": 3, "paged_.*": 0}
-BYTES_OF_A_STATE = {"8bit": 1 + 4 / 256, "4bit": 1 / 2 + 4 / 128}
+EIGHT_BITS = 1 + 4 / 256
 
 PREFILL_TOKENS = 16384  # prompts read at a time: enough to fill a GPU, and what MLP activations take stays bounded
 # --eval_answers: a token keeps 57 kB at full size, so that 32 rows of 2,700 tokens take 5 GB; answers are cut as by
@@ -849,9 +849,6 @@ def refuse_unmeasured(flags: SimpleNamespace, given: set[str]) -> None:
             f"--early_stopping_patience {stopping} needs --load_best_model_at_end True: else the run would end with "
             "the model that is no longer the best"
         )
-    if flags.load_best_model_at_end and flags.eval_strategy == "no":
-        name = f"--early_stopping_patience {stopping}" if stopping else "--load_best_model_at_end"
-        raise VQAError(f"{name} needs evaluations: give --eval_strategy steps or epoch, and --save_strategy the same")
 
 
 def refuse_surroundings(flags: SimpleNamespace, args: VQATrainingArguments) -> None:
@@ -4151,9 +4148,14 @@ class VQATrainer(Trainer):
         return super().prediction_step(model, inputs, *args, **kwargs)
 
     def evaluate(self, *args, **kwargs) -> dict[str, float]:
-        """The Trainer's; leaves the random states of training as they are, because it may be interrupted."""
+        """The Trainer's; leaves the random states of training as they are, because it may be interrupted.
+
+        Free memory goes back before and after: the blocks of one phase do not fit the other, and would stay beside its.
+        """
+        begin_phase()
         with torch.random.fork_rng():
             metrics = super().evaluate(*args, **kwargs)
+        begin_phase()
         self.batches = []
         return metrics
 
@@ -4433,6 +4435,13 @@ def keep_best(args: VQATrainingArguments, state: TrainerState, metrics: dict[str
         state.best_model_checkpoint = f"{args.output_dir}/checkpoint-{state.global_step}"
 
 
+def begin_phase() -> None:
+    """Give the GPU's free memory back, so that what is reserved from here on is this phase's."""
+    accelerate.utils.memory.clear_device_cache()
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+
+
 class PeakMemory(TrainerCallback):
     """Keeps the peak GPU memory of each phase in GiB, as the allocator reserved it; empty without a CUDA GPU."""
 
@@ -4445,7 +4454,7 @@ class PeakMemory(TrainerCallback):
             torch.cuda.reset_peak_memory_stats()
 
     on_step_end = partialmethod(_note, "training")
-    on_prediction_step = partialmethod(_note, "evaluation")
+    on_evaluate = partialmethod(_note, "evaluation")
     on_evaluate = partialmethod(_note, "evaluation")  # with --eval_answers
     on_save = partialmethod(_note, "saving")
 
@@ -4467,10 +4476,10 @@ class StopAtLoss(TrainerCallback):
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def optimizer_bytes(optim: str) -> float | None:
-    """Bytes that the optimizer of --optim keeps of a trained parameter on the GPU; None where it is not known."""
-    states = next((count for names, count in OPTIMIZER_STATES.items() if re.fullmatch(names, optim)), None)
-    return None if states is None else states * next((b for bits, b in BYTES_OF_A_STATE.items() if bits in optim), 4)
+def optimizer_bytes(optim: str) -> float:
+    """Bytes that the optimizer of --optim keeps of a trained parameter on the GPU."""
+    states = next(count for names, count in OPTIMIZER_STATES.items() if re.fullmatch(names, optim))
+    return states * (EIGHT_BITS if "8bit" in optim else 4)
 
 
 def estimate_memory(
@@ -4548,7 +4557,6 @@ def estimate_run(
     multiple, size = model_args.padding_multiple, args.compute_dtype.itemsize
     longest, longest_asked = (math.ceil(count / multiple) * multiple for count in tokens)
     states = optimizer_bytes(args.optim.value)
-    states = 8 if states is None else states
     batch = args.per_device_train_batch_size * longest
     settings = model_args, args.compute_dtype, bool(data_args.cache_features)
     training = estimate_memory(model, batch, *settings, every_n, states)
@@ -4863,8 +4871,6 @@ def plan(
     per_epoch = max(1, math.ceil(math.ceil(samples / args.train_batch_size) / args.gradient_accumulation_steps))
     steps = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * per_epoch)
     print(f"steps: {steps} ({per_epoch} an epoch of {samples} samples)")
-    if optimizer_bytes(args.optim.value) is None:
-        print(f"memory: what --optim {args.optim.value} keeps is not known, and counted as Adam's")
     phases = estimate(every_n)
     for phase, parts in phases.items():
         shares = ", ".join(f"{name} {size / GIB:.1f}" for name, size in parts.items())

@@ -362,8 +362,8 @@ NO_STRATEGY = "--eval_strategy no --save_strategy no --load_best_model_at_end Tr
     ("flags", "named"),
     [
         (f"{STEPS} --early_stopping_patience 3", "--early_stopping_patience 3 needs --load_best_model_at_end True"),
-        (f"{NO_STRATEGY} --early_stopping_patience 3", "--early_stopping_patience 3 needs evaluations"),
-        (NO_STRATEGY, "--load_best_model_at_end needs evaluations"),
+        (f"{NO_STRATEGY} --early_stopping_patience 3", "--load_best_model_at_end needs --eval_strategy"),
+        (NO_STRATEGY, "--load_best_model_at_end needs --eval_strategy"),
         (
             f"{BEST} --early_stopping_threshold 0.1",
             "--early_stopping_threshold does nothing without --early_stopping_p",

@@ -566,7 +566,8 @@ def shell_script(folder, step):
     folder.mkdir()
     (folder / "python").write_text(STUB.format(python=sys.executable, step=step))
     (folder / "python").chmod(0o755)
-    shutil.copy(ROOT / "train_with_eval_FINAL.sh", folder)
+    for name in ("train_with_eval_FINAL.sh", "evaluate_checkpoint.py"):
+        shutil.copy(ROOT / name, folder)
     environment = {**os.environ, "PYTHON": str(folder / "python"), "STUB": str(folder)}
     with (folder / "log").open("w") as log:
         return subprocess.Popen(["bash", "train_with_eval_FINAL.sh"], cwd=folder, env=environment, stdout=log,

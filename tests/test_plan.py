@@ -57,22 +57,25 @@ def test_without_a_limit_there_is_no_verdict(train, tmp_path, capsys, no_weights
     ("optim", "size"),
     [
         *(("adamw_torch", 8), ("adamw_torch_fused", 8), ("adamw_bnb_8bit", 2 + 8 / 256), ("adamw_8bit", 2 + 8 / 256)),
-        *(("adamw_torch_4bit", 1 + 8 / 128), ("sgd", 0), ("adafactor", 0), ("adagrad", 4), ("rmsprop_bnb_32bit", 4)),
-        *(("lion_8bit", 1 + 4 / 256), ("ademamix", 12), ("paged_adamw_8bit", 0), ("galore_adamw_8bit", None)),
+        *(("sgd", 0), ("adafactor", 0), ("adagrad", 4), ("rmsprop_bnb_32bit", 4)),
+        *(("lion_8bit", 1 + 4 / 256), ("ademamix", 12), ("paged_adamw_8bit", 0)),
     ],
 )
 def test_bytes_of_optimizers(optim, size):
     assert vqa.OptimizerNames(optim) and vqa.optimizer_bytes(optim) == size
 
 
-def test_an_optimizer_that_is_not_known_counts_as_adam_and_is_said(train, tmp_path, capsys, no_weights):
+def test_the_states_of_the_optimizer_are_counted(train, tmp_path, capsys, no_weights):
     memory = []
-    for optim in ("adamw_torch", "lomo", "sgd"):
+    for optim in ("adamw_torch", "sgd"):
         assert train(tmp_path, "--dry_run", "--lora_r", "4000", "--optim", optim) == 0
-        out = capsys.readouterr().out
-        assert ("--optim lomo" in out) == (optim == "lomo")
-        memory.append(re.search(r"gradients and optimizer ([\d.]+)", out)[1])
-    assert memory[0] == memory[1] > memory[2]
+        memory.append(re.search(r"gradients and optimizer ([\d.]+)", capsys.readouterr().out)[1])
+    assert float(memory[0]) > float(memory[1])
+
+
+def test_every_optimizer_that_is_offered_is_counted():
+    for optim in vqa.OPTIMIZERS:
+        assert vqa.optimizer_bytes(optim) >= 0
 
 
 def test_evaluation_is_counted_at_its_own_batch_size(train, tmp_path, capsys, no_weights):
