@@ -63,7 +63,7 @@ import av.logging
 import numpy as np
 import torch
 import torch.nn.functional as F
-import torchaudio.functional
+import torchaudio.transforms
 from huggingface_hub import save_torch_state_dict, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
@@ -123,8 +123,12 @@ MAX_SPEECH_SECONDS = 30  # Whisper's window: 30 s x 16,000 / 320 = 1500 encoder 
 MIN_SPEECH_SECONDS = 0.1  # no question is shorter
 SILENCE = 1e-4  # -80 dB: the loudest sample of a recording that holds nothing
 SPEECH_RATES = (8_000, 192_000)  # Hz
-# Taps of the resampler, rate x 16,000 / gcd^2: 44,100 Hz take 70,560, a rate such as 44,101 2.8 GB.
+# The resampler's taps grow with rate x 16,000 / gcd^2: 70,560 for 44,100 Hz; a rate such as 44,101 takes 2.8 GB.
 MAX_RATE_RATIO = 4e6
+# As librosa resampled what the published models heard (soxr_hq): flat to 0.913 of the band, and 20 bits = 120.4 dB
+# down at its end. Kaiser's design from that: beta = 0.1102 (120.4 - 8.7); taps = (120.4 - 7.95) / (2.285 x 0.087 pi),
+# of which each side has half, counted in zero crossings of a cut-off amid the two.
+RESAMPLING = {"lowpass_filter_width": 86, "rolloff": 0.9565, "resampling_method": "sinc_interp_kaiser", "beta": 12.31}
 
 FRAME_EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp")
 FRAME_FORMATS = ("JPEG", "PNG", "WEBP")  # Pillow's other readers are not needed
@@ -172,7 +176,7 @@ CHECKED_BY = f"checks 3, Pillow {PIL_VERSION}, av {av.__version__}"
 MAX_REMEMBERED = 500_000  # files that passed, about 100 bytes each
 SPEECH_KEPT = 64  # files whose mel each loader worker keeps: 98 MB in 128 bins
 MAX_KNOWN_TEXTS = 10_000  # tokenised pieces of prompts and answers, a few MB
-FEATURE_SCHEMA = 1  # raise it when what the encoders are fed, or what is stored of them, changes
+FEATURE_SCHEMA = 2  # raise it when what the encoders are fed, or what is stored of them, changes
 
 # Where media lie below their folders, without extension: what is looked for, and what else is advised where that finds
 # nothing. {file} comes first, as one flag then serves training and evaluation.
@@ -236,8 +240,8 @@ LIGER = "liger-kernel>=0.8"  # whose SwiGLU takes a factor for the gate and one 
 GIB = 2**30
 FITTING_SHARE = 0.93  # of the memory that an estimate may take: it may err, and the allocator leaves gaps
 CUDA_CONTEXT_GIB = 1.0  # what the driver and cuBLAS hold beside the allocator
-# States that an optimizer keeps of a parameter, by the names that --optim has for it. One is in float32, or in the 8 bits
-# of the name, with a float32 for each 256. Paged ones are in memory that the CPU and the GPU share.
+# States that an optimizer keeps of a parameter, by the names that --optim has for it. One is in float32, or in the 8
+# bits of the name, with a float32 for each 256. Paged ones are in memory that the CPU and the GPU share.
 OPTIMIZER_STATES = {"sgd|adafactor": 0, "adagrad|rmsprop.*|lion.*": 1, "adamw_.*": 2, "ademamix.*": 3, "paged_.*": 0}
 EIGHT_BITS = 1 + 4 / 256
 
@@ -1347,9 +1351,19 @@ def ahead(function: typing.Callable, items: Iterable, depth: int, workers: int =
 
 
 def fit_size(size: tuple[int, int], max_image_size: int) -> tuple[int, int]:
-    """(width, height) in pixels scaled down, never up, so that the longer side is at most `max_image_size`."""
-    scale = min(1.0, max_image_size / max(size))
-    return max(1, round(size[0] * scale)), max(1, round(size[1] * scale))
+    """(width, height) in pixels scaled down, never up, so that the longer side is at most `max_image_size`; what
+    Pillow's `thumbnail` makes, which rounds to the nearest width / height."""
+    if max(size) <= max_image_size:
+        return size
+    aspect = size[0] / size[1]
+    upright = aspect <= 1
+    exact = max_image_size * aspect if upright else max_image_size / aspect
+
+    def error(n: int) -> float:
+        return abs(aspect - n / max_image_size) if upright else n and abs(aspect - max_image_size / n)
+
+    short = max(1, min(math.floor(exact), math.ceil(exact), key=error))
+    return (short, max_image_size) if upright else (max_image_size, short)
 
 
 def what_is(data: bytes) -> tuple[str, str | None]:
@@ -1645,7 +1659,13 @@ def load_speech(path: Path) -> np.ndarray:
     """Speech as the encoder wants it: float32 [n] at 16 kHz, channels averaged."""
     samples, rate = decode_audio(path)
     mono = torch.from_numpy(samples.mean(axis=1))
-    return torchaudio.functional.resample(mono, rate, SAMPLE_RATE).numpy()
+    return resampler(rate)(mono).numpy()
+
+
+@lru_cache(8)
+def resampler(rate: int) -> torchaudio.transforms.Resample:
+    """From `rate` Hz to 16 kHz; kept, as its filter takes longer to make than to use."""
+    return torchaudio.transforms.Resample(rate, SAMPLE_RATE, **RESAMPLING)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 import av
 import numpy as np
 import pytest
+import soundfile
 from PIL import Image
 
 import train_vqa as vqa
@@ -108,8 +109,17 @@ def test_resampled_length_is_that_of_torchaudio():
     draw = np.random.default_rng(0)
     for rate in (8000, 11025, 12000, 16000, 22050, 24000, 32000, 44100, 48000, 96000):
         for length in (1, *draw.integers(rate // 10, 31 * rate, 6)):
-            heard = vqa.torchaudio.functional.resample(vqa.torch.zeros(int(length)), rate, 16000)
+            heard = vqa.resampler(rate)(vqa.torch.zeros(int(length)))
             assert vqa.resampled_length(int(length), rate) == len(heard), (rate, length)
+
+
+@pytest.mark.parametrize("rate", [22050, 24000, 44100, 48000])
+def test_resampling_keeps_7_kilohertz_and_folds_nothing_back(tmp_path, rate):
+    at = np.arange(rate) / rate
+    for hertz, lowest, highest in ((7000, -0.1, 0.1), (8500, -np.inf, -90), (9000, -np.inf, -90)):
+        soundfile.write(tmp_path / "a.wav", 0.5 * np.sin(2 * np.pi * hertz * at), rate, subtype="FLOAT")
+        heard = vqa.load_speech(tmp_path / "a.wav")[2000:-2000]
+        assert lowest <= 10 * np.log10(8 * np.mean(heard.astype(float) ** 2)) <= highest
 
 
 def test_the_check_remembers_the_length_for_counting(good, data, processor, monkeypatch, tmp_path):

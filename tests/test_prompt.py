@@ -122,6 +122,17 @@ def test_a_real_frame_takes_168_tokens(tokenizer, config):
     assert processor.image_processor.get_number_of_image_patches(height, width, {}) == 24 * 28  # 392 x 336 px
 
 
+@pytest.mark.parametrize(
+    "size", [(389, 39), (391, 28), (393, 22), (394, 20), (395, 18), (395, 54), (397, 168), (39, 389)]
+)
+def test_frames_are_scaled_to_the_size_of_a_thumbnail(size):
+    """The first seven round otherwise with one scale for both sides."""
+    for limit in (56, 384, 400):
+        image = Image.new("L", size)
+        image.thumbnail((limit, limit))
+        assert vqa.fit_size(size, limit) == image.size
+
+
 def test_speech_longer_than_the_encoder_window_is_refused(tokenizer, config, rows):
     processor = vqa.VQAProcessor(tokenizer, config)
     processor.max_samples = 16000
