@@ -253,14 +253,15 @@ _GONE = "(?:absent|missing|off)"
 _NOT = (r"(?:no|not(?! (?:only|just|merely|simply|solely)\b)|never|none|nothing|non|neither|nor|without|rather than"
         r"|instead of|free of|free from|absence|lack\w*)")
 _VISIBLE = "visible|seen|present|observed|observable|apparent|in view"
-_SEEN = f"{_VISIBLE}|detect(?:ed|able)|noticeable|evident|there|on|used|active|happening|performed|taking place"
+_SEEN = f"{_VISIBLE}|detect(?:ed|able)|noticeable|evident|(?:turned )?on|used|active|applied|performed|happening"
 _SCOPE = "(?:endoscope|scope)(?: body)?"
 _THINGS = rf"(?:lesions?|polyps?|ulcers?|tools?|forceps|snares?|catheters?|{_SCOPE})\b"
 # What may stand between a negation and what it denies. Any other noun is itself denied: "no visible lesions".
+# No word fits in two ways: a loop of it would take for ever.
 _BE = r"(?: (?:to|is|are|was|were|be|been|being|can|could|do|does|longer|very|well|\w+ly))"
-_LINK = (rf"(?:{_BE}| (?:an?|any|the|such|of|see|observe|detect|notice|find|show|have|has|contain|appear|seem|located"
-         r"|positioned|signs?|evidence|traces?|part|blue|clean|clear|close|up|mucosal|water|objects?|evident|seen|present"
-         rf"|observed|apparent|{_SCOPE}|\w+(?:able|ible|ous|icant|ive)))*?")  # no word twice: loops would take for ever
+_LINK = (rf"(?:{_BE}| (?:an?|any|the|such|of|see|observe|detect|find|show|have|has|contain|appear|seem|look|like"
+         r"|located|positioned|signs?|evidence|indications?|traces?|part|blue|clean|clear|close|up|mucosal|water|objects?"
+         rf"|evident|seen|present|observed|apparent|{_SCOPE}|\w+(?:able|ible|ous|icant|ive)))*?")
 # fmt: on
 
 
@@ -366,8 +367,8 @@ CLOSED_ANSWERS: dict[str, ClosedAnswers] = {
     "mucosa_visibility": _yes_no(
         rf"mucosa(?: \w+){{0,4}}? (?:{_VISIBLE}|clear|clean)|(?:see|observe)(?: \w+){{0,3}} mucosa"
         rf"|^(?:clearly )?(?:{_VISIBLE}|clear|clean)$",
-        no=rf"hidden|invisible|dirty|{_BLOCK}", denied="mucosa", alone=rf"{_VISIBLE}|clear|clean"),
-    "nbi_status": _yes_no(_NBI, no=_WHITE, denied=rf"(?:(?:\w+ )?(?:in|using|with|under|by) )?(?:{_NBI})"),
+        no=rf"hidden|invisible|dirty|{_BLOCK}", denied="mucosa(?:l surface)?", alone=rf"{_VISIBLE}|clear|clean"),
+    "nbi_status": _yes_no(_NBI, no=_WHITE, denied=rf"(?:(?:\w+ )?(?:in|use|using|with|under|by) )?(?:{_NBI})"),
     "occlusion_check": _yes_no(
         _BLOCK, r"un(?:obstructed|occluded|blocked|obscured)|clear (?:view|field)"
            r"|(?:mucosa|view|field)(?: \w+){0,4}? (?:visible|clear|open)"),
@@ -393,14 +394,14 @@ _CLAUSE_START = re.compile(
 _POLAR = {
     "yes": re.compile(r"\b(?:yes|yeah|yep)\b(?! is\b)|^(?:it|they|this|that) (?:is|are|does|do)$"),
     "no": re.compile(r"\b(?:nope|no(?= (?:the|it|its|this|that|these|those|there|they|we|i|an?)\b| ?$))\b"
-                     r"|^(?:it|they|this|that) (?:is|are|does|do) not$"),
+                     r"|^(?:(?:it|they|this|that) (?:is|are|does|do)|\w+ly) not$"),
 }
 _NEGATION = re.compile(rf"\b(?:{_NOT}|{_GONE})\b")
 _ASSENT = re.compile(  # as much as "yes"
     r"\b(?:there (?:is|can be) |i have )?(?:no|little|(?:without|beyond)(?: an?y?)?) (?:doubt|question)\b"
     r"(?: about (?:it|this|that)\b)?(?: that\b)?")
-_RAISED = re.compile(  # "I do not think it moves": the negation of the main clause is meant for the other
-    r"\bnot (?:think|believe|true|the case|correct)(?: that)?((?: \w+)+? (?:is|are|was|were|has|have|can))\b")
+_RAISED = re.compile(  # "I do not think it moves": it is the moving that is denied
+    r"\bnot (?:think|believe|true|the case|correct)(?: that)?( (?:(?:the|an?|any|this|that|these|those) )?\w+)\b")
 _PART_DENIED = re.compile(rf"\b(?:not|no|never)(?: \w+){{0,2}}? {_WHOLLY}\b")
 _UNDECIDED = re.compile(
     r"\b(?:whether|doubt(?:s|ful)?|questionable|un(?:sure|certain|clear|known|able)|not (?:sure|certain|know)"

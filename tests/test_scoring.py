@@ -158,7 +158,7 @@ scope_motion yes - The answer is not yes. | I would not say yes. | Yes is not th
 scope_motion no - The answer is not no. | The lesion is not moving. | No lesion moves. | No movement of the lesion. |
     The polyp does not move. | The scope is not just moving.
 scope_motion yes + No doubt. | There is no question about it. | The scope is not just moving but advancing.
-scope_motion no + Not yes but no.
+scope_motion no + Not yes but no. | Absolutely not.
 scope_outside no - No lesion is seen outside the colon. | The tool is not outside.
 tool_catheter_check no - There is no doubt that a catheter is visible. | The tool is not touching the mucosa. |
     No lesion is seen near the catheter. | The catheter is not in the scope.
@@ -171,25 +171,28 @@ tool_catheter_check no + There is no doubt that no catheter is visible.
 # Readings beside those, which any rule must keep.
 KEPT = """\
 blue_dye_presence no + No evidence of blue dye. | Dye on the mucosa is not visible. |
-    It is not visible in these frames. | The frames do not show any dye. | Blue dye is absent.
+    It is not visible in these frames. | The frames do not show any dye. | Blue dye is absent. |
+    No indication of dye. | Dye has not been applied.
 endoscope_visibility no + No part of the endoscope is visible. | Not in view. | I see no endoscope.
 fluid_occlusion_level absent + Fluid is absent. | There is no evidence of fluid. | No fluid blocks the view.
 flush_action no + Flushing is not observed. | No water is being sprayed. | No active flushing is taking place.
 lesion_motion_direction stable + No movement of the lesion is visible. | No significant motion.
-mucosa_visibility no + I cannot see clean mucosa. | The mucosa does not appear clean. | Not clearly visible.
+mucosa_visibility no + I cannot see clean mucosa. | The mucosa does not appear clean. | Not clearly visible. |
+    The mucosal surface is not visible.
 mucosa_visibility no - Yes, the mucosa appears clean, with no visible lesions.
-nbi_status no + NBI is not used. | They are not in NBI mode. | NBI light is not on.
+nbi_status no + NBI is not used. | They are not in NBI mode. | NBI light is not on. | The frames don't use NBI.
 occlusion_check no + There is no close-up obstruction. | The field of view is not blocked.
 scope_forward_motion no + The scope is not moving forward. | The scope is not being advanced.
 scope_forward_motion no - The scope is not moving backward.
 scope_motion yes - Neither yes nor no. | No doubt, the scope is not moving.
 scope_motion no - No polyp is visible. | No doubt. | Neither yes nor no.
 scope_motion no + I do not think the scope is moving. | No. No doubt about it. | The scope is no longer moving. |
-    The scope does not appear to be moving. | I do not see any movement. | No, it rests and no polyp is visible.
+    The scope does not appear to be moving. | I do not see any movement. | No, it rests and no polyp is visible. |
+    I do not think it moves.
 scope_outside no + The scope is not positioned outside the patient.
 scope_outside no - Not visible.
 tool_catheter_check no + I do not think a catheter is visible. | It is not true that a catheter is visible. |
-    No catheter can be seen.
+    No catheter can be seen. | The tool does not look like a catheter.
 tool_catheter_check no - No polyp is visible. | There is some doubt that a catheter is visible.
 """
 
@@ -274,7 +277,7 @@ def scored(rows, texts, **fields):
 
 def test_the_table_has_the_20_types():
     assert sorted(ev.CLOSED_ANSWERS) == sorted({kind for kind, _, _ in GOLD_ANSWERS})
-    assert (len(ev.CLOSED_ANSWERS), sum(len(case[3]) for case in CHOICE_CASES), len(GOLD_ANSWERS)) == (20, 343, 45)
+    assert (len(ev.CLOSED_ANSWERS), sum(len(case[3]) for case in CHOICE_CASES), len(GOLD_ANSWERS)) == (20, 350, 45)
 
 
 @pytest.mark.parametrize("kind", sorted({kind for kind, *_ in CHOICE_CASES}))
