@@ -265,6 +265,11 @@ _LINK = (rf"(?:{_BE}| (?:an?|any|the|such|of|see|observe|detect|find|show|have|h
 # fmt: on
 
 
+@functools.cache  # and only then: compiling all types would take most of the time that a small file needs
+def _words(form: str) -> re.Pattern[str]:
+    return re.compile(rf"(?<![\w<>])(?:{form})(?!\w)")
+
+
 class ClosedAnswers:
     """How the options of one question type are worded: regular expressions over simplified text, matched at words.
 
@@ -282,19 +287,15 @@ class ClosedAnswers:
     def __init__(self, asserted, denied=None, polar=False, compose=None, covered=_NOTHING, alone="", about=_SCOPE):
         other = rf"(?!(?:{about})\b){_THINGS}"
         bare = rf"{_NOT}{_BE}*? (?:{alone})|(?:\w+ly )?(?:absent|none|nothing)" if alone else _NOTHING
-        denials = {  # "no fluid", "fluid is not seen", "fluid is absent", "not seen"
+        self.asserted, self.covers = asserted, "|".join([covered, *(denied or {}).values()])
+        self.denied = {  # "no fluid", "fluid is not seen", "fluid is absent", "not seen"
             name: rf"{_NOT}{_LINK} (?:{words})(?! (?:of (?:the |an? |any )?)?{other})"
             rf"|(?:{words})(?: (?!that\b|shows?\b)\w+){{0,5}}? (?:not{_LINK} (?:{_SEEN}|{alone or _NOTHING})"
             rf"|(?:is|are|was|stays?|turned|switched)(?: \w+ly)? {_GONE})"
             rf"|^(?:it|they|this|that|there)?{_BE}* ?(?:{bare})(?: \w+ly| here| at all| (?:in|on) .+)?$"
             for name, words in (denied or {}).items()
         }
-        covers = {"": "|".join([covered, *(denied or {}).values()])}
-        self.asserted, self.denied, self.covers = (
-            {name: re.compile(rf"(?<![\w<>])(?:{words})(?!\w)") for name, words in part.items()}
-            for part in (asserted, denials, covers)
-        )
-        self.elsewhere = re.compile(rf"^(?:\w+ ){{0,3}}?{other}.* (?:{_NOT}|{_GONE})\b|\b{_NOT} {other}")
+        self.elsewhere = rf"^(?:\w+ ){{0,3}}?{other}.* (?:{_NOT}|{_GONE})\b|{_NOT} {other}"
         self.polar, self.compose = polar, compose or {}
         self.options = list(compose or (name for name in asserted if name != OTHER))
 
@@ -411,9 +412,9 @@ _UNDECIDED = re.compile(
 # fmt: on
 
 
-def _mentions(clause: str, forms: Mapping[str, re.Pattern[str]]) -> list[tuple[str, int, int]]:
+def _mentions(clause: str, forms: Mapping[str, str]) -> list[tuple[str, int, int]]:
     """(name, start, end) of the forms in a clause; of overlapping ones the longest: "upper left" hides "left"."""
-    found = [(name, *match.span()) for name, form in forms.items() for match in form.finditer(clause)]
+    found = [(name, *match.span()) for name, form in forms.items() for match in _words(form).finditer(clause)]
     kept: list[tuple[str, int, int]] = []
     for name, start, end in sorted(found, key=lambda m: (m[1] - m[2], m[1])):
         if all(end <= other_start or other_end <= start for _, other_start, other_end in kept):
@@ -426,14 +427,14 @@ def _named_in_clause(clause: str, closed: ClosedAnswers) -> set[str]:
     if negations == 0:
         return {name for name, _, _ in mentions}
     # "not absent", "no ... not": nobody should be credited for a guess at what was meant
-    if negations > 1 or _PART_DENIED.search(clause) or closed.elsewhere.search(clause):
+    if negations > 1 or _PART_DENIED.search(clause) or _words(closed.elsewhere).search(clause):
         return set()
     # "does not move left" denies one direction, not all motion: an option in the clause that the denial does not cover
     # leaves the clause without an answer
-    forms = (*closed.denied.values(), *closed.covers.values())
-    spans = [match.span() for form in forms for match in form.finditer(clause)]
+    forms = (*closed.denied.values(), closed.covers)
+    spans = [match.span() for form in forms for match in _words(form).finditer(clause)]
     covered = all(any(s < end and start < e for s, e in spans) for _, start, end in mentions)
-    return {option for option, form in closed.denied.items() if covered and form.search(clause)}
+    return {option for option, form in closed.denied.items() if covered and _words(form).search(clause)}
 
 
 @functools.cache  # the same text is asked for when it is written, scored and counted
