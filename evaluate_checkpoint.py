@@ -47,7 +47,7 @@ from pathlib import Path
 from typing import Any
 
 SCHEMA_VERSION = 1
-METRICS = ("choice", "strict", "contains")  # the headline first
+METRICS = ("choice", "strict", "token", "contains")  # the headline first
 INPUT_MODES = ("audio", "audio_text", "text")  # repeated from train_vqa.py, so that scoring needs no torch
 PROMPT_LAYOUTS = ("plain", "chat")
 # Input modes of the public SurgViVQA-Audio script: our mode with the same prompt, and what else is to be said.
@@ -258,6 +258,27 @@ def normalise(text: str) -> str:
 
 
 OTHER = "(another answer)"  # of the kind asked for, but no option: a quadrant where a direction is asked
+# fmt: off
+_NOTHING = r"(?!)"  # matches nowhere
+_GONE = "(?:absent|missing|off)"
+_NOT = (r"(?:no|not(?! (?:only|just|merely|simply|solely)\b)|never|none|nothing|non|neither|nor|without|rather than"
+        r"|instead of|free of|free from|absence|lack\w*)")
+_VISIBLE = "visible|seen|present|observed|observable|apparent|in view"
+_SEEN = f"{_VISIBLE}|detect(?:ed|able)|noticeable|evident|(?:turned )?on|used|active|applied|performed|happening"
+_SCOPE = "(?:endoscope|scope)(?: body)?"
+_THINGS = rf"(?:lesions?|polyps?|ulcers?|tools?|forceps|snares?|catheters?|{_SCOPE})\b"
+# What may stand between a negation and what it denies. Any other noun is itself denied: "no visible lesions".
+# No word fits in two ways: a loop of it would take for ever.
+_BE = r"(?: (?:to|is|are|was|were|be|been|being|can|could|do|does|longer|very|well|\w+ly))"
+_LINK = (rf"(?:{_BE}| (?:an?|any|the|such|of|see|observe|detect|find|show|have|has|contain|appear|seem|look|like"
+         r"|located|positioned|signs?|evidence|indications?|traces?|part|blue|clean|clear|close|up|mucosal|water|objects?"
+         rf"|evident|seen|present|observed|apparent|{_SCOPE}|\w+(?:able|ible|ous|icant|ive)))*?")
+# fmt: on
+
+
+@functools.cache  # and only then: compiling all types would take most of the time that a small file needs
+def _words(form: str) -> re.Pattern[str]:
+    return re.compile(rf"(?<![\w<>])(?:{form})(?!\w)")
 
 
 class ClosedAnswers:
@@ -266,39 +287,44 @@ class ClosedAnswers:
     Args:
         asserted: option (or part, see `compose`) -> words that name it in a clause without a negation, longer ones
             before shorter ones.
-        denied: option -> words that name it when the clause denies them: "no fluid" names `absent`.
+        denied: option -> words that name it when a negation reaches them: "no fluid" is `absent`, "no polyp" is not.
         polar: a bare "yes" or "no" is an answer.
         compose: option -> the parts that must all be named, where an answer has two: upper + left.
+        covered: further words that a denial may hold; any other option in its clause leaves the matter open.
+        alone: words that need no subject to be denied: "not visible". Empty: none.
+        about: those of `_THINGS` that are asked about; denying something of another one says nothing.
     """
 
-    def __init__(self, asserted: Row, denied: Row | None = None, polar: bool = False, compose: Row | None = None):
-        self.asserted, self.denied = (
-            {name: re.compile(rf"(?<![\w<>])(?:{words})(?!\w)") for name, words in part.items()}
-            for part in (asserted, denied or {})
-        )
+    def __init__(self, asserted, denied=None, polar=False, compose=None, covered=_NOTHING, alone="", about=_SCOPE):
+        other = rf"(?!(?:{about})\b){_THINGS}"
+        bare = rf"{_NOT}{_BE}*? (?:{alone})|(?:\w+ly )?(?:absent|none|nothing)" if alone else _NOTHING
+        self.asserted, self.covers = asserted, "|".join([covered, *(denied or {}).values()])
+        self.denied = {  # "no fluid", "fluid is not seen", "fluid is absent", "not seen"
+            name: rf"{_NOT}{_LINK} (?:{words})(?! (?:of (?:the |an? |any )?)?{other})"
+            rf"|(?:{words})(?: (?!that\b|shows?\b)\w+){{0,5}}? (?:not{_LINK} (?:{_SEEN}|{alone or _NOTHING})"
+            rf"|(?:is|are|was|stays?|turned|switched)(?: \w+ly)? {_GONE})"
+            rf"|^(?:it|they|this|that|there)?{_BE}* ?(?:{bare})(?: \w+ly| here| at all| (?:in|on) .+)?$"
+            for name, words in (denied or {}).items()
+        }
+        self.elsewhere = rf"^(?:\w+ ){{0,3}}?{other}.* (?:{_NOT}|{_GONE})\b|{_NOT} {other}"
         self.polar, self.compose = polar, compose or {}
         self.options = list(compose or (name for name in asserted if name != OTHER))
 
 
-_NOTHING = r"(?!)"  # matches nowhere
-
-
-def _yes_no(yes: str, no: str = _NOTHING, denied: str = _NOTHING) -> ClosedAnswers:
-    """A yes/no type. `yes`: words that say yes, and no when denied; `no`: words that say no; `denied`: no when denied.
+def _yes_no(yes: str, no: str = _NOTHING, denied: str | None = None, **how: str) -> ClosedAnswers:
+    """A yes/no type. `yes`: words that say yes; `no`: words that say no; `denied`: no when denied. None: `yes`.
 
     Denying a `no` word says nothing: a scope that is "not withdrawing" may stand still.
     """
-    return ClosedAnswers({"yes": yes, "no": no}, {"no": f"{yes}|{denied}"}, polar=True)
+    return ClosedAnswers({"yes": yes, "no": no}, {"no": denied or yes}, polar=True, covered=yes, **how)
 
 
 _ADVANCE = r"advanc\w*|forwards?|push\w*|insert\w*"
 _WITHDRAW = r"withdr(?:aw|ew)\w*|retract\w*|backwards?|pull\w*|mov\w+ back"
-_MOVE = r"mov(?:e|es|ed|ing|ements?)|motion"
+_MOVE = r"mov(?:e|es|ed|ing|ements?)|(?:in )?motion"
 _REST = r"stationary|static|motionless|immobile|at rest|in place|(?:is|stays?|remains?) still(?! \w+ing| in motion)"
 _BLOCK = r"obstruct\w*|occlu\w*|block\w*|obscur\w*|cover(?:s|ed|ing)?"
 _WHOLLY = r"(?:(?:complete|entire|total)(?:ly)?|fully?|whole|wholly)"
-_VISIBLE = r"visible|seen|present|observed|observable|apparent|in view"
-_SCOPE = r"(?:endoscope|scope)(?: body)?"
 _NBI = r"nbi|narrow ?band(?: imaging)?"
 _WHITE = r"wli?|white ?light"
 _MM = r"(?: ?(?:mm|milli\w+))?(?! ?(?:cm|centi\w+)|\.?\d)"
@@ -308,25 +334,21 @@ _MM = r"(?: ?(?:mm|milli\w+))?(?! ?(?:cm|centi\w+)|\.?\d)"
 # fmt: off
 CLOSED_ANSWERS: dict[str, ClosedAnswers] = {
     "blue_dye_presence": _yes_no(
-        r"dye[sd]?|stain(?:s|ed|ing)?|contrast|indigo carmine|methylene blue|chromoendoscopy", denied=_VISIBLE),
+        r"dye[sd]?|stain(?:s|ed|ing)?|contrast|indigo carmine|methylene blue|chromoendoscopy", alone=_VISIBLE),
     "endoscope_visibility": _yes_no(
         rf"{_SCOPE}(?: \w+){{0,4}}? (?:{_VISIBLE})|see\w*(?: \w+){{0,2}} {_SCOPE}|^(?:{_VISIBLE})$",
-        no=r"hidden|invisible|out of (?:view|sight)", denied=rf"{_VISIBLE}|{_SCOPE}"),
+        no=r"hidden|invisible|out of (?:view|sight)", denied=_SCOPE, alone=_VISIBLE),
     "fluid_occlusion_level": ClosedAnswers({
-        "absent": rf"(?:{_WHOLLY} )?(?:clear|free|unobstructed|unobscured)|{_WHOLLY} visible"
-                  r"|mucosa(?: \w+){0,2}? visible",
+        "absent": rf"(?:{_WHOLLY} )?(?:clear|free|un(?:obstruct|obscur)ed)"
+                  rf"|(?:{_WHOLLY}|mucosa(?: \w+){{0,2}}?) visible",
         "partial": rf"partial(?:ly)?|partly|(?:nearly|almost) {_WHOLLY}",  # (+)
         "complete": _WHOLLY,
         OTHER: r"(?:full|complete) (?:view|visibility)",  # of what is seen, or of what is blocked?
-    }, denied={
-        "absent": rf"(?:{_WHOLLY} )?(?:absent|absence|none|nothing)"
-                  r"|(?:no|any|without|lack of|free of|free from)(?: \w+){0,3}? (?:fluid|liquid|water|occlusion)"
-                  rf"|{_BLOCK}",
-    }),
+    }, {"absent": rf"fluid|liquid|water|occlusion|{_BLOCK}"},
+        covered=rf"(?:{_WHOLLY} )?(?:absent|absence|none|nothing)|free", alone="present|observed"),
     "flush_action": _yes_no(r"flush\w*|irrigat\w*|rins\w*|wash\w*|spray\w*"),
     "lesion_histology_extended": ClosedAnswers({
-        "adenoma": r"adenomas?|adenomatous",
-        "hyperplastic": r"hyperplastic|hyperplasia",
+        "adenoma": r"adenomas?|adenomatous", "hyperplastic": r"hyperplastic|hyperplasia",
         "serrated": r"serrated(?: (?:adenomas?|lesion|polyp))?",  # (+)
         "carcinoma": r"adenocarcinoma|carcinoma|cancer(?:ous)?",  # (+)
     }),
@@ -337,7 +359,7 @@ CLOSED_ANSWERS: dict[str, ClosedAnswers] = {
         "down": r"(?:from )?(?:the )?top to (?:the )?bottom|towards? the bottom|down(?:wards?)?",
         "stable": rf"stable|unchanged|fixed|^still$|same (?:place|position|location)|{_REST}",
         OTHER: r"(?:upper|lower|top|bottom) (?:left|right)|(?:left|right) (?:upper|lower|top|bottom)",
-    }, denied={"stable": rf"{_MOVE}|drift\w*|shift\w*|displac\w*"}),
+    }, {"stable": rf"(?:(?:lesion|polyp) )?(?:{_MOVE}|drift\w*|shift\w*|displac\w*)"}, about="lesions?|polyps?"),
     "lesion_screen_position": ClosedAnswers(
         {"upper": "upper|top", "lower": "lower|bottom", "left": "left", "right": "right",
          OTHER: "cent(?:er|re|ral)|middle"},
@@ -357,56 +379,53 @@ CLOSED_ANSWERS: dict[str, ClosedAnswers] = {
     "mucosa_visibility": _yes_no(
         rf"mucosa(?: \w+){{0,4}}? (?:{_VISIBLE}|clear|clean)|(?:see|observe)(?: \w+){{0,3}} mucosa"
         rf"|^(?:clearly )?(?:{_VISIBLE}|clear|clean)$",
-        no=rf"hidden|invisible|dirty|{_BLOCK}", denied=rf"mucosa|{_VISIBLE}|clear|clean|see|observe"),
-    "nbi_status": _yes_no(_NBI, no=_WHITE),
+        no=rf"hidden|invisible|dirty|{_BLOCK}", denied="mucosa(?:l surface)?", alone=rf"{_VISIBLE}|clear|clean"),
+    "nbi_status": _yes_no(_NBI, no=_WHITE, denied=rf"(?:(?:\w+ )?(?:in|use|using|with|under|by) )?(?:{_NBI})"),
     "occlusion_check": _yes_no(
-        _BLOCK,
-        no=r"un(?:obstructed|occluded|blocked|obscured)|clear (?:view|field)"
+        _BLOCK, r"un(?:obstructed|occluded|blocked|obscured)|clear (?:view|field)"
            r"|(?:mucosa|view|field)(?: \w+){0,4}? (?:visible|clear|open)"),
-    "scope_backward_motion": _yes_no(_WITHDRAW, no=rf"{_ADVANCE}|{_REST}", denied=_MOVE),
-    "scope_forward_motion": _yes_no(_ADVANCE, no=rf"{_WITHDRAW}|{_REST}", denied=_MOVE),
+    "scope_backward_motion": _yes_no(_WITHDRAW, no=rf"{_ADVANCE}|{_REST}", denied=rf"{_WITHDRAW}|{_MOVE}"),
+    "scope_forward_motion": _yes_no(_ADVANCE, no=rf"{_WITHDRAW}|{_REST}", denied=rf"{_ADVANCE}|{_MOVE}"),
     # "not advancing" leaves withdrawing, so only a denied movement means no
     "scope_motion": ClosedAnswers({"yes": rf"{_MOVE}|{_ADVANCE}|{_WITHDRAW}", "no": _REST}, {"no": _MOVE}, polar=True),
     "scope_motion_type": ClosedAnswers({"advancing": _ADVANCE, "withdrawing": _WITHDRAW}),
     "scope_outside": _yes_no(
         r"outside|out of (?:the )?(?:patient|body)|external\w*",
         no=r"inside|within|internal\w*|in (?:the |a )?(?:patient|body|colon|lumen)"),
-    "tool_catheter_check": _yes_no("catheters?", no="forceps?|snares?", denied="tool|instrument"),
+    "tool_catheter_check": _yes_no("catheters?", "forceps?|snares?", "catheters?|tool|instrument", about=_THINGS),
     "tool_identification": ClosedAnswers({"catheter": "catheters?", "forceps": "forceps?", "snare": "snares?"}),
 }
-# fmt: on
 
 _SENTENCE_END = re.compile(r"(?<=[!?;])|\.(?!\d)")
 _ECHO = re.compile(  # a question, with or without its mark: zero-shot models often repeat what they heard
     r".*\?$|(?:is|are|was|were|do|does|did|can|could|has|have)\b(?! not)"
-    r"|(?:what|where|which|how|(?:in|at|into) (?:what|which))\b"
-    r"|(?:if|when)\b[^,]*, (?:is|are|do|does)\b"
-)
+    r"|(?:(?:what|where|which|how|(?:in|at|into) (?:what|which))|(?:if|when)\b[^,]*, (?:is|are|do|does))\b")
 _CLAUSE_START = re.compile(
     r"[,:;()!]|\b(?=(?:and|but|yet|however|while|whereas|although|though|because|since|so|as|which|then"
-    r"|with|without|rather than|instead of|nor)\b)"
-)
-_YES = re.compile(r"\b(?:yes|yeah|yep)\b|^(?:it|they|this|that) (?:is|are|does|do)$")
-_NO = re.compile(
-    r"\b(?:nope|no(?= (?:the|it|its|this|that|these|those|there|they|we|i|an?)\b| ?$))\b"
-    r"|^(?:it|they|this|that) (?:is|are|does|do) not$"
-)
-_NEGATION = re.compile(
-    r"\b(?:no|not(?! only)|never|none|nothing|non|neither|nor|without|rather than|instead of|free of|free from"
-    r"|absent|absence|lack\w*|missing|off)\b"
-)
+    r"|(?<!e[dn] )with|without|rather than|instead of|nor)\b)")
+_POLAR = {
+    "yes": re.compile(r"\b(?:yes|yeah|yep)\b(?! is\b)|^(?:it|they|this|that) (?:is|are|does|do)$"),
+    "no": re.compile(r"\b(?:nope|no(?= (?:the|it|its|this|that|these|those|there|they|we|i|an?)\b| ?$))\b"
+                     r"|^(?:(?:it|they|this|that) (?:is|are|does|do)|\w+ly) not$"),
+}
+_NEGATION = re.compile(rf"\b(?:{_NOT}|{_GONE})\b")
+_ASSENT = re.compile(  # as much as "yes"
+    r"\b(?:there (?:is|can be) |i have )?(?:no|little|(?:without|beyond)(?: an?y?)?) (?:doubt|question)\b"
+    r"(?: about (?:it|this|that)\b)?(?: that\b)?")
+_RAISED = re.compile(  # "I do not think it moves": it is the moving that is denied
+    r"\bnot (?:think|believe|true|the case|correct)(?: that)?( (?:(?:the|an?|any|this|that|these|those) )?\w+)\b")
 _PART_DENIED = re.compile(rf"\b(?:not|no|never)(?: \w+){{0,2}}? {_WHOLLY}\b")
 _UNDECIDED = re.compile(
-    r"\bwhether\b|\bun(?:sure|certain|clear|known|able)\b|\bnot (?:sure|certain|know)\b|\bnot clear (?:if|from)\b"
+    r"\b(?:whether|doubt(?:s|ful)?|questionable|un(?:sure|certain|clear|known|able)|not (?:sure|certain|know)"
+    r"|not clear (?:if|from)|(?:tell|say|know|see|determine|judge|sure|clear) if)\b"
     r"|\b(?:can not|could not|impossible to|not possible to|hard to|difficult to)(?: be)?"
-    r" (?:determin|tell|say|know|confirm|assess|judg|identif|answer|conclu)"
-    r"|\b(?:tell|say|know|see|determine|judge|sure|clear) if\b"
-)
+    r" (?:determin|tell|say|know|confirm|assess|judg|identif|answer|conclu)")
+# fmt: on
 
 
-def _mentions(clause: str, forms: Mapping[str, re.Pattern[str]]) -> list[tuple[str, int, int]]:
+def _mentions(clause: str, forms: Mapping[str, str]) -> list[tuple[str, int, int]]:
     """(name, start, end) of the forms in a clause; of overlapping ones the longest: "upper left" hides "left"."""
-    found = [(name, *match.span()) for name, form in forms.items() for match in form.finditer(clause)]
+    found = [(name, *match.span()) for name, form in forms.items() for match in _words(form).finditer(clause)]
     kept: list[tuple[str, int, int]] = []
     for name, start, end in sorted(found, key=lambda m: (m[1] - m[2], m[1])):
         if all(end <= other_start or other_end <= start for _, other_start, other_end in kept):
@@ -415,22 +434,18 @@ def _mentions(clause: str, forms: Mapping[str, re.Pattern[str]]) -> list[tuple[s
 
 
 def _named_in_clause(clause: str, closed: ClosedAnswers) -> set[str]:
-    if _UNDECIDED.search(clause) or _PART_DENIED.search(clause):
-        return set()
-    mentions = _mentions(clause, closed.asserted)
-    negations = len(_NEGATION.findall(clause))
+    mentions, negations = _mentions(clause, closed.asserted), len(_NEGATION.findall(clause))
     if negations == 0:
         return {name for name, _, _ in mentions}
-    if negations > 1:  # "not absent", "no ... not": nobody should be credited for a guess at what was meant
+    # "not absent", "no ... not": nobody should be credited for a guess at what was meant
+    if negations > 1 or _PART_DENIED.search(clause) or _words(closed.elsewhere).search(clause):
         return set()
-    named = set()
-    for option, form in closed.denied.items():
-        spans = [match.span() for match in form.finditer(clause)]
-        # "does not move left" denies one direction, not all motion: an option in the clause that the denial does not
-        # cover leaves the clause without an answer
-        if spans and all(any(s < end and start < e for s, e in spans) for _, start, end in mentions):
-            named.add(option)
-    return named
+    # "does not move left" denies one direction, not all motion: an option in the clause that the denial does not cover
+    # leaves the clause without an answer
+    forms = (*closed.denied.values(), closed.covers)
+    spans = [match.span() for form in forms for match in _words(form).finditer(clause)]
+    covered = all(any(s < end and start < e for s, e in spans) for _, start, end in mentions)
+    return {option for option, form in closed.denied.items() if covered and _words(form).search(clause)}
 
 
 @functools.cache  # the same text is asked for when it is written, scored and counted
@@ -440,13 +455,17 @@ def named_options(prediction: str, closed: ClosedAnswers) -> frozenset[str]:
     Questions echoed back, clauses that leave the matter open and clauses with two negations name nothing.
     """
     named: set[str] = set()
-    for sentence in map(str.strip, _SENTENCE_END.split(simplify(prediction))):
+    text = simplify(prediction)
+    text = "yes" if _ASSENT.fullmatch(text.strip(" .!")) else _RAISED.sub(r"\1 not", _ASSENT.sub("", text))
+    for sentence in map(str.strip, _SENTENCE_END.split(text)):
         if _ECHO.match(sentence):
             continue
         for clause in map(str.strip, _CLAUSE_START.split(sentence)):
-            if closed.polar:
-                named |= {name for name, form in (("yes", _YES), ("no", _NO)) if form.search(clause)}
-                clause = _NO.sub("", _YES.sub("", clause)).strip()
+            if _UNDECIDED.search(clause):
+                continue
+            for name, form in _POLAR.items() if closed.polar else ():
+                named |= {name for match in form.finditer(clause) if not _NEGATION.search(clause, 0, match.start())}
+                clause = form.sub("", clause).strip()
             named |= _named_in_clause(clause, closed)
     if closed.compose:
         named = {option for option, parts in closed.compose.items() if parts <= named} | ({OTHER} & named)
@@ -454,8 +473,17 @@ def named_options(prediction: str, closed: ClosedAnswers) -> frozenset[str]:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The three metrics
+# The four metrics
 # ---------------------------------------------------------------------------------------------------------------------
+
+
+_THOUGHT = re.compile(r".*</think>|<think>.*", re.DOTALL | re.IGNORECASE)  # chat templates may hold the opening mark
+WORD_FORMS = {"complete": "complete(?:ly)?", "down": "down(?:ward)?", "up": "up(?:ward)?"}  # of `token`
+
+
+def without_thought(prediction: str) -> str:
+    """What a prediction says after `<think>...</think>`: nothing, where the thought does not end."""
+    return _THOUGHT.sub("", prediction)
 
 
 def gold_option(question_type: str, short_answer: str) -> str | None:
@@ -470,20 +498,26 @@ def judge(prediction: str | None, question_type: str, short_answer: str, answer:
     choice: the prediction names exactly one option of its question type, and it is the gold one; `strict` where the
     table does not know the type or the gold answer.
     strict: the normalised prediction is the short or the full gold answer and nothing else.
+    token: the rule of the data's authors: the short answer, or its `WORD_FORMS`, is a whole word in it, case aside.
     contains: the rule of the original project: the short answer occurs in it, case aside. "normal" is right where "no"
     is asked.
+    Each looks at what follows `<think>...</think>` only.
     """
     if prediction is None:
         return dict.fromkeys(METRICS, False)
+    prediction = without_thought(prediction)
     option = gold_option(question_type, short_answer)
     strict = normalise(prediction) in map(normalise, (short_answer, answer))
     choice = strict if option is None else named_options(prediction, CLOSED_ANSWERS[question_type]) == {option}
-    return {"choice": choice, "strict": strict, "contains": short_answer.lower() in prediction.lower()}
+    gold, text = short_answer.lower(), prediction.lower()
+    token = re.search(rf"(?<!\w){WORD_FORMS.get(gold, re.escape(gold))}(?!\w)", text) is not None
+    return {"choice": choice, "strict": strict, "token": token, "contains": gold in text}
 
 
 def predicted_label(prediction: str, question_type: str) -> str:
     """What a prediction amounts to, for counting answers: the one option it names, else its normalised text."""
     closed = CLOSED_ANSWERS.get(question_type)
+    prediction = without_thought(prediction)
     named = named_options(prediction, closed) if closed else ()
     return normalise(*named if len(named) == 1 and OTHER not in named else [prediction])
 
@@ -543,6 +577,7 @@ def answer_row(annotation: Row, predicted_answer: str | None, **how: Any) -> Row
         "correct": judged["contains"],
         "strict_correct": judged["strict"],
         "choice_correct": judged["choice"],
+        "token_correct": judged["token"],
         **how,
     }
 
@@ -744,6 +779,8 @@ def answer_warnings(rows: Sequence[Scored]) -> list[str]:
         "missing": "rows have no prediction; they count as wrong",
     }
     lines = [f"{counts[name]} of {len(rows)} {text}" for name, text in texts.items() if counts[name]]
+    if thoughts := sum(bool(_THOUGHT.search(row.prediction or "")) for row in rows):
+        lines.append(f"{thoughts} of {len(rows)} answers hold <think>...</think>, which is cut off before scoring")
     if len({row.key[0] for row in rows}) == 1:
         lines.append("one video only: nothing here says how other videos would fare, so no interval over videos")
     return lines

@@ -119,7 +119,7 @@ def test_score_only_counts_missing_rows_as_wrong_and_lists_them(tmp_path, data):
     counts = [summary[name] for name in ("n_total", "n_scored", "n_errors", "n_missing", "missing")]
     assert counts == [4, 3, 0, 1, ["v1/q1/flush_action"]]
     right = {name: part["correct"] for name, part in summary["metrics"].items()}
-    assert right == {"choice": 2, "strict": 1, "contains": 2}
+    assert right == {"choice": 2, "strict": 1, "token": 1, "contains": 2}
     assert summary["manifest"]["sha256"]["eval_data_path"] == ev.sha256_file(data)
     assert summary["manifest"]["sha256"]["output_file"] == ev.sha256_file("p.jsonl")
 
@@ -226,10 +226,10 @@ def test_compare_prints_paired_differences(tmp_path):
     assert (done.returncode, done.stderr) == (0, "")
     lines = [line.split() for line in done.stdout.splitlines()]
     assert "over the same 4 rows; difference is B - A" in done.stdout
-    # choice: A has rows 0 and 3 right, B rows 0, 1 and 2; strict and contains do not take "It is." for yes.
+    # choice: A has rows 0 and 3 right, B rows 0, 1 and 2; the others do not take "It is." for yes.
     # Wilson A 15.0 to 85.0, B 30.1 to 95.4; phi = (1*0 - 1*2) / sqrt(2*2*3*1) = -0.577
     assert lines[5] == ["choice", "50.0", "75.0", "+25.0", "-46.1", "to", "+74.7", "1", "2", "=", "1.000"]
-    assert [line[:4] for line in lines[6:8]] == [[name, "50.0", "50.0", "+0.0"] for name in ("strict", "contains")]
+    assert [line[:4] for line in lines[6:9]] == [[name, "50.0", "50.0", "+0.0"] for name in ev.METRICS[1:]]
     assert max(map(len, done.stdout.splitlines())) <= 80
 
 

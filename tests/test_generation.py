@@ -152,6 +152,7 @@ def test_rows_and_summary_of_a_run(evaluate, trained):
         "correct": False,
         "strict_correct": False,
         "choice_correct": False,
+        "token_correct": False,
         "finish_reason": "length",
         "n_tokens": 4,
         "input_mode": "audio",

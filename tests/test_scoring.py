@@ -130,6 +130,72 @@ tool_identification snare + no forceps, a snare
 tool_identification catheter + Catheters are visible
 """
 
+# What a denial denies, and what agrees: in the same form. Each line has readings that rules by words alone get wrong.
+DENIALS = """\
+blue_dye_presence no - No polyp is visible. | No visible bleeding. | The lesion is not visible. |
+    The endoscope is not visible. | No water is visible. | There is no doubt that blue dye is visible.
+blue_dye_presence yes + Yes, blue dye is visible, and no polyp is present. | There is no doubt that blue dye is visible.
+blue_dye_presence no + The mucosa is not stained with blue dye. | There is no doubt that no dye is visible. | None.
+endoscope_visibility no - No polyp is visible. | The lesion is not seen. | The endoscope does not touch the wall. |
+    No forceps are seen.
+endoscope_visibility yes + Yes, the endoscope is visible and no lesion is present.
+fluid_occlusion_level absent - No polyp obscures the view. | The lesion is absent.
+fluid_occlusion_level absent + Fluid is not present.
+fluid_occlusion_level complete + There is no doubt that fluid completely covers the lens.
+flush_action no - Flushing does not obscure the view.
+lesion_motion_direction stable - The scope does not move. | No tool moves. | No scope movement.
+mucosa_visibility yes + Yes, in the initial frames (1-4), the mucosa appears clean, with no visible lesions. |
+    Yes, the mucosa appears clean and healthy, with no visible lesions, ulcers, or abnormal growths. |
+    Yes, clean mucosa is visible in all frames. There are no visible ulcers. |
+    Clean mucosa is visible, no polyp is seen.
+mucosa_visibility no - No lesions are visible. | The mucosa shows no lesions. | You cannot see lesions on the mucosa. |
+    There are no visible ulcers on the mucosa. | No water is visible.
+occlusion_check no - The polyp is not covered. | No polyp is obscured.
+occlusion_check no + There is no doubt that the view is not blocked.
+scope_backward_motion no - No polyp is pulled.
+scope_motion yes - The answer is not yes. | I would not say yes. | Yes is not the right answer. |
+    It is unclear whether the answer is yes.
+scope_motion no - The answer is not no. | The lesion is not moving. | No lesion moves. | No movement of the lesion. |
+    The polyp does not move. | The scope is not just moving.
+scope_motion yes + No doubt. | There is no question about it. | The scope is not just moving but advancing.
+scope_motion no + Not yes but no. | Absolutely not.
+scope_outside no - No lesion is seen outside the colon. | The tool is not outside.
+tool_catheter_check no - There is no doubt that a catheter is visible. | The tool is not touching the mucosa. |
+    No lesion is seen near the catheter. | The catheter is not in the scope.
+tool_catheter_check yes + There is no doubt that a catheter is visible. | Without any doubt the tool is a catheter. |
+    There is no question that this is a catheter.
+tool_catheter_check yes - I doubt that a catheter is visible.
+tool_catheter_check no + There is no doubt that no catheter is visible.
+"""
+
+# Readings beside those, which any rule must keep.
+KEPT = """\
+blue_dye_presence no + No evidence of blue dye. | Dye on the mucosa is not visible. |
+    It is not visible in these frames. | The frames do not show any dye. | Blue dye is absent. |
+    No indication of dye. | Dye has not been applied.
+endoscope_visibility no + No part of the endoscope is visible. | Not in view. | I see no endoscope.
+fluid_occlusion_level absent + Fluid is absent. | There is no evidence of fluid. | No fluid blocks the view.
+flush_action no + Flushing is not observed. | No water is being sprayed. | No active flushing is taking place.
+lesion_motion_direction stable + No movement of the lesion is visible. | No significant motion.
+mucosa_visibility no + I cannot see clean mucosa. | The mucosa does not appear clean. | Not clearly visible. |
+    The mucosal surface is not visible.
+mucosa_visibility no - Yes, the mucosa appears clean, with no visible lesions.
+nbi_status no + NBI is not used. | They are not in NBI mode. | NBI light is not on. | The frames don't use NBI.
+occlusion_check no + There is no close-up obstruction. | The field of view is not blocked.
+scope_forward_motion no + The scope is not moving forward. | The scope is not being advanced.
+scope_forward_motion no - The scope is not moving backward.
+scope_motion yes - Neither yes nor no. | No doubt, the scope is not moving.
+scope_motion no - No polyp is visible. | No doubt. | Neither yes nor no.
+scope_motion no + I do not think the scope is moving. | No. No doubt about it. | The scope is no longer moving. |
+    The scope does not appear to be moving. | I do not see any movement. | No, it rests and no polyp is visible. |
+    I do not think it moves.
+scope_outside no + The scope is not positioned outside the patient.
+scope_outside no - Not visible.
+tool_catheter_check no + I do not think a catheter is visible. | It is not true that a catheter is visible. |
+    No catheter can be seen. | The tool does not look like a catheter.
+tool_catheter_check no - No polyp is visible. | There is some doubt that a catheter is visible.
+"""
+
 # Every wording of a gold answer in REAL-Colon-VQA: question type, then short answer = full answer.
 GOLD = """\
 blue_dye_presence: no = No, no dye is visible on the mucosa.
@@ -179,7 +245,7 @@ def parsed(table):
 
 CHOICE_CASES = [
     (kind, gold, sign == "+", [text.strip().replace("\\n", "\n") for text in texts.split("|")])
-    for kind, entry in parsed(CHOICE)
+    for kind, entry in parsed(CHOICE + DENIALS + KEPT)
     for gold, sign, texts in [entry.split(" ", 2)]
 ]
 GOLD_ANSWERS = [
@@ -211,7 +277,7 @@ def scored(rows, texts, **fields):
 
 def test_the_table_has_the_20_types():
     assert sorted(ev.CLOSED_ANSWERS) == sorted({kind for kind, _, _ in GOLD_ANSWERS})
-    assert (len(ev.CLOSED_ANSWERS), sum(len(case[3]) for case in CHOICE_CASES), len(GOLD_ANSWERS)) == (20, 235, 45)
+    assert (len(ev.CLOSED_ANSWERS), sum(len(case[3]) for case in CHOICE_CASES), len(GOLD_ANSWERS)) == (20, 350, 45)
 
 
 @pytest.mark.parametrize("kind", sorted({kind for kind, *_ in CHOICE_CASES}))
@@ -254,6 +320,56 @@ def test_contains_is_the_seeds_rule(text, short, right):
     assert ev.judge(text, "scope_motion", short, "-")["contains"] is right
 
 
+@pytest.mark.parametrize(
+    ("text", "short", "right"),
+    [
+        ("The mucosa is normal.", "no", False),
+        ("No, nothing.", "no", True),
+        ("YES", "yes", True),
+        ("It covers the view completely.", "complete", True),
+        ("Complete", "complete", True),
+        ("incompletely", "complete", False),
+        ("It shifts downward.", "down", True),
+        ("upwards", "up", False),
+        ("Upward.", "up", True),
+        ("leftward", "left", False),
+        ("The lesion is <5 mm.", "<5", True),
+        ("<50 mm", "<5", False),
+        ("the upper-left quadrant", "upper-left", True),
+        ("nbi", "NBI", True),
+        ("", "no", False),
+    ],
+)
+def test_token_is_the_authors_rule(text, short, right):
+    assert ev.judge(text, "scope_motion", short, "-")["token"] is right
+
+
+def test_token_and_contains_over_rows_as_they_are_published():
+    shorts = ["no", "no", "yes", "complete"]
+    texts = ["No", "Yes, clean mucosa is visible, showing the normal lining.", "Yes.", "Mild"]
+    metrics = ev.summarise(rows := [make_row(n, short=short) for n, short in enumerate(shorts)], scored(rows, texts))
+    right = {metric: metrics["metrics"][metric]["correct"] for metric in ("token", "contains")}
+    assert right == {"token": 2, "contains": 3}
+
+
+@pytest.mark.parametrize(
+    ("text", "right"),
+    [
+        ("<think>No, it rests. Or not?</think>Yes.", True),
+        ("It is no\n</think>\n\nyes", True),  # the template held the opening mark
+        ("<THINK>no</THINK> yes", True),
+        ("<think>yes</think> No.", False),
+        ("<think>yes, it moves, so the answer is", False),  # cut at the length limit
+    ],
+)
+def test_thoughts_are_cut_off_before_scoring_and_said(text, right):
+    kept = ev.judge(text, "scope_motion", "yes", "Yes, it moves.")
+    assert kept == dict.fromkeys(ev.METRICS, right)
+    warnings = ev.answer_warnings(scored([make_row(1), make_row(2)], [text, "yes"], finish_reason="eos"))
+    assert warnings[0].startswith("1 of 2 answers hold <think>")
+    assert ev.predicted_label("<think>no</think> It moves", "scope_motion") == "yes"
+
+
 def test_strict_allows_case_punctuation_and_hyphens_only():
     right = ["upper-left", "Upper left.", "the lesion appears in the upper-left quadrant"]
     for text in (*right, "It is upper-left", "upper-left upper-left", "left"):
@@ -277,6 +393,8 @@ def test_loops():
     looping = ["ForCanBeConverted" * 4, "no no no no", "Yes, the scope is moving. " * 4, "!" * 10]
     not_yet = ["ForCanBeConverted" * 3, "no no no", "!" * 9, "No, the endoscope body is not visible.", ""]
     assert [ev.loops(text) for text in (*looping, *not_yet)] == [True] * 4 + [False] * 5
+    for text in ("not " + "visibly visible observable " * 300, "no signs of " * 300):  # is read in no time
+        assert not ev.judge(text, "mucosa_visibility", "no", "-")["choice"]
 
 
 # --- intervals and tests ---------------------------------------------------------------------------------------------
@@ -423,7 +541,7 @@ def test_summary_of_two_types():
     assert (summary["n_total"], summary["n_scored"], summary["n_errors"], summary["n_missing"]) == (4, 2, 1, 1)
     assert summary["missing"] == ["v1/q2/scope_motion"]
     assert summary["failed"] == ["v1/q3/lighting_mode"]
-    assert set(summary["metrics"]) == {"contains", "strict", "choice"} and "arms" in summary
+    assert set(summary["metrics"]) == {"contains", "token", "strict", "choice"} and "arms" in summary
     choice = summary["metrics"]["choice"]
     assert (choice["accuracy"], choice["correct"], choice["n"]) == (1 / 4, 1, 4)
     assert (choice["ci95"], choice["ci95_videos"]) == (list(ev.wilson_interval(1, 4)), None)
@@ -435,7 +553,7 @@ def test_summary_of_two_types():
         return {"accuracy": right / 3, "ci95": list(ev.wilson_interval(right, 3)), "n": 3, "correct": right}
 
     assert summary["by_type"]["scope_motion"] == {
-        **{"n": 3, "choice": of(1), "strict": of(0), "contains": of(1), "chance": 0.5},
+        **{"n": 3, "choice": of(1), "strict": of(0), "token": of(0), "contains": of(1), "chance": 0.5},
         **{"train_majority": pytest.approx(2 / 3), "test_majority": pytest.approx(2 / 3)},
     }
     assert summary["by_type"]["lighting_mode"]["train_majority"] is None  # the training file has no such type
@@ -549,5 +667,6 @@ def test_answer_row():
     assert list(row.items()) == [
         *(("id", "q1"), ("video_id", "v1"), ("question_type", "scope_motion"), ("question", "About scope_motion?")),
         *(("ground_truth", "No, it rests."), ("short_answer", "no"), ("predicted_answer", "normal")),
-        *(("correct", True), ("strict_correct", False), ("choice_correct", False), *given.items()),
+        *(("correct", True), ("strict_correct", False), ("choice_correct", False), ("token_correct", False)),
+        *given.items(),
     ]
