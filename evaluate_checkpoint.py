@@ -1228,15 +1228,15 @@ def write_json(path: str | Path, content: Row) -> None:
         draft.unlink(missing_ok=True)
 
 
-def read_beside(path: Path, fields: Sequence[str], advice: str) -> Row | None:
-    """The JSON object with these fields in a file beside rows; None if there is no file, InputError for any other."""
+def read_beside(path: Path, fields: Mapping[str, type], advice: str) -> Row | None:
+    """The JSON object with fields of these types in a file beside rows; None if there is no file, InputError for any other."""
     try:
         content = json.loads(path.read_bytes())
     except FileNotFoundError:
         return None
     except ValueError as error:
         raise InputError(f"{path}: not JSON ({error}); {advice}") from error
-    if not isinstance(content, dict) or not content.keys() >= set(fields):
+    if not isinstance(content, dict) or not all(isinstance(content.get(name), kind) for name, kind in fields.items()):
         raise InputError(f"{path}: not written by this script; {advice}")
     return content
 
@@ -1277,7 +1277,7 @@ class RowFile(contextlib.AbstractContextManager):
     def _check(self, settings: Row) -> None:
         settings = json.loads(json.dumps(settings, allow_nan=False))  # as the stored ones are read back
         again = "choose another --output_file, or start again with --overwrite"
-        stored = read_beside(self.companion, (), again)
+        stored = read_beside(self.companion, {}, again)
         if stored is None:
             what = f"rows without {self.companion.name}, so nothing tells which run made them"
             raise InputError(f"{self.path}: {what}; {again}")
@@ -1345,7 +1345,7 @@ def base_record(args: argparse.Namespace) -> Row:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-SUMMARY_FIELDS = ("schema_version", "metrics", "arms", "manifest")
+SUMMARY_FIELDS = dict.fromkeys(("metrics", "arms", "manifest"), dict)
 
 
 def score_only(args: argparse.Namespace) -> int:
@@ -1445,7 +1445,7 @@ def read_run(path: str) -> Row | None:
     None where there is no such file; InputError where it or the summary is damaged.
     """
     advice = "move it away to compare without it"
-    run = read_beside(Path(f"{path}.run.json"), ("arm",), advice)
+    run = read_beside(Path(f"{path}.run.json"), {"arm": str}, advice)
     if run is None:
         return None
     rows_path = Path(re.sub(rf"\.{re.escape(run['arm'])}\.jsonl$", ".jsonl", path))

@@ -252,7 +252,9 @@ def test_rescoring_takes_the_training_file_of_the_run_or_says_that_it_is_gone(ru
     assert any("--train_data_path" in line for line in summary["warnings"])
 
 
-@pytest.mark.parametrize("content", ['{"schema_version": 1, "n_to', "[]", '{"accuracy": 0.5}', ""])
+@pytest.mark.parametrize(
+    "content", ['{"metrics": {}, "n_to', "[]", '{"accuracy": 0.5}', '{"metrics": {}, "arms": {}, "manifest": 5}', ""]
+)
 def test_a_summary_that_is_torn_or_foreign_is_refused_and_kept(run, data, generated, content):
     Path("x.summary.json").write_text(content)
     message = error_line(run("--score_only", "--output_file", "x.jsonl", "--eval_data_path", data))
