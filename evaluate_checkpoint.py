@@ -1229,7 +1229,10 @@ def write_json(path: str | Path, content: Row) -> None:
 
 
 def read_beside(path: Path, fields: Mapping[str, type], advice: str) -> Row | None:
-    """The JSON object with fields of these types in a file beside rows; None if there is no file, InputError for any other."""
+    """The JSON object, with fields of these types, in a file beside rows; None if there is no file.
+
+    Raises InputError, which ends with `advice`, for any other content.
+    """
     try:
         content = json.loads(path.read_bytes())
     except FileNotFoundError:
