@@ -16,6 +16,7 @@ stopped by SIGTERM, SIGINT or SIGHUP (the same command continues).
 """
 
 import argparse
+import bisect
 import codecs
 import contextlib
 import copy
@@ -64,7 +65,10 @@ ARMS = (*INPUT_MODES, "mismatched_audio", "silent_audio", "black_frames", "shuff
 Z95 = 1.959963984540054  # 97.5 % quantile of the standard normal distribution
 SIGNIFICANCE = 0.05
 ORIGINAL_BASELINE = 0.46  # of the original project: `contains`, audio + image, zero-shot, 50 clips of 002-001
+ORIGINAL_CLIPS = "3c2285dcec8228f1afa91262604b97559253c8eb94743c611d789c24fd240480"  # `clips_digest` of these 50
+POWER = 0.8
 VIDEO_RESAMPLES = 2000
+MIN_VIDEOS = 6  # with fewer, no test over videos reaches p < 0.05: 2 / 2**5 is 0.0625
 COLLAPSE_SHARE = 0.9  # one answer for more than this share of a type is mode collapse, if the gold answers are balanced
 BALANCE_SLACK = 1.3  # balanced: the commonest of k gold answers holds at most 1.3 / k of the type's rows
 COLLAPSE_MIN_ROWS = 10  # below this, one answer throughout is no surprise
@@ -141,7 +145,7 @@ def read_jsonl(path: str | Path) -> Iterator[tuple[int, Row]]:
             yield number, row
 
 
-def _require(row: Row, names: Iterable[str], where: str) -> None:
+def _require(row: Row, names: Iterable[str], where: str, advice: str = "") -> None:
     """Raise InputError unless each field holds a text that is not empty; `predicted_answer` may be empty or null."""
     for name in names:
         value = row.get(name)
@@ -150,13 +154,14 @@ def _require(row: Row, names: Iterable[str], where: str) -> None:
         if name == "predicted_answer" and not isinstance(value, str | None):
             raise InputError(f"{where}: '{name}' must be a text or null, found {value!r}")
         if name != "predicted_answer" and not (isinstance(value, str) and value.strip()):
-            raise InputError(f"{where}: '{name}' must be a text that is not empty, found {value!r}")
+            what = f"'{name}' must be a text that is not empty, found {value!r}"
+            raise InputError(f"{where}: {what}{'; ' * bool(advice)}{advice}")
 
 
-def _keyed_rows(path: str | Path, fields: Sequence[str]) -> dict[Key, Row]:
+def _keyed_rows(path: str | Path, fields: Sequence[str], advice: str = "") -> dict[Key, Row]:
     rows, lines = {}, {}
     for number, row in read_jsonl(path):
-        _require(row, (*KEY_FIELDS, *fields), f"{path}:{number}")
+        _require(row, (*KEY_FIELDS, *fields), f"{path}:{number}", advice)
         key = row_key(row)
         if first := lines.get(key):
             raise InputError(f"{path}:{number}: the row {key_text(key)} stands already on line {first}; remove one")
@@ -175,12 +180,12 @@ def read_annotations(path: str | Path) -> list[Row]:
     return list(rows.values())
 
 
-def read_answer_rows(path: str | Path) -> dict[Key, Row]:
+def read_answer_rows(path: str | Path, advice: str = "") -> dict[Key, Row]:
     """Read a rows file that this script wrote, keyed by the row key: unique keys, gold and prediction in every row.
 
-    Raises InputError, naming file and line, for any other.
+    Raises InputError, naming file and line, for any other, with `advice` where a field is missing.
     """
-    return _keyed_rows(path, ("short_answer", "ground_truth", "predicted_answer"))
+    return _keyed_rows(path, ("short_answer", "ground_truth", "predicted_answer"), advice)
 
 
 def match_predictions(annotations: Sequence[Row], path: str | Path) -> dict[Key, Row]:
@@ -226,6 +231,11 @@ def match_predictions(annotations: Sequence[Row], path: str | Path) -> dict[Key,
                 )
         matched[key], lines[key] = row, number
     return matched
+
+
+def clips_digest(keys: Iterable[Key]) -> str:
+    """SHA-256 that names a set of rows, whatever their order and wording."""
+    return hashlib.sha256("\n".join(sorted(map(key_text, keys))).encode()).hexdigest()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -610,6 +620,73 @@ def mcnemar_exact(only_a: int, only_b: int) -> float:
     return min(1.0, 2 * tail / 2**n)
 
 
+def sign_flip_test(differences: Iterable[int]) -> float:
+    """Two-sided exact p-value that differences, one a video, are as likely to have either sign.
+
+    Fisher's permutation test for pairs (The Design of Experiments, 1935, section 21): the share of all 2^k choices of
+    signs whose sum is at least as far from 0. Rows of one video stay together, so they need not be independent.
+    """
+    sums, observed, n = Counter({0: 1}), 0, 0
+    for difference in differences:
+        flipped = Counter()
+        for total, ways in sums.items():
+            flipped[total + difference] += ways
+            flipped[total - difference] += ways
+        sums, observed, n = flipped, observed + difference, n + 1
+    return sum(ways for total, ways in sums.items() if abs(total) >= abs(observed)) / 2**n
+
+
+def binomial(k: int, n: int, p: float) -> float:
+    """Probability of k successes in n."""
+    if p in (0, 1):
+        return float(k == n * p)
+    ways = math.lgamma(n + 1) - math.lgamma(k + 1) - math.lgamma(n - k + 1)
+    return math.exp(ways + k * math.log(p) + (n - k) * math.log1p(-p))
+
+
+@functools.cache
+def most_for_worse(m: int) -> int:
+    """Of m rows that one side alone has right, how many the worse may have at p < 0.05 (McNemar). -1: not even 0."""
+    tail, k = 0.0, max(0, int(m / 2 - 3 * math.sqrt(m)))  # below lies next to nothing: 6 standard deviations
+    while 2 * (tail := tail + binomial(k, m, 0.5)) < SIGNIFICANCE:
+        k += 1
+    return k - 1
+
+
+def mcnemar_power(n: int, discordant: float, difference: float) -> float:
+    """Probability that `mcnemar_exact` on n rows gives p < 0.05 in favour of the better side.
+
+    `discordant` is the share of rows that just one side has right, `difference` that of the two accuracies (above 0, at
+    most `discordant`). Exact and unconditional, as in Duffy, Biometrics 40, 1984, 1005-1015: the number of discordant
+    rows is binomial, and so is, given it, the number of those that the worse side has right.
+    """
+
+    def likely(n: int, p: float) -> range:  # all but less than a millionth
+        spread = 5 * math.sqrt(n * p * (1 - p)) + 2
+        return range(max(0, int(n * p - spread)), min(n, int(n * p + spread)) + 1)
+
+    worse = (1 - difference / discordant) / 2
+    power = 0.0
+    for m in likely(n, discordant):
+        lost = (k for k in likely(m, worse) if k <= most_for_worse(m))
+        power += binomial(m, n, discordant) * math.fsum(binomial(k, m, worse) for k in lost)
+    return power
+
+
+def detectable_difference(n: int, discordant: int) -> float | None:
+    """Smallest difference of two accuracies that `mcnemar_exact` on n rows finds with 80 % power, to 0.001.
+
+    It is for two sides that disagree on as many rows as `discordant` of these n, or on as many as the difference needs.
+    None: not even a difference of 1 is found.
+    """
+
+    def found(difference: float) -> bool:
+        return mcnemar_power(n, max(discordant / n, difference), difference) >= POWER
+
+    step = bisect.bisect_left(range(1, 1001), True, key=lambda thousandth: found(thousandth / 1000))
+    return (step + 1) / 1000 if step < 1000 else None
+
+
 def paired_difference_interval(both: int, only_a: int, only_b: int, neither: int) -> tuple[float, float]:
     """95 % interval of accuracy(B) - accuracy(A) on the same rows, given the four counts (their sum at least 1).
 
@@ -635,12 +712,16 @@ def paired_difference_interval(both: int, only_a: int, only_b: int, neither: int
 def paired_comparison(a: Sequence[Scored], b: Sequence[Scored], metric: str) -> Row:
     """B against A on one metric, over the same rows: accuracies, difference B - A, its 95 % interval, McNemar's p.
 
+    `p_videos` is the p-value over videos, None with fewer than MIN_VIDEOS.
     Raises ValueError unless both hold the same row keys.
     """
     right_a, right_b = ({row.key: row.correct[metric] for row in rows} for rows in (a, b))
     if right_a.keys() != right_b.keys():
         raise ValueError("the two sides do not hold the same rows")
     n = len(right_a)
+    by_video = Counter()  # rows that only B has right, less those that only A has
+    for key, right in right_b.items():
+        by_video[key[0]] += right - right_a[key]
     counts = Counter((right_a[key], right_b[key]) for key in right_a)
     both, only_a, only_b, neither = (counts[pair] for pair in itertools.product((True, False), repeat=2))
     return {
@@ -652,18 +733,21 @@ def paired_comparison(a: Sequence[Scored], b: Sequence[Scored], metric: str) -> 
         "p": mcnemar_exact(only_a, only_b),
         "only_a": only_a,
         "only_b": only_b,
+        "n_videos": len(by_video),
+        "p_videos": sign_flip_test(by_video.values()) if len(by_video) >= MIN_VIDEOS else None,
     }
 
 
 def video_interval(rows: Sequence[Scored], metric: str) -> list[float] | None:
-    """95 % percentile interval of the accuracy when videos are drawn again (seeded); None with one video.
+    """95 % percentile interval of the accuracy when videos are drawn again (seeded).
 
     Rows of a video resemble each other, so this is the interval that speaks about other videos; Wilson's does not.
+    None with fewer than MIN_VIDEOS, and where it would have no width: a few alike videos do not make others alike.
     """
     by_video: dict[str, list[bool]] = defaultdict(list)
     for row in rows:
         by_video[row.key[0]].append(row.correct[metric])
-    if len(by_video) < 2:
+    if len(by_video) < MIN_VIDEOS:
         return None
     counts = [(sum(right), len(right)) for _, right in sorted(by_video.items())]
     draw = random.Random(0)
@@ -672,7 +756,7 @@ def video_interval(rows: Sequence[Scored], metric: str) -> list[float] | None:
         sample = draw.choices(counts, k=len(counts))
         accuracies.append(sum(right for right, _ in sample) / sum(n for _, n in sample))
     cuts = statistics.quantiles(accuracies, n=40, method="inclusive")  # 39 cut points, 2.5 % apart
-    return [cuts[0], cuts[-1]]
+    return [cuts[0], cuts[-1]] if cuts[0] < cuts[-1] else None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -735,23 +819,32 @@ def finish_counts(rows: Sequence[Scored]) -> Row:
     return {reason: counts[reason] for reason in ("eos", "length", "error", "missing", "unknown")} | {"loops": looping}
 
 
+def answers_of(group: Sequence[Scored]) -> tuple[Counter, Counter]:
+    """How often each gold answer and each given answer (`predicted_label`) occurs among rows of one type."""
+    given = (predicted_label(row.prediction, row.question_type) for row in group if row.prediction is not None)
+    return Counter(row.gold for row in group), Counter(given)
+
+
 def collapse_warnings(rows: Sequence[Scored]) -> list[str]:
-    """One line for each type (of at least COLLAPSE_MIN_ROWS rows and two gold answers) that the model answers alike:
-    one answer for over 90 % of a balanced type, or fewer than half of its gold answers ever given.
+    """At most one line, which lists the types that the model answers alike although their gold answers are balanced.
+
+    Alike: one answer for over 90 % of the rows, or fewer than half of the gold answers ever given. A constant answer is
+    no fault where the gold answers are nearly constant too, or where a type has fewer than COLLAPSE_MIN_ROWS rows.
     """
-    lines = []
-    for kind, group in group_by_type(rows).items():
+    groups = group_by_type(rows)
+    alike = []
+    for kind, group in groups.items():
         n = len(group)
-        gold = Counter(row.gold for row in group)
-        given = Counter(predicted_label(row.prediction, kind) for row in group if row.prediction is not None)
-        if n < COLLAPSE_MIN_ROWS or len(gold) < 2 or not given:
+        gold, given = answers_of(group)
+        balanced = len(gold) > 1 and max(gold.values()) / n <= BALANCE_SLACK / len(gold)
+        if n < COLLAPSE_MIN_ROWS or not balanced or not given:
             continue
         (top, count), both = given.most_common(1)[0], len(gold.keys() & given.keys())
-        if max(gold.values()) / n <= BALANCE_SLACK / len(gold) and count / n > COLLAPSE_SHARE:
-            lines.append(f"mode collapse: {kind} is answered '{top[:40]}' in {count} of {n} rows")
+        if count / n > COLLAPSE_SHARE:
+            alike.append(f"{kind} '{top[:40]}' in {count} of {n} rows")
         elif 2 * both < len(gold):
-            lines.append(f"mode collapse: {kind} has {len(gold)} gold answers, of which {both} are ever given")
-    return lines
+            alike.append(f"{kind} {both} of {len(gold)} gold answers ever given")
+    return [f"mode collapse in {len(alike)} of {len(groups)} question types: {'; '.join(alike)}"] if alike else []
 
 
 def overlap_warnings(annotations: Sequence[Row], train_rows: Sequence[Row]) -> list[str]:
@@ -770,7 +863,7 @@ def overlap_warnings(annotations: Sequence[Row], train_rows: Sequence[Row]) -> l
 
 
 def answer_warnings(rows: Sequence[Scored]) -> list[str]:
-    """Lines for answers cut at the length limit, repetition loops, failed or missing rows, and a single video."""
+    """Lines for answers cut at the length limit, repetition loops, failed or missing rows, and few videos."""
     counts = finish_counts(rows)
     texts = {
         "length": "answers were cut at the length limit (--max_new_tokens)",
@@ -781,9 +874,16 @@ def answer_warnings(rows: Sequence[Scored]) -> list[str]:
     lines = [f"{counts[name]} of {len(rows)} {text}" for name, text in texts.items() if counts[name]]
     if thoughts := sum(bool(_THOUGHT.search(row.prediction or "")) for row in rows):
         lines.append(f"{thoughts} of {len(rows)} answers hold <think>...</think>, which is cut off before scoring")
-    if len({row.key[0] for row in rows}) == 1:
-        lines.append("one video only: nothing here says how other videos would fare, so no interval over videos")
-    return lines
+    return lines + few_videos(row.key for row in rows)
+
+
+def few_videos(keys: Iterable[Key]) -> list[str]:
+    """A line that says how few patients the rows come from, or none from MIN_VIDEOS videos on."""
+    videos = sorted({key[0] for key in keys})
+    if len(videos) >= MIN_VIDEOS:
+        return []
+    whose = f"{len(videos)} patient{'s' * (len(videos) > 1)} (one video each: {', '.join(videos)})"
+    return [f"the rows are of {whose}, too few to say how others would fare: no interval or test over videos"]
 
 
 def below_majority_warnings(figures: Mapping[str, Row]) -> list[str]:
@@ -821,6 +921,18 @@ def accuracies(rows: Sequence[Scored]) -> Row:
             "ci95_videos": video_interval(rows, metric),
         }
         for metric in METRICS
+    }
+
+
+def type_figures(group: Sequence[Scored], majority: Mapping[str, str] | None) -> Row:
+    """Metrics, reference lines and the number of distinct answers, gold and given, of the rows of one type."""
+    gold, given = answers_of(group)
+    return {
+        "n": len(group),
+        **{metric: accuracy(group, metric) for metric in METRICS},
+        **reference_lines(group, majority),
+        "n_gold_answers": len(gold),
+        "n_given_answers": len(given),
     }
 
 
@@ -862,14 +974,11 @@ def summarise(
         "n_missing": finish["missing"],
         "metrics": everything["metrics"],
         "by_type": {
-            kind: {
-                "n": len(group),
-                **{metric: accuracy(group, metric) for metric in METRICS},
-                **reference_lines(group, majority if majority and kind in majority else None),
-            }
+            kind: type_figures(group, majority if majority and kind in majority else None)
             for kind, group in groups.items()
         },
         "baselines": everything["baselines"],
+        "original_baseline": ORIGINAL_BASELINE if clips_digest(row.key for row in rows) == ORIGINAL_CLIPS else None,
         "discriminative": discriminative,
         "finish": finish,
         "warnings": [
@@ -1032,14 +1141,14 @@ def reference_table(summary: Row) -> Table:
 
 
 def types_table(by_type: Row) -> Table:
-    """`choice`, `contains` and the reference lines of each question type, from the summary's `by_type`."""
+    """`choice`, distinct answers (given/gold) and the reference lines of each type, from the summary's `by_type`."""
     rows = []
     for kind, part in by_type.items():
         choice = part["choice"]
-        contains = part["contains"]["accuracy"]
-        cells = (kind[:25], part["n"], choice["accuracy"], _show(choice["ci95"], "-", 0), contains)
+        distinct = f"{part['n_given_answers']}/{part['n_gold_answers']}"
+        cells = (kind[:25], part["n"], choice["accuracy"], _show(choice["ci95"], "-", 0), distinct)
         rows.append((*cells, *(part[line] for line in REFERENCES)))
-    return ("question type", "n", "choice", "95 %", "contains", "chance", "train", "test"), rows
+    return ("question type", "n", "choice", "95 %", "distinct", "chance", "train", "test"), rows
 
 
 def arms_table(arms: Row) -> Table:
@@ -1057,14 +1166,16 @@ def arms_table(arms: Row) -> Table:
 
 
 def comparison_table(pairs: Row) -> Table:
-    """Metric -> `paired_comparison`, a line a metric."""
+    """Metric -> `paired_comparison`, a line a metric, with the `detectable_difference` beside."""
     rows = []
     for metric, pair in pairs.items():
         difference = _points(pair["difference"])
         ends = _points(*pair["ci95"])
-        counts = (pair["only_a"], pair["only_b"], _p_text(pair["p"]))
-        rows.append((metric, pair["accuracy_a"], pair["accuracy_b"], difference, ends, *counts))
-    return ("metric", "A", "B", "B - A", "95 % interval", "only A", "only B", "p"), rows
+        counts = (pair["only_a"], pair["only_b"])
+        least = detectable_difference(pair["n"], sum(counts))
+        cells = (pair["accuracy_a"], pair["accuracy_b"], difference, ends, least, *counts, _p_text(pair["p"]))
+        rows.append((metric, *cells))
+    return ("metric", "A", "B", "B - A", "95 % interval", "least", "only A", "only B", "p"), rows
 
 
 def render_arms(arms: Row) -> str:
@@ -1088,17 +1199,23 @@ def render_summary(summary: Row) -> str:
     ]
     if excluded := summary["discriminative"]["types_excluded"]:
         parts.append(_wrap(f"not discriminative (one gold answer): {', '.join(excluded)}"))
-    unknown = f"; for {finish['unknown']} the file does not say" if finish["unknown"] else ""
+    beside = ""
+    if baseline := summary["original_baseline"]:
+        beside = f", beside the {100 * baseline:.0f} % baseline (audio + image, zero-shot, the 50 clips of 002-001)"
+    known = n - finish["unknown"]
+    ended = f"{finish['eos']}/{known} stopped by themselves = {_show(finish['eos'] / known)} %" if known else ""
+    if unknown := finish["unknown"]:
+        silent = f"for {unknown} of {n} answers the file does not say how they ended"
+        ended = f"{ended}; {silent}" if ended else silent.capitalize()
     parts += [
         "",
         render_table(*types_table(summary["by_type"])),
         "",
         _wrap(
             f"By the original rule (contains): {contains['correct']}/{n} correct = {_show(contains['accuracy'])} %, "
-            f"95 % {_show(contains['ci95'])}, beside the {100 * ORIGINAL_BASELINE:.0f} % baseline "
-            f"(audio + image, zero-shot, the 50 clips of 002-001)."
+            f"95 % {_show(contains['ci95'])}{beside}."
         ),
-        _wrap(f"{finish['eos']}/{n} stopped by themselves = {_show(finish['eos'] / n)} %{unknown}."),
+        _wrap(f"{ended}."),
     ]
     if names := ", ".join(summary["types_without_options"]):
         parts.append(_wrap(f"No table of options covers every answer of {names}: choice is strict there."))
@@ -1161,6 +1278,22 @@ def write_json(path: str | Path, content: Row) -> None:
         draft.unlink(missing_ok=True)
 
 
+def read_beside(path: Path, fields: Mapping[str, type], advice: str) -> Row | None:
+    """The JSON object, with fields of these types, in a file beside rows; None if there is no file.
+
+    Raises InputError, which ends with `advice`, for any other content.
+    """
+    try:
+        content = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        return None
+    except ValueError as error:
+        raise InputError(f"{path}: not JSON ({error}); {advice}") from error
+    if not isinstance(content, dict) or not all(isinstance(content.get(name), kind) for name, kind in fields.items()):
+        raise InputError(f"{path}: not written by this script; {advice}")
+    return content
+
+
 def check_output(args: argparse.Namespace) -> None:
     """Raise InputError where --output_file cannot become X.jsonl: its name, its folder, a question file, a writer."""
     path = Path(args.output_file)
@@ -1207,13 +1340,10 @@ def check_same_run(path: Path, settings: Row, complete: bool = True) -> None:
     companion = Path(f"{path}.run.json")
     settings = json.loads(json.dumps(settings, allow_nan=False))  # as the stored ones are read back
     again = "choose another --output_file, or start again with --overwrite"
-    try:
-        stored = json.loads(companion.read_bytes())
-    except FileNotFoundError as error:
+    stored = read_beside(companion, {}, again)
+    if stored is None:
         what = f"rows without {companion.name}, so nothing tells which run made them"
-        raise InputError(f"{path}: {what}; {again}") from error
-    except ValueError as error:
-        raise InputError(f"{companion}: not JSON ({error}); {again}") from error
+        raise InputError(f"{path}: {what}; {again}")
     differing = [
         f"{name} ({stored.get(name)!r} then, {settings.get(name)!r} now)"
         for name in sorted(settings.keys() | (stored.keys() if complete else ()))
@@ -1308,49 +1438,159 @@ def base_record(args: argparse.Namespace) -> Row:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+SUMMARY_FIELDS = dict.fromkeys(("metrics", "arms", "manifest"), dict)
+
+
 def score_only(args: argparse.Namespace) -> int:
     """Score the predictions in --output_file against --eval_data_path, write the summary, print it.
 
+    Of a run that generated them, the summary keeps what answers do not tell; its arms are scored again too.
     Returns the exit status: 1 if a prediction is null (a sample that failed), else 0.
     """
-    annotations = read_annotations(args.eval_data_path)
-    train_rows = read_annotations(args.train_data_path) if args.train_data_path else None
     target = summary_path(args.output_file)
+    old = read_beside(target, SUMMARY_FIELDS, "rescoring would replace it: move it away") or {"manifest": {}}
+    generated = "model" in old["manifest"]
+    annotations = read_annotations(args.eval_data_path)
+    train_path = args.train_data_path or (recorded_train_data(old["manifest"]) if generated else None)
+    train_rows = read_annotations(train_path) if train_path else None
     predictions = match_predictions(annotations, args.output_file)
-    annotations = annotations[: args.limit or None]
+    rows = score_rows(annotations[: args.limit or None], predictions)
+    arms, notes = rescore_arms(old["arms"], rows, annotations, args.output_file) if generated else ({}, [])
     record = base_record(args)
     record["sha256"]["output_file"] = sha256_file(args.output_file)
-    summary = summarise(annotations, score_rows(annotations, predictions), train_rows=train_rows, manifest=record)
-    write_json(target, summary)
+    if generated:
+        now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+        record = old["manifest"] | {"rescored": {"at": now, **record, "train_data_path": train_path}}
+        if old["manifest"]["flags"].get("train_data_path") and not train_path:
+            notes.append(
+                "no training majority: the training file of the run is gone or changed; give --train_data_path"
+            )
+    summary = summarise(annotations[: len(rows)], rows, train_rows=train_rows, arms=arms, manifest=record)
+    summary["warnings"] += notes
+    write_json(target, (old if generated else {}) | summary)
     print(render_summary(summary), f"\nSummary: {target}", sep="\n")
-    return 1 if summary["n_errors"] else 0
+    return 1 if summary["n_errors"] or any(part["n_errors"] for part in arms.values()) else 0
 
 
-def compare(path_a: str, path_b: str) -> int:
-    """Print the paired differences B - A of two rows files over the same data. Returns the exit status, 0.
+def recorded_train_data(manifest: Row) -> str | None:
+    """The training file that a run's summary names, if it is still there and unchanged."""
+    path = manifest["flags"].get("train_data_path")
+    same = path and Path(path).is_file() and sha256_file(path) == manifest["sha256"].get("train_data_path")
+    return path if same else None
+
+
+def rescore_arms(
+    old: Row, main_rows: Sequence[Scored], annotations: Sequence[Row], rows_path: str
+) -> tuple[Row, list[str]]:
+    """A summary's arms, scored again from their files, and a line for those that keep their figures for want of one."""
+    main_arm = next((arm for arm, part in old.items() if not part["versus"]), None)
+    files = {arm: arm_path(rows_path, arm, main_arm) for arm in old}
+    there = {arm: path for arm, path in files.items() if path.is_file()}
+    rows_of = {
+        arm: main_rows
+        if arm == main_arm
+        else score_rows(annotations[: len(main_rows)], match_predictions(annotations, path))
+        for arm, path in there.items()
+    }
+    new = summarise_arms(main_arm, rows_of, {arm: path.name for arm, path in files.items()})
+    kept = ", ".join(f"{arm} ({files[arm].name})" for arm in old if arm not in new)
+    notes = [f"not rescored, for want of the file; figures as the run gave them: {kept}"] if kept else []
+    return {arm: part | new.get(arm, {}) for arm, part in old.items()}, notes
+
+
+def read_pair(paths: Sequence[str], eval_data_path: str | None) -> tuple[list[Row], list[dict[Key, Row]]]:
+    """Annotations and the two sides' rows for --compare, from --eval_data_path or else from the rows themselves.
 
     Raises InputError, with examples, if the two do not hold the same rows with the same gold answers.
     """
-    (rows_a, rows_b), same = (read_answer_rows(path_a), read_answer_rows(path_b)), "compare runs over the same data"
-    sides = (path_a, rows_a), (path_b, rows_b)
-    for (here, rows), (there, others) in (sides, sides[::-1]):
+    same = "compare runs over the same data"
+    if eval_data_path:
+        annotations = read_annotations(eval_data_path)
+        sides = [match_predictions(annotations, path) for path in paths]
+    else:
+        sides = [read_answer_rows(path, "fix the row, or give --eval_data_path") for path in paths]
+    for (here, rows), (there, others) in itertools.permutations(zip(paths, sides, strict=True)):
         if lacking := sorted(rows.keys() - others.keys()):
             some = ", ".join(map(key_text, lacking[:3]))
             raise InputError(f"--compare: {len(lacking)} rows of {here} are not in {there}, e.g. {some}; {same}")
-    if not rows_a:
-        raise InputError(f"--compare: {path_a} and {path_b} hold no rows")
-    for key, name in itertools.product(rows_a, ("short_answer", "ground_truth")):
-        gold_a, gold_b = rows_a[key][name], rows_b[key][name]
+    if not sides[0]:
+        raise InputError(f"--compare: {paths[0]} and {paths[1]} hold no rows")
+    if eval_data_path:
+        return [row for row in annotations if row_key(row) in sides[0]], sides
+    for key, name in itertools.product(sides[0], ("short_answer", "ground_truth")):
+        gold_a, gold_b = (rows[key][name] for rows in sides)
         if gold_a != gold_b:
-            raise InputError(
-                f"--compare: {key_text(key)} has the {name} {gold_a!r} in {path_a} but {gold_b!r} in {path_b}; {same}"
-            )
-    annotations = [{**row, "answer": row["ground_truth"]} for row in rows_a.values()]
-    scored_a, scored_b = score_rows(annotations, rows_a), score_rows(annotations, rows_b)
+            differ = f"{gold_a!r} in {paths[0]} but {gold_b!r} in {paths[1]}"
+            raise InputError(f"--compare: {key_text(key)} has the {name} {differ}; {same}")
+    return [{**row, "answer": row["ground_truth"]} for row in sides[0].values()], sides
+
+
+# Of `run_settings`, those that say which model answers: two models are what one compares.
+MODEL_SETTINGS = (
+    *("base_fingerprint", "adapter_sha256", "adapter_config_sha256", "manifest_sha256", "adapter_merged"),
+    "load_in_4bit",
+)
+
+
+def read_run(path: str) -> Row | None:
+    """How the rows of a file were asked for: X.jsonl.run.json without the model, and the batch size from its summary.
+
+    None where there is no such file; InputError where it or the summary is damaged.
+    """
+    advice = "move it away to compare without it"
+    run = read_beside(Path(f"{path}.run.json"), {"arm": str}, advice)
+    if run is None:
+        return None
+    rows_path = Path(re.sub(rf"\.{re.escape(run['arm'])}\.jsonl$", ".jsonl", path))
+    summary = read_beside(rows_path.with_suffix(".summary.json"), SUMMARY_FIELDS, advice) or {"manifest": {}}
+    sizes = summary["manifest"].get("runtime", {}).get("batch_size", {})
+    asked = {name: value for name, value in run.items() if name not in MODEL_SETTINGS}
+    return asked | {"batch_size": sizes.get(run["arm"], "unknown")}
+
+
+def unlike_warnings(paths: Sequence[str], sides: Sequence[Mapping[Key, Row]]) -> list[str]:
+    """Lines for what else than the model differs between two files: wording of the questions, settings of the runs."""
+    lines = []
+    asked_a, asked_b = (
+        {k: normalise(row["question"]) for k, row in rows.items() if row.get("question")} for rows in sides
+    )
+    if other := [key for key in asked_a if asked_b.get(key, asked_a[key]) != asked_a[key]]:
+        lines.append(f"{len(other)} of {len(sides[0])} rows have other questions in B, e.g. {key_text(other[0])}")
+    runs = [read_run(path) for path in paths]
+    if absent := [f"{path}.run.json" for path, run in zip(paths, runs, strict=True) if run is None]:
+        return [*lines, f"without {' and '.join(absent)} nothing tells whether A and B were asked alike"]
+    run_a, run_b = runs
+    for name in sorted(run_a.keys() | run_b.keys()):
+        a, b = run_a.get(name), run_b.get(name)
+        if a != b:
+            values = "differs" if name.endswith("_sha256") else f"is {a} in A, {b} in B"
+            lines.append(f"A and B were not asked alike: {name.removesuffix('_sha256')} {values}")
+    return lines
+
+
+def compare(paths: Sequence[str], eval_data_path: str | None = None) -> int:
+    """Print the paired differences B - A of two files over the same data, and what else differs. Returns status 0.
+
+    Raises InputError for files that `read_pair` or `read_run` refuses.
+    """
+    annotations, sides = read_pair(paths, eval_data_path)
+    scored_a, scored_b = (score_rows(annotations, rows) for rows in sides)
     pairs = {metric: paired_comparison(scored_a, scored_b, metric) for metric in METRICS}
-    print(f"A  {path_a}\nB  {path_b}\nAccuracy in % over the same {len(annotations)} rows; difference is B - A\n")
+    warnings = unlike_warnings(paths, sides) + few_videos(row.key for row in scored_a)
+    print("A  {}\nB  {}".format(*paths))
+    print(f"Accuracy in % over the same {len(annotations)} rows; difference is B - A\n")
     print(render_table(*comparison_table(pairs)))
-    print("\nonly A, only B: rows that just one has right. p: exact McNemar test, two-sided.")
+    legend = (
+        "only A, only B: rows that just one has right. p: exact McNemar test, two-sided. least: the smallest "
+        f"difference that so many rows show with {100 * POWER:.0f} % power, where A and B disagree as often as here; "
+        "-: none."
+    )
+    print("\n" + _wrap(legend))
+    if (n := pairs["choice"]["n_videos"]) >= MIN_VIDEOS:
+        by_metric = ", ".join(f"{metric} {_p_text(pair['p_videos'])}" for metric, pair in pairs.items())
+        print(_wrap(f"p over {n} videos (exact test that flips the sign of each video's difference): {by_metric}."))
+    for line in warnings:
+        print(_wrap(f"Warning: {line}"))
     return 0
 
 
@@ -2161,7 +2401,7 @@ def build_parser() -> argparse.ArgumentParser:
     data("--train_data_path", help="the training JSONL, for its majority answers and for rows not held out. None: no "
          "train majority, no check")
     data("--output_file", help="X.jsonl, one row a sample; the figures go to X.summary.json. With --score_only: the "
-         "existing predictions")
+         "existing predictions; X.summary.json keeps what it says of the run that made them")
     data("--limit", "--max_eval_samples", type=_at_least(0), default=0, help="evaluate the first N rows. 0: all")
     data("--overwrite", **switch, help="start again where --output_file holds rows; without it, rows of the same run "
          "are kept and the rest is done")
@@ -2209,7 +2449,8 @@ def build_parser() -> argparse.ArgumentParser:
     answers("--seed", type=int, default=0, help="for borrowed speech, shuffled frames and --init random")
 
     parser.add_argument("--score_only", **switch, help="score the predictions in --output_file; no model")
-    parser.add_argument("--compare", nargs=2, metavar=("A", "B"), help="two rows files; print their paired differences")
+    parser.add_argument("--compare", nargs=2, metavar=("A", "B"), help="two files of rows or predictions; print "
+                        "their paired differences. Predictions without video_id or gold answers need --eval_data_path")
     # fmt: on
     return parser
 
@@ -2238,13 +2479,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     if lacking and not args.compare:
         parser.error(f"{', '.join(lacking)} must be given (without a model: --score_only or --compare)")
     mode = "compare" if args.compare else "score_only" if args.score_only else None
-    used = ["compare"] if args.compare else ["score_only", *needed, "train_data_path", "limit"]
+    used = ["compare", "eval_data_path"] if args.compare else ["score_only", *needed, "train_data_path", "limit"]
     idle = [name for name, value in vars(args).items() if value != parser.get_default(name) and name not in used]
     if mode and idle:
         parser.error(f"{', '.join(f'--{name}' for name in idle)}: no effect with --{mode}; leave it out")
     try:
         if args.compare:
-            return compare(*args.compare)
+            return compare(args.compare, args.eval_data_path)
         return score_only(args) if args.score_only else generate(args)
     except KeyboardInterrupt:  # while torch is imported, or without a model
         print("\nStopped by SIGINT: run the same command again", file=sys.stderr)

@@ -113,7 +113,7 @@ def test_score_only_counts_missing_rows_as_wrong_and_lists_them(tmp_path, data):
     done = without_torch(tmp_path, *flags)
     assert (done.returncode, done.stderr) == (0, "")
     assert "Missing: v1/q1/flush_action\n" in done.stdout
-    assert "0/4 stopped by themselves = 0.0 %; for 3 " in done.stdout
+    assert "0/1 stopped by themselves = 0.0 %; for 3 of 4 answers" in done.stdout
     assert max(map(len, done.stdout.splitlines()[:-1])) <= 80
     summary = json.loads((tmp_path / "p.summary.json").read_text())
     counts = [summary[name] for name in ("n_total", "n_scored", "n_errors", "n_missing", "missing")]
@@ -213,6 +213,80 @@ def test_a_missing_file_or_a_wrong_name_is_named_with_its_flag(run, data):
         assert name in message and "--output_file" in message
 
 
+# --- score_only beside the summary of a run ---
+
+
+ARMS = ("audio", "black_frames", "silent_audio")
+MANIFEST = {"model": {"base": "tiny"}, "versions": {"torch": "2"}, "decoding": {"batch_size": 2}, "sha256": {}}
+
+
+@pytest.fixture
+def generated(tmp_path, data):
+    """x.jsonl and its arms, with a summary as a run leaves it, but figures of another table of options."""
+    rows = read_jsonl(data)
+    for arm, text in zip(ARMS, ("yes", "no", "Perhaps."), strict=True):
+        write_jsonl(ev.arm_path("x.jsonl", arm, "audio"), [output_row(row, text) for row in rows])
+    files = {arm: ev.arm_path("x.jsonl", arm, "audio").name for arm in ARMS}
+    found = {arm: ev.score_rows(rows, {}) for arm in ARMS}
+    manifest = {**MANIFEST, "flags": {"train_data_path": None}}
+    arms = ev.summarise_arms("audio", found, files)
+    summary = ev.summarise(rows, found["audio"], arms=arms, manifest=manifest)
+    ev.write_json("x.summary.json", {**summary, "of_the_run": 5})
+    return lambda **changes: (
+        ev.write_json("x.summary.json", {**summary, "manifest": manifest | changes}) if changes else manifest
+    )
+
+
+def rescore(run, data, *flags):
+    status, out, err = run("--score_only", "--output_file", "x.jsonl", "--eval_data_path", data, *flags)
+    assert err == ""
+    return status, out, json.loads(Path("x.summary.json").read_text())
+
+
+def test_rescoring_keeps_what_the_run_said_and_scores_its_arms(run, data, generated):
+    before = generated()
+    status, out, summary = rescore(run, data)
+    manifest = summary["manifest"]
+    rescored = manifest.pop("rescored")
+    assert (status, manifest, summary["of_the_run"]) == (0, before, 5)
+    assert rescored["sha256"]["output_file"] == ev.sha256_file("x.jsonl") and rescored["python"] and rescored["git"]
+    assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ", rescored["at"])
+    right = {arm: part["metrics"]["choice"]["correct"] for arm, part in summary["arms"].items()}
+    assert right == {"audio": 2, "black_frames": 2, "silent_audio": 0}
+    pair = summary["arms"]["silent_audio"]["versus"]["choice"]
+    assert (pair["n"], pair["only_a"], pair["only_b"]) == (4, 2, 0) and "Does it hear?" in out
+    assert rescore(run, data)[2]["arms"] == summary["arms"]  # again
+
+
+def test_rescoring_keeps_the_figures_of_an_arm_whose_file_is_gone_and_says_so(run, data, generated):
+    Path("x.black_frames.jsonl").unlink()
+    summary = rescore(run, data)[2]
+    assert summary["arms"]["black_frames"]["metrics"]["choice"]["correct"] == 0
+    assert [line for line in summary["warnings"] if "x.black_frames.jsonl" in line and "silent" not in line]
+
+
+def test_rescoring_takes_the_training_file_of_the_run_or_says_that_it_is_gone(run, tmp_path, data, generated):
+    train = str(write_jsonl(tmp_path / "train.jsonl", [annotation(7, "no", video="t")]))
+    generated(flags={"train_data_path": train}, sha256={"train_data_path": ev.sha256_file(train)})
+    summary = rescore(run, data)[2]
+    assert summary["baselines"]["train_majority"] == 1 / 4
+    assert summary["manifest"]["rescored"]["train_data_path"] == train
+    Path(train).write_text("changed")
+    summary = rescore(run, data)[2]
+    assert summary["baselines"]["train_majority"] is None
+    assert any("--train_data_path" in line for line in summary["warnings"])
+
+
+@pytest.mark.parametrize(
+    "content", ['{"metrics": {}, "n_to', "[]", '{"accuracy": 0.5}', '{"metrics": {}, "arms": {}, "manifest": 5}', ""]
+)
+def test_a_summary_that_is_torn_or_foreign_is_refused_and_kept(run, data, generated, content):
+    Path("x.summary.json").write_text(content)
+    message = error_line(run("--score_only", "--output_file", "x.jsonl", "--eval_data_path", data))
+    assert message.startswith("x.summary.json: ")
+    assert Path("x.summary.json").read_text() == content
+
+
 # --- compare ---------------------------------------------------------------------------------------------------------
 
 
@@ -228,7 +302,8 @@ def test_compare_prints_paired_differences(tmp_path):
     assert "over the same 4 rows; difference is B - A" in done.stdout
     # choice: A has rows 0 and 3 right, B rows 0, 1 and 2; the others do not take "It is." for yes.
     # Wilson A 15.0 to 85.0, B 30.1 to 95.4; phi = (1*0 - 1*2) / sqrt(2*2*3*1) = -0.577
-    assert lines[5] == ["choice", "50.0", "75.0", "+25.0", "-46.1", "to", "+74.7", "1", "2", "=", "1.000"]
+    # Four rows show nothing: even 4 of 4 has p = 0.125.
+    assert lines[5] == ["choice", "50.0", "75.0", "+25.0", "-46.1", "to", "+74.7", "-", "1", "2", "=", "1.000"]
     assert [line[:4] for line in lines[6:9]] == [[name, "50.0", "50.0", "+0.0"] for name in ev.METRICS[1:]]
     assert max(map(len, done.stdout.splitlines())) <= 80
 
@@ -245,6 +320,70 @@ def test_compare_refuses_different_rows_answers_and_torn_lines(run, tmp_path):
     assert "v1/q1/scope_motion" in message and "'yes' in a.jsonl but 'no' in b.jsonl" in message
     (tmp_path / "b.jsonl").write_text('{"id": "q1", "vid')
     assert error_line(run("--compare", "a.jsonl", "b.jsonl")).startswith("b.jsonl:1: ")
+
+
+def test_compare_takes_predictions_that_score_only_takes(run, tmp_path):
+    gold = [annotation(n, "yes" if n % 2 else "no") for n in range(4)]
+    write_jsonl(tmp_path / "gold.jsonl", gold)
+    for name, text in (("a", "yes"), ("b", "no")):
+        write_jsonl(tmp_path / f"{name}.jsonl", [{"question_id": row["id"], "predicted_answer": text} for row in gold])
+    message = error_line(run("--compare", "a.jsonl", "b.jsonl"))
+    assert message.startswith("a.jsonl:1: 'video_id'") and "--eval_data_path" in message
+    status, out, err = run("--compare", "a.jsonl", "b.jsonl", "--eval_data_path", "gold.jsonl")
+    assert (status, err) == (0, "") and out.splitlines()[5].split()[:4] == ["choice", "50.0", "50.0", "+0.0"]
+    assert "a.jsonl.run.json" in out and "b.jsonl.run.json" in out  # nothing tells how they were asked
+    write_jsonl(tmp_path / "b.jsonl", [{"question_id": "q1", "predicted_answer": "no"}])
+    message = error_line(run("--compare", "a.jsonl", "b.jsonl", "--eval_data_path", "gold.jsonl"))
+    assert message.startswith("--compare: 3 rows of a.jsonl are not in b.jsonl")
+
+
+def run_beside(name, sizes, rows=2, **settings):
+    """Rows as a run leaves them: with its settings, and its batch sizes in the summary."""
+    arm = settings.setdefault("arm", "audio")
+    path = ev.arm_path(f"{name}.jsonl", arm, "audio")
+    write_jsonl(path, [output_row(annotation(n)) for n in range(rows)])
+    ev.write_json(f"{path}.run.json", settings)
+    manifest = {"runtime": {"batch_size": sizes}}
+    ev.write_json(f"{name}.summary.json", {"schema_version": 1, "metrics": {}, "arms": {}, "manifest": manifest})
+    return path
+
+
+def warnings_of(result):
+    status, out, err = result
+    assert (status, err) == (0, "")
+    lines = " ".join(out.split()).split(" Warning: ")[1:]
+    return [line.removeprefix("A and B were not asked alike: ") for line in lines]
+
+
+def test_compare_says_what_else_than_the_model_differs(run, tmp_path):
+    settings = {"prompt_sha256": "1" * 64, "max_eval_frames": 8, "adapter_sha256": "3" * 64, "base_fingerprint": "x"}
+    a = run_beside("a", {"audio": 128}, **settings)
+    b = run_beside("b", {"audio": 128}, **settings | {"adapter_sha256": "4" * 64, "base_fingerprint": "y"})
+    assert [line.split(" (")[0] for line in warnings_of(run("--compare", a, b))] == ["the rows are of 1 patient"]
+    b = run_beside(
+        "v.2", {"audio": 128, "text": 64}, **settings | {"max_eval_frames": 4, "prompt_sha256": "2"}, arm="text"
+    )
+    assert warnings_of(run("--compare", a, b))[:-1] == [
+        "arm is audio in A, text in B",
+        "batch_size is 128 in A, 64 in B",
+        "max_eval_frames is 8 in A, 4 in B",
+        "prompt differs",
+    ]
+    rows = [output_row(annotation(n)) for n in range(2)]
+    write_jsonl(b, [rows[0], {**rows[1], "question": "Moving?"}])
+    assert warnings_of(run("--compare", a, b))[0] == "1 of 2 rows have other questions in B, e.g. v1/q1/scope_motion"
+    Path(f"{b}.run.json").write_text("{")
+    assert error_line(run("--compare", a, b)).startswith(f"{b}.run.json: ")
+
+
+def test_compare_tests_over_videos_from_six_on(run, tmp_path):
+    for videos in (5, 6):
+        gold = [annotation(n, video=f"v{n % videos}") for n in range(60)]
+        for name, text in (("a", "no"), ("b", "yes")):
+            write_jsonl(tmp_path / f"{name}.jsonl", [output_row(row, text) for row in gold])
+        out = run("--compare", "a.jsonl", "b.jsonl")[1]
+        assert (f"p over {videos} videos" in out, "of 5 patients" in out) == (videos == 6, videos == 5)
+    assert "choice = 0.031" in out
 
 
 # --- the rows file ---------------------------------------------------------------------------------------------------

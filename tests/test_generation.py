@@ -185,6 +185,15 @@ def test_rows_and_summary_of_a_run(evaluate, trained):
         assert f"{line}\n" in result.out
 
 
+def test_rescoring_a_run_changes_no_figure_and_loses_nothing(evaluate, capsys):
+    done = evaluate("--arms", "text,black_frames", "--batch_size", "2")
+    assert ev.main(["--score_only", "--output_file", str(done.path), *EVAL_DATA[:2]]) == 0
+    summary = json.loads(done.path.with_suffix(".summary.json").read_text())
+    assert "rescored" in summary["manifest"]
+    del summary["manifest"]["rescored"]
+    assert summary == done.summary
+
+
 def test_flags_win_over_the_settings_of_the_checkpoint(evaluate):
     flags = ("--max_eval_frames", 0, "--max_image_size", 28, "--input_mode", "text", "--dtype", "bfloat16")
     result = evaluate(*flags, "--limit", 1, data=EVAL_DATA[:4])  # no --audio_dir

@@ -1,5 +1,6 @@
 """The scoring rules, stated by literal cases: how models really phrase answers to the 20 question types."""
 
+import itertools
 import re
 from fractions import Fraction
 from math import comb
@@ -447,13 +448,64 @@ def test_paired_comparison_counts_the_rows_that_one_side_has_right():
         ev.paired_comparison(a, b[1:], "choice")
 
 
-def test_video_interval_needs_two_videos():
-    rows = [make_row(n, video=f"v{n % 2}") for n in range(20)]
-    texts = ["yes" if row["video_id"] == "v0" else "no" for row in rows]
-    assert ev.video_interval(scored(rows[::2], texts[::2]), "choice") is None
-    # of two videos, one all right and one all wrong, a draw holds 0, 1 or 2 of the right one
-    assert ev.video_interval(scored(rows, texts), "choice") == [0.0, 1.0]
-    assert ev.video_interval(scored(rows, ["yes"] * 20), "choice") == [1.0, 1.0]
+def test_nothing_is_said_over_videos_below_six_nor_with_a_width_of_zero():
+    rows = [make_row(n, video=f"v{n % 6}") for n in range(60)]
+    texts = ["no" if row["video_id"] == "v0" else "yes" for row in rows]
+    low, high = ev.video_interval(scored(rows, texts), "choice")
+    assert 0.4 < low < 5 / 6 < high == 1.0
+    assert ev.video_interval(scored(rows, ["yes"] * 60), "choice") is None
+    five = [row for row in rows if row["video_id"] != "v1"]
+    found = scored(five, ["no" if row["video_id"] == "v0" else "yes" for row in five])
+    assert ev.video_interval(found, "choice") is None
+    assert ev.paired_comparison(found, found, "choice")["p_videos"] is None
+
+
+def test_a_difference_that_every_video_shows_and_one_that_one_video_shows():
+    """25 rows of 48 that only B has right, either way; rows of a video go together."""
+    rows = [make_row(n, video=f"v{n % 6}") for n in range(48)]
+    a = scored(rows, ["no"] * 48)
+    everywhere = scored(rows, ["yes" if n < 24 else "no" for n in range(48)])
+    one_video = scored(rows, ["yes" if row["video_id"] == "v0" else "no" for row in rows])
+    pairs = [ev.paired_comparison(a, b, "choice") for b in (everywhere, one_video)]
+    assert [(pair["n_videos"], pair["p_videos"]) for pair in pairs] == [(6, 2 / 2**6), (6, 1.0)]
+    assert all(pair["p"] < 0.01 for pair in pairs)
+
+
+def test_sign_flip_test():
+    for differences in ([3, -1, 0, 2, 2, 5], [1] * 6, [0] * 7, [-4, 1, 1, 1, 1, 1, 1]):
+        sums = [
+            sum(s * d for s, d in zip(signs, differences, strict=True))
+            for signs in itertools.product((1, -1), repeat=len(differences))
+        ]
+        far = sum(abs(total) >= abs(sum(differences)) for total in sums)
+        assert ev.sign_flip_test(differences) == far / len(sums)
+
+
+def test_power_of_mcnemar():
+    n, only_a, only_b = 12, 0.05, 0.5
+    exact = sum(
+        comb(n, a) * comb(n - a, b) * only_a**a * only_b**b * (1 - only_a - only_b) ** (n - a - b)
+        for a in range(n + 1)
+        for b in range(n + 1 - a)
+        if ev.mcnemar_exact(a, b) < 0.05 and b > a
+    )
+    assert ev.mcnemar_power(n, only_a + only_b, only_b - only_a) == pytest.approx(exact, abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("n", "discordant", "least"),
+    [
+        (5, 5, None),  # 5 of 5 has p = 0.0625
+        (6, 0, 0.964),  # all six must fall to one side: 0.8 ** (1 / 6)
+        (
+            1000,
+            360,
+            0.054,
+        ),  # (1.96 sqrt(p) + 0.84 sqrt(p - d^2)) / sqrt(n) = 0.053 (Connor, Biometrics 43, 1987, 207-211)
+    ],
+)
+def test_detectable_difference(n, discordant, least):
+    assert ev.detectable_difference(n, discordant) == least
 
 
 # --- reference lines and warnings ------------------------------------------------------------------------------------
@@ -478,11 +530,15 @@ def balanced_rows(n, shorts=("yes", "no"), kind="scope_motion"):
     return [make_row(i, kind, shorts[i % len(shorts)], video=f"v{i % 2}") for i in range(n)]
 
 
+def balanced_videos(n):
+    return [make_row(i, video=f"v{i}") for i in range(n)]
+
+
 def test_one_answer_for_a_balanced_type_is_mode_collapse():
     """Not where gold is lopsided, constant or rare."""
     nineteen = ["The scope is moving."] * 10 + ["Yes."] * 9 + ["no"]
     (warning,) = ev.collapse_warnings(scored(balanced_rows(20), nineteen))
-    assert warning.startswith("mode collapse: scope_motion ") and "'yes' in 19 of 20 rows" in warning
+    assert warning.startswith("mode collapse in 1 of 1 question types: scope_motion 'yes' in 19 of 20 rows")
     assert ev.collapse_warnings(scored(balanced_rows(20), ["yes"] * 18 + ["no"] * 2)) == []  # 90 % is not over 90 %
     for rows in (balanced_rows(20, ("yes", "yes", "yes", "no")), balanced_rows(20, ("yes",)), balanced_rows(9)):
         assert ev.collapse_warnings(scored(rows, ["yes"] * len(rows))) == []
@@ -491,8 +547,21 @@ def test_one_answer_for_a_balanced_type_is_mode_collapse():
 def test_fewer_than_half_of_the_options_is_mode_collapse():
     rows = balanced_rows(20, ("left", "right", "up", "down", "stable"), "lesion_motion_direction")
     (warning,) = ev.collapse_warnings(scored(rows, ["left", "up"] * 10))
-    assert warning.startswith("mode collapse: lesion_motion_direction has 5 gold answers") and "2" in warning
+    assert "lesion_motion_direction 2 of 5 gold answers" in warning
     assert ev.collapse_warnings(scored(rows, ["left", "up", "down", "left"] * 5)) == []
+
+
+def test_constant_answers_are_one_warning_and_none_where_gold_is_lopsided():
+    kinds = ("scope_motion", "flush_action", "scope_outside")
+    rows = [row for kind in kinds for row in balanced_rows(20, kind=kind)]
+    lopsided = balanced_rows(20, ("left",) * 6 + ("right", "up", "down", "stable"), "lesion_motion_direction")
+    found = scored(rows + lopsided, ["yes"] * len(rows) + ["left"] * len(lopsided))
+    (warning,) = ev.collapse_warnings(found)
+    assert warning.startswith("mode collapse in 3 of 4 question types") and all(kind in warning for kind in kinds)
+    assert "lesion_motion_direction" not in warning
+    header, cells = ev.types_table(ev.summarise(rows + lopsided, found)["by_type"])
+    distinct = {row[0]: row[header.index("distinct")] for row in cells}
+    assert distinct == {"lesion_motion_direction": "1/5", **dict.fromkeys(kinds, "1/2")}
 
 
 def test_answer_warnings():
@@ -504,11 +573,12 @@ def test_answer_warnings():
     }
     found = ev.score_rows(rows, answers)
     assert ev.finish_counts(found) == {"eos": 1, "length": 1, "error": 1, "missing": 1, "unknown": 0, "loops": 1}
-    warnings = ev.answer_warnings(found)
+    warnings = ev.answer_warnings(found)[:4]
     assert all(warning.startswith("1 of 4 ") for warning in warnings)
     nouns = ("length limit", "repetition loops", "failed", "no prediction")
     assert [noun in warning for noun, warning in zip(nouns, warnings, strict=True)] == [True] * 4
-    assert ev.answer_warnings(ev.score_rows(rows[:1], answers))[-1].startswith("one video only")
+    few, six = (ev.answer_warnings(scored(part, ["yes"] * len(part))) for part in (rows, balanced_videos(6)))
+    assert "2 patients (one video each: v0, v1)" in few[0] and six == []
 
 
 def test_overlap_counts_frames_and_ids_within_a_video():
@@ -555,6 +625,7 @@ def test_summary_of_two_types():
     assert summary["by_type"]["scope_motion"] == {
         **{"n": 3, "choice": of(1), "strict": of(0), "token": of(0), "contains": of(1), "chance": 0.5},
         **{"train_majority": pytest.approx(2 / 3), "test_majority": pytest.approx(2 / 3)},
+        **{"n_gold_answers": 2, "n_given_answers": 2},
     }
     assert summary["by_type"]["lighting_mode"]["train_majority"] is None  # the training file has no such type
     assert summary["baselines"] == {"chance": 2.5 / 4, "train_majority": 2 / 4, "test_majority": 3 / 4}
@@ -567,6 +638,16 @@ def test_summary_of_two_types():
     assert "discriminative" in discriminative and "66.7 %" in discriminative and "33.3 %" in discriminative
 
 
+def test_what_the_file_does_not_say_of_endings_is_not_counted():
+    rows = balanced_rows(4)
+    report = ev.render_summary(ev.summarise(rows, scored(rows, ["yes"] * 4)))
+    assert "stopped by themselves" not in report and "4 of 4 answers the file does not say" in report
+    answers = {ev.row_key(row): {"predicted_answer": "yes"} for row in rows}
+    answers[ev.row_key(rows[0])]["finish_reason"] = "eos"
+    report = ev.render_summary(ev.summarise(rows, ev.score_rows(rows, answers)))
+    assert "1/1 stopped by themselves = 100.0 %; for 3 of 4 answers the file" in report
+
+
 def test_without_discriminative_types_their_figures_are_null():
     rows = [make_row(1), make_row(2)]
     part = ev.summarise(rows, scored(rows, ["yes", "no"]))["discriminative"]
@@ -575,11 +656,14 @@ def test_without_discriminative_types_their_figures_are_null():
     assert part["baselines"] == {"chance": None, "train_majority": None, "test_majority": None}
 
 
-def test_report_fits_80_columns_and_names_the_baseline():
+def test_report_fits_80_columns_and_names_the_baseline_beside_its_clips_alone(monkeypatch):
     kinds = [(kind, short, answer) for kind, short, answer in GOLD_ANSWERS for _ in range(3)]
     rows = [make_row(10**5 + n, kind, short, answer) for n, (kind, short, answer) in enumerate(kinds)]
     found = scored(rows, [row["answer"] for row in rows], finish_reason="eos")
     arms = ev.summarise_arms("audio", {"audio": found, "mismatched_audio": scored(rows, ["x"] * len(rows))}, FILES)
+    report = ev.render_summary(ev.summarise(rows, found, train_rows=rows, arms=arms))
+    assert "46 %" not in report
+    monkeypatch.setattr(ev, "ORIGINAL_CLIPS", ev.clips_digest(map(ev.row_key, rows[::-1])))
     report = ev.render_summary(ev.summarise(rows, found, train_rows=rows, arms=arms))
     assert max(map(len, report.splitlines())) <= 80
     for figure in ("135/135 correct = 100.0 %", "135/135 stopped by themselves = 100.0 %", "46 % baseline"):
