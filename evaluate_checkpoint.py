@@ -20,6 +20,7 @@ import codecs
 import contextlib
 import copy
 import dataclasses
+import difflib
 import fcntl
 import functools
 import hashlib
@@ -49,6 +50,16 @@ SCHEMA_VERSION = 1
 METRICS = ("choice", "strict", "contains")  # the headline first
 INPUT_MODES = ("audio", "audio_text", "text")  # repeated from train_vqa.py, so that scoring needs no torch
 PROMPT_LAYOUTS = ("plain", "chat")
+# Input modes of the public SurgViVQA-Audio script: our mode with the same prompt, and what else is to be said.
+PUBLIC_MODES = {
+    "audio_only": ("audio", "is audio here"),
+    "text_only": ("text", "is text here"),
+    "mismatched_audio": ("audio_text", "is the arm mismatched_audio in audio_text here: the text is the row's own"),
+}
+REFUSED_FLAGS = {
+    "--allow_missing_audio": "silence in place of missing speech measures no hearing; --allow_errors counts such a row "
+    "as wrong, --arms silent_audio measures silence",
+}
 ARMS = (*INPUT_MODES, "mismatched_audio", "silent_audio", "black_frames", "shuffled_frames", "first_frame")
 SAMPLE_RATE = 16_000  # Hz, of the speech that the model gets; repeated from train_vqa.py
 Z95 = 1.959963984540054  # 97.5 % quantile of the standard normal distribution
@@ -59,11 +70,11 @@ COLLAPSE_SHARE = 0.9  # one answer for more than this share of a type is mode co
 BALANCE_SLACK = 1.3  # balanced: the commonest of k gold answers holds at most 1.3 / k of the type's rows
 COLLAPSE_MIN_ROWS = 10  # below this, one answer throughout is no surprise
 GATE_ROWS = 4  # on which the gates measure how far speech and frames move the logits
+FRAMES_DIFFER = "Asked on {asked} frames a clip, but trained on {trained}: see --max_eval_frames {trained}"
 LISTED = 10  # keys shown in a message; the summary lists them all
 WIDTH = 80
 AUTO_BATCH_SIZE = 128  # rows at most: a step of decoding costs the same for one row as for a hundred
 CPU_BATCH_SIZE = 8  # of --batch_size auto where no GPU sets a limit
-PREFILL_TOKENS = 16384  # prompts read at a time: enough to fill a GPU, and what MLP activations take stays bounded
 USABLE_MEMORY = 0.92  # of the limit: the allocator splits what it holds
 
 Row = dict[str, Any]
@@ -1091,8 +1102,10 @@ def render_summary(summary: Row) -> str:
     n = summary["n_total"]
     finish = summary["finish"]
     contains = summary["metrics"]["contains"]
+    frames = summary["manifest"].get("frames")
     parts = [
         f"Accuracy in %, of all {n} rows ({summary['n_errors']} failed, {summary['n_missing']} missing: wrong)",
+        *([_wrap(FRAMES_DIFFER.format(**frames))] if frames else []),
         render_table(*metrics_table(summary["metrics"])),
         "",
         "choice beside what needs neither speech nor frames",
@@ -1173,6 +1186,69 @@ def write_json(path: str | Path, content: Row) -> None:
         draft.unlink(missing_ok=True)
 
 
+def check_output(args: argparse.Namespace) -> None:
+    """Raise InputError where --output_file cannot become X.jsonl: its name, its folder, a question file, a writer."""
+    path = Path(args.output_file)
+    summary_path(path)
+    for name in ("eval_data_path", "train_data_path"):
+        data = getattr(args, name)
+        if data and path.exists() and Path(data).exists() and path.samefile(data):
+            raise InputError(f"--output_file {path}: is the file of --{name}; choose another name")
+    there = next(part for part in (path, *path.absolute().parents) if part.exists())
+    if (there.is_dir() if there == path else not there.is_dir()) or not os.access(there, os.W_OK):
+        raise InputError(f"--output_file {path}: {there} cannot be written; choose another name")
+    if there == path:
+        with open(path, "ab") as file:
+            lock_rows(path, file)
+
+
+def check_rows_of(path: str | Path, checkpoint: str) -> None:
+    """Raise InputError where `path` holds other rows than those of an evaluation of the folder `checkpoint`."""
+    if not Path(path).is_file() or not Path(path).stat().st_size:
+        return
+    if not Path(f"{path}.run.json").is_file():
+        raise InputError(f"--output_file {path}: holds what no evaluation wrote; choose another name")
+    try:
+        made_of = json.loads(summary_path(path).read_bytes())["manifest"]["flags"]["checkpoint_path"]
+    except (OSError, ValueError, LookupError, TypeError):  # an evaluation that did not end has none
+        return
+    if os.path.realpath(made_of or "") != os.path.realpath(checkpoint):
+        raise InputError(f"--output_file {path}: holds the answers of {made_of}; choose another name or move them away")
+
+
+def lock_rows(path: Path, file: Any) -> None:
+    """Lock a rows file, as long as `file` is open; InputError where another process has."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise InputError(f"{path}: another run is writing it; wait for it or choose another name") from error
+
+
+def check_same_run(path: Path, settings: Row, complete: bool = True) -> None:
+    """Raise InputError unless the rows of `path` were made with `settings`, as its companion X.jsonl.run.json tells.
+
+    `complete`: the companion holds nothing else.
+    """
+    companion = Path(f"{path}.run.json")
+    settings = json.loads(json.dumps(settings, allow_nan=False))  # as the stored ones are read back
+    again = "choose another --output_file, or start again with --overwrite"
+    try:
+        stored = json.loads(companion.read_bytes())
+    except FileNotFoundError as error:
+        what = f"rows without {companion.name}, so nothing tells which run made them"
+        raise InputError(f"{path}: {what}; {again}") from error
+    except ValueError as error:
+        raise InputError(f"{companion}: not JSON ({error}); {again}") from error
+    differing = [
+        f"{name} ({stored.get(name)!r} then, {settings.get(name)!r} now)"
+        for name in sorted(settings.keys() | (stored.keys() if complete else ()))
+        if stored.get(name) != settings.get(name)
+    ]
+    if differing:
+        differences = "; ".join(differing)
+        raise InputError(f"{path}: its rows come from another run; {differences}. {again.capitalize()}")
+
+
 class RowFile(contextlib.AbstractContextManager):
     """A rows file that a killed run can be resumed from: for one writer, each row flushed as it comes.
 
@@ -1187,16 +1263,12 @@ class RowFile(contextlib.AbstractContextManager):
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with contextlib.ExitStack() as closing:  # of the file, if it cannot be continued
             self._file = closing.enter_context(open(self.path, "ab"))
-            try:
-                fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                busy = f"{self.path}: another run is writing it; wait for it or choose another name"
-                raise InputError(busy) from error
+            lock_rows(self.path, self._file)
             if overwrite:  # before the companion changes: a run killed in between leaves no rows under a new one
                 self._file.truncate(0)
             content = self.path.read_bytes()
             if content:
-                self._check(settings)
+                check_same_run(self.path, settings)
             else:
                 write_json(self.companion, settings)
             # A row is written with its newline in one go: what lacks one is incomplete, and is done again.
@@ -1205,25 +1277,6 @@ class RowFile(contextlib.AbstractContextManager):
             self.repaired = len(content) - complete
             self.done = read_answer_rows(self.path)
             self._closing = closing.pop_all()
-
-    def _check(self, settings: Row) -> None:
-        settings = json.loads(json.dumps(settings, allow_nan=False))  # as the stored ones are read back
-        again = "choose another --output_file, or start again with --overwrite"
-        try:
-            stored = json.loads(self.companion.read_bytes())
-        except FileNotFoundError as error:
-            what = f"rows without {self.companion.name}, so nothing tells which run made them"
-            raise InputError(f"{self.path}: {what}; {again}") from error
-        except ValueError as error:
-            raise InputError(f"{self.companion}: not JSON ({error}); {again}") from error
-        differing = [
-            f"{name} ({stored.get(name)!r} then, {settings.get(name)!r} now)"
-            for name in sorted(stored.keys() | settings.keys())
-            if stored.get(name) != settings.get(name)
-        ]
-        if differing:
-            differences = "; ".join(differing)
-            raise InputError(f"{self.path}: its rows come from another run; {differences}. {again.capitalize()}")
 
     def append(self, row: Row) -> None:
         """Add a row at the end, completely or not at all; it survives a kill. InputError where the disk is full."""
@@ -1348,17 +1401,15 @@ class ModelChoice:
     model: Any  # train_vqa's ModelSettings and InputSettings, the flags applied
     inputs: Any
     changes: Row  # fields of these two that the flags set
+    trained_frames: int | None  # frames a clip in training; 0: all; None: not known, or nothing was trained
+    mapped: list[str]  # what flags of the public script were taken for
     patterns: Row  # --audio_pattern and --frame_pattern, from the flags or else from training
     dtype: str  # of inference
     merged: bool  # the adapter is merged into the weights
 
 
-def choose_model(args: argparse.Namespace, device: Any) -> ModelChoice:
-    """Find the model to evaluate, before any weights load.
-
-    Raises InputError for a folder without adapter or model and for flags that contradict it; VQAError for unreadable
-    settings, or an attention kernel or a pattern of file names that is not supported.
-    """
+def find_model(args: argparse.Namespace) -> tuple[str, bool]:
+    """The folder or hub id that the flags name, and whether an adapter lies there; InputError where nothing does."""
     path = args.checkpoint_path or args.model_name_or_path or vqa.DEFAULT_MODEL
     adapter = (Path(path) / "adapter_config.json").is_file()
     if args.checkpoint_path and not adapter:
@@ -1370,13 +1421,25 @@ def choose_model(args: argparse.Namespace, device: Any) -> ModelChoice:
             )
         if args.model_name_or_path:
             raise InputError(f"--checkpoint_path {path} is a full model; leave --model_name_or_path out")
-    if args.no_merge and not adapter:
+    if args.checkpoint_path and args.no_adapter and not adapter:
+        raise InputError(f"--no_adapter: {path} is a full model, which has no adapter; leave the flag out")
+    if args.no_merge and (args.no_adapter or not adapter):
         raise InputError("--no_merge: there is no adapter to keep unmerged; leave it out")
+    return path, adapter
+
+
+def choose_model(args: argparse.Namespace, device: Any) -> ModelChoice:
+    """Find the model to evaluate, before any weights load.
+
+    Raises InputError for a folder without adapter or model and for flags that contradict it; VQAError for unreadable
+    settings, or an attention kernel or a pattern of file names that is not supported.
+    """
+    path, adapter = find_model(args)
     changes = {
         "model_name_or_path": args.model_name_or_path if adapter else None,
         "attn_implementation": args.attn_implementation,
         "load_in_4bit": args.load_in_4bit,
-        "input_mode": args.input_mode,
+        "input_mode": PUBLIC_MODES.get(args.input_mode, [args.input_mode])[0],
         "max_image_size": args.max_image_size,
         "prompt_layout": args.prompt_layout,
         **({} if adapter else {"init": args.init, "init_seed": args.seed}),
@@ -1404,12 +1467,56 @@ def choose_model(args: argparse.Namespace, device: Any) -> ModelChoice:
     vqa.check_attention(model.attn_implementation, getattr(torch, dtype))
     if model.load_in_4bit:
         vqa.check_bitsandbytes("--load_in_4bit")
-    if adapter and model.load_in_4bit and not args.no_merge:
+    if adapter and model.load_in_4bit and not (args.no_merge or args.no_adapter):
         print(f"   {path}: the base is kept in 4 bits, into which no adapter is merged; it stays unmerged")
     if trained_on.get("load_in_4bit") and not model.load_in_4bit:
         print(f"   {path}: trained on the base in 4 bits, asked on it in 16: other answers than in training")
+    frames = (inputs.max_train_frames or 0) if "max_train_frames" in settings.get("input", {}) else None
     merged = adapter and not model.load_in_4bit and not args.no_merge
-    return ModelChoice(path, adapter, model, inputs, changes, patterns, dtype, merged)
+    return as_asked_publicly(
+        args, ModelChoice(path, adapter, model, inputs, changes, frames, [], patterns, dtype, merged)
+    )
+
+
+def as_asked_publicly(args: argparse.Namespace, chosen: ModelChoice) -> ModelChoice:
+    """The choice with --no_adapter applied; prints and records what flags of the public script are taken for."""
+    if args.input_mode in PUBLIC_MODES:
+        chosen.mapped.append(f"--input_mode {args.input_mode} {PUBLIC_MODES[args.input_mode][1]}")
+    if chosen.adapter and args.no_adapter:
+        base = chosen.model.model_name_or_path
+        chosen.mapped.append(f"--no_adapter: {base} is asked, as {chosen.path} would be, whose base it is")
+        every = dataclasses.asdict(chosen.model) | dataclasses.asdict(chosen.inputs)
+        changes = {name: value for name, value in every.items() if name not in ("dtype", "allow_pickle")}
+        how = {"changes": changes, "trained_frames": None, "merged": False}
+        chosen = dataclasses.replace(chosen, path=base, adapter=False, **how)
+    for line in chosen.mapped:
+        print(f"   {line}")
+    return chosen
+
+
+def check_weights(chosen: ModelChoice, device: Any) -> None:
+    """Raise VQAError where headers and names already tell that the weights cannot be loaded."""
+    vqa.drawing_device(chosen.path, chosen.model, device.type)
+    if chosen.adapter:
+        vqa.refuse_damage(chosen.path)
+        vqa.read_adapter(Path(chosen.path))
+    base, audio_encoder = chosen.model.model_name_or_path, chosen.model.audio_encoder
+    vqa.load_config(base)
+    if audio_encoder:
+        vqa.whisper_geometry(audio_encoder)
+    if chosen.model.init != "random" and Path(base).is_dir():
+        vqa.check_speech_encoder(Path(base), vqa.stored_keys(Path(base)), audio_encoder)
+
+
+def frames_that_differ(trained: int | None, asked: int | None, lengths: Iterable[int]) -> Row | None:
+    """{"trained", "asked"}: frames of the longest clip that is asked on another number than in training; None: none.
+
+    `trained` as in ModelChoice; `asked` None: all. `lengths`: frames of each clip.
+    """
+    if trained is None:
+        return None
+    pairs = [(min(n, trained or n), min(n, asked or n)) for n in lengths]
+    return next(({"trained": a, "asked": b} for a, b in sorted(pairs, reverse=True) if a != b), None)
 
 
 def load_chosen_model(chosen: ModelChoice, device: Any) -> Any:
@@ -1624,7 +1731,7 @@ def check_liveness(model: Any, inputs: ArmInputs) -> Row:
     def log_probs(index: int, frames: list[Any], speech: Any) -> Any:
         batch = collate([inputs.make_sample(index, frames, speech)])
         with torch.inference_mode():
-            return model(**on_device(batch, model.device), logits_to_keep=1).logits.float().log_softmax(-1)
+            return model(**vqa.on_device(batch, model.device), logits_to_keep=1).logits.float().log_softmax(-1)
 
     @functools.cache
     def readable(index: int) -> tuple[list[Any], Any] | None:
@@ -1668,149 +1775,6 @@ def check_liveness(model: Any, inputs: ArmInputs) -> Row:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def answer_batch(
-    model: Any, samples: Iterable[Row], pad_token_id: int, stop_ids: Sequence[int], max_new_tokens: int
-) -> list[tuple[list[int], str]]:
-    """Greedy answers of any number of samples: per row the new ids, stop token included, and `eos` or `length`.
-
-    Prefill goes by groups (`prefill`), then all rows decode together, one token a step. Written out because `generate`
-    prefills all rows at once, under a mask that keeps sdpa from its fast kernels: 5.74 answers/s in place of 7.87 on
-    one H100, and 4 GiB more (docs/PERFORMANCE.md).
-    """
-    from transformers import DynamicCache
-
-    with torch.inference_mode():
-        lengths, ids, positions, layers = prefill(model, samples, pad_token_id)
-        if not lengths:
-            return []
-        cache = DynamicCache()
-        for index in range(len(layers)):
-            cache.update(*layers[index], index)
-            layers[index] = None  # freed, so that one layer at a time is there twice
-        width = max(lengths)
-        mask = None
-        if min(lengths) < width:
-            starts = width - torch.tensor(lengths, device=ids.device)
-            mask = (torch.arange(width, device=ids.device) >= starts[:, None]).long()
-        stops = torch.tensor(list(stop_ids), dtype=ids.dtype, device=ids.device)
-        ended = torch.isin(ids, stops)
-        produced = [ids]
-        while len(produced) < max_new_tokens and not ended.all():
-            if mask is not None:
-                mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
-            output = model(
-                input_ids=ids[:, None],
-                attention_mask=mask,
-                position_ids=positions.expand(3, -1)[..., None],
-                past_key_values=cache,
-                use_cache=True,
-            )
-            ids = output.logits[:, -1].argmax(-1)
-            positions = positions + 1
-            ended |= torch.isin(ids, stops)
-            produced.append(ids)
-    answers = []
-    for ids in torch.stack(produced, dim=1).tolist():
-        end = next((index for index, token in enumerate(ids) if token in stop_ids), None)
-        answers.append((ids, "length") if end is None else (ids[: end + 1], "eos"))
-    return answers
-
-
-def prefill(model: Any, samples: Iterable[Row], pad_token_id: int) -> tuple[list[int], Any, Any, list[tuple[Any, Any]]]:
-    """Compute the keys and values of prompts, in groups of at most PREFILL_TOKENS with their padding.
-
-    Padding is on the right, where causal attention never meets it, so that no mask is needed. The keys and values of
-    each row are then moved to end where those of the longest row end.
-
-    Returns:
-        Tokens of each prompt; the first token of each answer, int64 [B], and its position, int64 [B]; per decoder layer
-        keys and values [B, heads, longest prompt, head size], 0 in front of shorter prompts.
-    """
-    from torch.nn.functional import pad
-    from transformers import DynamicCache
-
-    collate = vqa.VQACollator(pad_token_id)
-    lengths, first, positions, caches = [], [], [], []
-    for group in grouped(samples):
-        batch = collate(group)
-        last = torch.tensor([[len(sample["input_ids"]) - 1] for sample in group])
-        grids = {name: batch[name] for name in ("image_grid_thw", "video_grid_thw") if name in batch}
-        # On the CPU, where reading the ids does not wait for the group before.
-        rope, _ = model.model.get_rope_index(batch["input_ids"], mm_token_type_ids=batch["mm_token_type_ids"], **grids)
-        inputs = on_device({**batch, "position_ids": rope, "logits_to_keep": last}, model.device)
-        output = model(**inputs, past_key_values=DynamicCache(), use_cache=True)
-        lengths += (last[:, 0] + 1).tolist()
-        first.append(output.logits[:, 0].argmax(-1))
-        positions.append(rope[0].gather(1, last)[:, 0] + 1)  # a prompt ends in words: its three positions are one
-        caches.append([(layer.keys, layer.values) for layer in output.past_key_values.layers])
-        del output
-    if not lengths:
-        return [], None, None, []
-
-    def aligned(layer: int, side: int) -> Any:
-        parts = [cache[layer][side] for cache in caches]
-        width = max(lengths)
-        if min(lengths) == width:
-            return torch.cat(parts)
-        rows = zip(lengths, (row for part in parts for row in part), strict=True)
-        return torch.stack([pad(row[:, :length], (0, 0, width - length, 0)) for length, row in rows])
-
-    layers = []
-    for layer in range(len(caches[0])):
-        layers.append((aligned(layer, 0), aligned(layer, 1)))
-        for cache in caches:
-            cache[layer] = None  # freed, so that one layer at a time is there twice
-    return lengths, torch.cat(first), torch.cat(positions).to(model.device), layers
-
-
-def grouped(samples: Iterable[Row]) -> Iterator[list[Row]]:
-    """Samples in lists, in order, each of at most PREFILL_TOKENS when padded to its longest, or of one sample."""
-    group: list[Row] = []
-    for sample in samples:
-        longest = max(len(other["input_ids"]) for other in (*group, sample))
-        if group and longest * (len(group) + 1) > PREFILL_TOKENS:
-            yield group
-            group = []
-        group.append(sample)
-    if group:
-        yield group
-
-
-def on_device(batch: Row, device: Any) -> Row:
-    """The tensors of a collated batch that the model takes, on `device`."""
-    tensors = {name: tensor for name, tensor in batch.items() if name != "labels"}
-    if device.type == "cuda":  # from pinned memory the copy runs beside the computation
-        return {name: tensor.pin_memory().to(device, non_blocking=True) for name, tensor in tensors.items()}
-    return {name: tensor.to(device) for name, tensor in tensors.items()}
-
-
-def answer_with_halving(
-    samples: Iterator[Row], size: int, may_halve: bool, answer: Callable[[Iterable[Row]], list[Any]]
-) -> tuple[list[Any], int]:
-    """Answers of `samples`, `size` at a time; with `may_halve` in halves where torch is out of memory.
-
-    Returns the answers, and the size that fitted. Raises torch.OutOfMemoryError where halving is over or not wanted.
-    """
-    answers = []
-    while True:
-        samples, attempt = itertools.tee(samples)  # what fails is gone through again
-        try:
-            batch = answer(itertools.islice(attempt, size))
-        except torch.OutOfMemoryError:
-            if not may_halve or size == 1:
-                raise
-            batch = None
-        if batch is None:  # out of the handler, which holds on to the tensors of the failed batch
-            size = math.ceil(size / 2)
-            torch.cuda.empty_cache()
-            print(f"   The GPU memory is full: continuing with batches of {size}", flush=True)
-        elif batch:
-            answers += batch
-            next(itertools.islice(samples, len(batch) - 1, None))  # goes past the samples of the batch
-        else:
-            return answers, size
-
-
 def choose_batch_size(model: Any, longest: int, max_new_tokens: int, limit_gib: float) -> int:
     """Rows that fit into the GPU memory at a time, 1 to AUTO_BATCH_SIZE; CPU_BATCH_SIZE without a CUDA GPU.
 
@@ -1829,7 +1793,7 @@ def choose_batch_size(model: Any, longest: int, max_new_tokens: int, limit_gib: 
     head = text.hidden_size // text.num_attention_heads
     # In prefill: four activations of the MLP's width (gate, its SiLU, up, their product), and about sixteen of the
     # hidden size, of which some are float32.
-    prefilling = max(PREFILL_TOKENS, longest) * item * (4 * text.intermediate_size + 16 * text.hidden_size)
+    prefilling = max(vqa.PREFILL_TOKENS, longest) * item * (4 * text.intermediate_size + 16 * text.hidden_size)
     # A token keeps a key and a value a layer; one layer is copied to grow, and, under a mask, repeated for every head.
     kept = 2 * head * text.num_key_value_heads * (text.num_hidden_layers + 2)
     row = (longest + max_new_tokens) * item * (kept + 2 * head * text.num_attention_heads)
@@ -1866,7 +1830,9 @@ def answer_arm(model: Any, inputs: ArmInputs, file: RowFile, args: argparse.Name
             # Two iterators over one slice: prefill begins while the rest of it is still being decoded.
             samples, again = itertools.tee(itertools.islice(decoded, len(part)))
             usable = (sample for sample in samples if not isinstance(sample, str))
-            answers, size = answer_with_halving(usable, size, auto, lambda batch: answer_batch(model, batch, *decoding))
+            answers, size = vqa.answer_with_halving(
+                usable, size, auto, lambda batch: vqa.answer_batch(model, batch, *decoding)
+            )
             waiting = iter(answers)
             for index, sample in zip(part, again, strict=True):
                 error = sample if isinstance(sample, str) else None
@@ -1904,6 +1870,7 @@ def generate(args: argparse.Namespace) -> int:
 
     Raises InputError for whatever the user can fix.
     """
+    check_output(args)
     load_libraries()
     stop = vqa.StopSignal("finishing the batch", "no row was answered; run the same command again")
     try:
@@ -1929,8 +1896,10 @@ def answer_and_score(args: argparse.Namespace, stop: Any) -> int:
     vqa.limit_gpu_memory(args.gpu_memory_limit_gib or None)
     device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     chosen = choose_model(args, device)
-    main_arm = chosen.inputs.input_mode
-    modes = choose_arms(args, main_arm)
+    modes = choose_arms(args, chosen.inputs.input_mode)
+    main_arm, *_ = modes
+    files = {arm: arm_path(args.output_file, arm, main_arm) for arm in modes}
+    check_before_data(args, chosen, modes, files, device)
 
     # 2. Data: everything is found and decoded once before the weights load
     rows_of, speech_sources, train_rows = read_data(args, modes, chosen)
@@ -1966,9 +1935,9 @@ def answer_and_score(args: argparse.Namespace, stop: Any) -> int:
     # 6. Figures
     record = run_record(args, chosen, arms[main_arm], settings[main_arm], device)
     record["gates"] = moved
+    record["frames"] = frames_that_differ(chosen.trained_frames, limit, (len(row["frames"]) for row in annotations))
     record["runtime"] = {"seconds": seconds, "rows_answered": answered, "peak_gpu_memory_gib": peak}
     record["runtime"]["batch_size"] = {arm: inputs.batch_size for arm, inputs in arms.items()}
-    files = {arm: arm_path(args.output_file, arm, main_arm) for arm in arms}
     in_arms = summarise_arms(main_arm, scored, {arm: path.name for arm, path in files.items()})
     if "mismatched_audio" in in_arms:
         in_arms["mismatched_audio"]["borrowed"] = summarise_borrowing(done["mismatched_audio"].values())
@@ -1983,9 +1952,28 @@ def answer_and_score(args: argparse.Namespace, stop: Any) -> int:
     return 1 if any(row.prediction is None for part in scored.values() for row in part) else 0
 
 
-def choose_arms(args: argparse.Namespace, main_arm: str) -> dict[str, str]:
+def check_before_data(
+    args: argparse.Namespace, chosen: ModelChoice, modes: Row, files: Mapping[str, Path], device: Any
+) -> None:
+    """Raise InputError or VQAError for rows of another run and unusable weights, before minutes of decoding."""
+    for arm, path in files.items():
+        if not args.overwrite and path.is_file() and path.stat().st_size:
+            check_same_run(path, known_settings(args, chosen, arm, modes[arm]), complete=False)
+    check_weights(chosen, device)
+
+
+def choose_arms(args: argparse.Namespace, mode: str) -> dict[str, str]:
     """Each arm's input mode, the main arm first. Raises InputError for arms that need speech which is not there."""
-    modes = {arm: arm if arm in INPUT_MODES else main_arm for arm in (main_arm, *(args.arms or ()))}
+    main_arm = args.input_mode if args.input_mode in ARMS else mode  # of PUBLIC_MODES, one is an arm
+    if main_arm not in INPUT_MODES and args.arms:
+        raise InputError(
+            f"--arms beside --input_mode {main_arm}: arms are compared with an input mode; write --input_mode {mode} "
+            f"--arms {main_arm}"
+        )
+    spoken = args.audio_dir or mode != "text"
+    fitting = [arm for arm in ARMS if (mode != "text" or arm not in HEARING_ARMS) and (spoken or "audio" not in arm)]
+    asked = fitting if args.arms == ["all"] else args.arms or ()
+    modes = {arm: arm if arm in INPUT_MODES else mode for arm in (main_arm, *asked)}
     without_speech = [arm for arm, mode in modes.items() if arm in HEARING_ARMS and mode == "text"]
     if without_speech:
         raise InputError(f"--arms {','.join(without_speech)}: in text mode the model gets no speech; drop the arm")
@@ -2090,18 +2078,16 @@ def check_same_media(inputs: ArmInputs, file: RowFile) -> None:
             )
 
 
-def run_settings(args: argparse.Namespace, chosen: ModelChoice, inputs: ArmInputs, base_fingerprint: str) -> Row:
-    """What the answers of an arm depend on, as flat JSON: rows made with other values are never mixed with them."""
+def known_settings(args: argparse.Namespace, chosen: ModelChoice, arm: str, input_mode: str) -> Row:
+    """What of `run_settings` is known before media are read and weights load."""
     folder = Path(chosen.path)
-    processor = inputs.processor
 
     def digest(name: str, wanted: bool = True) -> str | None:
         return sha256_once(folder / name) if wanted and (folder / name).is_file() else None
 
     return {
-        "arm": inputs.arm,
-        "input_mode": processor.input_mode,
-        "base_fingerprint": base_fingerprint,
+        "arm": arm,
+        "input_mode": input_mode,
         "adapter_sha256": digest("adapter_model.safetensors", chosen.adapter),
         "adapter_config_sha256": digest("adapter_config.json", chosen.adapter),
         # base_fingerprint samples the weights: too few to tell neighbouring checkpoints of a full model apart.
@@ -2111,15 +2097,22 @@ def run_settings(args: argparse.Namespace, chosen: ModelChoice, inputs: ArmInput
         "attn_implementation": chosen.model.attn_implementation,
         "load_in_4bit": chosen.model.load_in_4bit or None,  # which older rows do not name
         "eval_data_sha256": sha256_once(Path(args.eval_data_path)),
-        "prompt_sha256": hashlib.sha256(inputs.prompt("{question}").encode()).hexdigest(),
-        "audio_tokens": processor.audio_tokens,
-        "encoder_tokens": processor.encoder_tokens,
-        "frame_mode": processor.frame_mode,
+        "audio_tokens": chosen.inputs.audio_tokens,
+        "frame_mode": chosen.inputs.frame_mode,
         "max_eval_frames": chosen.inputs.max_eval_frames,
         "max_image_size": chosen.inputs.max_image_size,
         "max_new_tokens": args.max_new_tokens,
-        "seed": args.seed if inputs.arm in SEEDED_ARMS else None,
-        "borrowed_speech": "of the nearest length, fitted" if inputs.speech_sources else None,
+        "seed": args.seed if arm in SEEDED_ARMS else None,
+        "borrowed_speech": "of the nearest length, fitted" if arm == "mismatched_audio" else None,
+    }
+
+
+def run_settings(args: argparse.Namespace, chosen: ModelChoice, inputs: ArmInputs, base_fingerprint: str) -> Row:
+    """What the answers of an arm depend on, as flat JSON: rows made with other values are never mixed with them."""
+    return known_settings(args, chosen, inputs.arm, inputs.processor.input_mode) | {
+        "base_fingerprint": base_fingerprint,
+        "prompt_sha256": hashlib.sha256(inputs.prompt("{question}").encode()).hexdigest(),
+        "encoder_tokens": inputs.processor.encoder_tokens,
     }
 
 
@@ -2138,6 +2131,8 @@ def run_record(args: argparse.Namespace, chosen: ModelChoice, inputs: ArmInputs,
     packages += ["bitsandbytes"] * model.load_in_4bit
     input_fields = ("input_mode", "audio_tokens", "encoder_tokens", "frame_mode", "max_eval_frames", "max_image_size")
     return record | {
+        "arm": inputs.arm,
+        "mapped_flags": chosen.mapped,
         "versions": {name: importlib.metadata.version(name) for name in packages},
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "model": {
@@ -2146,6 +2141,7 @@ def run_record(args: argparse.Namespace, chosen: ModelChoice, inputs: ArmInputs,
             "init": model.init,
             "adapter": str(chosen.path) if chosen.adapter else None,
             "adapter_merged": chosen.merged,
+            "adapter_left_out": args.checkpoint_path if args.no_adapter else None,
             "dtype": chosen.dtype,
             "attn_implementation": model.attn_implementation,
             "load_in_4bit": model.load_in_4bit,
@@ -2195,10 +2191,12 @@ _true_or_false.__name__ = "True or False"
 
 
 def _arm_list(text: str) -> list[str]:
-    arms = text.split(",")
-    unknown = [repr(arm) for arm in arms if arm not in ARMS]
+    arms = [arm.strip() for arm in text.split(",")]
+    unknown = [repr(arm) for arm in arms if arm not in ARMS and arms != ["all"]]
     if unknown or len(set(arms)) < len(arms):
-        raise argparse.ArgumentTypeError(f"{', '.join(unknown) or text}: give each arm once, of {', '.join(ARMS)}")
+        raise argparse.ArgumentTypeError(
+            f"{', '.join(unknown) or text}: give each arm once, of {', '.join(ARMS)}, or all"
+        )
     return arms
 
 
@@ -2224,7 +2222,7 @@ def build_parser() -> argparse.ArgumentParser:
          "train majority, no check")
     data("--output_file", help="X.jsonl, one row a sample; the figures go to X.summary.json. With --score_only: the "
          "existing predictions")
-    data("--limit", type=_at_least(0), default=0, help="evaluate the first N rows. 0: all of them")
+    data("--limit", "--max_eval_samples", type=_at_least(0), default=0, help="evaluate the first N rows. 0: all")
     data("--overwrite", **switch, help="start again where --output_file holds rows; without it, rows of the same run "
          "are kept and the rest is done")
     data("--allow_errors", **switch, help="a row whose files cannot be read counts as wrong; without it, such a row "
@@ -2235,7 +2233,9 @@ def build_parser() -> argparse.ArgumentParser:
           "model, zero-shot")
     model("--model_name_or_path", help="base model. None: the base of the adapter, or without --checkpoint_path the "
           "published model")
-    model("--input_mode", choices=INPUT_MODES, help="how the question reaches the model. None: as in training")
+    model("--input_mode", choices=(*INPUT_MODES, *PUBLIC_MODES), help="how the question reaches the model. None: as in "
+         "training. The public script's audio_only is audio, text_only is text, and mismatched_audio the arm of that "
+         "name in audio_text")
     model("--prompt_layout", choices=PROMPT_LAYOUTS, help="words around speech and frames. plain: of the published "
           "stage-2 model; chat: of the public SurgViVQA-Audio scripts. None: as in training; a base: plain. A trained "
           "model without vqa_settings.json needs it, and --max_eval_frames")
@@ -2249,6 +2249,8 @@ def build_parser() -> argparse.ArgumentParser:
           "in training")
     model("--init", choices=("pretrained", "random"), help="random: the base with weights drawn from --seed, to "
           "rehearse. None: as in training, else pretrained")
+    model("--no_adapter", **switch, help="ask the base of the adapter in --checkpoint_path without the adapter, its "
+          "prompt and frames being the adapter's")
     model("--no_merge", **switch, help="keep the adapter unmerged: slower; without it, it is merged once the "
           "weights are loaded")
     model("--gpu_memory_limit_gib", type=float, default=0.0, help="hard cap on this process's GPU memory, to rehearse "
@@ -2262,7 +2264,8 @@ def build_parser() -> argparse.ArgumentParser:
             "number may tip a near tie to another answer. auto: as many as the GPU or --gpu_memory_limit_gib has room "
             f"for, up to {AUTO_BATCH_SIZE}, halved where they do not fit; without a GPU {CPU_BATCH_SIZE}")
     answers("--max_new_tokens", type=_at_least(1), default=32, help="tokens after which an answer is cut")
-    answers("--arms", type=_arm_list, help=f"comma-separated, of {', '.join(ARMS)}. None: the input mode alone")
+    answers("--arms", type=_arm_list, help=f"comma-separated, of {', '.join(ARMS)}; all: those that fit the input "
+            "mode. None: the input mode alone")
     answers("--seed", type=int, default=0, help="for borrowed speech, shuffled frames and --init random")
 
     parser.add_argument("--score_only", **switch, help="score the predictions in --output_file; no model")
@@ -2271,10 +2274,25 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def parse_arguments(parser: argparse.ArgumentParser, argv: Sequence[str]) -> argparse.Namespace:
+    """Parse `argv`, with dashes or underscores in flags; for an unknown one the nearest is named, status 2."""
+    spelled = [re.sub(r"^--[^=]+", lambda flag: "--" + flag[0][2:].replace("-", "_"), part) for part in argv]
+    for name in {part.partition("=")[0] for part in spelled} & REFUSED_FLAGS.keys():
+        parser.error(f"{name}: {REFUSED_FLAGS[name]}")
+    args, unknown = parser.parse_known_args(spelled)
+    if unknown:
+        known = [f"--{name}" for name in (*vars(args), "max_eval_samples", "help")]
+        wrong = [part.partition("=")[0] for part in unknown if part[:2] == "--"]
+        near = ([name for name in known if name.startswith(part)] or known for part in wrong)
+        meant = ", ".join(itertools.chain(*map(difflib.get_close_matches, wrong, near, itertools.repeat(1))))
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}{meant and f'; did you mean {meant}?'}")
+    return args
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return the exit status. Errors of input are one line on stderr and status 2."""
     parser = build_parser()
-    args = parser.parse_args(argv)
+    args = parse_arguments(parser, sys.argv[1:] if argv is None else argv)
     needed = ["eval_data_path", "output_file"] + ["frames_dir"] * (not args.score_only)
     lacking = [f"--{name}" for name in needed if not getattr(args, name)]
     if lacking and not args.compare:

@@ -5,6 +5,7 @@
 #   bash train_with_eval_FINAL.sh --smoke           the same two steps with the tiny model and the fixtures, on the CPU
 #   bash train_with_eval_FINAL.sh --python [FILE]   only installs the missing packages (and those of requirements
 #                                                   FILE), and prints the Python that has them
+#   bash train_with_eval_FINAL.sh --help            this text; all flags: python train_vqa.py --help, once installed
 #
 # Environment: MODEL TRAIN_DATA EVAL_DATA FRAMES_DIR AUDIO_DIR EVAL_AUDIO_DIR OUTPUT_DIR RESULTS PYTHON
 set -euo pipefail
@@ -12,12 +13,16 @@ shopt -s inherit_errexit  # or an install that fails inside $(find_python) would
 
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 
-# Prints the first interpreter (.venv beside this script, then $PYTHON) that has every package named in the given
+# Prints the first interpreter ($PYTHON if set, .venv beside this script, python3) that has every package named in the given
 # requirements files; if none has, makes the .venv. Without requirements.txt, reports the missing packages instead.
 find_python() {
     local requirements=("$@") listed=() candidate missing
     for file in "${requirements[@]}"; do [ -f "$file" ] && listed+=("$file"); done
-    for candidate in "$here/.venv/bin/python" "${PYTHON:-python3}"; do
+    if [ -n "${PYTHON:-}" ] && ! command -v "$PYTHON" >/dev/null; then
+        echo "error: PYTHON: $PYTHON: no such program; name a Python, or unset it" >&2
+        return 1
+    fi
+    for candidate in ${PYTHON:+"$PYTHON"} "$here/.venv/bin/python" "${PYTHON:-python3}"; do
         command -v "$candidate" >/dev/null || continue
         missing=$("$candidate" - "${listed[@]}" <<'PY'
 import importlib.metadata, re, sys
@@ -28,10 +33,16 @@ installed = {dist.metadata["Name"].lower() for dist in importlib.metadata.distri
 print(*[name for name in names if name and name.lower() not in installed])
 PY
         )
-        if [ -z "$missing" ]; then echo "$candidate"; return; fi
+        if [ -z "$missing" ]; then
+            if [ "$candidate" != "${PYTHON:-$candidate}" ]; then
+                echo "PYTHON: $PYTHON lacks packages; using $candidate" >&2
+            fi
+            echo "$candidate"
+            return
+        fi
     done
     if [ ${#listed[@]} -eq 0 ]; then
-        echo "error: packages are missing; run: python3 -m pip install $missing" >&2
+        echo "error: packages are missing; run: ${PYTHON:-python3} -m pip install $missing" >&2
         return 1
     fi
     make_venv "${listed[@]}" >&2
@@ -111,6 +122,10 @@ supervise() {
     if [ "$status" != 0 ]; then exit "$status"; fi
 }
 
+for flag in "$@"; do
+    case $flag in -h | --help) exec sed -n '2,10s/^# \{0,1\}//p' "${BASH_SOURCE[0]}" ;; esac
+done
+
 case ${1-} in
     --python)
         find_python "$here/requirements.txt" "${@:2}"
@@ -173,19 +188,24 @@ flags=(
     "${settings[@]}" ${given[@]+"${given[@]}"}
 )
 python=$(find_python "$here/requirements.txt")
-for flag in "$@"; do
-    case $flag in
-        -h | --help)
-            sed -n '2,9s/^# \{0,1\}//p' "${BASH_SOURCE[0]}" && echo
-            exec "$python" "$here/train_vqa.py" --help
-            ;;
-    esac
-done
+results=${RESULTS:-results/eval_out.jsonl}
+# Before hours of training. Evaluation starts $results anew, so what is there must be of this checkpoint.
+output=$(flag_value --output_dir "" "${flags[@]}")
+PYTHONPATH=$here${PYTHONPATH:+:$PYTHONPATH} "$python" - "$results" "$output" \
+    "$(flag_value --train_data_path "" "${flags[@]}")" "$(flag_value --eval_data_path "" "${flags[@]}")" <<'PY'
+import argparse, sys
+import evaluate_checkpoint as ev
+results, checkpoint, train_data, eval_data = sys.argv[1:]
+try:
+    ev.check_output(argparse.Namespace(output_file=results, train_data_path=train_data, eval_data_path=eval_data))
+    ev.check_rows_of(results, checkpoint)
+except ev.InputError as error:
+    sys.exit("error: " + str(error).replace("--output_file", "RESULTS"))
+PY
 supervise "$python" "$here/train_vqa.py" "${flags[@]}"
 
 if switched_on --dry_run "${flags[@]}" || switched_on --check_data "${flags[@]}"; then exit; fi
 
-results=${RESULTS:-results/eval_out.jsonl}
 limit=$(flag_value --gpu_memory_limit_gib "" "${flags[@]}")
 features=$(flag_value --cache_features "" "${flags[@]}")
 evaluation=(--overwrite)  # rows of an earlier training would be refused
@@ -196,7 +216,7 @@ else
     evaluation+=(--train_data_path "$(flag_value --train_data_path "" "${flags[@]}")")
 fi
 supervise "$python" "$here/evaluate_checkpoint.py" \
-    --checkpoint_path "$(flag_value --output_dir "" "${flags[@]}")" \
+    --checkpoint_path "$output" \
     --eval_data_path "$(flag_value --eval_data_path "" "${flags[@]}")" \
     --frames_dir "$(flag_value --frames_dir "" "${flags[@]}")" \
     --audio_dir "$(flag_value --eval_audio_dir "" "${flags[@]}")" \

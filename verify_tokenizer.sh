@@ -9,7 +9,7 @@ case ${1-} in -h | --help) sed -n '2,5s/^# \{0,1\}//p' "${BASH_SOURCE[0]}" && ex
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 python=$(bash "$here/train_with_eval_FINAL.sh" --python)
 PYTHONPATH=$here${PYTHONPATH:+:$PYTHONPATH} "$python" - "$@" <<'PY'
-import sys
+import contextlib, io, sys
 
 from transformers import AutoTokenizer
 
@@ -24,7 +24,10 @@ def show(when, tokenizer):
 
 def main():
     model = sys.argv[1] if len(sys.argv) > 1 else train_vqa.DEFAULT_MODEL
-    before = AutoTokenizer.from_pretrained(train_vqa.resolve_model_dir(model), trust_remote_code=False)
+    folder = train_vqa.resolve_model_dir(model, flag_name="MODEL")
+    with contextlib.redirect_stdout(io.StringIO()) as said:
+        after = train_vqa.load_tokenizer(folder)  # first: it names what cannot be read
+    before = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     show("Before", before)
     if before.pad_token_id is None:
         print("❌ ISSUE: there is no PAD token")
@@ -33,7 +36,7 @@ def main():
     else:
         print("✅ PAD and EOS tokens are different")
     print()
-    after = train_vqa.load_tokenizer(model)
+    print(said.getvalue(), end="")
     show("After load_tokenizer", after)
     stops = train_vqa.stop_token_ids(after)
     print(f"   Generation stops at: {', '.join(f'{after.convert_ids_to_tokens(i)!r} (ID: {i})' for i in stops)}")

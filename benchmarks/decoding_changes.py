@@ -11,7 +11,6 @@ from transformers import GenerationConfig
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import evaluate_checkpoint as ev
 import train_vqa as vqa
 
 
@@ -117,7 +116,7 @@ class GraphDecoder:
     ) -> list[tuple[list[int], str]]:
         """As `answer_batch`, for answers that all have `max_new_tokens` tokens (no `stop_ids`)."""
         with torch.inference_mode(), grouped_attention():
-            lengths, ids, positions, layers = ev.prefill(model, samples, pad_token_id)
+            lengths, ids, positions, layers = vqa.prefill(model, samples, pad_token_id)
             if not lengths:
                 return []
             step = self.steps.get(len(lengths))
@@ -136,7 +135,7 @@ def answer_by_library(
         return []
     batch = vqa.VQACollator(pad_token_id, "left")(samples)
     with torch.inference_mode():
-        inputs = ev.on_device(batch, model.device)
+        inputs = vqa.on_device(batch, model.device)
         stops = list(stop_ids) or None
         decoding = GenerationConfig(
             do_sample=False, max_new_tokens=max_new_tokens, eos_token_id=stops, pad_token_id=pad_token_id

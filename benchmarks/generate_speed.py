@@ -108,7 +108,7 @@ def answer_plainly(model, inputs: ev.ArmInputs, max_new_tokens: int) -> int:
     for sample in vqa.ahead(inputs.sample, range(len(inputs.rows)), 8):
         if isinstance(sample, str):
             raise SystemExit(f"generate_speed.py: error: {sample}")
-        batch = ev.on_device(collate([sample]), model.device)
+        batch = vqa.on_device(collate([sample]), model.device)
         with torch.inference_mode():
             output = model.generate(**batch, generation_config=decoding)
         tokens += output.shape[1] - batch["input_ids"].shape[1]
@@ -150,8 +150,8 @@ def measure(
         with grouped_attention() if design == "grouped" else contextlib.nullcontext():
             return answer_ours(model, inputs, args)
 
-    answer_batch = {"graphs": GraphDecoder(), "library": answer_by_library}.get(design, ev.answer_batch)
-    with patch.object(ev, "answer_batch", answer_batch):
+    answer_batch = {"graphs": GraphDecoder(), "library": answer_by_library}.get(design, vqa.answer_batch)
+    with patch.object(vqa, "answer_batch", answer_batch):
         answer(present(rows[:WARM_UP]))
     inputs = present(rows)
     gc.collect()
@@ -166,11 +166,11 @@ def measure(
     filling = time.perf_counter() - start
     if cache == "warm":
         start += filling
-    reading, batches = Timed(ev.prefill), Timed(answer_batch)
+    reading, batches = Timed(vqa.prefill), Timed(answer_batch)
     with (
         patch.object(vqa, "ahead", clock),
-        patch.object(ev, "prefill", reading),
-        patch.object(ev, "answer_batch", batches),
+        patch.object(vqa, "prefill", reading),
+        patch.object(vqa, "answer_batch", batches),
     ):
         tokens = answer(inputs)
     synchronize()
@@ -198,7 +198,7 @@ def measure(
         result["peak_reserved_gib"] = torch.cuda.max_memory_reserved() / 2**30
     if args.profile:
         print(f"\n{design}: where {args.profile} rows spend their time")
-        with patch.object(ev, "answer_batch", answer_batch):
+        with patch.object(vqa, "answer_batch", answer_batch):
             print(profiled(partial(answer, present(rows[: args.profile]))))
     return result
 
@@ -221,10 +221,10 @@ def profiled(answer) -> str:
         synchronize()
         return output
 
-    prefill = ev.prefill
+    prefill = vqa.prefill
     with (
-        patch.object(ev, "prefill", named("## prefill", timed)),
-        patch.object(ev, "answer_batch", named("## a batch", ev.answer_batch)),
+        patch.object(vqa, "prefill", named("## prefill", timed)),
+        patch.object(vqa, "answer_batch", named("## a batch", vqa.answer_batch)),
         torch.profiler.profile(activities=activities) as profile,
     ):
         answer()

@@ -168,11 +168,16 @@ def test_score_only_refuses_predictions_it_cannot_place(run, tmp_path, data, row
         (["--output_file", "x.jsonl"], "--eval_data_path, --frames_dir"),
         (["--compare", "a", "b", "--score_only"], "--score_only: no effect with --compare"),
         (["--score_only", "--eval_data_path", "a", "--output_file", "b", "--arms", "text"], "--arms: no effect with"),
-        (["--score"], "unrecognized arguments: --score"),
+        (["--score"], "unrecognized arguments: --score; did you mean --score_only?"),
+        (["--eval-data-pth=x"], "did you mean --eval_data_path?"),
+        (["--max_eval_sample", "5"], "did you mean --max_eval_samples?"),
+        (["--zzz", "5"], "unrecognized arguments: --zzz 5\n"),
+        (["--allow-missing-audio"], "--allow_missing_audio: silence in place of missing speech"),
         (["--limit", "-1"], "0 or more, found -1"),
         (["--batch_size", "0"], "1 or more, found 0"),
         (["--arms", "audio,deaf"], "'deaf'"),
-        (["--arms", "audio,audio"], "audio,audio"),
+        (["--arms", "audio, audio"], "audio, audio"),
+        (["--arms", "audio,all"], "'all'"),
         (["--input_mode", "speech"], "invalid choice: 'speech'"),
     ],
 )
@@ -180,6 +185,26 @@ def test_flags_that_make_no_sense_are_refused(capsys, flags, complaint):
     with pytest.raises(SystemExit) as caught:
         ev.main(flags)
     assert caught.value.code == 2 and complaint in capsys.readouterr().err
+
+
+def test_dashes_blanks_and_the_name_of_training_mean_the_same():
+    """Values keep their dashes."""
+    parser = ev.build_parser()
+    flags = ["--output-file=a-b.jsonl", "--max-eval-samples", "3", "--arms", "audio, text ", "--audio-dir", "a-b"]
+    args = ev.parse_arguments(parser, flags)
+    assert (args.output_file, args.limit, args.arms, args.audio_dir) == ("a-b.jsonl", 3, ["audio", "text"], "a-b")
+
+
+def test_an_output_name_that_cannot_be_used_is_refused_without_torch(run, data, tmp_path):
+    (tmp_path / "folder.jsonl").mkdir()
+    names = {"x.json": ".jsonl", "folder.jsonl": "folder.jsonl", data: "--eval_data_path", f"{data}/x.jsonl": data}
+    before = Path(data).read_bytes()
+    flags = ("--eval_data_path", data, "--frames_dir", "nowhere")
+    for name, named in names.items():
+        done = without_torch(tmp_path, *flags, "--output_file", name, "--overwrite")
+        message = error_line((done.returncode, done.stdout, done.stderr))
+        assert message.startswith(f"--output_file {name}: ") and named in message
+    assert Path(data).read_bytes() == before
 
 
 def test_a_missing_file_or_a_wrong_name_is_named_with_its_flag(run, data):

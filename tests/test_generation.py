@@ -108,7 +108,7 @@ def test_in_any_batch_the_answers_are_those_of_generate_longest_prompts_first(
 
     pairs, alone = answers("x", "--batch_size", 2), answers("alone", "--batch_size", 1)
     with monkeypatch.context() as patch:  # prompts of a batch are read a few at a time where they are long
-        patch.setattr(ev, "PREFILL_TOKENS", 500, raising=False)
+        patch.setattr(vqa, "PREFILL_TOKENS", 500)
         assert pairs.rows == alone.rows == answers("together", "--batch_size", 5).rows
 
     model, stored = vqa.load_trained(folder).model, read_jsonl(uneven[0])
@@ -213,7 +213,81 @@ def test_the_base_alone_and_the_same_weights_as_a_full_model(evaluate, base, tin
     assert complaint.startswith("--no_merge: ")
 
 
+# ------------------------------------------------------------------------------------- the line of the public scripts
+
+
+@pytest.mark.parametrize(
+    ("mode", "arm", "ours", "speech"),
+    [
+        ("audio_text", "audio_text", "audio_text", "own"),
+        ("text_only", "text", "text", None),
+        ("audio_only", "audio", "audio", "own"),
+        ("mismatched_audio", "mismatched_audio", "audio_text", "other"),
+    ],
+)
+def test_the_public_line_runs_unchanged(evaluate, mode, arm, ours, speech):
+    """The rows of --output_file are those that its user asks for, and the run says what it took the mode for."""
+    result = evaluate("--batch_size", 1, "--max_image_size", 384, "--input_mode", mode)
+    assert (result.status, len(result.rows), {row["input_mode"] for row in result.rows}) == (0, 5, {ours})
+    manifest = result.summary["manifest"]
+    assert (manifest["arm"], manifest["input"]["input_mode"], manifest["flags"]["input_mode"]) == (arm, ours, mode)
+    (said,) = manifest["mapped_flags"] or [""]
+    assert said in result.out and (mode == ours or f"--input_mode {mode} is " in said)
+    assert {bool(row["audio_file"]) for row in result.rows} == {speech is not None}
+    assert {"audio_of" in row for row in result.rows} == {speech == "other"}
+
+
+def test_the_mismatched_mode_gives_the_rows_of_that_arm_beside_text(evaluate, tmp_path):
+    arm = evaluate("--input_mode", "audio_text", "--arms", "mismatched_audio", name="two")
+    rows = read_jsonl(tmp_path / "two.mismatched_audio.jsonl")
+    assert arm.status == 0 and evaluate("--input_mode", "mismatched_audio").rows == rows
+    complaint = refused(evaluate("--input_mode", "mismatched_audio", "--arms", "text", name="y"))
+    assert "--input_mode audio_text --arms mismatched_audio" in complaint
+
+
+def test_no_adapter_asks_the_base_as_the_adapter_is_asked(evaluate, trained, tiny):
+    """A projector that the adapter trained is the base's again."""
+    bare = evaluate("--no_adapter")
+    manifest, expected = bare.summary["manifest"], vqa.load_settings(trained)
+    assert (bare.status, manifest["model"]["adapter"], manifest["sha256"]["adapter"]) == (0, None, None)
+    assert manifest["model"]["adapter_left_out"] == str(trained)
+    assert manifest["model"]["base_fingerprint"] == expected["model"]["base_fingerprint"]
+    assert (manifest["input"]["max_eval_frames"], manifest["input"]["max_image_size"]) == (2, 56)
+    assert f"--no_adapter: {tiny} " in bare.out and manifest["mapped_flags"][0] in bare.out
+    flags = ("--max_image_size", 56, "--max_eval_frames", 2, "--init", "random", "--seed", 1)
+    alone = evaluate("--no_adapter", "--model_name_or_path", tiny, *flags, checkpoint=None, name="alone")
+    assert alone.rows == bare.rows != evaluate(name="tuned").rows
+    mixed = evaluate()  # into the rows of the base
+    assert mixed.status == 2 and "adapter_sha256 (None then, " in mixed.err
+
+
+def test_no_adapter_of_a_full_model_is_refused(evaluate, trained, tiny, tmp_path, no_weights):
+    shutil.copytree(tiny, tmp_path / "full")
+    complaint = refused(evaluate("--no_adapter", checkpoint=tmp_path / "full"))
+    assert complaint.startswith(f"--no_adapter: {tmp_path / 'full'} is a full model")
+    assert refused(evaluate("--no_adapter", "--no_merge", name="y")).startswith("--no_merge: ")
+
+
 # ------------------------------------------------------------------------------------------------------------ refusals
+
+
+def test_what_is_cheap_to_check_is_checked_before_data(evaluate, checkpoint, trained, tiny, tmp_path, monkeypatch):
+    """Rows of another run, the base's name and weights, and the adapter: no question file is read."""
+    assert evaluate("--limit", 1, "--arms", "black_frames").status == 0
+    monkeypatch.setattr(vqa, "read_rows", lambda *args, **kwargs: pytest.fail("data were read"))
+    (tmp_path / "x.jsonl").write_bytes(b"")  # of two files the second is of another run
+    for flags in (("--max_new_tokens", 5), ("--dtype", "bfloat16")):
+        other = evaluate("--limit", 1, "--arms", "black_frames", *flags)
+        assert other.status == 2 and "x.black_frames.jsonl: its rows come from another run" in other.err
+    adapter = checkpoint / "adapter_model.safetensors"
+    edit_json(checkpoint / vqa.SETTINGS_FILE, model={"init": "pretrained"})
+    assert f"{tiny / 'model.safetensors'}: no such file" in refused(evaluate(checkpoint=checkpoint, name="y"))
+    edit_json(checkpoint / vqa.SETTINGS_FILE, model={"audio_encoder": "no/such/whisper"})
+    assert refused(evaluate(checkpoint=checkpoint, name="y")).startswith("--audio_encoder no/such/whisper: ")
+    edit_json(checkpoint / vqa.SETTINGS_FILE, model={"model_name_or_path": "no/such/base/here"})
+    assert "no/such/base/here: no such folder" in refused(evaluate(checkpoint=checkpoint, name="y"))
+    adapter.write_bytes(adapter.read_bytes()[:-9])
+    assert str(adapter) in refused(evaluate(checkpoint=checkpoint, name="y"))
 
 
 def test_a_folder_without_a_checkpoint_names_the_ones_inside(evaluate, tmp_path, trained, no_weights):
@@ -511,6 +585,32 @@ def test_what_the_arms_change():
     assert colours("shuffled_frames", "0", frames[:1]) == plain[:1]
 
 
+def test_all_arms_are_those_that_fit_the_input_mode(evaluate):
+    found = evaluate("--arms", "all", "--limit", 1).summary["arms"]
+    assert list(found) == list(ev.ARMS)
+    seeing = ["black_frames", "shuffled_frames", "first_frame"]
+    with_speech = evaluate("--arms", "all", "--limit", 1, "--input_mode", "text", name="y").summary["arms"]
+    assert list(with_speech) == ["text", "audio", "audio_text", *seeing]
+    mute = evaluate("--arms", "all", "--limit", 1, "--input_mode", "text", data=EVAL_DATA[:4], name="z").summary["arms"]
+    assert list(mute) == ["text", *seeing]
+
+
+def test_other_frames_than_in_training_are_in_the_headline(evaluate, checkpoint):
+    """Trained on two of eight."""
+    assert evaluate("--limit", 1).summary["manifest"]["frames"] is None
+    other = evaluate("--limit", 1, "--max_eval_frames", 0, name="y")
+    assert other.summary["manifest"]["frames"] == {"trained": 2, "asked": 8}
+    head = other.out[other.out.index("Accuracy in %") :].splitlines()
+    assert head[1] == "Asked on 8 frames a clip, but trained on 2: see --max_eval_frames 2"
+    edit_json(checkpoint / vqa.SETTINGS_FILE, input={"max_train_frames": None})
+    every = evaluate("--limit", 1, "--max_eval_frames", 6, checkpoint=checkpoint, name="z")
+    assert every.summary["manifest"]["frames"] == {"trained": 8, "asked": 6}
+    assert (
+        evaluate("--no_adapter", "--max_eval_frames", 6, "--limit", 1, name="base").summary["manifest"]["frames"]
+        is None
+    )
+
+
 # ------------------------------------------------------------------------------------------------------------ resuming
 
 
@@ -518,6 +618,7 @@ def test_a_larger_limit_goes_on_and_other_decoding_does_not(evaluate):
     arms = ("--arms", "mismatched_audio")
     complete = evaluate(*arms, name="complete")
     first = evaluate(*arms, "--limit", 2)
+    assert "Checking media" not in first.err  # they were all checked above, and a bar of none is not shown
     both = evaluate(*arms)
     assert (both.status, both.rows, both.rows[:2]) == (0, complete.rows, first.rows)
     assert both.summary["manifest"]["runtime"]["rows_answered"] == 6

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -27,7 +28,7 @@ def test_unknown_and_abbreviated_flags_are_errors(flag, capsys):
         vqa.main([*TRAIN_DATA, "--output_dir", "out", flag, "1"])
     usage, message = capsys.readouterr().err.splitlines()
     assert stop.value.code == 2 and "--help" in usage
-    assert message.endswith(f"error: unrecognized arguments: {flag} 1")
+    assert f"error: unrecognized arguments: {flag} 1" in message
 
 
 @pytest.mark.parametrize(
@@ -232,7 +233,7 @@ def test_a_run_that_misses_its_target_loss_fails(train, tmp_path, capsys):
 
 
 def test_shell_scripts_see_to_the_tokenizer_and_the_packages(tmp_path):
-    """Side by side, with this interpreter as python3: two of three import torch."""
+    """Side by side, with this interpreter as python3: three of four import torch."""
     shutil.copy(ROOT / "train_with_eval_FINAL.sh", tmp_path)
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(tmp_path / "bare")], check=True)
     verify, environment = ["bash", str(ROOT / "verify_tokenizer.sh")], {**os.environ, "HF_HUB_OFFLINE": "1"}
@@ -240,6 +241,7 @@ def test_shell_scripts_see_to_the_tokenizer_and_the_packages(tmp_path):
     commands = [
         ([*verify, str(TINY)], python),
         ([*verify, "no/such/model/folder"], python),
+        ([*verify, str(tmp_path)], python),
         (
             ["bash", "train_with_eval_FINAL.sh", "--python"],
             {**environment, "PYTHON": str(tmp_path / "bare/bin/python")},
@@ -249,11 +251,82 @@ def test_shell_scripts_see_to_the_tokenizer_and_the_packages(tmp_path):
         subprocess.Popen(command, cwd=tmp_path, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
         for command, env in commands
     ]
-    (shown, _), (_, nowhere), (_, missing) = (process.communicate() for process in started)
-    assert [process.returncode for process in started] == [0, 1, 1]
+    (shown, _), (_, nowhere), (_, unreadable), (_, missing) = (process.communicate() for process in started)
+    assert [process.returncode for process in started] == [0, 1, 1, 1]
     assert "❌ ISSUE: PAD and EOS tokens are THE SAME\n   Both have ID: 480\n" in shown
     assert "✅ FIX: Updated train_vqa.py adds dedicated <|pad|> token\n" in shown
     assert "Generation stops at: '<|endoftext|>' (ID: 480), '<|im_end|>' (ID: 482)" in shown
-    assert nowhere.startswith("error: --model_name_or_path no/such/model/folder: ")
+    assert nowhere.startswith("error: MODEL no/such/model/folder: ") and nowhere.count("\n") == 1
+    assert unreadable.startswith(f"error: {tmp_path}: no readable tokenizer") and unreadable.count("\n") == 1
     assert missing.startswith("error: ") and missing.count("\n") == 1
     assert "pip install torch transformers peft accelerate pillow torchaudio av tqdm" in missing
+
+
+@pytest.fixture()
+def script(tmp_path):
+    """Runs a copy of train_with_eval_FINAL.sh, alone in its folder; `stand_in` makes a Python there that has every
+    package as far as the script asks, and only says how it was called."""
+    shutil.copy(ROOT / "train_with_eval_FINAL.sh", tmp_path)
+    shutil.copy(ROOT / "evaluate_checkpoint.py", tmp_path)
+
+    def run(*flags, **environment):
+        command = ["bash", "train_with_eval_FINAL.sh", *flags]
+        inherited = {name: value for name, value in os.environ.items() if name != "PYTHON"}
+        return subprocess.run(command, cwd=tmp_path, env={**inherited, **environment}, capture_output=True, text=True)
+
+    def stand_in(name):
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        checks = f'if [ "$1" = - ]; then [ $# -le 2 ] || exec {sys.executable} "$@"; exit; fi'
+        path.write_text(f'#!/bin/bash\n{checks}\necho {name} "$@"\n')
+        path.chmod(0o755)
+        return path
+
+    return SimpleNamespace(run=run, stand_in=stand_in, folder=tmp_path)
+
+
+def test_help_of_the_script_installs_nothing(script):
+    for flags in (["--help"], ["--smoke", "-h"]):
+        shown = script.run(*flags, PYTHON="/no/such/python")
+        assert (shown.returncode, shown.stderr) == (0, "") and "RESULTS PYTHON\n" in shown.stdout
+        assert "python train_vqa.py --help" in shown.stdout and "find_python" not in shown.stdout
+    assert not (script.folder / ".venv").exists()
+
+
+def test_an_explicit_python_comes_before_the_venv(script):
+    script.stand_in(".venv/bin/python")
+    mine = script.stand_in("mine")
+    assert script.run("--python").stdout == f"{script.folder / '.venv/bin/python'}\n"
+    assert script.run("--python", PYTHON=str(mine)).stdout == f"{mine}\n"
+    mine.write_text("#!/bin/bash\necho torch\n")  # lacks torch
+    other = script.run("--python", PYTHON=str(mine))
+    assert other.stdout == f"{script.folder / '.venv/bin/python'}\n" and f"PYTHON: {mine} lacks" in other.stderr
+    none = script.run("--python", PYTHON="/no/such/python")
+    assert none.returncode == 1 and none.stderr.startswith("error: PYTHON: /no/such/python: ")
+
+
+def test_a_results_name_is_checked_before_training(script):
+    """Rows of another checkpoint, what no evaluation wrote, and names that evaluation would refuse."""
+    python = str(script.stand_in("mine"))
+    questions = script.folder / "questions.jsonl"
+    questions.write_text("{}\n")
+    (script.folder / "rows.jsonl").write_text("{}\n")
+    (script.folder / "rows.jsonl.run.json").write_text("{}")
+    (script.folder / "rows.summary.json").write_text('{"manifest": {"flags": {"checkpoint_path": "first"}}}')
+    refused = {
+        "x.json": ".jsonl",
+        "questions.jsonl": "no evaluation wrote",
+        "rows.jsonl": "the answers of first",
+        "questions.jsonl/x.jsonl": "cannot be written",
+    }
+    for name, named in refused.items():
+        done = script.run(PYTHON=python, RESULTS=name, OUTPUT_DIR="second")
+        assert (done.returncode, done.stdout, done.stderr.count("\n")) == (1, "", 1)
+        assert done.stderr.startswith(f"error: RESULTS {name}: ") and named in done.stderr
+    same = script.run(PYTHON=python, RESULTS="questions.jsonl", EVAL_DATA="questions.jsonl")
+    assert "RESULTS questions.jsonl: is the file of --eval_data_path" in same.stderr
+    for name, folder in (("rows.jsonl", "./first"), ("new/rows.jsonl", "second")):
+        done = script.run(PYTHON=python, RESULTS=name, OUTPUT_DIR=folder)
+        called = [Path(line.split()[1]).name for line in done.stdout.splitlines()]
+        assert (done.returncode, called) == (0, ["train_vqa.py", "evaluate_checkpoint.py"])
+    assert questions.read_text() == "{}\n" and not (script.folder / "new").exists()

@@ -266,7 +266,7 @@ def test_a_decoder_without_swiglu_is_refused_before_weights_load(liger, no_weigh
     """Its config is all that it takes, so a dry run, which loads none, says so too."""
     folder = shutil.copytree(TINY, tmp_path / "model")
     edit_json(folder / "config.json", hidden_act="gelu")
-    monkeypatch.setattr(vqa, "check_liger", lambda device_type: None)
+    monkeypatch.setattr(vqa, "check_liger", lambda *args, **kwargs: None)
     flags = [*TRAIN_DATA, "--model_name_or_path", str(folder), "--init", "random", "--use_liger_kernel", "True"]
     for mode in (["--dry_run"], ["--use_cpu", "True", "--output_dir", str(tmp_path / "out")]):
         message = refusal(vqa.main, [*flags, *mode])
@@ -274,7 +274,7 @@ def test_a_decoder_without_swiglu_is_refused_before_weights_load(liger, no_weigh
 
 
 def test_liger_runs_in_training(liger, train, monkeypatch, tmp_path):
-    monkeypatch.setattr(vqa, "check_liger", lambda device_type: None)
+    monkeypatch.setattr(vqa, "check_liger", lambda *args, **kwargs: None)
     flags = ["--use_liger_kernel", "True", "--max_steps", "1", "--use_cpu", "True", "--checkpoint_every_n", "2"]
     assert train(tmp_path, *flags, "--gradient_accumulation_steps", "1", "--per_device_train_batch_size", "1") == 0
     assert (liger.count("norm"), liger.count("swiglu")) == (7, 3)  # layer 0 is recomputed
@@ -282,7 +282,7 @@ def test_liger_runs_in_training(liger, train, monkeypatch, tmp_path):
     assert len(weights_of(tmp_path)) == 2 * 7 * 2 + 1  # nothing of it in the adapter
 
 
-def test_a_liger_that_is_missing_or_too_old_is_refused_in_one_line(liger, argv, monkeypatch, tmp_path, capsys):
+def test_a_liger_that_is_missing_or_too_old_is_refused_in_one_line(liger, argv, monkeypatch, tmp_path):
     monkeypatch.setattr("importlib.metadata.version", lambda name: "0.7.0")
     message = refusal(vqa.check_liger, "cuda")
     assert message.startswith("--use_liger_kernel: ") and "0.7.0" in message and "liger-kernel>=0.8" in message
@@ -292,8 +292,8 @@ def test_a_liger_that_is_missing_or_too_old_is_refused_in_one_line(liger, argv, 
     monkeypatch.setitem(sys.modules, "liger_kernel", None)
     message = refusal(vqa.check_liger, "cuda")
     assert message.startswith("--use_liger_kernel: ") and "\n" not in message and "liger-kernel>=0.8" in message
-    assert vqa.main(argv(tmp_path, "--dry_run", "--use_liger_kernel", "True")) == 0  # which plans without it
-    assert "memory: about" in capsys.readouterr().out
+    message = refusal(vqa.main, argv(tmp_path, "--dry_run", "--use_liger_kernel", "True"))
+    assert message.startswith("--use_liger_kernel: ") and "pip install" in message  # not that there is no GPU
 
 
 # ------------------------------------------------------------------------------------------------------ recomputation
