@@ -62,6 +62,7 @@ REFUSED_FLAGS = {
     "as wrong, --arms silent_audio measures silence",
 }
 ARMS = (*INPUT_MODES, "mismatched_audio", "silent_audio", "black_frames", "shuffled_frames", "first_frame")
+SAMPLE_RATE = 16_000  # Hz, of the speech that the model gets; repeated from train_vqa.py
 Z95 = 1.959963984540054  # 97.5 % quantile of the standard normal distribution
 SIGNIFICANCE = 0.05
 ORIGINAL_BASELINE = 0.46  # of the original project: `contains`, audio + image, zero-shot, 50 clips of 002-001
@@ -72,6 +73,7 @@ MIN_VIDEOS = 6  # with fewer, no test over videos reaches p < 0.05: 2 / 2**5 is 
 COLLAPSE_SHARE = 0.9  # one answer for more than this share of a type is mode collapse, if the gold answers are balanced
 BALANCE_SLACK = 1.3  # balanced: the commonest of k gold answers holds at most 1.3 / k of the type's rows
 COLLAPSE_MIN_ROWS = 10  # below this, one answer throughout is no surprise
+GATE_ROWS = 4  # on which the gates measure how far speech and frames move the logits
 FRAMES_DIFFER = "Asked on {asked} frames a clip, but trained on {trained}: see --max_eval_frames {trained}"
 LISTED = 10  # keys shown in a message; the summary lists them all
 WIDTH = 80
@@ -985,6 +987,7 @@ def summarise(
             *below_majority_warnings({"all rows": everything, "the discriminative rows": discriminative}),
             *collapse_warnings(rows),
             *answer_warnings(rows),
+            *gate_warnings((manifest or {}).get("gates")),
             *(overlap_warnings(annotations, train_rows) if train_rows is not None else ()),
         ],
         "types_without_options": sorted(unknown),
@@ -999,9 +1002,10 @@ def summarise(
 # Arms: the same rows with the speech or the frames taken away
 # ---------------------------------------------------------------------------------------------------------------------
 
-# Arms that test an ability, and their words in the verdict, for which the first one that was asked for is used. `text`
-# is in neither table: it removes the speech but gives the question in words.
+# Arms that test an ability, and their words in the verdict: on hearing both, on seeing the first that was asked for.
+# `text` is in neither table: it removes the speech but gives the question in words.
 HEARING_ARMS = {"mismatched_audio": "another question's speech", "silent_audio": "silence in place of speech"}
+NEXT_TO_NOTHING = 0.01  # of what other frames change: speech that changes less hardly reaches the answers
 SEEING_ARMS = {
     "black_frames": "black frames",
     "shuffled_frames": "the frames in another order",
@@ -1009,28 +1013,63 @@ SEEING_ARMS = {
 }
 
 
-def pair_mismatched_audio(annotations: Sequence[Row], seed: int = 0) -> dict[Key, Key]:
+def pair_mismatched_audio(
+    annotations: Sequence[Row], samples: Mapping[Key, int | None], seed: int = 0
+) -> dict[Key, Key]:
     """For each row, the row of another question type whose speech it gets instead of its own.
 
-    The choice depends on the seed, the row and the set of rows, not on their order: a hash of seed and key picks among
-    the rows of other types with another question, sorted by key. Raises InputError if a row has no such partner.
+    Of the rows of other types with another question, one whose speech differs least from its own in `samples`, so that
+    little is cut off or padded. The choice depends on the seed, the row and the set of rows, not on their order: a hash
+    of seed and key picks among those that differ equally little. Rows whose speech cannot be read (None) get and lend
+    none. Raises InputError if a row has no such partner.
     """
-    asked = {row_key(row): normalise(row["question"]) for row in annotations}
+    asked = {row_key(row): normalise(row["question"]) for row in annotations if samples[row_key(row)]}
 
     @functools.cache
-    def partners(kind: str, question: str) -> list[Key]:
-        return [key for key in sorted(asked) if key[2] != kind and asked[key] != question]
+    def partners(kind: str, question: str) -> dict[int, list[Key]]:
+        of_length = defaultdict(list)
+        for key in sorted(asked):
+            if key[2] != kind and asked[key] != question:
+                of_length[samples[key]].append(key)
+        return of_length
 
     pairs = {}
     for key, question in asked.items():
-        others = partners(key[2], question)
+        of_length = partners(key[2], question)
         name = key_text(key)
-        if not others:
+        if not of_length:
             what = f"{name} has no row of another question type to borrow speech from"
             raise InputError(f"--arms mismatched_audio: {what}; evaluate more question types or drop the arm")
+        least = min(abs(length - samples[key]) for length in of_length)
+        nearest = {samples[key] - least, samples[key] + least} & of_length.keys()
+        others = [other for length in sorted(nearest) for other in of_length[length]]
         digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
         pairs[key] = others[int.from_bytes(digest[:8], "big") % len(others)]
     return pairs
+
+
+def summarise_borrowing(rows: Iterable[Row]) -> Row:
+    """How many rows of `mismatched_audio` borrowed speech, how many had it cut or padded, and by how many seconds:
+    [least, median, most], None where there are none."""
+    changes = [row["audio_padded_samples"] / SAMPLE_RATE for row in rows if "audio_padded_samples" in row]
+    parts = {"cut": sorted(-by for by in changes if by < 0), "padded": sorted(by for by in changes if by > 0)}
+    return {"n": len(changes)} | {
+        name: {"n": len(by), "seconds": [by[0], statistics.median(by), by[-1]] if by else None}
+        for name, by in parts.items()
+    }
+
+
+def borrowing_sentence(arms: Row) -> str | None:
+    """What was done to borrowed speech so that each row keeps its length, from the summary's `arms`."""
+    borrowed = arms.get("mismatched_audio", {}).get("borrowed")
+    if not borrowed:
+        return None
+    said = []
+    for name in ("cut", "padded"):
+        n, seconds = borrowed[name]["n"], borrowed[name]["seconds"]
+        how = " by {0:.2f} to {2:.2f} s (median {1:.2f})".format(*seconds) if seconds else ""
+        said.append(f"{n} {'was' if n == 1 else 'were'} {name}{how}")
+    return f"Of {borrowed['n']} borrowed recordings {', '.join(said)}, so that each row keeps its number of tokens."
 
 
 def leaked_words(prompt: str, question: str, constant_prompt: str) -> list[str]:
@@ -1066,24 +1105,46 @@ def summarise_arms(main_arm: str, rows_of: Mapping[str, Sequence[Scored]], files
 
 
 def arm_sentences(arms: Row) -> list[str]:
-    """Does it hear? Does it see? One sentence each with the figures it rests on, from `summarise_arms`."""
+    """Does it hear? Does it see? One sentence each with the figures it rests on, from `summarise_arms`.
+
+    Hearing takes a loss in both arms: another question alone may be told by something else than its sound, and silence
+    alone is something that the model never met.
+    """
     sentences = []
     for verb, candidates in (("hear", HEARING_ARMS), ("see", SEEING_ARMS)):
         pairs = {arm: arms[arm]["versus"]["choice"] for arm in candidates if arms.get(arm, {}).get("versus")}
         if not pairs:
-            sentences.append(f"Does it {verb}? Not tested: add one of {', '.join(candidates)} to --arms.")
+            wanted = " and ".join(candidates) if verb == "hear" else f"one of {', '.join(candidates)}"
+            sentences.append(f"Does it {verb}? Not tested: add {wanted} to --arms.")
             continue
-        arm, pair = next(iter(pairs.items()))
-        if pair["difference"] >= 0:
+        lacking = [arm for arm in candidates if arm not in pairs] if verb == "hear" else []
+        used = pairs if verb == "hear" else dict([next(iter(pairs.items()))])
+        if any(pair["difference"] >= 0 for pair in used.values()):
             verdict = "There is no sign of it"
+        elif any(pair["p"] >= SIGNIFICANCE for pair in used.values()):
+            verdict = "It may, but these rows are too few to tell"
         else:
-            verdict = "Yes" if pair["p"] < SIGNIFICANCE else "It may, but these rows are too few to tell"
-        sentences.append(
-            f"Does it {verb}? {verdict}: with {candidates[arm]}, choice goes from {_show(pair['accuracy_a'])} % to "
-            f"{_show(pair['accuracy_b'])} % (difference {_points(pair['difference'])} points, "
-            f"95 % {_points(*pair['ci95'])}; p {_p_text(pair['p'])}; n {pair['n']})."
+            verdict = f"It may, and {lacking[0]} would tell: add it to --arms" if lacking else "Yes"
+        figures = "; ".join(
+            f"with {candidates[arm]}, choice goes from {_show(pair['accuracy_a'])} % to {_show(pair['accuracy_b'])} % "
+            f"(difference {_points(pair['difference'])} points, 95 % {_points(*pair['ci95'])}; "
+            f"p {_p_text(pair['p'])}; n {pair['n']})"
+            for arm, pair in used.items()
         )
+        sentences.append(f"Does it {verb}? {verdict}: {figures}.")
     return sentences
+
+
+def gate_warnings(gates: Mapping[str, float | None] | None) -> list[str]:
+    """Says where speech hardly moves the logits beside frames, from what `check_liveness` measured."""
+    speech, frames = (gates or {}).get("speech"), (gates or {}).get("frames")
+    if speech is None or speech >= NEXT_TO_NOTHING * frames:
+        return []
+    return [
+        f"the speech hardly reaches the answers: other speech of the same length moves the log-probabilities of the "
+        f"first token by {speech:.2g} on average, other frames by {frames:.2g}; what tells the questions apart may be "
+        f"the number of their tokens"
+    ]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1179,8 +1240,9 @@ def comparison_table(pairs: Row) -> Table:
 
 
 def render_arms(arms: Row) -> str:
-    """The table of the arms, and two sentences on it."""
-    return "\n".join([render_table(*arms_table(arms)), *map(_wrap, arm_sentences(arms))])
+    """The table of the arms, and the sentences on it."""
+    sentences = [borrowing_sentence(arms), *arm_sentences(arms)]
+    return "\n".join([render_table(*arms_table(arms)), *map(_wrap, filter(None, sentences))])
 
 
 def render_summary(summary: Row) -> str:
@@ -1765,6 +1827,13 @@ def silent_audio(speech: Any, seed: str) -> Any:
     return speech * 0
 
 
+def of_length(speech: Any, samples: int) -> Any:
+    """Speech float32 [n], cut off at the end or padded there with silence to [samples]."""
+    import numpy as np
+
+    return np.pad(speech[:samples], (0, max(0, samples - len(speech))))
+
+
 def first_frame(frames: list[Any], seed: str) -> list[Any]:
     """The first frame once: the prompt is shorter by the tokens of the others."""
     return frames[:1]
@@ -1780,10 +1849,17 @@ def shuffled_frames(frames: list[Any], seed: str) -> list[Any]:
 
 
 # The functions of arms get frames (PIL images) or speech (float32 [n]), and a seed of the row. Arms that are not listed
-# change nothing here: the input modes, and `mismatched_audio`, whose rows name another row's speech.
+# change nothing here: the input modes.
 # Arms that change what the files hold: the medium, `frames` or `speech`, and the function that changes it. Features of
 # that medium are neither cached nor read from the cache.
-CONTENT_ARMS = {"black_frames": ("frames", black_frames), "silent_audio": ("speech", silent_audio)}
+CONTENT_ARMS = {
+    "black_frames": ("frames", black_frames),
+    "silent_audio": ("speech", silent_audio),
+    "mismatched_audio": (
+        "speech",
+        lambda speech, seed: speech,
+    ),  # `ArmInputs.read` gives it the length of the row's own
+}
 # Arms that choose or order frames. Their functions also work on lists of paths, so that cached features can be used.
 ORDER_ARMS = {"first_frame": first_frame, "shuffled_frames": shuffled_frames}
 SEEDED_ARMS = ("mismatched_audio", "shuffled_frames")  # rows of these made with another --seed are not mixed
@@ -1797,10 +1873,10 @@ class ArmInputs:
         dataset: SurgicalVQADataset for generation; its processor has the arm's input mode, and its rows the speech
             that the arm plays.
         seed: of shuffled frames.
-        speech_sources: for rows that play another row's speech, the key of that row.
+        speech_sources: for rows that play another row's speech at the length of their own, that row.
     """
 
-    def __init__(self, arm: str, dataset: Any, seed: int = 0, speech_sources: Mapping[Key, Key] | None = None):
+    def __init__(self, arm: str, dataset: Any, seed: int = 0, speech_sources: Mapping[Key, Any] | None = None):
         self.arm, self.dataset, self.seed, self.speech_sources = arm, dataset, seed, speech_sources or {}
         self.rows, self.processor = dataset.rows, dataset.processor
         self.keys = [row_key(annotation_of(row)) for row in self.rows]
@@ -1834,7 +1910,8 @@ class ArmInputs:
             raise vqa.VQAError(f"{row.where}: the speech is missing")
         clip = self.clip(index) if with_frames else ()
         frames = [vqa.load_frame(path, self.processor.max_image_size) for path in clip]
-        return frames, vqa.load_speech(speech) if speech and with_speech else None
+        speech = vqa.load_speech(speech) if speech and with_speech else None
+        return frames, of_length(speech, row.speech_samples) if self.keys[index] in self.speech_sources else speech
 
     def sample(self, index: int) -> Row | str:
         """Model inputs of a row without a batch dimension, or what is wrong with its media; threads may call it."""
@@ -1876,9 +1953,15 @@ class ArmInputs:
         return {
             "input_mode": self.processor.input_mode,
             "audio_file": None if speech is None else str(speech),
-            **({"audio_of": key_text(source)} if source else {}),
+            **(self.borrowing(index, source) if source else {}),
             "media_sha256": self.media_sha256(index),
         }
+
+    def borrowing(self, index: int, source: Any) -> Row:
+        """Whose speech a row plays, and by how many samples and tokens that was padded; negative: cut."""
+        own, theirs, tokens = self.rows[index].speech_samples, source.speech_samples, self.processor.speech_tokens
+        padded = {"audio_padded_samples": own - theirs, "audio_padded_tokens": tokens(own) - tokens(theirs)}
+        return {"audio_of": key_text(row_key(annotation_of(source))), **padded}
 
     def prompt(self, question: str, n_frames: int = 1) -> str:
         """The rendered prompt as it can be read: one placeholder a frame, none for speech."""
@@ -1913,44 +1996,49 @@ def check_leaks(arms: Iterable[ArmInputs]) -> None:
 
 
 def check_liveness(model: Any, inputs: ArmInputs) -> Row:
-    """Do speech and frames reach the logits? {"speech", "frames"}: how far other ones move a logit at most.
+    """Do speech and frames reach the logits? {"speech", "frames"}: by how much other ones change the log-probability of
+    a first token of the answer, the mean over the vocabulary and GATE_ROWS rows.
 
-    Speech is replaced by another row's at the same length (where there is none, by its own played backwards), frames by
-    their negatives: so the prompt stays as it is. `speech` is None in text mode. Raises InputError if one of them
-    changes nothing, or if the same inputs give different logits.
+    Speech is replaced by another row's, cut or padded to the same length (where there is none, by its own played
+    backwards), frames by their negatives: so the prompt stays as it is. `speech` is None in text mode. Raises
+    InputError if one of them changes nothing, or if the same inputs give different logits.
     """
-    import numpy as np
-
     collate = vqa.VQACollator(inputs.processor.tokenizer.pad_token_id, "left")
 
-    def logits(frames: list[Any], speech: Any) -> Any:
+    def log_probs(index: int, frames: list[Any], speech: Any) -> Any:
         batch = collate([inputs.make_sample(index, frames, speech)])
         with torch.inference_mode():
-            return model(**vqa.on_device(batch, model.device), logits_to_keep=1).logits.float()
+            return model(**vqa.on_device(batch, model.device), logits_to_keep=1).logits.float().log_softmax(-1)
 
-    def readable() -> Iterator[tuple[int, tuple[list[Any], Any]]]:
-        for index in range(len(inputs.rows)):
-            with contextlib.suppress(vqa.VQAError):
-                media = inputs.read(index)
-                inputs.make_sample(index, *media)  # frames that cannot be paired are found here
-                yield index, media
+    @functools.cache
+    def readable(index: int) -> tuple[list[Any], Any] | None:
+        with contextlib.suppress(vqa.VQAError):
+            media = inputs.read(index)
+            inputs.make_sample(index, *media)  # frames that cannot be paired are found here
+            return media
 
-    index, (frames, speech) = next(readable(), (None, (None, None)))
-    if index is None:
+    def borrowed(index: int, speech: Any) -> Any:
+        others = (i for i, row in enumerate(inputs.rows) if row.question != inputs.rows[index].question and readable(i))
+        other = next(others, None)
+        return speech[::-1] if other is None else of_length(readable(other)[1], len(speech))
+
+    everywhere = vqa.select_frames(range(len(inputs.rows)), GATE_ROWS)  # evenly spaced, where these can be read
+    chosen = list(itertools.islice(filter(readable, dict.fromkeys((*everywhere, *range(len(inputs.rows))))), GATE_ROWS))
+    if not chosen:
         raise InputError("no row has frames and speech that can be read, so nothing can be measured")
-    plain = logits(frames, speech)
-    if not torch.equal(plain, logits(frames, speech)):
-        raise InputError("liveness gate: the same speech and frames give different logits; no answer would repeat")
-
-    def distance(*changed: Any) -> float:
-        return float((plain - logits(*changed)).abs().max())
-
-    moved = {"speech": None, "frames": distance([frame.point(lambda value: 255 - value) for frame in frames], speech)}
-    if speech is not None:
-        question = inputs.rows[index].question
-        borrowed = (media[1] for other, media in readable() if inputs.rows[other].question != question)
-        moved["speech"] = distance(frames, np.resize(next(borrowed, speech[::-1]), speech.shape))
-    dead = " and ".join(modality for modality, by in moved.items() if by == 0)
+    moved = {"speech": [], "frames": []}
+    for index in chosen:
+        frames, speech = readable(index)
+        plain = log_probs(index, frames, speech)
+        if index == chosen[0] and not torch.equal(plain, log_probs(index, frames, speech)):
+            raise InputError("liveness gate: the same speech and frames give different logits; no answer would repeat")
+        changed = {"frames": ([frame.point(lambda value: 255 - value) for frame in frames], speech)}
+        if speech is not None:
+            changed["speech"] = frames, borrowed(index, speech)
+        for medium, media in changed.items():
+            moved[medium].append(float((plain - log_probs(index, *media)).abs().mean()))
+    moved = {medium: statistics.fmean(by) if by else None for medium, by in moved.items()}
+    dead = " and ".join(medium for medium, by in moved.items() if by == 0)
     if dead:
         raise InputError(
             f"liveness gate: with other {dead} every logit stays as it is, so {dead} cannot reach an answer; check the "
@@ -2111,7 +2199,7 @@ def answer_and_score(args: argparse.Namespace, stop: Any) -> int:
     moved = check_liveness(trained.model, (with_speech or [arms[main_arm]])[0])
     figures = ", ".join(f"other {modality} by {by:.3g}" for modality, by in moved.items() if by is not None)
     leaks = "no prompt gives its question away; " if "audio" in modes.values() else ""
-    print(_wrap(f"Gates passed: {leaks}logits move with {figures}"))
+    print(_wrap(f"Gates passed: {leaks}the log-probabilities of the first token move with {figures}"))
 
     # 5. Answers
     settings = {arm: run_settings(args, chosen, inputs, trained.base_fingerprint) for arm, inputs in arms.items()}
@@ -2128,6 +2216,8 @@ def answer_and_score(args: argparse.Namespace, stop: Any) -> int:
     record["runtime"] = {"seconds": seconds, "rows_answered": answered, "peak_gpu_memory_gib": peak}
     record["runtime"]["batch_size"] = {arm: inputs.batch_size for arm, inputs in arms.items()}
     in_arms = summarise_arms(main_arm, scored, {arm: path.name for arm, path in files.items()})
+    if "mismatched_audio" in in_arms:
+        in_arms["mismatched_audio"]["borrowed"] = summarise_borrowing(done["mismatched_audio"].values())
     summary = summarise(annotations, scored[main_arm], train_rows=train_rows, arms=in_arms, manifest=record)
     write_json(target, summary)
     print(render_summary(summary))
@@ -2171,11 +2261,11 @@ def choose_arms(args: argparse.Namespace, mode: str) -> dict[str, str]:
 
 def read_data(
     args: argparse.Namespace, modes: Mapping[str, str], chosen: ModelChoice
-) -> tuple[dict[str, list[Any]], dict[Key, Key], list[Row] | None]:
+) -> tuple[dict[str, list[Any]], dict[Key, Any], list[Row] | None]:
     """Read the question files, and find and decode the media of every arm.
 
     Returns:
-        Each arm's VQARows; for `mismatched_audio` whose speech a row plays; the training annotations, if any.
+        Each arm's VQARows; for `mismatched_audio` the row whose speech a row plays; the training annotations, if any.
 
     Raises VQAError for what is missing or broken, which --allow_errors only says, and always where one speech file
     would have to serve different questions.
@@ -2186,15 +2276,16 @@ def read_data(
     train_rows = None
     if args.train_data_path:
         train_rows = [annotation_of(row) for row in vqa.read_rows(args.train_data_path)]
-    speech_sources = {}
-    if "mismatched_audio" in modes:  # over the complete file: a larger --limit later leaves the pairs as they are
-        pairs = pair_mismatched_audio([annotation_of(row) for row in every.values()], args.seed)
-        speech_sources = {key: pairs[key] for key in rows}
-    needed = [every[key] for key in dict.fromkeys((*rows, *speech_sources.values()))]
+    borrows = "mismatched_audio" in modes
+    # Speech is borrowed from the complete file: a larger --limit later leaves the pairs as they are.
+    lending = {key: dataclasses.replace(row, frames=()) for key, row in every.items() if borrows and key not in rows}
+    needed = [*rows.values(), *lending.values()]
     audio_dir = args.audio_dir if set(modes.values()) != {"text"} else None
     problems = vqa.find_media(needed, args.frames_dir, audio_dir, args.allow_symlinks, **chosen.patterns)
     vqa.raise_problems(vqa.find_shared_media(needed))
     problems += vqa.check_media(needed)
+    evaluated = {row.line for row in rows.values()}
+    problems = [problem for problem in problems if evaluated.intersection(problem.lines)]
     inputs, max_eval_frames = chosen.inputs, chosen.inputs.max_eval_frames
     if inputs.frame_mode == "video":
         bad = {line for problem in problems for line in problem.lines}
@@ -2205,10 +2296,15 @@ def read_data(
     for problem in problems:
         print(f"{problem} (--allow_errors: counted as wrong)", file=sys.stderr)
     rows_of = {arm: list(rows.values()) for arm in modes}
-    if speech_sources:
+    speech_sources = {}
+    if borrows:
+        every = rows | lending
+        samples = {key: row.speech_samples for key, row in every.items()}
+        pairs = pair_mismatched_audio([annotation_of(row) for row in every.values()], samples, args.seed)
+        speech_sources = {key: every[pairs[key]] for key in rows if key in pairs}
         rows_of["mismatched_audio"] = [
-            dataclasses.replace(row, audio_path=source.audio_path, speech_samples=source.speech_samples)
-            for row, source in ((row, every[speech_sources[key]]) for key, row in rows.items())
+            dataclasses.replace(row, audio_path=speech_sources[key].audio_path) if key in speech_sources else row
+            for key, row in rows.items()
         ]
     if max_eval_frames and any(len(row.frames) > max_eval_frames for row in rows.values()):
         print(f"   Using {max_eval_frames} frames (evenly sampled) to reduce eval memory")
@@ -2284,6 +2380,7 @@ def known_settings(args: argparse.Namespace, chosen: ModelChoice, arm: str, inpu
         "max_image_size": chosen.inputs.max_image_size,
         "max_new_tokens": args.max_new_tokens,
         "seed": args.seed if arm in SEEDED_ARMS else None,
+        "borrowed_speech": "of the nearest length, fitted" if arm == "mismatched_audio" else None,
     }
 
 

@@ -35,6 +35,7 @@ import math
 import multiprocessing
 import operator
 import os
+import random
 import re
 import shutil
 import signal
@@ -530,6 +531,11 @@ class DataArguments:
         "full: all 1500 outputs of the encoder. speech: only those that cover it, one per 20 ms (other results).",
         list(AUDIO_TOKENS),
     )
+    speech_token_jitter: int = flag(
+        0,
+        "With --audio_tokens speech: in training each row gets 0 to N outputs for the silence behind its speech, drawn "
+        "anew each epoch, else the number of tokens may name the question. None in evaluation. 50: up to 1 s. 0: none.",
+    )
     frame_mode: str = flag(
         "images",
         "images: each frame by itself. video: frames in pairs, as Qwen2-VL's video (half the tokens; other results).",
@@ -679,6 +685,8 @@ def parse_arguments(argv: Sequence[str]) -> tuple[ModelArguments, DataArguments,
     refuse_unmeasured(flags, given)
     refuse_surroundings(flags, training_args)
     data_args.max_eval_frames = data_args.max_eval_frames or None
+    if not counts_speech(flags):
+        data_args.speech_token_jitter = 0
     return model_args, data_args, training_args
 
 
@@ -773,6 +781,7 @@ def refuse_numbers(flags: SimpleNamespace) -> None:
             "must be at least 1; -1: as --num_train_epochs says",
         ),
         (["max_eval_frames"], lambda number: number >= 0, "must be 0 (all frames) or more"),
+        (["speech_token_jitter"], lambda number: number >= 0, "must be 0 (none) or more"),
         (["early_stopping_patience", "eval_answers"], lambda number: number >= 0, "must be 0 (off) or more"),
         (["early_stopping_threshold"], lambda number: 0 <= number < math.inf, "must be 0 or more"),
     ):
@@ -780,6 +789,11 @@ def refuse_numbers(flags: SimpleNamespace) -> None:
             number = getattr(flags, name)
             if number is not None and not holds(number):
                 raise VQAError(f"--{name} {number}: {rule}")
+
+
+def counts_speech(flags: SimpleNamespace) -> bool:
+    """Whether the speech of a row takes as many tokens as it is long."""
+    return flags.audio_tokens == "speech" and flags.input_mode != "text"
 
 
 def refuse_contradictions(flags: SimpleNamespace, given: set[str]) -> None:
@@ -792,6 +806,9 @@ def refuse_contradictions(flags: SimpleNamespace, given: set[str]) -> None:
         raise VQAError("--use_liger_kernel: --compile_layers True fuses the same operations; leave one of them out")
     if flags.train_audio_encoder and flags.input_mode == "text":
         raise VQAError("--train_audio_encoder: with --input_mode text there is no speech; leave one of them out")
+    if "--speech_token_jitter" in given and flags.speech_token_jitter and not counts_speech(flags):
+        message = "needs --audio_tokens speech, and an --input_mode with speech; leave it out"
+        raise VQAError(f"--speech_token_jitter {flags.speech_token_jitter}: {message}")
     for name in ("train_vision_tower", "train_audio_encoder"):
         if flags.cache_features and getattr(flags, name):
             raise VQAError(f"--cache_features keeps what frozen encoders put out, and --{name} trains one; drop either")
@@ -1726,11 +1743,11 @@ class VQAProcessor:
         other.input_mode = input_mode
         return other
 
-    def speech_tokens(self, samples: int) -> int:
-        """Tokens that speech of `samples` at 16 kHz takes in the prompt."""
+    def speech_tokens(self, samples: int, silence: int = 0) -> int:
+        """Tokens that speech of `samples` at 16 kHz takes in the prompt, with `silence` more behind it."""
         if self.audio_tokens == "full":
             return self.encoder_tokens
-        return min(self.encoder_tokens, max(1, math.ceil(samples / SAMPLES_PER_TOKEN)))
+        return min(self.encoder_tokens, max(1, math.ceil(samples / SAMPLES_PER_TOKEN)) + silence)
 
     def tokenize(self, text: str, split_special_tokens: bool = False) -> list[int]:
         """Ids of a piece of a prompt, not to be changed; what many rows share is tokenised once."""
@@ -1886,9 +1903,9 @@ class VQAProcessor:
         mel = self.feature_extractor(speech, sampling_rate=SAMPLE_RATE, return_tensors="pt", padding="max_length")
         return mel["input_features"], torch.tensor([self.speech_tokens(len(speech))])
 
-    def count_tokens(self, row: VQARow, frame_paths: Sequence[Path], with_answer: bool = True) -> int:
-        """Length of the sample of `row`, from the headers of its frames; speech is decoded only if `check_media` did
-        not."""
+    def count_tokens(self, row: VQARow, frame_paths: Sequence[Path], with_answer: bool = True, silence: int = 0) -> int:
+        """Length of the sample of `row`, with `silence` tokens behind its speech, from the headers of its frames;
+        speech is decoded only if `check_media` did not."""
         vision_tokens, audio_tokens = [], 0
         for path in frame_paths:
             width, height = fit_size(upright_size(path), self.max_image_size)
@@ -1897,7 +1914,7 @@ class VQAProcessor:
         if self.frame_mode == "video":
             vision_tokens = [vision_tokens[0] * math.ceil(len(vision_tokens) / 2)]
         if self.input_mode != "text":
-            audio_tokens = self.speech_tokens(row.speech_samples or speech_length(row.audio_path))
+            audio_tokens = self.speech_tokens(row.speech_samples or speech_length(row.audio_path), silence)
         return self.length(row.question, vision_tokens, audio_tokens, row.answer if with_answer else None)
 
 
@@ -1999,6 +2016,9 @@ class SurgicalVQADataset(torch.utils.data.Dataset):
         max_eval_frames: frames per clip when `is_eval` is True. None: all.
         with_answer: False leaves the answer out, for generation.
         with_index: add `row_indices`, so that the Trainer can name a sample.
+        speech_token_jitter: tokens of silence behind the speech at most, drawn by `seed`, the epoch and the row.
+
+    `epoch` is in shared memory, so that loader workers which outlive an epoch see it change.
     """
 
     def __init__(
@@ -2012,13 +2032,21 @@ class SurgicalVQADataset(torch.utils.data.Dataset):
         is_eval: bool = False,
         with_answer: bool = True,
         with_index: bool = False,
+        speech_token_jitter: int = 0,
+        seed: int = 0,
     ):
         if isinstance(rows, str | Path):
             rows = load_rows(rows, frames_dir, audio_dir if processor.input_mode != "text" else None)
         self.rows, self.processor = rows, processor
         self.max_train_frames, self.max_eval_frames = max_train_frames, max_eval_frames
         self.is_eval, self.with_answer, self.with_index = is_eval, with_answer, with_index
+        self.speech_token_jitter, self.seed = speech_token_jitter, seed
+        self.epoch = torch.zeros((), dtype=torch.long).share_memory_()
         self.feature_store: FeatureStore | None = None  # once it is filled
+
+    def silence_behind(self, index: int) -> int:
+        """Tokens of silence that follow the speech of a row in this epoch."""
+        return random.Random(f"{self.seed}/{self.epoch}/{self.rows[index].key}").randint(0, self.speech_token_jitter)
 
     def _select_frames(self, frames: Sequence) -> Sequence:
         """Those of a clip's frames that this dataset gives."""
@@ -2029,13 +2057,20 @@ class SurgicalVQADataset(torch.utils.data.Dataset):
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         row, (clip, speech_path) = self.rows[index], self.media_of(index)
+        silence = self.silence_behind(index)
         if self.feature_store:
-            speech_features = self.feature_store.read(speech_path)[0] if speech_path else None
+            speech_features = None
+            if speech_path:
+                speech_features, tokens = self.feature_store.read(speech_path)
+                speech_features = speech_features[: tokens + silence]
             vision_features = self.feature_store.read(clip)
             sample = self.processor.make_sample(row, (), None, self.with_answer, vision_features, speech_features)
         else:
             frames = [load_frame(path, self.processor.max_image_size) for path in clip]
-            speech = mel_of(self.processor, speech_path, version_of(speech_path)) if speech_path else None
+            speech = None
+            if speech_path:
+                mel, tokens = mel_of(self.processor, speech_path, version_of(speech_path))
+                speech = mel, (tokens + silence).clamp(max=self.processor.encoder_tokens)
             sample = self.processor.make_sample(row, frames, speech, self.with_answer)
         return {**sample, "row_indices": [index]} if self.with_index else sample
 
@@ -2060,16 +2095,22 @@ class SurgicalVQADataset(torch.utils.data.Dataset):
         for row in self.rows:
             frames = self._select_frames(row.frame_paths)
             most = processor.length(row.question, [largest] * len(frames), processor.encoder_tokens, row.answer)
-            if most > context and (tokens := processor.count_tokens(row, frames)) > context:
+            if most > context and (tokens := self.most_tokens(row)) > context:
                 text = f"{row.key} takes {tokens} tokens, more than the model's {context}; lower --max_image_size or "
                 part = "eval" if self.is_eval else "train"
                 problems.append(Problem(row.source, (row.line,), f"{text}--max_{part}_frames"))
         return problems
 
+    def most_tokens(self, row: VQARow) -> int:
+        """Tokens of the sample of `row` with the most silence behind its speech, without decoding any frame."""
+        frames = self._select_frames(row.frame_paths)
+        return self.processor.count_tokens(row, frames, silence=self.speech_token_jitter)
+
     def token_counts(self, indices: Iterable[int] | None = None) -> list[int]:
-        """Tokens of each sample, or of those at `indices`, without decoding any frame."""
-        rows = self.rows if indices is None else [self.rows[index] for index in indices]
-        return [self.processor.count_tokens(row, self._select_frames(row.frame_paths)) for row in rows]
+        """`most_tokens` of each sample, or of those at `indices`."""
+        return [
+            self.most_tokens(row) for row in (self.rows if indices is None else map(self.rows.__getitem__, indices))
+        ]
 
 
 class VQACollator:
@@ -3582,8 +3623,9 @@ def encoder_digest(encoder: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def feature_recipes(model: SpeechMixin, processor: VQAProcessor) -> dict[str, str]:
-    """All that the features of a clip (`vision`) and of a recording (`speech`) depend on but their files, as text."""
+def feature_recipes(model: SpeechMixin, processor: VQAProcessor, silence: int = 0) -> dict[str, str]:
+    """All that the features of a clip (`vision`) and of a recording (`speech`, with `silence` tokens behind it) depend
+    on but their files, as text."""
     kind = model.device.type
     version = importlib.metadata.version
     shared = {
@@ -3599,6 +3641,7 @@ def feature_recipes(model: SpeechMixin, processor: VQAProcessor) -> dict[str, st
     vision |= {"max_image_size": processor.max_image_size, "frame_mode": processor.frame_mode}
     speech = {"av": av.__version__, "torchaudio": version("torchaudio")}
     speech |= {"audio_tokens": processor.audio_tokens, "encoder_tokens": processor.encoder_tokens}
+    speech |= {"silence": silence}
     encoders = model.model.visual, model.audio_encoder
     with ThreadPoolExecutor(2) as pool:  # hashlib lets go of the interpreter
         digests = pool.map(encoder_digest, encoders)
@@ -3616,12 +3659,12 @@ class FeatureStore:
     encoder alone, so that what is read is the same, bit for bit, whatever batch it is in. A file is named by what it
     depends on (`feature_recipes` and the bytes of its media), written aside and then renamed.
 
-    `model` is on the device that computes, and its encoders stay as they are from here on. VQAError where `folder`,
-    made where it is missing, cannot be written.
+    `model` is on the device that computes, and its encoders stay as they are from here on; `silence` is how many tokens
+    behind the speech are kept too. VQAError where `folder`, made where it is missing, cannot be written.
     """
 
-    def __init__(self, folder: str | Path, model: SpeechMixin, processor: VQAProcessor):
-        self.folder, self.model, self.processor = Path(folder), model, processor
+    def __init__(self, folder: str | Path, model: SpeechMixin, processor: VQAProcessor, silence: int = 0):
+        self.folder, self.model, self.processor, self.silence = Path(folder), model, processor, silence
         self.files: dict[tuple[Path, ...] | Path, Path] = {}
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -3633,8 +3676,8 @@ class FeatureStore:
         """What loader workers get: the names of the files; they read, and never encode."""
         return {**self.__dict__, "model": None}
 
-    def read(self, medium: tuple[Path, ...] | Path | None) -> tuple[torch.Tensor, torch.Tensor | None] | None:
-        """Features [tokens, width], mapped from the file, and of a clip its grid int64 [n, 3]; None: not kept.
+    def read(self, medium: tuple[Path, ...] | Path | None) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """What `read_features` gives; None: not kept.
 
         VQAError where the file is damaged or gone.
         """
@@ -3650,7 +3693,7 @@ class FeatureStore:
         """
         start = time.monotonic()
         depth = 2 * MAX_WORKERS
-        recipes = feature_recipes(self.model, self.processor)
+        recipes = feature_recipes(self.model, self.processor, self.silence)
         digest_of = cache(sha256_of)
 
         def attempt(step: typing.Callable, medium):
@@ -3701,29 +3744,30 @@ class FeatureStore:
 
     def encode(self, medium, inputs: tuple[torch.Tensor, torch.Tensor], file: Path) -> None:
         """Write to `file` what its encoder makes of a medium's `inputs`."""
-        is_speech = isinstance(medium, Path)
+        values, shape = (tensor.to(self.model.device) for tensor in inputs)
         with torch.no_grad():  # an adapter may bring an encoder that was trained
-            encoder = self.model.encode_audio if is_speech else self.model.encode_vision
-            features = encoder(*(tensor.to(self.model.device) for tensor in inputs)).cpu()
-        write_features(file, features, None if is_speech else inputs[1])
+            if isinstance(medium, Path):
+                features = self.model.encode_audio(values, shape + self.silence)  # no more than the encoder's window
+            else:
+                features = self.model.encode_vision(values, shape)
+        write_features(file, features.cpu(), inputs[1])
 
 
-def read_features(file: Path) -> tuple[torch.Tensor, torch.Tensor | None]:
+def read_features(file: Path) -> tuple[torch.Tensor, torch.Tensor]:
     """What `write_features` stored, the features mapped from the file; VQAError where it is missing or damaged."""
     try:
         with safe_open(file, framework="pt") as stored:
-            features = stored.get_tensor("features")
-            grid = stored.metadata()["grid"]
-        return features, torch.tensor(json.loads(grid)) if grid else None
+            return stored.get_tensor("features"), torch.tensor(json.loads(stored.metadata()["shape"]))
     except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
         raise VQAError(f"{file}: damaged or gone ({error}); remove it and start again") from error
 
 
-def write_features(file: Path, features: torch.Tensor, grid: torch.Tensor | None = None) -> None:
-    """Store features [tokens, width] and, of a clip, the grid int64 [n, 3]; the file is named once it is complete."""
+def write_features(file: Path, features: torch.Tensor, shape: torch.Tensor) -> None:
+    """Store features [tokens, width] with the grid of a clip, int64 [n, 3], or the tokens of speech without the silence
+    behind it, int64 [1]; the file is named once it is complete."""
     part = file.with_name(f"tmp-{os.urandom(8).hex()}")
     try:
-        save_file({"features": features}, part, metadata={"grid": "" if grid is None else json.dumps(grid.tolist())})
+        save_file({"features": features}, part, metadata={"shape": json.dumps(shape.tolist())})
         sync(part)
         os.replace(part, file)
     finally:
@@ -3760,7 +3804,8 @@ def resolved_settings(
         "model": asdict(from_stored(ModelSettings, model)),
         "input": asdict(from_stored(InputSettings, given | {"encoder_tokens": processor.encoder_tokens})),
         # Compiled layers draw dropout from other random numbers, and Liger's round otherwise.
-        "trained": trained_parts | {name: given[name] for name in ("compile_layers", "use_liger_kernel")},
+        "trained": trained_parts
+        | {name: given[name] for name in ("compile_layers", "use_liger_kernel", "speech_token_jitter")},
         "lora": lora if model_args.train_decoder == "lora" else {},
         **origin,
         "tokens": {
@@ -3955,7 +4000,8 @@ def refuse_other_settings(checkpoint: Path, settings: dict) -> None:
     stored = load_settings(checkpoint)
     # Defaults for settings files without these keys.
     once = dict.fromkeys((*ENCODERS, "compile_layers", "use_liger_kernel"), False)
-    stored["trained"] = once | {"decoder": "lora"} | stored.get("trained", {})
+    once |= {"decoder": "lora", "speech_token_jitter": 0}
+    stored["trained"] = once | stored.get("trained", {})
     stored["input"] = {"prompt_layout": "plain"} | stored["input"]
     fixed = {part: settings[part].keys() - {"max_eval_frames"} for part in ("model", "input", "trained", "lora")}
     fixed["training"] = {"learning_rate", "lr_scheduler_type", "optim", "weight_decay", "seed"}
@@ -4344,6 +4390,10 @@ class RunGuard(TrainerCallback):
     def on_step_begin(self, args, state, control, **kwargs):
         """The checkpoint is loaded; later errors are not its."""
         self.began = True
+
+    def on_epoch_begin(self, args, state, control, **kwargs):
+        """Tell the dataset, before its loader starts; a run that resumes within an epoch has its fraction too."""
+        self.trainer.train_dataset.epoch.fill_(int(state.epoch))
 
     def on_train_begin(self, args, state, control, **kwargs):
         """Take up the loss log, and the evaluation that was cut short, where the checkpoint left them."""
@@ -4778,11 +4828,12 @@ def choose_layout(base: str, asked: str | None) -> str:
 
 
 def build_datasets(
-    train_rows: Sequence[VQARow], eval_rows: Sequence[VQARow], processor: VQAProcessor, args: DataArguments
+    train_rows: Sequence[VQARow], eval_rows: Sequence[VQARow], processor: VQAProcessor, args: DataArguments, seed: int
 ) -> tuple[SurgicalVQADataset, SurgicalVQADataset | None]:
     """The datasets of training and, where there are rows, of evaluation; VQAError where a sample is too long."""
     print(f"📁 Loading Train Data: {args.train_data_path}")
-    train = SurgicalVQADataset(train_rows, processor, max_train_frames=args.max_train_frames, with_index=True)
+    jitter = {"speech_token_jitter": args.speech_token_jitter, "seed": seed}  # of the silence behind the speech
+    train = SurgicalVQADataset(train_rows, processor, max_train_frames=args.max_train_frames, with_index=True, **jitter)
     evaluation = None
     limit = args.max_eval_frames
     if eval_rows:
@@ -4989,7 +5040,7 @@ def train(
     train_rows, eval_rows, skipped = prepare_data(data_args)
     device = "meta" if data_args.dry_run else training_args.device
     model, trained, base_fingerprint = build_model(model_args, training_args, tokenizer, device)
-    datasets = build_datasets(train_rows, eval_rows, processor, data_args)
+    datasets = build_datasets(train_rows, eval_rows, processor, data_args, training_args.seed)
 
     # 4. The plan, which is all that --dry_run asks for
     every_n = plan(model, datasets, model_args, data_args, training_args)
@@ -5001,7 +5052,7 @@ def train(
     if model_args.use_liger_kernel:
         use_liger(model)
     if data_args.cache_features:
-        store = FeatureStore(data_args.cache_features, model, processor)
+        store = FeatureStore(data_args.cache_features, model, processor, data_args.speech_token_jitter)
         store.fill([dataset for dataset in datasets if dataset])
         for dataset in filter(None, datasets):
             dataset.feature_store = store

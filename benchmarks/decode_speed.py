@@ -85,7 +85,7 @@ def main() -> None:
         vision = torch.randn(1344, 3584).bfloat16()
         audio = torch.randn(1500, 1280).bfloat16()
         vqa.write_features(folder / "vision", vision, torch.tensor([[1, 24, 28]] * 8))
-        vqa.write_features(folder / "speech", audio)
+        vqa.write_features(folder / "speech", audio, torch.tensor([1500]))
 
         def resize() -> None:
             for image in decoded:

@@ -13,6 +13,7 @@ speech     speaks every question in every voice: a few hundred files, which can 
 render     draws the clips and writes the question files
 train      trains the variants (--variants), all at the same time
 evaluate   lets every variant answer the test rows, in all arms
+hearing    prints what the variants that were evaluated score by the arms on hearing, and their speed
 report     writes docs/LEARNABILITY.md and its curves from the figures in --work_dir/results
 
 On a CPU, a tiny model learns three types in minutes (tests/test_learning.py does this in one, without annotations):
@@ -47,7 +48,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 import make_media as media  # noqa: E402
 import make_tiny_models as tiny  # noqa: E402
 
-STAGES = ("speech", "render", "train", "evaluate", "report")
+STAGES = ("speech", "render", "train", "evaluate", "hearing", "report")
 
 # ---------------------------------------------------------------- drawing
 # Lengths are fractions of the frame's width or height unless said otherwise.
@@ -528,6 +529,8 @@ class Variant:
     batch: int = 128
     frame_mode: str = "images"
     audio_tokens: str = "speech"
+    jitter: int = 0  # --speech_token_jitter
+    window: float = SPEECH_SECONDS  # seconds that the speech encoder takes
     naive_pad: bool = False  # PAD = EOS = <|im_end|>, masked out of the labels at every position
     share: float = 1.0  # of the training steps
     data: str = "train"  # the question file
@@ -567,7 +570,7 @@ def write_model(folder: Path, variant: Variant, texts: Sequence[str]) -> None:
             "encoder_ffn_dim": 4 * variant.audio,
             "encoder_layers": variant.audio_layers,
             "init_std": 0.02,
-            "max_source_positions": round(SPEECH_SECONDS * 50),  # 50 outputs a second
+            "max_source_positions": round(variant.window * 50),  # 50 outputs a second
             "num_mel_bins": 80,
         },
     )
@@ -589,8 +592,12 @@ VARIANTS = {
         share=0.25,
         arms=False,
     ),
+    # A pair in which the longest question leaves room for the silence behind it.
+    "steady": Variant("speech without silence behind it", window=SPEECH_SECONDS + 1),
+    "jitter": Variant("up to 1 s of silence behind the speech", window=SPEECH_SECONDS + 1, jitter=50),
     "five": Variant("five samples by heart", data="five", target_loss=1e-4, arms=False),
     "tiny": TINY,
+    "tiny_jitter": replace(TINY, what=f"{TINY.what}; up to 1 s of silence behind the speech", jitter=50),
     "tiny_naive_pad": replace(TINY, what=f"{TINY.what}; PAD = EOS = im_end, masked out of the labels", naive_pad=True),
 }
 
@@ -612,6 +619,7 @@ def train_command(args: argparse.Namespace, name: str, workers: int) -> list[str
         "train_data_path": work / "data" / f"{variant.data}.jsonl", "frames_dir": work / "frames",
         "audio_dir": args.speech_dir, "output_dir": work / "runs" / name, "max_image_size": max(args.size),
         "frame_mode": variant.frame_mode, "audio_tokens": variant.audio_tokens,
+        **({"speech_token_jitter": variant.jitter} if variant.audio_tokens == "speech" else {}),
         "per_device_train_batch_size": 5 if five else variant.batch,
         "learning_rate": args.learning_rate or variant.learning_rate, "max_steps": steps,
         "lr_scheduler_type": "constant_with_warmup" if five else "cosine", "warmup_steps": min(200, steps // 10),
@@ -724,7 +732,7 @@ def train(args: argparse.Namespace) -> list[str]:
             media.save(last / "earlier.json", json.dumps(parts_of(start_of(args, name))).encode())
         note(args, f"train_{name}", {
             "status": process.returncode, "variant": asdict(VARIANTS[name]), "last": last and last.name,
-            "command": process.args, "parts": last and parts_of(last),
+            "wall_seconds": time.monotonic() - started, "command": process.args, "parts": last and parts_of(last),
             "state": last and json.loads((last / "trainer_state.json").read_text()),
             "settings": last and json.loads((last / "vqa_settings.json").read_text()),
         })  # fmt: skip
@@ -822,6 +830,33 @@ def evaluate(args: argparse.Namespace) -> list[str]:
                 failed.append(f"evaluation {label} (exit status {status})")
         time.sleep(0.2)
     return failed
+
+
+# ---------------------------------------------------------------- hearing
+
+
+def hearing(args: argparse.Namespace) -> None:
+    """Print, for each variant with answers in OUT_DIR, training speed, `choice` on the discriminative types in the
+    arms on hearing, and the verdict of evaluate_checkpoint.py. Of a stopped training, the speed includes its start."""
+    import evaluate_checkpoint as judge
+
+    lines, verdicts = [], []
+    for name in VARIANTS:
+        answers = [measured(args, f"{name}-test-8-arms0", "test", arm) for arm in ("", *ARM_GROUPS[0].split(","))]
+        if not answers[0]:
+            continue
+        run = json.loads((args.out_dir / f"train_{name}.json").read_text())
+        samples, seconds = run["parts"][-1]["steps"] * run["parts"][-1]["batch"], run["parts"][-1]["seconds"]
+        shares = [f"{percent(arm.choice())} of {arm.choice()['n']}" for arm in answers]
+        speed = f"{samples / seconds:.0f}" if seconds else f"{samples / run['wall_seconds']:.0f}"
+        summary = answers[0].summary
+        gates = " / ".join(f"{summary['manifest']['gates'][medium]:.2g}" for medium in ("speech", "frames"))
+        lines.append((f"`{name}`", VARIANTS[name].jitter, samples, speed, *shares, gates))
+        verdicts.append(
+            f"`{name}`: {judge.borrowing_sentence(summary['arms'])} {judge.arm_sentences(summary['arms'])[0]}"
+        )
+    header = ("variant", "jitter", "samples", "samples/s", "audio", *ARM_GROUPS[0].split(","), "speech / frames move")
+    print(table(header, lines), *verdicts, sep="\n")
 
 
 # ---------------------------------------------------------------- report
@@ -1209,7 +1244,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         return train_naively(argv[3:])
     args = parse_args(argv)
     os.environ.setdefault("TQDM_DISABLE", "1")
-    stages = {"speech": speech, "render": render, "train": train, "evaluate": evaluate, "report": report}
+    stages = {"speech": speech, "render": render, "train": train, "evaluate": evaluate}
+    stages |= {"hearing": hearing, "report": report}
     failed = []
     try:
         for name in STAGES:

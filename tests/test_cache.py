@@ -245,6 +245,7 @@ def test_training_and_every_arm_of_evaluation_with_the_cache_are_those_without_i
     answers = {}
     for name, more in (("cached", cache), ("without", ())):
         result = evaluate(*arms, "--batch_size", 1, *more, checkpoint=tmp_path / "warm", name=name)
+        assert result.status == 0, result.err
         files = {arm: (tmp_path / part["file"]).read_text() for arm, part in result.summary["arms"].items()}
         answers[name] = files
     assert answers["cached"] == answers["without"] and len(answers["cached"]) == 6

@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -505,13 +506,19 @@ def test_merged_unmerged_and_in_any_batch_every_arm_answers_the_same(evaluate, t
     assert list(merged) == ["audio", *arms.split(",")]  # the main arm is always there
     assert all(texts != merged["audio"] for arm, texts in merged.items() if arm != "audio")
     assert len({row["question_type"] for row in rows["audio"]}) == 2
+    own_speech = {ev.row_key(row): row["audio_file"] for row in rows["audio"]}
     for row in rows["mismatched_audio"]:
         assert row["audio_of"].split("/")[2] != row["question_type"]
         assert row["audio_of"].split("/")[1] in row["audio_file"]
+        own, played = (vqa.speech_length(Path(file)) for file in (own_speech[ev.row_key(row)], row["audio_file"]))
+        assert row["audio_padded_samples"] == own - played != 0 == row["audio_padded_tokens"]  # of 200 in any case
         assert row["input_mode"] == "audio"
     assert {(row["input_mode"], row["audio_file"]) for row in rows["text"]} == {("text", None)}
     assert [row["audio_file"] for row in rows["black_frames"]] == [row["audio_file"] for row in rows["audio"]]
     assert "audio_of" not in rows["black_frames"][0]
+    borrowed = result.summary["arms"]["mismatched_audio"]["borrowed"]
+    assert borrowed["n"] == 3 == borrowed["cut"]["n"] + borrowed["padded"]["n"]
+    assert "Of 3 borrowed recordings" in result.out
     mixed = evaluate("--no_merge", "--limit", 4, "--arms", arms, name="merged")  # into rows of a merged model
     assert mixed.status == 2 and "adapter_merged (True then, False now)" in mixed.err
 

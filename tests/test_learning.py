@@ -137,6 +137,16 @@ def test_every_answer_stops_by_itself(results):
     assert (finish["eos"], finish["loops"]) == (ROWS, 0)
 
 
+def test_what_hearing_costs_is_printed(results, flags, capsys):
+    """Speed, the arms on hearing, the verdict."""
+    world.hearing(world.parse_args(["--stage", "hearing", *flags]))
+    lines = capsys.readouterr().out.splitlines()
+    assert any(
+        line.startswith(f"| `tiny` | 0 | {STEPS * 16} | ") and line.count(f" of {ROWS} |") == 3 for line in lines
+    )
+    assert any(line.startswith("`tiny`: Of ") and "Does it hear? Yes: " in line for line in lines)
+
+
 def test_the_report_tells_it(results, flags, monkeypatch):
     """All but the picture, which needs matplotlib."""
     drawn = []

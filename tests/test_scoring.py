@@ -692,16 +692,59 @@ def test_arms_compare_with_the_main_arm():
 
 
 def test_arm_sentences():
-    hear, see = ev.arm_sentences(arms_of(20, audio=20, mismatched_audio=10, black_frames=20))
+    hear, see = ev.arm_sentences(arms_of(20, audio=20, mismatched_audio=10, silent_audio=0, black_frames=20))
     assert hear == (
         "Does it hear? Yes: with another question's speech, choice goes from 100.0 % to 50.0 % "
-        "(difference -50.0 points, 95 % -70.1 to -24.3; p = 0.002; n 20)."
+        "(difference -50.0 points, 95 % -70.1 to -24.3; p = 0.002; n 20); with silence in place of speech, choice goes "
+        "from 100.0 % to 0.0 % (difference -100.0 points, 95 % -100.0 to -77.2; p < 0.001; n 20)."
     )
     assert see.startswith("Does it see? There is no sign of it: with black frames, choice goes from 100.0 % to 100.0 %")
     hear, see = ev.arm_sentences(arms_of(5, audio=5, mismatched_audio=2))
     assert hear.startswith("Does it hear? It may, but these rows are too few to tell: ")
     assert "p = 0.250; n 5" in hear
     assert "Not tested" in see and "black_frames, shuffled_frames, first_frame" in see
+
+
+@pytest.mark.parametrize(
+    ("right", "verdict"),
+    [
+        ({"mismatched_audio": 0}, "It may, and silent_audio would tell: add it to --arms: with another question's"),
+        ({"silent_audio": 0}, "It may, and mismatched_audio would tell: add it to --arms: with silence"),
+        ({"mismatched_audio": 0, "silent_audio": 20}, "There is no sign of it: with another question's speech"),
+        ({"mismatched_audio": 20, "silent_audio": 0}, "There is no sign of it: with another question's speech"),
+        ({"mismatched_audio": 0, "silent_audio": 18}, "It may, but these rows are too few to tell: "),
+        ({}, "Not tested: add mismatched_audio and silent_audio to --arms."),
+    ],
+)
+def test_hearing_takes_a_loss_by_other_speech_and_by_silence(right, verdict):
+    assert ev.arm_sentences(arms_of(20, audio=20, **right))[0].startswith(f"Does it hear? {verdict}")
+
+
+def test_what_was_done_to_borrowed_speech_is_told():
+    rows = [{"audio_padded_samples": by} for by in (-1600, -320, 0, 800, -3200)] + [{"audio_file": "own.wav"}]
+    borrowed = ev.summarise_borrowing(rows)
+    assert borrowed == {
+        "n": 5, "cut": {"n": 3, "seconds": [0.02, 0.1, 0.2]}, "padded": {"n": 1, "seconds": [0.05, 0.05, 0.05]}
+    }  # fmt: skip
+    arms = arms_of(20, audio=20, mismatched_audio=10)
+    arms["mismatched_audio"]["borrowed"] = borrowed
+    report = " ".join(ev.render_arms(arms).split())
+    assert "Of 5 borrowed recordings 3 were cut by 0.02 to 0.20 s (median 0.10), 1 was padded by 0.05 to" in report
+
+
+@pytest.mark.parametrize(
+    ("gates", "warned"),
+    [
+        ({"speech": 0.0099, "frames": 1.0}, True),
+        ({"speech": 0.011, "frames": 1.0}, False),
+        ({"speech": None, "frames": 1.0}, False),
+        (None, False),
+    ],
+)
+def test_speech_that_moves_next_to_nothing_is_a_warning(gates, warned):
+    rows = [make_row(1), make_row(2)]
+    warnings = ev.summarise(rows, scored(rows, ["yes", "no"]), manifest=gates and {"gates": gates})["warnings"]
+    assert any("speech hardly reaches" in line for line in warnings) == warned
 
 
 def test_arms_table():
@@ -713,17 +756,32 @@ def test_arms_table():
 
 def test_mismatched_audio_borrows_from_another_type_whatever_the_order():
     rows = [make_row(n, kind) for n, kind in enumerate(["scope_motion", "scope_motion", "lesion_site", "nbi_status"])]
-    pairs = ev.pair_mismatched_audio(rows, seed=0)
+    samples = {ev.row_key(row): 16_000 for row in rows}
+    pairs = ev.pair_mismatched_audio(rows, samples, seed=0)
     assert set(pairs) == {ev.row_key(row) for row in rows}
     assert all(key[2] != other[2] for key, other in pairs.items())
-    assert ev.pair_mismatched_audio(rows[::-1], seed=0) == pairs
-    assert any(ev.pair_mismatched_audio(rows, seed=seed) != pairs for seed in range(1, 9))
+    assert ev.pair_mismatched_audio(rows[::-1], samples, seed=0) == pairs
+    assert any(ev.pair_mismatched_audio(rows, samples, seed=seed) != pairs for seed in range(1, 9))
     same = ("Is it moving?", "is it moving", "Where?")  # and not the same words
     kinds = ("scope_motion", "flush_action", "lesion_site")
     rows = [make_row(n, kind, question=words) for n, (kind, words) in enumerate(zip(kinds, same, strict=True))]
-    assert ev.pair_mismatched_audio(rows)[ev.row_key(rows[0])] == ev.row_key(rows[2])
+    samples = {ev.row_key(row): 1000 * n + 1 for n, row in enumerate(rows)}
+    assert ev.pair_mismatched_audio(rows, samples)[ev.row_key(rows[0])] == ev.row_key(rows[2])
+    rows = [make_row(1), make_row(2)]
     with pytest.raises(ev.InputError, match="v1/q1/scope_motion"):  # which has nowhere to borrow from
-        ev.pair_mismatched_audio([make_row(1), make_row(2)])
+        ev.pair_mismatched_audio(rows, dict.fromkeys(map(ev.row_key, rows), 1))
+
+
+def test_borrowed_speech_differs_least_in_length():
+    kinds = ["scope_motion", "scope_motion", "lesion_site", "nbi_status", "flush_action"]
+    rows = [make_row(n, kind) for n, kind in enumerate(kinds)]
+    keys = [ev.row_key(row) for row in rows]
+    samples = dict(zip(keys, (1000, 1001, 900, 1101, None), strict=True))  # None: speech that cannot be read
+    for seed in range(9):
+        pairs = ev.pair_mismatched_audio(rows, samples, seed)
+        assert list(map(pairs.get, keys)) == [keys[2], keys[3], keys[0], keys[1], None]
+    samples[keys[2]] = 899  # as far as the other
+    assert {ev.pair_mismatched_audio(rows, samples, seed)[keys[0]] for seed in range(20)} == {keys[2], keys[3]}
 
 
 @pytest.mark.parametrize(
