@@ -708,6 +708,27 @@ def collapse_warnings(rows: Sequence[Scored]) -> list[str]:
     return lines
 
 
+# `contents` of a row that training had too, and their words.
+SEEN = {"clip": "the clip", "frame": "a frame", "speech": "the speech", "wording": "the wording"}
+
+
+def seen_warnings(contents: Mapping[Key, Mapping[str, Iterable[bytes]]], seen: set[bytes]) -> list[str]:
+    """Lines for evaluated rows that training had, by their content. `contents`: digests by row and SEEN; `seen`:
+    digests of training."""
+    found = {key: [k for k, digests in row.items() if not seen.isdisjoint(digests)] for key, row in contents.items()}
+    counts = Counter(itertools.chain(*found.values()))
+    n, lines = len(found), []
+    if parts := [f"{text} of {counts[kind]}" for kind, text in SEEN.items() if counts[kind]]:
+        lines.append(f"seen in training, by content: of {n} rows {', '.join(parts)}")
+    other = [key for key, kinds in found.items() if "speech" in kinds and "wording" not in kinds]
+    if other:
+        lines.append(
+            f"speech of training: {len(other)} of {n} rows play a recording that training had, and ask in words that "
+            f"it had not, e.g. {key_text(other[0])}; see --audio_dir and --audio_pattern"
+        )
+    return lines
+
+
 def overlap_warnings(annotations: Sequence[Row], train_rows: Sequence[Row]) -> list[str]:
     """Lines for evaluated rows whose frames, or ids within their video, also stand in the training file."""
 
@@ -784,7 +805,8 @@ def summarise(
     arms: Row | None = None,
     manifest: Row | None = None,
 ) -> Row:
-    """The content of X.summary.json. `rows` are the scored `annotations`; `arms` comes from `summarise_arms`."""
+    """The content of X.summary.json. `rows` are the scored `annotations`; `arms` comes from `summarise_arms`;
+    `data_warnings` of the manifest go into the headline."""
     majority = None
     if train_rows is not None:
         majority = majority_answers((row["question_type"], normalise(row["short_answer"])) for row in train_rows)
@@ -795,6 +817,8 @@ def summarise(
     groups = group_by_type(rows)
     finish = finish_counts(rows)
     everything = figures(rows)
+    headline = list((manifest or {}).get("data_warnings", ()))
+    headline += overlap_warnings(annotations, train_rows) if train_rows is not None else []
     unknown = {
         row["question_type"] for row in annotations if not gold_option(row["question_type"], row["short_answer"])
     }
@@ -824,11 +848,12 @@ def summarise(
         "baselines": everything["baselines"],
         "discriminative": discriminative,
         "finish": finish,
+        "headline": headline,
         "warnings": [
+            *headline,
             *below_majority_warnings({"all rows": everything, "the discriminative rows": discriminative}),
             *collapse_warnings(rows),
             *answer_warnings(rows),
-            *(overlap_warnings(annotations, train_rows) if train_rows is not None else ()),
         ],
         "types_without_options": sorted(unknown),
         "missing": [key_text(row.key) for row in rows if row.finish_reason == "missing"],
@@ -1031,6 +1056,7 @@ def render_summary(summary: Row) -> str:
     contains = summary["metrics"]["contains"]
     parts = [
         f"Accuracy in %, of all {n} rows ({summary['n_errors']} failed, {summary['n_missing']} missing: wrong)",
+        *(_wrap(f"Warning: {line}") for line in summary["headline"]),
         render_table(*metrics_table(summary["metrics"])),
         "",
         "choice beside what needs neither speech nor frames",
@@ -1058,8 +1084,8 @@ def render_summary(summary: Row) -> str:
             parts.append(_wrap(f"{name.capitalize()}: {', '.join(keys[:LISTED])}{more}"))
     if summary["arms"]:
         parts += ["", render_arms(summary["arms"])]
-    if summary["warnings"]:
-        parts += ["", *(_wrap(f"Warning: {line}") for line in summary["warnings"])]
+    if others := summary["warnings"][len(summary["headline"]) :]:
+        parts += ["", *(_wrap(f"Warning: {line}") for line in others)]
     return "\n".join(parts)
 
 
@@ -1845,7 +1871,7 @@ def answer_and_score(args: argparse.Namespace, stop: Any) -> int:
     modes = choose_arms(args, main_arm)
 
     # 2. Data: everything is found and decoded once before the weights load
-    rows_of, speech_sources, train_rows = read_data(args, modes, chosen)
+    rows_of, speech_sources, train_rows, data_warnings = read_data(args, modes, chosen)
     annotations = [annotation_of(row) for row in rows_of[main_arm]]
 
     # 3. Model
@@ -1878,6 +1904,7 @@ def answer_and_score(args: argparse.Namespace, stop: Any) -> int:
     # 6. Figures
     record = run_record(args, chosen, arms[main_arm], settings[main_arm], device)
     record["gates"] = moved
+    record["data_warnings"] = data_warnings
     record["runtime"] = {"seconds": seconds, "rows_answered": answered, "peak_gpu_memory_gib": peak}
     record["runtime"]["batch_size"] = {arm: inputs.batch_size for arm, inputs in arms.items()}
     files = {arm: arm_path(args.output_file, arm, main_arm) for arm in arms}
@@ -1906,21 +1933,21 @@ def choose_arms(args: argparse.Namespace, main_arm: str) -> dict[str, str]:
 
 def read_data(
     args: argparse.Namespace, modes: Mapping[str, str], chosen: ModelChoice
-) -> tuple[dict[str, list[Any]], dict[Key, Key], list[Row] | None]:
+) -> tuple[dict[str, list[Any]], dict[Key, Key], list[Row] | None, list[str]]:
     """Read the question files, and find and decode the media of every arm.
 
     Returns:
-        Each arm's VQARows; for `mismatched_audio` whose speech a row plays; the training annotations, if any.
+        Each arm's VQARows; for `mismatched_audio` whose speech a row plays; the training annotations, if any;
+        warnings for the headline.
 
-    Raises VQAError for what is missing or broken, which --allow_errors only says, and always where one speech file
-    would have to serve different questions.
+    Raises VQAError for what is missing or broken, which --allow_errors only says, for too many frames that show
+    nothing, which --allow_empty_frames only says, and always where one speech file would have to serve different
+    questions.
     """
     print(f"📁 Loading Eval Data: {args.eval_data_path}")
     every = {row_key(annotation_of(row)): row for row in vqa.read_rows(args.eval_data_path)}
     rows = dict(itertools.islice(every.items(), args.limit or None))
-    train_rows = None
-    if args.train_data_path:
-        train_rows = [annotation_of(row) for row in vqa.read_rows(args.train_data_path)]
+    train_rows, data_warnings = read_training(args)
     speech_sources = {}
     if "mismatched_audio" in modes:  # over the complete file: a larger --limit later leaves the pairs as they are
         pairs = pair_mismatched_audio([annotation_of(row) for row in every.values()], args.seed)
@@ -1939,6 +1966,7 @@ def read_data(
         vqa.raise_problems(problems)
     for problem in problems:
         print(f"{problem} (--allow_errors: counted as wrong)", file=sys.stderr)
+    data_warnings += check_contents(args, chosen, list(rows.values()))
     rows_of = {arm: list(rows.values()) for arm in modes}
     if speech_sources:
         rows_of["mismatched_audio"] = [
@@ -1947,7 +1975,53 @@ def read_data(
         ]
     if max_eval_frames and any(len(row.frames) > max_eval_frames for row in rows.values()):
         print(f"   Using {max_eval_frames} frames (evenly sampled) to reduce eval memory")
-    return rows_of, speech_sources, train_rows
+    return rows_of, speech_sources, train_rows, data_warnings
+
+
+def read_training(args: argparse.Namespace) -> tuple[list[Row] | None, list[str]]:
+    """The training annotations, None where there are none, and warnings for the headline.
+
+    Without --train_data_path it is set to what the checkpoint was trained on, where that is still the same file.
+    """
+    if args.train_data_path:
+        return [annotation_of(row) for row in vqa.read_rows(args.train_data_path)], []
+    folder = Path(args.checkpoint_path or "")
+    if not args.checkpoint_path:
+        return None, []
+    data = vqa.load_settings(folder).get("data", {}) if (folder / vqa.SETTINGS_FILE).is_file() else {}
+    path, digest = data.get("train_data_path"), data.get("train_data_sha256")
+    if not (path and digest):
+        reason = f"{folder} does not say which file it was trained on"
+    elif not Path(path).is_file():
+        reason = f"the training file {path} is not here"
+    elif sha256_once(Path(path)) != digest:
+        reason = f"{path} has changed since training"
+    else:
+        print(f"   --train_data_path {path!r}, as in training")
+        args.train_data_path = path
+        rows, _ = vqa.scan_rows(path, data.get("max_train_samples"))  # training may have left out malformed lines
+        return [annotation_of(row) for row in rows], []
+    return None, [f"no train majority, no check of ids: {reason}; name it with --train_data_path"]
+
+
+def check_contents(args: argparse.Namespace, chosen: ModelChoice, rows: list[Any]) -> list[str]:
+    """Warnings for the headline: frames that show nothing, and what training had of VQARows whose media passed.
+
+    Raises InputError for too many such frames, unless --allow_empty_frames.
+    """
+    text, too_many = vqa.find_empty_frames(rows)
+    if too_many and not args.allow_empty_frames:
+        raise InputError(f"{text}; replace them, or let them pass with --allow_empty_frames")
+    seen = vqa.read_digests(vqa.resolve_model_dir(chosen.path))
+    lines = [text] if text else []
+    if seen is not None:
+        lines += seen_warnings({row_key(annotation_of(row)): row.contents for row in rows}, seen)
+    elif args.checkpoint_path:
+        lines.append(
+            f"not known what training had: {chosen.path} has no {vqa.DIGESTS_FILE}, so clips, frames, speech and "
+            f"wording are not compared with those of training"
+        )
+    return lines
 
 
 def answer_arms(
@@ -2123,8 +2197,8 @@ def build_parser() -> argparse.ArgumentParser:
          "'{video_id}_{id}' or '{id}'")
     data("--frame_pattern", help="path of a frame below --frames_dir, likewise. None: as in training, else "
          "'{video}/{frame}' or '{video}/{frame_number}'")
-    data("--train_data_path", help="the training JSONL, for its majority answers and for rows not held out. None: no "
-         "train majority, no check")
+    data("--train_data_path", help="the training JSONL, for its majority answers and for rows not held out. None: the "
+         "one that the checkpoint was trained on, if it is still there and unchanged; with --score_only none")
     data("--output_file", help="X.jsonl, one row a sample; the figures go to X.summary.json. With --score_only: the "
          "existing predictions")
     data("--limit", type=_at_least(0), default=0, help="evaluate the first N rows. 0: all of them")
@@ -2132,6 +2206,9 @@ def build_parser() -> argparse.ArgumentParser:
          "are kept and the rest is done")
     data("--allow_errors", **switch, help="a row whose files cannot be read counts as wrong; without it, such a row "
          "stops the run before the model loads")
+    data("--allow_empty_frames", type=_true_or_false, nargs="?", const=True, default=False, help="evaluate where more "
+         "than one in 100 rows (at least 2) has frames of one colour, or frames whose names differ and whose bytes "
+         "are equal. False: an error")
     data("--allow_symlinks", **switch, help="links may lead out of --frames_dir and --audio_dir")
 
     model("--checkpoint_path", help="adapter or full model: final folder, checkpoint-N or merged model. None: the base "
