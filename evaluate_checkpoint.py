@@ -1990,7 +1990,7 @@ def read_training(args: argparse.Namespace) -> tuple[list[Row] | None, list[str]
         return None, []
     data = vqa.load_settings(folder).get("data", {}) if (folder / vqa.SETTINGS_FILE).is_file() else {}
     path, digest = data.get("train_data_path"), data.get("train_data_sha256")
-    if not (path and digest):
+    if not (isinstance(path, str) and digest):
         reason = f"{folder} does not say which file it was trained on"
     elif not Path(path).is_file():
         reason = f"the training file {path} is not here"
