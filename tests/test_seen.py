@@ -122,7 +122,7 @@ def test_damaged_digests_are_refused_by_name_before_weights_load(evaluate, check
     assert result.status == 2 and f"{checkpoint / vqa.DIGESTS_FILE}: " in result.err
 
 
-def test_digests_travel_with_every_save_and_tell_no_names(train, trained, tiny, tmp_path):
+def test_digests_travel_with_every_save_and_tell_no_names(trained, tiny, tmp_path):
     stored = (trained / vqa.DIGESTS_FILE).read_bytes()
     frames = sorted((FIXTURES / "frames").rglob("*.*"))
     speech = sorted((FIXTURES / "audio").iterdir())
@@ -140,8 +140,6 @@ def test_digests_travel_with_every_save_and_tell_no_names(train, trained, tiny, 
     flags = ["--stage1_model_path", tiny, "--stage2_adapter_path", trained, "--output_path", out, "--dtype", "float32"]
     assert merge.main([*map(str, flags)]) == 0
     assert (out / vqa.DIGESTS_FILE).read_bytes() == stored
-    assert train(tmp_path / "full", "--train_decoder", "full", "--max_steps", "1", "--save_strategy", "no") == 0
-    assert (tmp_path / "full" / vqa.DIGESTS_FILE).read_bytes() == stored
 
 
 def test_a_run_from_an_adapter_and_its_resumption_add_their_own(train, trained, data, tmp_path):
