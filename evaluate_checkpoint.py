@@ -849,6 +849,27 @@ def collapse_warnings(rows: Sequence[Scored]) -> list[str]:
     return [f"mode collapse in {len(alike)} of {len(groups)} question types: {'; '.join(alike)}"] if alike else []
 
 
+# `contents` of a row that training had too, and their words.
+SEEN = {"clip": "the clip", "frame": "a frame", "speech": "the speech", "wording": "the wording"}
+
+
+def seen_warnings(contents: Mapping[Key, Mapping[str, Iterable[bytes]]], seen: set[bytes]) -> list[str]:
+    """Lines for evaluated rows that training had, by their content. `contents`: digests by row and SEEN; `seen`:
+    digests of training."""
+    found = {key: [k for k, digests in row.items() if not seen.isdisjoint(digests)] for key, row in contents.items()}
+    counts = Counter(itertools.chain(*found.values()))
+    n, lines = len(found), []
+    if parts := [f"{text} of {counts[kind]}" for kind, text in SEEN.items() if counts[kind]]:
+        lines.append(f"seen in training, by content: of {n} rows {', '.join(parts)}")
+    other = [key for key, kinds in found.items() if "speech" in kinds and "wording" not in kinds]
+    if other:
+        lines.append(
+            f"speech of training: {len(other)} of {n} rows play a recording that training had, and ask in words that "
+            f"it had not, e.g. {key_text(other[0])}; see --audio_dir and --audio_pattern"
+        )
+    return lines
+
+
 def overlap_warnings(annotations: Sequence[Row], train_rows: Sequence[Row]) -> list[str]:
     """Lines for evaluated rows whose frames, or ids within their video, also stand in the training file."""
 
@@ -946,7 +967,8 @@ def summarise(
     arms: Row | None = None,
     manifest: Row | None = None,
 ) -> Row:
-    """The content of X.summary.json. `rows` are the scored `annotations`; `arms` comes from `summarise_arms`."""
+    """The content of X.summary.json. `rows` are the scored `annotations`; `arms` comes from `summarise_arms`;
+    `data_warnings` of the manifest go into the headline."""
     majority = None
     if train_rows is not None:
         majority = majority_answers((row["question_type"], normalise(row["short_answer"])) for row in train_rows)
@@ -957,6 +979,8 @@ def summarise(
     groups = group_by_type(rows)
     finish = finish_counts(rows)
     everything = figures(rows)
+    headline = list((manifest or {}).get("data_warnings", ()))
+    headline += overlap_warnings(annotations, train_rows) if train_rows is not None else []
     unknown = {
         row["question_type"] for row in annotations if not gold_option(row["question_type"], row["short_answer"])
     }
@@ -983,12 +1007,13 @@ def summarise(
         "original_baseline": ORIGINAL_BASELINE if clips_digest(row.key for row in rows) == ORIGINAL_CLIPS else None,
         "discriminative": discriminative,
         "finish": finish,
+        "headline": headline,
         "warnings": [
+            *headline,
             *below_majority_warnings({"all rows": everything, "the discriminative rows": discriminative}),
             *collapse_warnings(rows),
             *answer_warnings(rows),
             *gate_warnings((manifest or {}).get("gates")),
-            *(overlap_warnings(annotations, train_rows) if train_rows is not None else ()),
         ],
         "types_without_options": sorted(unknown),
         "missing": [key_text(row.key) for row in rows if row.finish_reason == "missing"],
@@ -1254,6 +1279,7 @@ def render_summary(summary: Row) -> str:
     parts = [
         f"Accuracy in %, of all {n} rows ({summary['n_errors']} failed, {summary['n_missing']} missing: wrong)",
         *([_wrap(FRAMES_DIFFER.format(**frames))] if frames else []),
+        *(_wrap(f"Warning: {line}") for line in summary["headline"]),
         render_table(*metrics_table(summary["metrics"])),
         "",
         "choice beside what needs neither speech nor frames",
@@ -1287,8 +1313,8 @@ def render_summary(summary: Row) -> str:
             parts.append(_wrap(f"{name.capitalize()}: {', '.join(keys[:LISTED])}{more}"))
     if summary["arms"]:
         parts += ["", render_arms(summary["arms"])]
-    if summary["warnings"]:
-        parts += ["", *(_wrap(f"Warning: {line}") for line in summary["warnings"])]
+    if others := summary["warnings"][len(summary["headline"]) :]:
+        parts += ["", *(_wrap(f"Warning: {line}") for line in others)]
     return "\n".join(parts)
 
 
@@ -2179,7 +2205,7 @@ def answer_and_score(args: argparse.Namespace, stop: Any) -> int:
     check_before_data(args, chosen, modes, files, device)
 
     # 2. Data: everything is found and decoded once before the weights load
-    rows_of, speech_sources, train_rows = read_data(args, modes, chosen)
+    rows_of, speech_sources, train_rows, data_warnings = read_data(args, modes, chosen)
     annotations = [annotation_of(row) for row in rows_of[main_arm]]
 
     # 3. Model
@@ -2213,6 +2239,7 @@ def answer_and_score(args: argparse.Namespace, stop: Any) -> int:
     record = run_record(args, chosen, arms[main_arm], settings[main_arm], device)
     record["gates"] = moved
     record["frames"] = frames_that_differ(chosen.trained_frames, limit, (len(row["frames"]) for row in annotations))
+    record["data_warnings"] = data_warnings
     record["runtime"] = {"seconds": seconds, "rows_answered": answered, "peak_gpu_memory_gib": peak}
     record["runtime"]["batch_size"] = {arm: inputs.batch_size for arm, inputs in arms.items()}
     in_arms = summarise_arms(main_arm, scored, {arm: path.name for arm, path in files.items()})
@@ -2261,21 +2288,21 @@ def choose_arms(args: argparse.Namespace, mode: str) -> dict[str, str]:
 
 def read_data(
     args: argparse.Namespace, modes: Mapping[str, str], chosen: ModelChoice
-) -> tuple[dict[str, list[Any]], dict[Key, Any], list[Row] | None]:
+) -> tuple[dict[str, list[Any]], dict[Key, Any], list[Row] | None, list[str]]:
     """Read the question files, and find and decode the media of every arm.
 
     Returns:
-        Each arm's VQARows; for `mismatched_audio` the row whose speech a row plays; the training annotations, if any.
+        Each arm's VQARows; for `mismatched_audio` the row whose speech a row plays; the training annotations, if any;
+        warnings for the headline.
 
-    Raises VQAError for what is missing or broken, which --allow_errors only says, and always where one speech file
-    would have to serve different questions.
+    Raises VQAError for what is missing or broken, which --allow_errors only says, for too many frames that show
+    nothing, which --allow_empty_frames only says, and always where one speech file would have to serve different
+    questions.
     """
     print(f"📁 Loading Eval Data: {args.eval_data_path}")
     every = {row_key(annotation_of(row)): row for row in vqa.read_rows(args.eval_data_path)}
     rows = dict(itertools.islice(every.items(), args.limit or None))
-    train_rows = None
-    if args.train_data_path:
-        train_rows = [annotation_of(row) for row in vqa.read_rows(args.train_data_path)]
+    train_rows, data_warnings = read_training(args)
     borrows = "mismatched_audio" in modes
     # Speech is borrowed from the complete file: a larger --limit later leaves the pairs as they are.
     lending = {key: dataclasses.replace(row, frames=()) for key, row in every.items() if borrows and key not in rows}
@@ -2295,6 +2322,7 @@ def read_data(
         vqa.raise_problems(problems)
     for problem in problems:
         print(f"{problem} (--allow_errors: counted as wrong)", file=sys.stderr)
+    data_warnings += check_contents(args, chosen, list(rows.values()))
     rows_of = {arm: list(rows.values()) for arm in modes}
     speech_sources = {}
     if borrows:
@@ -2308,7 +2336,53 @@ def read_data(
         ]
     if max_eval_frames and any(len(row.frames) > max_eval_frames for row in rows.values()):
         print(f"   Using {max_eval_frames} frames (evenly sampled) to reduce eval memory")
-    return rows_of, speech_sources, train_rows
+    return rows_of, speech_sources, train_rows, data_warnings
+
+
+def read_training(args: argparse.Namespace) -> tuple[list[Row] | None, list[str]]:
+    """The training annotations, None where there are none, and warnings for the headline.
+
+    Without --train_data_path it is set to what the checkpoint was trained on, where that is still the same file.
+    """
+    if args.train_data_path:
+        return [annotation_of(row) for row in vqa.read_rows(args.train_data_path)], []
+    folder = Path(args.checkpoint_path or "")
+    if not args.checkpoint_path:
+        return None, []
+    data = vqa.load_settings(folder).get("data", {}) if (folder / vqa.SETTINGS_FILE).is_file() else {}
+    path, digest = data.get("train_data_path"), data.get("train_data_sha256")
+    if not (isinstance(path, str) and digest):
+        reason = f"{folder} does not say which file it was trained on"
+    elif not Path(path).is_file():
+        reason = f"the training file {path} is not here"
+    elif sha256_once(Path(path)) != digest:
+        reason = f"{path} has changed since training"
+    else:
+        print(f"   --train_data_path {path!r}, as in training")
+        args.train_data_path = path
+        rows, _ = vqa.scan_rows(path, data.get("max_train_samples"))  # training may have left out malformed lines
+        return [annotation_of(row) for row in rows], []
+    return None, [f"no train majority, no check of ids: {reason}; name it with --train_data_path"]
+
+
+def check_contents(args: argparse.Namespace, chosen: ModelChoice, rows: list[Any]) -> list[str]:
+    """Warnings for the headline: frames that show nothing, and what training had of VQARows whose media passed.
+
+    Raises InputError for too many such frames, unless --allow_empty_frames.
+    """
+    text, too_many = vqa.find_empty_frames(rows)
+    if too_many and not args.allow_empty_frames:
+        raise InputError(f"{text}; replace them, or let them pass with --allow_empty_frames")
+    seen = vqa.read_digests(vqa.resolve_model_dir(chosen.path))
+    lines = [text] if text else []
+    if seen is not None:
+        lines += seen_warnings({row_key(annotation_of(row)): row.contents for row in rows}, seen)
+    elif args.checkpoint_path:
+        lines.append(
+            f"not known what training had: {chosen.path} has no {vqa.DIGESTS_FILE}, so clips, frames, speech and "
+            f"wording are not compared with those of training"
+        )
+    return lines
 
 
 def answer_arms(
@@ -2495,8 +2569,8 @@ def build_parser() -> argparse.ArgumentParser:
          "'{video_id}_{id}' or '{id}'")
     data("--frame_pattern", help="path of a frame below --frames_dir, likewise. None: as in training, else "
          "'{video}/{frame}' or '{video}/{frame_number}'")
-    data("--train_data_path", help="the training JSONL, for its majority answers and for rows not held out. None: no "
-         "train majority, no check")
+    data("--train_data_path", help="the training JSONL, for its majority answers and for rows not held out. None: the "
+         "one that the checkpoint was trained on, if it is still there and unchanged; with --score_only none")
     data("--output_file", help="X.jsonl, one row a sample; the figures go to X.summary.json. With --score_only: the "
          "existing predictions; X.summary.json keeps what it says of the run that made them")
     data("--limit", "--max_eval_samples", type=_at_least(0), default=0, help="evaluate the first N rows. 0: all")
@@ -2504,6 +2578,9 @@ def build_parser() -> argparse.ArgumentParser:
          "are kept and the rest is done")
     data("--allow_errors", **switch, help="a row whose files cannot be read counts as wrong; without it, such a row "
          "stops the run before the model loads")
+    data("--allow_empty_frames", type=_true_or_false, nargs="?", const=True, default=False, help="evaluate where more "
+         "than one in 100 rows (at least 2) has frames of one colour, or frames whose names differ and whose bytes "
+         "are equal. False: an error")
     data("--allow_symlinks", **switch, help="links may lead out of --frames_dir and --audio_dir")
 
     model("--checkpoint_path", help="adapter or full model: final folder, checkpoint-N or merged model. None: the base "

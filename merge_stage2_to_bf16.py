@@ -169,6 +169,7 @@ def write_merged(
         identity = vqa.fingerprint(model)
         if settings:
             write_settings(settings, output, args.dtype, identity, partial)
+        vqa.write_digests(partial, vqa.read_digests(base, args.stage2_adapter_path))
         for path in [*partial.iterdir(), partial]:  # a power cut must not leave a finished name on truncated files
             vqa.sync(path)
         vocab = model.processor.tokenizer.get_vocab()

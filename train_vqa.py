@@ -172,9 +172,13 @@ MP3_KBPS = (
     (8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 144, 160),
     (32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320),
 )
-# Media that passed under others are decoded again; raise the number when decode_frame or decode_audio refuse more.
-CHECKED_BY = f"checks 3, Pillow {PIL_VERSION}, av {av.__version__}"
-MAX_REMEMBERED = 500_000  # files that passed, about 100 bytes each
+# Media that passed under others are decoded again; raise the number when decode_frame or decode_audio refuse more, or
+# when more is remembered.
+CHECKED_BY = f"checks 4, Pillow {PIL_VERSION}, av {av.__version__}"
+MAX_REMEMBERED = 500_000  # files that passed, about 140 bytes each
+ONE_COLOUR = 8  # levels, of 255: a frame in which no channel has two that are farther apart shows nothing
+MAX_EMPTY = 0.01  # share of the rows, from two rows on, that may have frames which show nothing
+DIGEST_BYTES = 16  # of a sha256: two of a million contents agree with probability 2**-89
 SPEECH_KEPT = 64  # files whose mel each loader worker keeps: 98 MB in 128 bins
 MAX_KNOWN_TEXTS = 10_000  # tokenised pieces of prompts and answers, a few MB
 FEATURE_SCHEMA = 2  # raise it when what the encoders are fed, or what is stored of them, changes
@@ -278,6 +282,7 @@ COPIED_FILES = ("preprocessor_config.json", "video_preprocessor_config.json")
 COPIED_FILES += ("chat_template.json", "chat_template.jinja")
 STARTED_FILE = "started_from_adapter"  # in --output_dir: a run without checkpoint must not resume on the bare base
 SETTINGS_FILE = "vqa_settings.json"
+DIGESTS_FILE = "training_digests.dat"  # of all that a model was trained on: see `VQARow.contents`
 # Settings, and flags of the same names, that `load_model` and VQAProcessor take as they are.
 BASE_FIELDS = ("init", "attn_implementation", "audio_encoder", "load_in_4bit")
 PROCESSOR_FIELDS = ("max_image_size", "input_mode", "audio_tokens", "frame_mode", "prompt_layout")
@@ -553,6 +558,11 @@ class DataArguments:
     skip_bad_samples: bool = flag(
         False,
         "Leave out rows that are malformed or lack media that decode, and print and record which. False: an error.",
+    )
+    allow_empty_frames: bool = flag(
+        False,
+        "Train where more than one in 100 rows (at least 2) has frames of one colour, or frames whose names differ and "
+        "whose bytes are equal. False: an error.",
     )
     check_data: bool = flag(
         False, "Read and decode the data, report what is wrong, and exit; needs no --output_dir or model."
@@ -927,7 +937,9 @@ class VQARow:
     short_answer: str  # the closed answer, which is looked for in a prediction
     audio_path: Path | None = None  # set by `find_media`, as are the next
     frame_paths: tuple[Path, ...] = ()  # in order, up to the first that is missing
-    speech_samples: int | None = None  # at 16 kHz, as `load_speech` gives them; set by `check_media`
+    speech_samples: int | None = None  # at 16 kHz, as `load_speech` gives them; set by `check_media`, as are the next
+    digests: bytes = b""  # DIGEST_BYTES for each file of `media`; empty where one of them did not pass
+    one_colour: tuple[Path, ...] = ()  # frames that show nothing
 
     @property
     def key(self) -> str:
@@ -943,6 +955,18 @@ class VQARow:
     def media(self) -> tuple[Path, ...]:
         """The files of the frames, then the speech if there is any."""
         return (*self.frame_paths, *([self.audio_path] if self.audio_path else []))
+
+    @property
+    def contents(self) -> dict[str, list[bytes]]:
+        """What the row consists of, whatever its files are called: digests of its clip, frames, speech and wording.
+
+        Of media only those that `check_media` passed. Case and punctuation of the question do not count.
+        """
+        media = [self.digests[i : i + DIGEST_BYTES] for i in range(0, len(self.digests), DIGEST_BYTES)]
+        frames, speech = media[: len(self.frame_paths)], media[len(self.frame_paths) :]
+        clip, wording = b"".join(frames), " ".join(re.findall(r"\w+", self.question.casefold())).encode()
+        clip, wording = (hashlib.sha256(content).digest()[:DIGEST_BYTES] for content in (clip, wording))
+        return {"clip": [clip] if frames else [], "frame": frames, "speech": speech, "wording": [wording]}
 
 
 @dataclass(slots=True)
@@ -1251,8 +1275,8 @@ def find_mixed_sizes(rows: Iterable[VQARow], max_image_size: int, max_frames: in
 
 def check_media(rows: Iterable[VQARow]) -> list[Problem]:
     """Decode every frame and speech file once, on all cores, except those that `read_passed` knows and that have not
-    changed since; sets `speech_samples`. What fails is decoded again each time."""
-    users: dict[Path, list[VQARow]] = {}
+    changed since; sets what rows hold of their content. What fails is decoded again each time."""
+    rows, users = list(rows), {}
     for row in rows:
         for path in row.media:
             users.setdefault(path, []).append(row)
@@ -1264,23 +1288,21 @@ def check_media(rows: Iterable[VQARow]) -> list[Problem]:
     waiting = {path: name for path, name in zip(users, state_of, strict=True) if name not in passed}
     unchanged = len(passed)
 
-    def check(path: Path) -> tuple[str | None, int]:
+    def check(path: Path) -> tuple[str | None, list]:
         try:
-            if path == users[path][0].audio_path:
-                return None, speech_length(path)
-            decode_frame(path, checking=True)
+            measured = speech_length(path) if path == users[path][0].audio_path else level_spread(path)
         except VQAError as error:
-            return str(error), 0
-        return None, 0
+            return str(error), []
+        return None, [measured, sha256_of(path)[: 2 * DIGEST_BYTES]]
 
     problems = []
     progress = tqdm(total=len(waiting), desc="Checking media", unit="file", leave=False, disable=not waiting)
     try:  # in threads: Pillow and FFmpeg let go of the interpreter while they decode
         with progress, contextlib.closing(ahead(check, waiting, 64, os.cpu_count())) as results:
-            for (path, name), (text, samples) in zip(waiting.items(), results, strict=True):
+            for (path, name), (text, content) in zip(waiting.items(), results, strict=True):
                 progress.update()
                 if text is None:
-                    passed[name] = [*state_of[name], samples]
+                    passed[name] = [*state_of[name], *content]
                     continue
                 lines = tuple(dict.fromkeys(row.line for row in users[path]))
                 more = f" ({len(lines) - 1} more lines need it)" if len(lines) > 1 else ""
@@ -1288,11 +1310,52 @@ def check_media(rows: Iterable[VQARow]) -> list[Problem]:
     finally:  # a check that a signal cuts short keeps what it has done
         if len(passed) > unchanged:
             write_passed(passed if len(known) >= MAX_REMEMBERED else known | passed)
-    for (path, using), name in zip(users.items(), state_of, strict=True):
-        for row in using:
-            if path == row.audio_path and name in passed:
-                row.speech_samples = passed[name][4]
+    content_of = {path: passed[name][4:] for path, name in zip(users, state_of, strict=True) if name in passed}
+    for row in rows:
+        row.speech_samples, _ = content_of.get(row.audio_path, (None, None))
+        row.one_colour = tuple(p for p in row.frame_paths if p in content_of and content_of[p][0] <= ONE_COLOUR)
+        whole = all(path in content_of for path in row.media)
+        row.digests = bytes.fromhex("".join(content_of[path][1] for path in row.media)) if whole else b""
     return problems
+
+
+def level_spread(path: Path) -> int:
+    """How far apart the levels of a sound frame are, in the channel where they are farthest: 0 to 255.
+
+    A JPEG's grey at an eighth of each side, which `decode_frame` gives for a check, cannot be farther apart than its
+    colours; so only what is almost one level there is decoded in full. VQAError as `decode_frame`.
+    """
+
+    def spread(image: Image.Image) -> int:
+        return max(high - low for low, high in image.getextrema())
+
+    rough = spread(decode_frame(path, checking=True))
+    return rough if rough > ONE_COLOUR else spread(decode_frame(path))
+
+
+def find_empty_frames(rows: Sequence[VQARow]) -> tuple[str | None, bool]:
+    """Frames of one colour, and frames whose names differ and whose bytes are equal: what there is to say of them, None
+    if there are none, and whether too many rows have such frames. `check_media` must have seen the rows; that they name
+    the same frames does not count."""
+    named: dict[bytes, dict[Path, str]] = {}
+    for row in rows:
+        digests = row.contents["frame"]
+        for frame, path, digest in zip(row.frames, row.frame_paths, digests, strict=False):
+            named.setdefault(digest, {}).setdefault(path, (row, frame))
+    several = [found for found in named.values() if len(found) > 1]
+    name = partial(fill_pattern, "{video}_{frame_number}")
+    equal = {path: None for found in several if len({name(*use) for use in found.values()}) > 1 for path in found}
+    uniform = {path: None for row in rows for path in row.one_colour}
+    count = sum(not (uniform.keys() | equal.keys()).isdisjoint(row.frame_paths) for row in rows)
+    parts = (
+        f"{len(paths)} {what} ({', '.join(map(str, list(paths)[:3]))}{', ...' * (len(paths) > 3)})"
+        for paths, what in ((uniform, "of one colour"), (equal, "with the bytes of another name"))
+        if paths
+    )
+    if not count:
+        return None, False
+    text = f"{rows[0].source}: {count} of {len(rows)} rows have frames that show nothing of their own: "
+    return text + ", ".join(parts), count > max(1, MAX_EMPTY * len(rows))
 
 
 def passed_file() -> Path:
@@ -1300,18 +1363,18 @@ def passed_file() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "surgvivqa_audio" / "media_passed.json"
 
 
-def read_passed() -> dict[str, list[int]]:
-    """Absolute path -> [bytes, mtime in ns, ctime in ns, inode, samples of speech at 16 kHz] of media that passed; {}
-    where the file is missing or damaged."""
+def read_passed() -> dict[str, list]:
+    """Absolute path -> [bytes, mtime in ns, ctime in ns, inode, samples of speech at 16 kHz or `level_spread` of a
+    frame, digest in hex] of media that passed; {} where the file is missing or damaged."""
     try:
         stored = json.loads(passed_file().read_bytes())
-        usable = stored["checked_by"] == CHECKED_BY and all(len(state) == 5 for state in stored["files"].values())
+        usable = stored["checked_by"] == CHECKED_BY and all(len(state) == 6 for state in stored["files"].values())
         return stored["files"] if usable else {}
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
         return {}
 
 
-def write_passed(passed: dict[str, list[int]]) -> None:
+def write_passed(passed: dict[str, list]) -> None:
     """Replace what `read_passed` reads; where the folder cannot be written, the next start decodes again."""
     path = passed_file()
     part = path.with_name(f"{path.name}.{os.getpid()}")
@@ -2739,7 +2802,7 @@ def resolve_model_dir(name: str | Path, weights: bool = False, flag_name: str = 
     """
     if Path(name).is_dir():
         return Path(name)
-    patterns = ["*.json", "*.txt", *(["model.safetensors", "model-*.safetensors"] if weights else [])]
+    patterns = ["*.json", "*.txt", DIGESTS_FILE, *(["model.safetensors", "model-*.safetensors"] if weights else [])]
     try:
         return Path(snapshot_download(str(name), allow_patterns=patterns))
     except (LocalEntryNotFoundError, HFValidationError, HfHubHTTPError, OSError) as error:
@@ -3900,6 +3963,22 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def read_digests(*folders: str | Path | None) -> set[bytes] | None:
+    """All that the models in `folders` were trained on (`VQARow.contents`); None where none of them tells."""
+    files = [Path(folder) / DIGESTS_FILE for folder in folders if folder]
+    told = [(file, file.read_bytes()) for file in files if file.is_file()]
+    if damaged := next((file for file, stored in told if not stored or len(stored) % DIGEST_BYTES), None):
+        raise VQAError(f"{damaged}: is damaged; copy it again, or remove it to do without")
+    digests = {stored[i : i + DIGEST_BYTES] for _, stored in told for i in range(0, len(stored), DIGEST_BYTES)}
+    return digests if told else None
+
+
+def write_digests(folder: Path, digests: Iterable[bytes] | None) -> None:
+    """Write what `read_digests` reads, in no order that tells anything; nothing for None."""
+    if digests:
+        (folder / DIGESTS_FILE).write_bytes(b"".join(sorted(digests)))
+
+
 def write_manifest(folder: Path) -> None:
     """Write the sizes and hashes of the files of `folder` beside them, once all of them have reached the disk."""
     files = {}
@@ -4051,6 +4130,8 @@ class VQATrainer(Trainer):
         self.grouped = self.args.train_sampling_strategy == "group_by_length"
         if self.grouped:
             self.args.train_sampling_strategy = "random"
+        rows = self.train_dataset.rows if self.train_dataset else ()
+        self.digests = {digest for row in rows for part in row.contents.values() for digest in part}
         self.saving = False  # a checkpoint is being written
         self.parameter_count: int | None = None
         # Of this step: indices of the rows, tokens and loss of each batch.
@@ -4170,6 +4251,7 @@ class VQATrainer(Trainer):
             base = resolve_model_dir(self.settings["model"]["model_name_or_path"])
             write_config_and_tokenizer(self.model, self.tokenizer, base, folder)
         (folder / SETTINGS_FILE).write_text(json.dumps(self.settings, indent=2) + "\n", encoding="utf-8")
+        write_digests(folder, self.digests)
 
     def save_final(self) -> None:
         """Save the model that training ends with: aside, then moved in, its config and manifest last."""
@@ -4730,7 +4812,7 @@ def prepare_data(args: DataArguments) -> tuple[list[VQARow], list[VQARow], list[
     if args.eval_data_path:
         eval_audio_dir = args.eval_audio_dir or args.audio_dir
         sources.append((args.eval_data_path, eval_audio_dir, args.max_eval_samples, args.max_eval_frames))
-    loaded, problems, patterns = [], [], (args.audio_pattern, args.frame_pattern)
+    loaded, problems, empty, patterns = [], [], [], (args.audio_pattern, args.frame_pattern)
     for path, audio_dir, limit, max_frames in sources:
         audio_dir = audio_dir if args.input_mode != "text" else None
         rows, found = check_rows(path, args.frames_dir, audio_dir, limit, args.allow_symlinks, *patterns)
@@ -4742,10 +4824,15 @@ def prepare_data(args: DataArguments) -> tuple[list[VQARow], list[VQARow], list[
             clips, types = len({row.frames for row in rows}), len({row.question_type for row in rows})
             bad = len({line for problem in found for line in problem.lines})
             print(f"{path}: {len(rows)} good rows ({clips} clips, {types} types, {len(media)} files), {bad} bad")
+        text, too_many = find_empty_frames(rows)
+        if too_many and not args.allow_empty_frames:
+            empty.append(f"{text}; replace them, or let them pass with --allow_empty_frames True")
+        elif text:
+            print(f"   {text}")
         loaded.append(rows)
         problems += found
     shared = find_shared_media(row for rows in loaded for row in rows)  # never left out: none can say which is wrong
-    raise_problems(shared if args.skip_bad_samples else [*problems, *shared])
+    raise_problems([*([] if args.skip_bad_samples else problems), *shared, *empty])
     if problems:
         print(f"Leaving out bad rows ({len(problems)} problems, --skip_bad_samples):", *problems, sep="\n")
     for (path, *_), rows in zip(sources, loaded, strict=True):
@@ -5059,6 +5146,7 @@ def train(
 
     # 5. Training
     settings = settings_of(base_fingerprint, skipped)
+    settings["data"]["train_data_sha256"] = sha256_of(Path(data_args.train_data_path))
     if checkpoint:
         refuse_other_settings(checkpoint, settings)
         print(f"Resuming from {checkpoint}")
@@ -5067,6 +5155,8 @@ def train(
     callbacks = [memory, *([target] if target else [])]
     multiple = model_args.padding_multiple
     trainer = make_trainer(trained, datasets, settings, multiple, callbacks, training_args, stop_signal)
+    base_folder = resolve_model_dir(model_args.model_name_or_path)
+    trainer.digests |= read_digests(base_folder, model_args.adapter_path, checkpoint) or set()
     marker = Path(training_args.output_dir) / STARTED_FILE
     if model_args.adapter_path:
         marker.write_text(f"{model_args.adapter_path}\n", encoding="utf-8")

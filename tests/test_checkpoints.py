@@ -616,7 +616,7 @@ def test_merged_float32_answers_as_the_live_adapter(trained, merged, fresh, base
     assert (last_logits(model, batch) - live).abs().max() <= 1e-5 * live.abs().max()
     names = "config.json generation_config.json model.safetensors preprocessor_config.json tokenizer.json "
     assert sorted(file.name for file in folder.iterdir()) == [
-        *names.split(), "tokenizer_config.json", "vqa_settings.json"
+        *names.split(), "tokenizer_config.json", "training_digests.dat", "vqa_settings.json"
     ]  # fmt: skip
     assert weights_of(folder).keys() == {name for name, _ in base.named_parameters()}
     assert json.loads((folder / "generation_config.json").read_text())["eos_token_id"] == [480, 482]

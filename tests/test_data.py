@@ -2,6 +2,7 @@
 
 import contextlib
 import gc
+import io
 import json
 import os
 import re
@@ -339,7 +340,7 @@ def test_a_question_file_of_another_kind_is_called_by_its_name(data, content, na
 
 def test_frames_of_two_sizes_are_found_before_training(data, train, tmp_path, no_weights):
     small, big = data.frames / "fx-001/fx-001_1204.jpg", data.frames / "fx-001/fx-001_1220.jpg"
-    Image.new("RGB", (56, 112)).save(big)
+    Image.linear_gradient("L").resize((56, 112)).save(big)
     with Image.open(small) as image:
         width, height = image.size
     run = (tmp_path / "out", *data.train_flags, "--max_train_frames", "8", "--frame_mode", "video")
@@ -349,12 +350,12 @@ def test_frames_of_two_sizes_are_found_before_training(data, train, tmp_path, no
         assert first.startswith(f"{data.jsonl}:1: {both}") and other.startswith(f"{data.jsonl}:2: {both}")
         assert "--frame_mode" in first
     assert train(tmp_path / "out", *data.train_flags, "--frame_mode", "images", "--check_data") == 0
-    Image.new("RGB", (width + 1, height)).save(big)  # scaled for the model they are of one size
+    Image.linear_gradient("L").resize((width + 1, height)).save(big)  # scaled for the model they are of one size
     assert train(*run, "--check_data") == 0
 
 
 def test_frames_of_two_sizes_that_are_left_out_or_not_shown(data, train, capsys, tmp_path):
-    Image.new("RGB", (56, 112)).save(data.frames / "fx-001/fx-001_1208.jpg")  # the second of eight
+    Image.linear_gradient("L").resize((56, 112)).save(data.frames / "fx-001/fx-001_1208.jpg")  # the second of eight
     run = (tmp_path / "out", *data.train_flags, "--frame_mode", "video", "--max_steps", "1", "--save_strategy", "no")
     assert train(*run, "--check_data", "--max_train_frames", "2") == 0
     assert train(*run, "--max_train_frames", "8", "--skip_bad_samples", "--eval_data_path", data.jsonl) == 0
@@ -590,6 +591,51 @@ def test_a_cache_folder_that_is_full_or_cannot_be_written_does_no_harm(data, dec
             (tmp_path / "cache/filler").write_bytes(bytes(64 * 1024))
         assert len(vqa.load_rows(*data.args)) == 5
         assert [path.name for path in memory(tmp_path)] == ["filler"]
+
+
+def coloured(*colours: tuple[int, int, int]) -> bytes:
+    """A PNG of 64 x 64, in equal stripes."""
+    image, buffer = Image.new("RGB", (64, 64)), io.BytesIO()
+    for number, colour in enumerate(colours):
+        image.paste(colour, (0, number * 64 // len(colours), 64, 64))
+    image.save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize("drawn", ["black", "almost one colour", "one picture"])
+def test_frames_that_show_nothing_are_counted_named_and_refused(
+    data, train, capsys, decoded, tmp_path, no_weights, drawn
+):
+    content = {
+        "black": coloured((0, 0, 0)),
+        "almost one colour": coloured((100, 50, 9), (108, 42, 1)),
+        "one picture": coloured((100, 50, 9), (109, 50, 9)),
+    }[drawn]
+    for place in ("fx-001/fx-001_1204.jpg", "fx-002/20318.png"):
+        (data.frames / place).write_bytes(content)
+    run = (tmp_path / "out", *data.train_flags)
+    for how in ((), ("--check_data",), ("--skip_bad_samples", "True", "--dry_run")):
+        line = refusal(train, *run, *how)
+        assert line.startswith(f"{data.jsonl}: 5 of 5 rows ") and "\n" not in line
+        assert ("2 of one colour (" in line) == (drawn != "one picture") and "2 with the bytes" in line
+        assert str(data.frames / "fx-001/fx-001_1204.jpg") in line and "--allow_empty_frames True" in line
+    decoded()
+    assert train(*run, "--check_data", "--allow_empty_frames", "True") == 0
+    assert "5 of 5 rows " in capsys.readouterr().out and not decoded()  # levels and bytes are remembered
+
+
+def test_what_is_no_empty_frame(data, train, capsys, tmp_path):
+    """Rows that name the same frames, frames that differ in one channel or in fine noise, and one bad row of many."""
+    check = lambda: train(tmp_path / "out", *data.train_flags, "--check_data")  # noqa: E731
+    noise = np.random.default_rng(0).integers(118, 138, (64, 64, 3), dtype=np.uint8)
+    for place, image in (("fx-001/fx-001_1204.jpg", noise), ("fx-001/fx-001_1208.jpg", noise[::-1])):
+        Image.fromarray(image).save(data.frames / place, quality=95, subsampling=0)
+    (data.frames / "fx-002/20318.png").write_bytes(coloured((100, 50, 9), (100, 50, 18)))
+    assert check() == 0 and "show nothing" not in capsys.readouterr().out
+    (data.frames / "fx-002/20318.png").write_bytes(coloured((100, 50, 9)))
+    data.rewrite(lambda stored: [*stored[:2], stored[2]])  # the only row of that clip
+    assert check() == 0
+    assert f"{data.jsonl}: 1 of 3 rows " in capsys.readouterr().out
 
 
 def test_memory_of_many_rows(tmp_path, monkeypatch):

@@ -383,7 +383,7 @@ def test_patterns_and_frames_of_two_sizes_are_refused_before_weights_load(evalua
     assert refused(evaluate(checkpoint=checkpoint, data=how)).startswith("--audio_pattern 5: ")
     edit_json(checkpoint / vqa.SETTINGS_FILE, data={"audio_pattern": None}, input={"frame_mode": "video"})
     path = data.frames / "fx-001/fx-001_1220.jpg"
-    Image.new("RGB", (56, 112)).save(path)
+    Image.linear_gradient("L").resize((56, 112)).save(path)
     complaint = refused(evaluate("--max_eval_frames", 0, "--limit", 1, checkpoint=checkpoint, data=data.eval_flags))
     assert complaint.startswith(f"{data.jsonl}:1: frames {path.with_stem('fx-001_1204')} (")
     assert f"{path} (56 x 112) differ in size" in complaint
@@ -391,7 +391,7 @@ def test_patterns_and_frames_of_two_sizes_are_refused_before_weights_load(evalua
 
 def test_a_row_with_frames_of_two_sizes_may_count_as_wrong(evaluate, checkpoint, data):
     edit_json(checkpoint / vqa.SETTINGS_FILE, input={"frame_mode": "video"})
-    Image.new("RGB", (56, 112)).save(data.frames / "fx-001/fx-001_1220.jpg")
+    Image.linear_gradient("L").resize((56, 112)).save(data.frames / "fx-001/fx-001_1220.jpg")
     result = evaluate("--max_eval_frames", 0, "--allow_errors", checkpoint=checkpoint, data=data.eval_flags)
     assert (result.status, result.summary["n_total"], result.summary["n_errors"]) == (1, 5, 2)
 
