@@ -537,7 +537,7 @@ class DataArguments:
         list(AUDIO_TOKENS),
     )
     speech_token_jitter: int = flag(
-        0,
+        50,
         "With --audio_tokens speech: in training each row gets 0 to N outputs for the silence behind its speech, drawn "
         "anew each epoch, else the number of tokens may name the question. None in evaluation. 50: up to 1 s. 0: none.",
     )
@@ -4703,8 +4703,9 @@ def estimate_run(
     """Bytes of GPU memory at the peaks of training, evaluation and --eval_answers, by what takes them; an estimate.
 
     `tokens` are those of the longest sample to train on, and to evaluate on (0: there is none). Without gradients an
-    MLP works with four values of its own width and four of the hidden size a token. Answers keep keys and values, of
-    which one layer is there twice as it grows; prompts are read PREFILL_TOKENS at a time.
+    MLP works with four values of its own width and four of the hidden size a token; before it, those of the encoders
+    with three, and the vision encoder with two of its hidden size a patch, in blocks too small for the decoder. Answers
+    keep keys and values, of which one layer is there twice as it grows; prompts are read PREFILL_TOKENS at a time.
     """
     multiple, size = model_args.padding_multiple, args.compute_dtype.itemsize
     longest, longest_asked = (math.ceil(count / multiple) * multiple for count in tokens)
@@ -4722,6 +4723,13 @@ def estimate_run(
     token = 4 * (text.intermediate_size + text.hidden_size) * size
     asked = args.per_device_eval_batch_size * longest_asked
     phases["evaluation"] = resting | {"activations": asked * token + dequantised}
+    if not data_args.cache_features:
+        vision, speech = model.config.vision_config, model.audio_encoder.config
+        positions = speech.max_source_positions * (data_args.input_mode != "text")
+        patches = vision.spatial_merge_size**2 * (longest_asked - positions * (data_args.audio_tokens == "full"))
+        patch = int(3 * vision.mlp_ratio + 2) * vision.embed_dim
+        values = args.per_device_eval_batch_size * (patches * patch + 3 * positions * speech.encoder_ffn_dim)
+        phases["evaluation"]["encoders"] = size * values
     if args.eval_answers:
         rows = math.ceil(args.eval_answers / math.ceil(args.eval_answers / ANSWERS_AT_ONCE))
         read = max(longest_asked, min(PREFILL_TOKENS, rows * longest_asked))
