@@ -537,7 +537,7 @@ class DataArguments:
         list(AUDIO_TOKENS),
     )
     speech_token_jitter: int = flag(
-        50,
+        0,
         "With --audio_tokens speech: in training each row gets 0 to N outputs for the silence behind its speech, drawn "
         "anew each epoch, else the number of tokens may name the question. None in evaluation. 50: up to 1 s. 0: none.",
     )

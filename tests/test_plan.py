@@ -84,7 +84,7 @@ def test_evaluation_is_counted_at_its_own_batch_size(train, tmp_path, capsys, no
     assert train(tmp_path, "--dry_run", *flags) == 0
     out = capsys.readouterr().out
     longest = int(re.search(r"^eval: 5 samples, .* max (\d+)$", out, re.M)[1])
-    found = re.search(r"^memory: about (\S+) GiB .* peak of evaluation \(.*, activations (\S+)\)$", out, re.M)
+    found = re.search(r"^memory: about (\S+) GiB .* peak of evaluation \(.*, activations (\S+), encoders", out, re.M)
     assert found[2] == f"{2000 * longest * 3072 / 2**30:.1f}"
 
 
