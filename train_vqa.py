@@ -608,6 +608,9 @@ class VQATrainingArguments(OfferedArguments):
         None,
         "Share of the steps, from 0 to below 1, in which the learning rate rises; in place of --warmup_steps.",
     )
+    resume_from_checkpoint: str | None = flag(
+        None, "True: go on from the newest complete checkpoint of --output_dir; or the folder of one. None: start anew."
+    )
     optim: str = flag(
         "adamw_torch_fused", "The optimizer; those of bitsandbytes need that package and a GPU.", OPTIMIZERS
     )
