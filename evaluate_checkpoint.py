@@ -489,13 +489,13 @@ def named_options(prediction: str, closed: ClosedAnswers) -> frozenset[str]:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-_THOUGHT = re.compile(r".*</think>|<think>.*", re.DOTALL | re.IGNORECASE)  # chat templates may hold the opening mark
 WORD_FORMS = {"complete": "complete(?:ly)?", "down": "down(?:ward)?", "up": "up(?:ward)?"}  # of `token`
 
 
 def without_thought(prediction: str) -> str:
     """What a prediction says after `<think>...</think>`: nothing, where the thought does not end."""
-    return _THOUGHT.sub("", prediction)
+    spoken = re.split("</think>", prediction, flags=re.IGNORECASE)[-1]  # a chat template may hold the opening mark
+    return re.split("<think>", spoken, flags=re.IGNORECASE)[0]
 
 
 def gold_option(question_type: str, short_answer: str) -> str | None:
@@ -885,6 +885,12 @@ def overlap_warnings(annotations: Sequence[Row], train_rows: Sequence[Row]) -> l
     return lines
 
 
+def compare_with_training(annotations: Sequence[Row], train_rows: Sequence[Row]) -> Row:
+    """{"majority": `majority_answers` of the training rows, "warnings": `overlap_warnings`}."""
+    majority = majority_answers((row["question_type"], normalise(row["short_answer"])) for row in train_rows)
+    return {"majority": majority, "warnings": overlap_warnings(annotations, train_rows)}
+
+
 def answer_warnings(rows: Sequence[Scored]) -> list[str]:
     """Lines for answers cut at the length limit, repetition loops, failed or missing rows, and few videos."""
     counts = finish_counts(rows)
@@ -895,7 +901,7 @@ def answer_warnings(rows: Sequence[Scored]) -> list[str]:
         "missing": "rows have no prediction; they count as wrong",
     }
     lines = [f"{counts[name]} of {len(rows)} {text}" for name, text in texts.items() if counts[name]]
-    if thoughts := sum(bool(_THOUGHT.search(row.prediction or "")) for row in rows):
+    if thoughts := sum(without_thought(row.prediction or "") != (row.prediction or "") for row in rows):
         lines.append(f"{thoughts} of {len(rows)} answers hold <think>...</think>, which is cut off before scoring")
     return lines + few_videos(row.key for row in rows)
 
@@ -960,18 +966,16 @@ def type_figures(group: Sequence[Scored], majority: Mapping[str, str] | None) ->
 
 
 def summarise(
-    annotations: Sequence[Row],
-    rows: Sequence[Scored],
-    *,
-    train_rows: Sequence[Row] | None = None,
-    arms: Row | None = None,
-    manifest: Row | None = None,
+    annotations: Sequence[Row], rows: Sequence[Scored], *, arms: Row | None = None, manifest: Row | None = None
 ) -> Row:
-    """The content of X.summary.json. `rows` are the scored `annotations`; `arms` comes from `summarise_arms`;
-    `data_warnings` of the manifest go into the headline."""
-    majority = None
-    if train_rows is not None:
-        majority = majority_answers((row["question_type"], normalise(row["short_answer"])) for row in train_rows)
+    """The content of X.summary.json. `rows` are the scored `annotations`; `arms` comes from `summarise_arms`.
+
+    `training` (from `compare_with_training`) and `data_warnings` of the manifest tell what needs the data.
+    """
+    manifest = manifest or {}
+    training = manifest.get("training") or {"majority": None, "warnings": []}
+    majority = training["majority"]
+    headline = [*training["warnings"], *manifest.get("data_warnings", ())]
 
     def figures(part: Sequence[Scored]) -> Row:
         return {"metrics": accuracies(part), "baselines": reference_lines(part, majority)}
@@ -979,8 +983,6 @@ def summarise(
     groups = group_by_type(rows)
     finish = finish_counts(rows)
     everything = figures(rows)
-    headline = list((manifest or {}).get("data_warnings", ()))
-    headline += overlap_warnings(annotations, train_rows) if train_rows is not None else []
     unknown = {
         row["question_type"] for row in annotations if not gold_option(row["question_type"], row["short_answer"])
     }
@@ -1013,13 +1015,13 @@ def summarise(
             *below_majority_warnings({"all rows": everything, "the discriminative rows": discriminative}),
             *collapse_warnings(rows),
             *answer_warnings(rows),
-            *gate_warnings((manifest or {}).get("gates")),
+            *gate_warnings(manifest.get("gates")),
         ],
         "types_without_options": sorted(unknown),
         "missing": [key_text(row.key) for row in rows if row.finish_reason == "missing"],
         "failed": [key_text(row.key) for row in rows if row.finish_reason == "error"],
         "arms": arms or {},
-        "manifest": manifest or {},
+        "manifest": manifest,
     }
 
 
@@ -1291,7 +1293,9 @@ def render_summary(summary: Row) -> str:
     if baseline := summary["original_baseline"]:
         beside = f", beside the {100 * baseline:.0f} % baseline (audio + image, zero-shot, the 50 clips of 002-001)"
     known = n - finish["unknown"]
-    ended = f"{finish['eos']}/{known} stopped by themselves = {_show(finish['eos'] / known)} %" if known else ""
+    ended = ""
+    if finish["eos"] or finish["length"] or known == n:
+        ended = f"{finish['eos']}/{known} stopped by themselves = {_show(finish['eos'] / known)} %"
     if unknown := finish["unknown"]:
         silent = f"for {unknown} of {n} answers the file does not say how they ended"
         ended = f"{ended}; {silent}" if ended else silent.capitalize()
@@ -1538,33 +1542,28 @@ def score_only(args: argparse.Namespace) -> int:
     target = summary_path(args.output_file)
     old = read_beside(target, SUMMARY_FIELDS, "rescoring would replace it: move it away") or {"manifest": {}}
     generated = "model" in old["manifest"]
+    limit = args.limit
+    if generated and not limit and (limit := old["manifest"]["flags"].get("limit") or 0):
+        print(f"   --limit {limit}, as in the run")
     annotations = read_annotations(args.eval_data_path)
-    train_path = args.train_data_path or (recorded_train_data(old["manifest"]) if generated else None)
-    train_rows = read_annotations(train_path) if train_path else None
     predictions = match_predictions(annotations, args.output_file)
-    rows = score_rows(annotations[: args.limit or None], predictions)
+    rows = score_rows(annotations[: limit or None], predictions)
     arms, notes = rescore_arms(old["arms"], rows, annotations, args.output_file) if generated else ({}, [])
+    annotations = annotations[: len(rows)]
     record = base_record(args)
     record["sha256"]["output_file"] = sha256_file(args.output_file)
     if generated:
         now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-        record = old["manifest"] | {"rescored": {"at": now, **record, "train_data_path": train_path}}
-        if old["manifest"]["flags"].get("train_data_path") and not train_path:
-            notes.append(
-                "no training majority: the training file of the run is gone or changed; give --train_data_path"
-            )
-    summary = summarise(annotations[: len(rows)], rows, train_rows=train_rows, arms=arms, manifest=record)
+        record = old["manifest"] | {"rescored": {"at": now, **record}}
+    if args.train_data_path:
+        record["training"] = compare_with_training(annotations, read_annotations(args.train_data_path))
+    elif generated and "training" not in record and record["flags"].get("train_data_path"):
+        notes.append("no training majority: an older version wrote the summary; give --train_data_path")
+    summary = summarise(annotations, rows, arms=arms, manifest=record)
     summary["warnings"] += notes
     write_json(target, (old if generated else {}) | summary)
     print(render_summary(summary), f"\nSummary: {target}", sep="\n")
     return 1 if summary["n_errors"] or any(part["n_errors"] for part in arms.values()) else 0
-
-
-def recorded_train_data(manifest: Row) -> str | None:
-    """The training file that a run's summary names, if it is still there and unchanged."""
-    path = manifest["flags"].get("train_data_path")
-    same = path and Path(path).is_file() and sha256_file(path) == manifest["sha256"].get("train_data_path")
-    return path if same else None
 
 
 def rescore_arms(
@@ -2205,7 +2204,7 @@ def answer_and_score(args: argparse.Namespace, stop: Any) -> int:
     check_before_data(args, chosen, modes, files, device)
 
     # 2. Data: everything is found and decoded once before the weights load
-    rows_of, speech_sources, train_rows, data_warnings = read_data(args, modes, chosen)
+    rows_of, speech_sources, of_data = read_data(args, modes, chosen)
     annotations = [annotation_of(row) for row in rows_of[main_arm]]
 
     # 3. Model
@@ -2239,13 +2238,13 @@ def answer_and_score(args: argparse.Namespace, stop: Any) -> int:
     record = run_record(args, chosen, arms[main_arm], settings[main_arm], device)
     record["gates"] = moved
     record["frames"] = frames_that_differ(chosen.trained_frames, limit, (len(row["frames"]) for row in annotations))
-    record["data_warnings"] = data_warnings
+    record |= of_data
     record["runtime"] = {"seconds": seconds, "rows_answered": answered, "peak_gpu_memory_gib": peak}
     record["runtime"]["batch_size"] = {arm: inputs.batch_size for arm, inputs in arms.items()}
     in_arms = summarise_arms(main_arm, scored, {arm: path.name for arm, path in files.items()})
     if "mismatched_audio" in in_arms:
         in_arms["mismatched_audio"]["borrowed"] = summarise_borrowing(done["mismatched_audio"].values())
-    summary = summarise(annotations, scored[main_arm], train_rows=train_rows, arms=in_arms, manifest=record)
+    summary = summarise(annotations, scored[main_arm], arms=in_arms, manifest=record)
     write_json(target, summary)
     print(render_summary(summary))
     memory = "" if peak is None else f", peak GPU memory {peak:.1f} GiB"
@@ -2288,12 +2287,12 @@ def choose_arms(args: argparse.Namespace, mode: str) -> dict[str, str]:
 
 def read_data(
     args: argparse.Namespace, modes: Mapping[str, str], chosen: ModelChoice
-) -> tuple[dict[str, list[Any]], dict[Key, Any], list[Row] | None, list[str]]:
+) -> tuple[dict[str, list[Any]], dict[Key, Any], Row]:
     """Read the question files, and find and decode the media of every arm.
 
     Returns:
-        Each arm's VQARows; for `mismatched_audio` the row whose speech a row plays; the training annotations, if any;
-        warnings for the headline.
+        Each arm's VQARows; for `mismatched_audio` the row whose speech a row plays; `training` and `data_warnings` of
+        the manifest.
 
     Raises VQAError for what is missing or broken, which --allow_errors only says, for too many frames that show
     nothing, which --allow_empty_frames only says, and always where one speech file would have to serve different
@@ -2302,7 +2301,7 @@ def read_data(
     print(f"📁 Loading Eval Data: {args.eval_data_path}")
     every = {row_key(annotation_of(row)): row for row in vqa.read_rows(args.eval_data_path)}
     rows = dict(itertools.islice(every.items(), args.limit or None))
-    train_rows, data_warnings = read_training(args)
+    training = read_training(args, [annotation_of(row) for row in rows.values()])
     borrows = "mismatched_audio" in modes
     # Speech is borrowed from the complete file: a larger --limit later leaves the pairs as they are.
     lending = {key: dataclasses.replace(row, frames=()) for key, row in every.items() if borrows and key not in rows}
@@ -2322,7 +2321,7 @@ def read_data(
         vqa.raise_problems(problems)
     for problem in problems:
         print(f"{problem} (--allow_errors: counted as wrong)", file=sys.stderr)
-    data_warnings += check_contents(args, chosen, list(rows.values()))
+    data_warnings = check_contents(args, chosen, list(rows.values()))
     rows_of = {arm: list(rows.values()) for arm in modes}
     speech_sources = {}
     if borrows:
@@ -2336,19 +2335,20 @@ def read_data(
         ]
     if max_eval_frames and any(len(row.frames) > max_eval_frames for row in rows.values()):
         print(f"   Using {max_eval_frames} frames (evenly sampled) to reduce eval memory")
-    return rows_of, speech_sources, train_rows, data_warnings
+    return rows_of, speech_sources, {"training": training, "data_warnings": data_warnings}
 
 
-def read_training(args: argparse.Namespace) -> tuple[list[Row] | None, list[str]]:
-    """The training annotations, None where there are none, and warnings for the headline.
+def read_training(args: argparse.Namespace, annotations: list[Row]) -> Row | None:
+    """What `compare_with_training` tells, with a warning in its place where the training file cannot be used.
 
-    Without --train_data_path it is set to what the checkpoint was trained on, where that is still the same file.
+    Without --train_data_path it is set to what the checkpoint was trained on, where that is still the same file. None
+    without a checkpoint too.
     """
     if args.train_data_path:
-        return [annotation_of(row) for row in vqa.read_rows(args.train_data_path)], []
-    folder = Path(args.checkpoint_path or "")
+        return compare_with_training(annotations, [annotation_of(row) for row in vqa.read_rows(args.train_data_path)])
     if not args.checkpoint_path:
-        return None, []
+        return None
+    folder = Path(args.checkpoint_path)
     data = vqa.load_settings(folder).get("data", {}) if (folder / vqa.SETTINGS_FILE).is_file() else {}
     path, digest = data.get("train_data_path"), data.get("train_data_sha256")
     if not (isinstance(path, str) and digest):
@@ -2361,8 +2361,9 @@ def read_training(args: argparse.Namespace) -> tuple[list[Row] | None, list[str]
         print(f"   --train_data_path {path!r}, as in training")
         args.train_data_path = path
         rows, _ = vqa.scan_rows(path, data.get("max_train_samples"))  # training may have left out malformed lines
-        return [annotation_of(row) for row in rows], []
-    return None, [f"no train majority, no check of ids: {reason}; name it with --train_data_path"]
+        return compare_with_training(annotations, [annotation_of(row) for row in rows])
+    warning = f"no train majority, no check of ids: {reason}; name it with --train_data_path"
+    return {"majority": None, "warnings": [warning]}
 
 
 def check_contents(args: argparse.Namespace, chosen: ModelChoice, rows: list[Any]) -> list[str]:
@@ -2377,7 +2378,7 @@ def check_contents(args: argparse.Namespace, chosen: ModelChoice, rows: list[Any
     lines = [text] if text else []
     if seen is not None:
         lines += seen_warnings({row_key(annotation_of(row)): row.contents for row in rows}, seen)
-    elif args.checkpoint_path:
+    elif args.checkpoint_path and not args.no_adapter:  # of a base nobody asks
         lines.append(
             f"not known what training had: {chosen.path} has no {vqa.DIGESTS_FILE}, so clips, frames, speech and "
             f"wording are not compared with those of training"
