@@ -51,12 +51,8 @@ SCHEMA_VERSION = 1
 METRICS = ("choice", "strict", "token", "contains")  # the headline first
 INPUT_MODES = ("audio", "audio_text", "text")  # repeated from train_vqa.py, so that scoring needs no torch
 PROMPT_LAYOUTS = ("plain", "chat")
-# Input modes of the public SurgViVQA-Audio script: our mode with the same prompt, and what else is to be said.
-PUBLIC_MODES = {
-    "audio_only": ("audio", "is audio here"),
-    "text_only": ("text", "is text here"),
-    "mismatched_audio": ("audio_text", "is the arm mismatched_audio in audio_text here: the text is the row's own"),
-}
+# Input modes of the public SurgViVQA-Audio script -> ours with the same prompt. The last is also one of ARMS.
+PUBLIC_MODES = {"audio_only": "audio", "text_only": "text", "mismatched_audio": "audio_text"}
 REFUSED_FLAGS = {
     "--allow_missing_audio": "silence in place of missing speech measures no hearing; --allow_errors counts such a row "
     "as wrong, --arms silent_audio measures silence",
@@ -86,10 +82,7 @@ Key = tuple[str, str, str]
 
 
 class InputError(ValueError):
-    """The data or the flags cannot be used. The text is one line: what is wrong, where, and what to do.
-
-    train_vqa's VQAError under another name, so that scoring needs no torch.
-    """
+    """The data or the flags cannot be used, in one line; train_vqa's VQAError, for scoring without torch."""
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -125,8 +118,7 @@ def _refuse_constant(name: str) -> None:
 def read_jsonl(path: str | Path) -> Iterator[tuple[int, Row]]:
     """Yield (line number from 1, object) for each line that is not blank.
 
-    Raises InputError, named `file:line`, for a line that is not one JSON object (NaN and repeated fields included), and
-    for a file that is UTF-16 text or a JSON array.
+    Raises InputError for UTF-16, a JSON array, and a line that is not one JSON object (also NaN, a field twice).
     """
     with open(path, "rb") as file:
         start = file.peek()[:64].removeprefix(codecs.BOM_UTF8)
@@ -151,13 +143,13 @@ def _require(row: Row, names: Iterable[str], where: str, advice: str = "") -> No
     """Raise InputError unless each field holds a text that is not empty; `predicted_answer` may be empty or null."""
     for name in names:
         value = row.get(name)
-        if name == "predicted_answer" and name not in row:
-            raise InputError(f"{where}: '{name}' is missing; give the model's text, or null where it failed")
-        if name == "predicted_answer" and not isinstance(value, str | None):
-            raise InputError(f"{where}: '{name}' must be a text or null, found {value!r}")
-        if name != "predicted_answer" and not (isinstance(value, str) and value.strip()):
-            what = f"'{name}' must be a text that is not empty, found {value!r}"
-            raise InputError(f"{where}: {what}{'; ' * bool(advice)}{advice}")
+        if name == "predicted_answer":
+            wanted, good = "the model's text, or null where it failed", name in row and isinstance(value, str | None)
+        else:
+            wanted, good = "a text that is not empty", isinstance(value, str) and value.strip()
+        if not good:
+            found = repr(value) if name in row else "nothing"
+            raise InputError(f"{where}: '{name}' must be {wanted}, found {found}{'; ' * bool(advice)}{advice}")
 
 
 def _keyed_rows(path: str | Path, fields: Sequence[str], advice: str = "") -> dict[Key, Row]:
@@ -172,10 +164,7 @@ def _keyed_rows(path: str | Path, fields: Sequence[str], advice: str = "") -> di
 
 
 def read_annotations(path: str | Path) -> list[Row]:
-    """Read a file in the REAL-Colon-VQA schema: rows with unique keys and all key and gold fields, at least one.
-
-    Raises InputError, naming file and line, for any other.
-    """
+    """Rows in the REAL-Colon-VQA schema, at least one, with unique keys and all gold fields; InputError for others."""
     rows = _keyed_rows(path, GOLD_FIELDS)
     if not rows:
         raise InputError(f"{path}: no rows; give a file with at least one")
@@ -183,20 +172,16 @@ def read_annotations(path: str | Path) -> list[Row]:
 
 
 def read_answer_rows(path: str | Path, advice: str = "") -> dict[Key, Row]:
-    """Read a rows file that this script wrote, keyed by the row key: unique keys, gold and prediction in every row.
-
-    Raises InputError, naming file and line, for any other, with `advice` where a field is missing.
-    """
+    """Rows that this script wrote, by row key; InputError for others, with `advice` where a field is missing."""
     return _keyed_rows(path, ("short_answer", "ground_truth", "predicted_answer"), advice)
 
 
 def match_predictions(annotations: Sequence[Row], path: str | Path) -> dict[Key, Row]:
     """Read a prediction file and assign its rows to `annotations`, keyed by the full row key.
 
-    A prediction row carries `id` (or `question_id`) and `predicted_answer`; `video_id` and `question_type` are used
-    where present, and needed where several annotations share the id.
-    Raises InputError for a row that fits no annotation or several, for two predictions of one row, and for a row whose
-    own question or short answer, where it has one, is not the annotation's.
+    A row needs `id` (or `question_id`) and `predicted_answer`, and where several annotations share the id `video_id` or
+    `question_type`. Raises InputError for a row that fits not exactly one annotation, for two predictions of one, and
+    for another question or short answer than the annotation's.
     """
     by_id: dict[str, list[Row]] = defaultdict(list)
     for annotation in annotations:
@@ -209,28 +194,24 @@ def match_predictions(annotations: Sequence[Row], path: str | Path) -> dict[Key,
         given = {name: row[name] for name in KEY_FIELDS if name == "id" or row.get(name) is not None}
         _require(row, ("predicted_answer", *given), where)
         fitting = [found for found in by_id[row["id"]] if all(found[name] == given[name] for name in given)]
-        keys = [row_key(found) for found in fitting]
         if not fitting:
-            raise InputError(
-                f"{where}: no row of --eval_data_path has {', '.join(f'{k} {v!r}' for k, v in given.items())}; "
-                f"remove the prediction or give the file it was made from"
-            )
+            asked = ", ".join(f"{name} {value!r}" for name, value in given.items())
+            advice = "remove the prediction or give the file it was made from"
+            raise InputError(f"{where}: no row of --eval_data_path has {asked}; {advice}")
         if len(fitting) > 1:
-            raise InputError(
-                f"{where}: id {row['id']!r} stands for {len(keys)} rows, e.g. {' and '.join(map(key_text, keys[:2]))}; "
-                f"add {' and '.join(name for name in KEY_FIELDS if name not in given)} to the prediction rows"
-            )
-        key = keys[0]
-        name = key_text(keys[0])
+            some = " and ".join(key_text(row_key(found)) for found in fitting[:2])
+            lacking = " and ".join(name for name in KEY_FIELDS if name not in given)
+            what = f"id {row['id']!r} stands for {len(fitting)} rows, e.g. {some}"
+            raise InputError(f"{where}: {what}; add {lacking} to the prediction rows")
+        key = row_key(fitting[0])
+        name = key_text(key)
         if first := lines.get(key):
             raise InputError(f"{where}: a second prediction for {name}, first on line {first}; remove one")
         for part in ("question", "short_answer"):
             theirs, ours = row.get(part), fitting[0][part]
             if isinstance(theirs, str) and normalise(theirs) != normalise(ours):
-                raise InputError(
-                    f"{where}: the {part} of {name} is {theirs!r} here but {ours!r} in --eval_data_path; "
-                    f"give the file that the predictions were made from"
-                )
+                what = f"the {part} of {name} is {theirs!r} here but {ours!r} in --eval_data_path"
+                raise InputError(f"{where}: {what}; give the file that the predictions were made from")
         matched[key], lines[key] = row, number
     return matched
 
@@ -462,9 +443,9 @@ def _named_in_clause(clause: str, closed: ClosedAnswers) -> set[str]:
 
 @functools.cache  # the same text is asked for when it is written, scored and counted
 def named_options(prediction: str, closed: ClosedAnswers) -> frozenset[str]:
-    """The options of a question type that a prediction names; OTHER stands for an answer of the kind that is none.
+    """The options that a prediction names; OTHER: an answer of the kind that is none.
 
-    Questions echoed back, clauses that leave the matter open and clauses with two negations name nothing.
+    Echoed questions, clauses that leave the matter open, and clauses with two negations name nothing.
     """
     named: set[str] = set()
     text = simplify(prediction)
@@ -556,10 +537,7 @@ class Scored:
 
 
 def score_rows(annotations: Sequence[Row], predictions: Mapping[Key, Row]) -> list[Scored]:
-    """Score every annotation row, in file order. A row without a prediction, or with null as one, is wrong.
-
-    The text alone is judged: what a rows file says of right and wrong may come from an older table of options.
-    """
+    """Score every annotation row by its predicted text alone, in file order. None or no prediction is wrong."""
     scored = []
     for row in annotations:
         key = row_key(row)
@@ -575,11 +553,7 @@ def score_rows(annotations: Sequence[Row], predictions: Mapping[Key, Row]) -> li
 
 
 def answer_row(annotation: Row, predicted_answer: str | None, **how: Any) -> Row:
-    """One row of the output file. `correct` is by `contains`, the rule of the original project.
-
-    `how` goes into the row as it is: finish_reason (eos, length or error), n_tokens, input_mode, audio_file (None: no
-    speech), and where they apply audio_of (key of the row that the speech was borrowed from), media_sha256, error.
-    """
+    """One row of the output file; `correct` is by `contains`. `how`: further fields, those of `ArmInputs.origin` too."""
     judged = judge(predicted_answer, annotation["question_type"], annotation["short_answer"], annotation["answer"])
     return {
         **{name: annotation[name] for name in ("id", "video_id", "question_type", "question")},
@@ -611,8 +585,7 @@ def wilson_interval(right: int, n: int) -> tuple[float, float]:
 def mcnemar_exact(only_a: int, only_b: int) -> float:
     """Two-sided exact p-value that A and B are equally often right, from the rows that only one of them has right.
 
-    Under the null each such row falls to either side like a coin: twice the smaller binomial tail, at most 1.
-    Integer arithmetic throughout, so thousands of rows neither overflow nor underflow before the one division.
+    Twice the smaller binomial tail, at most 1, in integers: thousands of rows neither overflow nor underflow.
     """
     n = only_a + only_b
     tail = term = 1  # C(n, 0), and the sum of C(n, k) up to the smaller count
@@ -649,10 +622,7 @@ def binomial(k: int, n: int, p: float) -> float:
 @functools.cache
 def most_for_worse(m: int) -> int:
     """Of m rows that one side alone has right, how many the worse may have at p < 0.05 (McNemar). -1: not even 0."""
-    tail, k = 0.0, max(0, int(m / 2 - 3 * math.sqrt(m)))  # below lies next to nothing: 6 standard deviations
-    while 2 * (tail := tail + binomial(k, m, 0.5)) < SIGNIFICANCE:
-        k += 1
-    return k - 1
+    return bisect.bisect_left(range(m // 2 + 1), True, key=lambda k: mcnemar_exact(k, m - k) >= SIGNIFICANCE) - 1
 
 
 def mcnemar_power(n: int, discordant: float, difference: float) -> float:
@@ -676,16 +646,16 @@ def mcnemar_power(n: int, discordant: float, difference: float) -> float:
 
 
 def detectable_difference(n: int, discordant: int) -> float | None:
-    """Smallest difference of two accuracies that `mcnemar_exact` on n rows finds with 80 % power, to 0.001.
+    """Smallest difference of two accuracies that `mcnemar_exact` on n rows finds with 80 % power, to 0.001; None: none.
 
-    It is for two sides that disagree on as many rows as `discordant` of these n, or on as many as the difference needs.
-    None: not even a difference of 1 is found.
+    The two sides disagree on as many rows as `discordant` of these n, or on as many as the difference needs.
     """
 
-    def found(difference: float) -> bool:
+    def found(thousandth: int) -> bool:
+        difference = thousandth / 1000
         return mcnemar_power(n, max(discordant / n, difference), difference) >= POWER
 
-    step = bisect.bisect_left(range(1, 1001), True, key=lambda thousandth: found(thousandth / 1000))
+    step = bisect.bisect_left(range(1, 1001), True, key=found)
     return (step + 1) / 1000 if step < 1000 else None
 
 
@@ -743,8 +713,8 @@ def paired_comparison(a: Sequence[Scored], b: Sequence[Scored], metric: str) -> 
 def video_interval(rows: Sequence[Scored], metric: str) -> list[float] | None:
     """95 % percentile interval of the accuracy when videos are drawn again (seeded).
 
-    Rows of a video resemble each other, so this is the interval that speaks about other videos; Wilson's does not.
-    None with fewer than MIN_VIDEOS, and where it would have no width: a few alike videos do not make others alike.
+    Rows of a video resemble each other, so this interval speaks about other videos, which Wilson's does not. None with
+    fewer than MIN_VIDEOS, and where it would have no width.
     """
     by_video: dict[str, list[bool]] = defaultdict(list)
     for row in rows:
@@ -777,10 +747,7 @@ def group_by_type(rows: Iterable[Scored]) -> dict[str, list[Scored]]:
 
 
 def majority_answers(pairs: Iterable[tuple[str, str]]) -> dict[str, str]:
-    """(question type, normalised short answer) pairs -> the commonest answer of each type.
-
-    Ties go to the answer that comes first in the alphabet.
-    """
+    """(type, normalised short answer) pairs -> the commonest answer of each type, the first of equal ones."""
     counts: dict[str, Counter] = defaultdict(Counter)
     for kind, gold in pairs:
         counts[kind][gold] += 1
@@ -790,10 +757,8 @@ def majority_answers(pairs: Iterable[tuple[str, str]]) -> dict[str, str]:
 def reference_lines(rows: Sequence[Scored], train_majority: Mapping[str, str] | None) -> Row:
     """Accuracy of three guessers on `rows`; None for each with no rows.
 
-    chance: guesses uniformly among the gold answers that its type has in `rows`.
-    train_majority: answers the commonest answer of the type in the training file (a type that the training file
-    lacks is answered wrong); None without that file.
-    test_majority: knows the commonest answer in `rows` themselves, an oracle.
+    chance guesses uniformly among the gold answers that its type has in `rows`; train_majority gives the commonest
+    answer of the type in training (None without; a type that is not there is wrong), test_majority that in `rows`.
     """
     if not rows:
         return dict.fromkeys(REFERENCES)
@@ -849,24 +814,21 @@ def collapse_warnings(rows: Sequence[Scored]) -> list[str]:
     return [f"mode collapse in {len(alike)} of {len(groups)} question types: {'; '.join(alike)}"] if alike else []
 
 
-# `contents` of a row that training had too, and their words.
+# What training may have had of a row, by `VQARow.contents`, in words.
 SEEN = {"clip": "the clip", "frame": "a frame", "speech": "the speech", "wording": "the wording"}
 
 
 def seen_warnings(contents: Mapping[Key, Mapping[str, Iterable[bytes]]], seen: set[bytes]) -> list[str]:
-    """Lines for evaluated rows that training had, by their content. `contents`: digests by row and SEEN; `seen`:
-    digests of training."""
+    """Lines for rows that training had. `contents`: digests by row and SEEN; `seen`: digests of training."""
     found = {key: [k for k, digests in row.items() if not seen.isdisjoint(digests)] for key, row in contents.items()}
     counts = Counter(itertools.chain(*found.values()))
-    n, lines = len(found), []
+    n = len(found)
+    lines = []
     if parts := [f"{text} of {counts[kind]}" for kind, text in SEEN.items() if counts[kind]]:
         lines.append(f"seen in training, by content: of {n} rows {', '.join(parts)}")
-    other = [key for key, kinds in found.items() if "speech" in kinds and "wording" not in kinds]
-    if other:
-        lines.append(
-            f"speech of training: {len(other)} of {n} rows play a recording that training had, and ask in words that "
-            f"it had not, e.g. {key_text(other[0])}; see --audio_dir and --audio_pattern"
-        )
+    if other := [key for key, kinds in found.items() if "speech" in kinds and "wording" not in kinds]:
+        what = f"{len(other)} of {n} rows play a recording that training had, and ask in words that it had not"
+        lines.append(f"speech of training: {what}, e.g. {key_text(other[0])}; see --audio_dir and --audio_pattern")
     return lines
 
 
@@ -921,10 +883,8 @@ def below_majority_warnings(figures: Mapping[str, Row]) -> list[str]:
     for name, part in figures.items():
         choice, constant = part["metrics"]["choice"]["accuracy"], part["baselines"]["train_majority"]
         if constant is not None and choice < constant:
-            lines.append(
-                f"below the training majority on {name}: one constant answer per question type scores "
-                f"{_show(constant)} %, this model {_show(choice)} %"
-            )
+            scores = f"one constant answer per question type scores {_show(constant)} %, this model {_show(choice)} %"
+            lines.append(f"below the training majority on {name}: {scores}")
     return lines
 
 
@@ -1051,27 +1011,23 @@ def pair_mismatched_audio(
     none. Raises InputError if a row has no such partner.
     """
     asked = {row_key(row): normalise(row["question"]) for row in annotations if samples[row_key(row)]}
+    in_order = sorted(asked, key=lambda key: (samples[key], key))
 
     @functools.cache
-    def partners(kind: str, question: str) -> dict[int, list[Key]]:
-        of_length = defaultdict(list)
-        for key in sorted(asked):
-            if key[2] != kind and asked[key] != question:
-                of_length[samples[key]].append(key)
-        return of_length
+    def partners(kind: str, question: str) -> list[Key]:
+        return [key for key in in_order if key[2] != kind and asked[key] != question]
 
     pairs = {}
     for key, question in asked.items():
-        of_length = partners(key[2], question)
         name = key_text(key)
-        if not of_length:
+        apart = [abs(samples[other] - samples[key]) for other in partners(key[2], question)]
+        if not apart:
             what = f"{name} has no row of another question type to borrow speech from"
             raise InputError(f"--arms mismatched_audio: {what}; evaluate more question types or drop the arm")
-        least = min(abs(length - samples[key]) for length in of_length)
-        nearest = {samples[key] - least, samples[key] + least} & of_length.keys()
-        others = [other for length in sorted(nearest) for other in of_length[length]]
+        least = min(apart)
+        nearest = [other for other, by in zip(partners(key[2], question), apart, strict=True) if by == least]
         digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
-        pairs[key] = others[int.from_bytes(digest[:8], "big") % len(others)]
+        pairs[key] = nearest[int.from_bytes(digest[:8], "big") % len(nearest)]
     return pairs
 
 
@@ -1100,10 +1056,7 @@ def borrowing_sentence(arms: Row) -> str | None:
 
 
 def leaked_words(prompt: str, question: str, constant_prompt: str) -> list[str]:
-    """Words of the question that the rendered prompt holds more often than the prompt rendered without any question.
-
-    Sorted; empty means that only the speech carries the question. Special tokens <|...|> are left out.
-    """
+    """Words of the question, sorted, that its prompt holds more often than the prompt without any question does."""
 
     def words(text: str) -> Counter:
         return Counter(re.findall(r"\w+", re.sub(r"<\|[^|>]*\|>", " ", text).casefold()))
@@ -1113,10 +1066,7 @@ def leaked_words(prompt: str, question: str, constant_prompt: str) -> list[str]:
 
 
 def summarise_arms(main_arm: str, rows_of: Mapping[str, Sequence[Scored]], files: Mapping[str, str]) -> Row:
-    """Per arm: file, metrics, finish, and `versus`, each metric's paired comparison with the main arm (arm - main).
-
-    The main arm's `versus` is None. All arms hold the same rows.
-    """
+    """Per arm: file, metrics, finish, and by metric `versus`, the comparison with the main arm (None of itself)."""
     return {
         arm: {
             "file": files[arm],
@@ -1169,8 +1119,8 @@ def gate_warnings(gates: Mapping[str, float | None] | None) -> list[str]:
         return []
     return [
         f"the speech hardly reaches the answers: other speech of the same length moves the log-probabilities of the "
-        f"first token by {speech:.2g} on average, other frames by {frames:.2g}; what tells the questions apart may be "
-        f"the number of their tokens"
+        f"first token by {speech:.2g} on average, other frames by {frames:.2g}; the number of tokens may be what tells "
+        f"the questions apart"
     ]
 
 
@@ -1371,10 +1321,7 @@ def write_json(path: str | Path, content: Row) -> None:
 
 
 def read_beside(path: Path, fields: Mapping[str, type], advice: str) -> Row | None:
-    """The JSON object, with fields of these types, in a file beside rows; None if there is no file.
-
-    Raises InputError, which ends with `advice`, for any other content.
-    """
+    """The JSON object with fields of these types in a file; None: no file. InputError with `advice` for others."""
     try:
         content = json.loads(path.read_bytes())
     except FileNotFoundError:
@@ -1425,10 +1372,7 @@ def lock_rows(path: Path, file: Any) -> None:
 
 
 def check_same_run(path: Path, settings: Row, complete: bool = True) -> None:
-    """Raise InputError unless the rows of `path` were made with `settings`, as its companion X.jsonl.run.json tells.
-
-    `complete`: the companion holds nothing else.
-    """
+    """Raise InputError unless X.jsonl.run.json holds `settings`; `complete`: and nothing else."""
     companion = Path(f"{path}.run.json")
     settings = json.loads(json.dumps(settings, allow_nan=False))  # as the stored ones are read back
     again = "choose another --output_file, or start again with --overwrite"
@@ -1534,10 +1478,9 @@ SUMMARY_FIELDS = dict.fromkeys(("metrics", "arms", "manifest"), dict)
 
 
 def score_only(args: argparse.Namespace) -> int:
-    """Score the predictions in --output_file against --eval_data_path, write the summary, print it.
+    """Score the predictions in --output_file, and the arms of the run that made them; print and write the summary.
 
-    Of a run that generated them, the summary keeps what answers do not tell; its arms are scored again too.
-    Returns the exit status: 1 if a prediction is null (a sample that failed), else 0.
+    It keeps what the run told. Returns the exit status: 1 if a prediction is null (a sample that failed), else 0.
     """
     target = summary_path(args.output_file)
     old = read_beside(target, SUMMARY_FIELDS, "rescoring would replace it: move it away") or {"manifest": {}}
@@ -1586,10 +1529,7 @@ def rescore_arms(
 
 
 def read_pair(paths: Sequence[str], eval_data_path: str | None) -> tuple[list[Row], list[dict[Key, Row]]]:
-    """Annotations and the two sides' rows for --compare, from --eval_data_path or else from the rows themselves.
-
-    Raises InputError, with examples, if the two do not hold the same rows with the same gold answers.
-    """
+    """Annotations and the two sides' rows for --compare; InputError unless they hold the same rows and gold answers."""
     same = "compare runs over the same data"
     if eval_data_path:
         annotations = read_annotations(eval_data_path)
@@ -1620,10 +1560,7 @@ MODEL_SETTINGS = (
 
 
 def read_run(path: str) -> Row | None:
-    """How the rows of a file were asked for: X.jsonl.run.json without the model, and the batch size from its summary.
-
-    None where there is no such file; InputError where it or the summary is damaged.
-    """
+    """How the rows of a file were asked for, without the model: X.jsonl.run.json (None: no such file), the batch size."""
     advice = "move it away to compare without it"
     run = read_beside(Path(f"{path}.run.json"), {"arm": str}, advice)
     if run is None:
@@ -1638,11 +1575,9 @@ def read_run(path: str) -> Row | None:
 def unlike_warnings(paths: Sequence[str], sides: Sequence[Mapping[Key, Row]]) -> list[str]:
     """Lines for what else than the model differs between two files: wording of the questions, settings of the runs."""
     lines = []
-    asked_a, asked_b = (
-        {k: normalise(row["question"]) for k, row in rows.items() if row.get("question")} for rows in sides
-    )
-    if other := [key for key in asked_a if asked_b.get(key, asked_a[key]) != asked_a[key]]:
-        lines.append(f"{len(other)} of {len(sides[0])} rows have other questions in B, e.g. {key_text(other[0])}")
+    a, b = ({key: normalise(row["question"]) for key, row in side.items() if row.get("question")} for side in sides)
+    if other := [key for key in a.keys() & b.keys() if a[key] != b[key]]:
+        lines.append(f"{len(other)} of {len(sides[0])} rows have other questions in B, e.g. {key_text(min(other))}")
     runs = [read_run(path) for path in paths]
     if absent := [f"{path}.run.json" for path, run in zip(paths, runs, strict=True) if run is None]:
         return [*lines, f"without {' and '.join(absent)} nothing tells whether A and B were asked alike"]
@@ -1656,10 +1591,7 @@ def unlike_warnings(paths: Sequence[str], sides: Sequence[Mapping[Key, Row]]) ->
 
 
 def compare(paths: Sequence[str], eval_data_path: str | None = None) -> int:
-    """Print the paired differences B - A of two files over the same data, and what else differs. Returns status 0.
-
-    Raises InputError for files that `read_pair` or `read_run` refuses.
-    """
+    """Print the paired differences B - A of two files over the same data, and what else differs. Returns status 0."""
     annotations, sides = read_pair(paths, eval_data_path)
     scored_a, scored_b = (score_rows(annotations, rows) for rows in sides)
     pairs = {metric: paired_comparison(scored_a, scored_b, metric) for metric in METRICS}
@@ -1731,17 +1663,13 @@ def find_model(args: argparse.Namespace) -> tuple[str, bool]:
 
 
 def choose_model(args: argparse.Namespace, device: Any) -> ModelChoice:
-    """Find the model to evaluate, before any weights load.
-
-    Raises InputError for a folder without adapter or model and for flags that contradict it; VQAError for unreadable
-    settings, or an attention kernel or a pattern of file names that is not supported.
-    """
+    """Find the model, before weights load; InputError or VQAError for flags that contradict it or are not supported."""
     path, adapter = find_model(args)
     changes = {
         "model_name_or_path": args.model_name_or_path if adapter else None,
         "attn_implementation": args.attn_implementation,
         "load_in_4bit": args.load_in_4bit,
-        "input_mode": PUBLIC_MODES.get(args.input_mode, [args.input_mode])[0],
+        "input_mode": PUBLIC_MODES.get(args.input_mode, args.input_mode),
         "max_image_size": args.max_image_size,
         "prompt_layout": args.prompt_layout,
         **({} if adapter else {"init": args.init, "init_seed": args.seed}),
@@ -1775,15 +1703,15 @@ def choose_model(args: argparse.Namespace, device: Any) -> ModelChoice:
         print(f"   {path}: trained on the base in 4 bits, asked on it in 16: other answers than in training")
     frames = (inputs.max_train_frames or 0) if "max_train_frames" in settings.get("input", {}) else None
     merged = adapter and not model.load_in_4bit and not args.no_merge
-    return as_asked_publicly(
-        args, ModelChoice(path, adapter, model, inputs, changes, frames, [], patterns, dtype, merged)
-    )
+    chosen = ModelChoice(path, adapter, model, inputs, changes, frames, [], patterns, dtype, merged)
+    return as_asked_publicly(args, chosen)
 
 
 def as_asked_publicly(args: argparse.Namespace, chosen: ModelChoice) -> ModelChoice:
     """The choice with --no_adapter applied; prints and records what flags of the public script are taken for."""
-    if args.input_mode in PUBLIC_MODES:
-        chosen.mapped.append(f"--input_mode {args.input_mode} {PUBLIC_MODES[args.input_mode][1]}")
+    if ours := PUBLIC_MODES.get(args.input_mode):
+        arm = f"the arm {args.input_mode} in " * (args.input_mode in ARMS)
+        chosen.mapped.append(f"--input_mode {args.input_mode} is {arm}{ours} here")
     if chosen.adapter and args.no_adapter:
         base = chosen.model.model_name_or_path
         chosen.mapped.append(f"--no_adapter: {base} is asked, as {chosen.path} would be, whose base it is")
@@ -1811,9 +1739,9 @@ def check_weights(chosen: ModelChoice, device: Any) -> None:
 
 
 def frames_that_differ(trained: int | None, asked: int | None, lengths: Iterable[int]) -> Row | None:
-    """{"trained", "asked"}: frames of the longest clip that is asked on another number than in training; None: none.
+    """{"trained", "asked"}: frames of the longest clip asked on another number than in training. None: none is.
 
-    `trained` as in ModelChoice; `asked` None: all. `lengths`: frames of each clip.
+    `lengths`: frames of each clip; `trained` as in ModelChoice; `asked` None: all.
     """
     if trained is None:
         return None
@@ -1842,28 +1770,6 @@ def load_chosen_model(chosen: ModelChoice, device: Any) -> Any:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def black_frames(frames: list[Any], seed: str) -> list[Any]:
-    """Black frames of the same size, so that the prompt stays the same token for token."""
-    return [frame.point(lambda _: 0) for frame in frames]
-
-
-def silent_audio(speech: Any, seed: str) -> Any:
-    """Silence of the same length, so that the prompt stays the same token for token."""
-    return speech * 0
-
-
-def of_length(speech: Any, samples: int) -> Any:
-    """Speech float32 [n], cut off at the end or padded there with silence to [samples]."""
-    import numpy as np
-
-    return np.pad(speech[:samples], (0, max(0, samples - len(speech))))
-
-
-def first_frame(frames: list[Any], seed: str) -> list[Any]:
-    """The first frame once: the prompt is shorter by the tokens of the others."""
-    return frames[:1]
-
-
 def shuffled_frames(frames: list[Any], seed: str) -> list[Any]:
     """The frames in another order than that in time, drawn from `seed`."""
     order = list(range(len(frames)))
@@ -1873,20 +1779,23 @@ def shuffled_frames(frames: list[Any], seed: str) -> list[Any]:
     return [frames[index] for index in order]
 
 
-# The functions of arms get frames (PIL images) or speech (float32 [n]), and a seed of the row. Arms that are not listed
-# change nothing here: the input modes.
-# Arms that change what the files hold: the medium, `frames` or `speech`, and the function that changes it. Features of
-# that medium are neither cached nor read from the cache.
+def of_length(speech: Any, samples: int) -> Any:
+    """Speech float32 [n], cut off at the end or padded there with silence to [samples]."""
+    import numpy as np
+
+    return np.pad(speech[:samples], (0, max(0, samples - len(speech))))
+
+
+# Arms that change what the files hold: the medium, and a function of it, `frames` (PIL images) or `speech` (float32
+# [n]). All keep the size, so that the prompt stays the same token for token; `ArmInputs.read` gives borrowed speech its
+# length. Features of that medium are neither cached nor read from the cache. The input modes change nothing.
 CONTENT_ARMS = {
-    "black_frames": ("frames", black_frames),
-    "silent_audio": ("speech", silent_audio),
-    "mismatched_audio": (
-        "speech",
-        lambda speech, seed: speech,
-    ),  # `ArmInputs.read` gives it the length of the row's own
+    "black_frames": ("frames", lambda frames: [frame.point(lambda _: 0) for frame in frames]),
+    "silent_audio": ("speech", lambda speech: speech * 0),
+    "mismatched_audio": ("speech", lambda speech: speech),
 }
 # Arms that choose or order frames. Their functions also work on lists of paths, so that cached features can be used.
-ORDER_ARMS = {"first_frame": first_frame, "shuffled_frames": shuffled_frames}
+ORDER_ARMS = {"first_frame": lambda frames, seed: frames[:1], "shuffled_frames": shuffled_frames}
 SEEDED_ARMS = ("mismatched_audio", "shuffled_frames")  # rows of these made with another --seed are not mixed
 
 
@@ -1908,15 +1817,11 @@ class ArmInputs:
         self.feature_store: Any = None  # train_vqa's FeatureStore, once it is filled
         self.batch_size: int | None = None  # rows answered at a time; `answer_arm` sets it
 
-    def row_seed(self, index: int) -> str:
-        """The seed that the functions of the tables above get for a row."""
-        return f"{self.seed}/{self.rows[index].key}"
-
     def clip(self, index: int) -> tuple[Path, ...]:
         """The files of the frames that a row shows, in the arm's order."""
         frames, _ = self.dataset.media_of(index)
         ordered = ORDER_ARMS.get(self.arm)
-        return tuple(ordered(list(frames), self.row_seed(index))) if ordered else frames
+        return tuple(ordered(list(frames), f"{self.seed}/{self.rows[index].key}")) if ordered else frames
 
     def cacheable_media(self, index: int) -> tuple[tuple[Path, ...] | None, Path | None]:
         """The clip and the speech that the encoders get as they are in the files; None for what the arm changes."""
@@ -1947,9 +1852,9 @@ class ArmInputs:
         try:
             frames, speech = self.read(index, with_frames=not vision, with_speech=not speech_features)
             if changed == "frames":
-                frames = change(frames, self.row_seed(index))
+                frames = change(frames)
             elif changed == "speech":
-                speech = change(speech, self.row_seed(index))
+                speech = change(speech)
             return self.make_sample(index, frames, speech, vision, speech_features and speech_features[0])
         except vqa.VQAError as error:
             return str(error)
@@ -1972,21 +1877,18 @@ class ArmInputs:
         return hashlib.sha256("".join(digests).encode()).hexdigest()
 
     def origin(self, index: int) -> Row:
-        """What a row of the output file says of the inputs of its answer."""
-        _, speech = self.dataset.media_of(index)
-        source = self.speech_sources.get(self.keys[index])
-        return {
-            "input_mode": self.processor.input_mode,
-            "audio_file": None if speech is None else str(speech),
-            **(self.borrowing(index, source) if source else {}),
-            "media_sha256": self.media_sha256(index),
-        }
+        """What a row of the output file says of the inputs of its answer.
 
-    def borrowing(self, index: int, source: Any) -> Row:
-        """Whose speech a row plays, and by how many samples and tokens that was padded; negative: cut."""
-        own, theirs, tokens = self.rows[index].speech_samples, source.speech_samples, self.processor.speech_tokens
-        padded = {"audio_padded_samples": own - theirs, "audio_padded_tokens": tokens(own) - tokens(theirs)}
-        return {"audio_of": key_text(row_key(annotation_of(source))), **padded}
+        Of borrowed speech: whose, and by how many samples and tokens it was padded; negative: cut.
+        """
+        _, speech = self.dataset.media_of(index)
+        how = {"input_mode": self.processor.input_mode, "audio_file": speech and str(speech)}
+        if source := self.speech_sources.get(self.keys[index]):
+            own, theirs, tokens = self.rows[index].speech_samples, source.speech_samples, self.processor.speech_tokens
+            how["audio_of"] = key_text(row_key(annotation_of(source)))
+            how["audio_padded_samples"] = own - theirs
+            how["audio_padded_tokens"] = tokens(own) - tokens(theirs)
+        return how | {"media_sha256": self.media_sha256(index)}
 
     def prompt(self, question: str, n_frames: int = 1) -> str:
         """The rendered prompt as it can be read: one placeholder a frame, none for speech."""
@@ -2014,10 +1916,8 @@ def check_leaks(arms: Iterable[ArmInputs]) -> None:
         n_frames = len(inputs.clip(index))
         words = leaked_words(inputs.prompt(row.question, n_frames), row.question, inputs.prompt("", n_frames))
         if words:
-            raise InputError(
-                f"leak gate: in the arm {inputs.arm} the prompt of {row.key} holds words of its question "
-                f"({', '.join(words)}), so its answer would not show that it was heard; no figure is given"
-            )
+            what = f"in the arm {inputs.arm} the prompt of {row.key} holds words of its question ({', '.join(words)})"
+            raise InputError(f"leak gate: {what}, so its answer would not show that it was heard; no figure is given")
 
 
 def check_liveness(model: Any, inputs: ArmInputs) -> Row:
@@ -2168,9 +2068,7 @@ def annotation_of(row: Any) -> Row:
 def generate(args: argparse.Namespace) -> int:
     """Answer every row of --eval_data_path in every arm, summarise, print. Returns the exit status.
 
-    A signal ends it after the batch under way, with one line that says how many rows there are, and 128 + its number.
-
-    Raises InputError for whatever the user can fix.
+    A signal ends it after the batch under way, with 128 + its number. Raises InputError for what the user can fix.
     """
     check_output(args)
     load_libraries()
@@ -2201,7 +2099,10 @@ def answer_and_score(args: argparse.Namespace, stop: Any) -> int:
     modes = choose_arms(args, chosen.inputs.input_mode)
     main_arm, *_ = modes
     files = {arm: arm_path(args.output_file, arm, main_arm) for arm in modes}
-    check_before_data(args, chosen, modes, files, device)
+    for arm, path in files.items():
+        if not args.overwrite and path.is_file() and path.stat().st_size:
+            check_same_run(path, known_settings(args, chosen, arm, modes[arm]), complete=False)
+    check_weights(chosen, device)
 
     # 2. Data: everything is found and decoded once before the weights load
     rows_of, speech_sources, of_data = read_data(args, modes, chosen)
@@ -2209,14 +2110,12 @@ def answer_and_score(args: argparse.Namespace, stop: Any) -> int:
 
     # 3. Model
     trained = load_chosen_model(chosen, device)
-    arms = {}
     limit = chosen.inputs.max_eval_frames
+    arms = {}
     for arm, mode in modes.items():
         processor = trained.processor.with_mode(mode)
-        dataset = vqa.SurgicalVQADataset(
-            rows_of[arm], processor, max_eval_frames=limit, is_eval=True, with_answer=False
-        )
-        arms[arm] = ArmInputs(arm, dataset, args.seed, speech_sources if arm == "mismatched_audio" else {})
+        data = vqa.SurgicalVQADataset(rows_of[arm], processor, max_eval_frames=limit, is_eval=True, with_answer=False)
+        arms[arm] = ArmInputs(arm, data, args.seed, speech_sources if arm == "mismatched_audio" else {})
 
     # 4. Gates
     check_leaks(arms.values())
@@ -2235,10 +2134,9 @@ def answer_and_score(args: argparse.Namespace, stop: Any) -> int:
     peak = torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else None
 
     # 6. Figures
-    record = run_record(args, chosen, arms[main_arm], settings[main_arm], device)
+    record = run_record(args, chosen, arms[main_arm], settings[main_arm], device) | of_data
     record["gates"] = moved
     record["frames"] = frames_that_differ(chosen.trained_frames, limit, (len(row["frames"]) for row in annotations))
-    record |= of_data
     record["runtime"] = {"seconds": seconds, "rows_answered": answered, "peak_gpu_memory_gib": peak}
     record["runtime"]["batch_size"] = {arm: inputs.batch_size for arm, inputs in arms.items()}
     in_arms = summarise_arms(main_arm, scored, {arm: path.name for arm, path in files.items()})
@@ -2255,24 +2153,12 @@ def answer_and_score(args: argparse.Namespace, stop: Any) -> int:
     return 1 if any(row.prediction is None for part in scored.values() for row in part) else 0
 
 
-def check_before_data(
-    args: argparse.Namespace, chosen: ModelChoice, modes: Row, files: Mapping[str, Path], device: Any
-) -> None:
-    """Raise InputError or VQAError for rows of another run and unusable weights, before minutes of decoding."""
-    for arm, path in files.items():
-        if not args.overwrite and path.is_file() and path.stat().st_size:
-            check_same_run(path, known_settings(args, chosen, arm, modes[arm]), complete=False)
-    check_weights(chosen, device)
-
-
 def choose_arms(args: argparse.Namespace, mode: str) -> dict[str, str]:
     """Each arm's input mode, the main arm first. Raises InputError for arms that need speech which is not there."""
     main_arm = args.input_mode if args.input_mode in ARMS else mode  # of PUBLIC_MODES, one is an arm
     if main_arm not in INPUT_MODES and args.arms:
-        raise InputError(
-            f"--arms beside --input_mode {main_arm}: arms are compared with an input mode; write --input_mode {mode} "
-            f"--arms {main_arm}"
-        )
+        instead = f"write --input_mode {mode} --arms {main_arm}"
+        raise InputError(f"--arms beside --input_mode {main_arm}: arms are compared with an input mode; {instead}")
     spoken = args.audio_dir or mode != "text"
     fitting = [arm for arm in ARMS if (mode != "text" or arm not in HEARING_ARMS) and (spoken or "audio" not in arm)]
     asked = fitting if args.arms == ["all"] else args.arms or ()
@@ -2294,9 +2180,8 @@ def read_data(
         Each arm's VQARows; for `mismatched_audio` the row whose speech a row plays; `training` and `data_warnings` of
         the manifest.
 
-    Raises VQAError for what is missing or broken, which --allow_errors only says, for too many frames that show
-    nothing, which --allow_empty_frames only says, and always where one speech file would have to serve different
-    questions.
+    Raises VQAError for missing or broken media unless --allow_errors, for too many frames that show nothing unless
+    --allow_empty_frames, and always where one speech file would have to serve different questions.
     """
     print(f"📁 Loading Eval Data: {args.eval_data_path}")
     every = {row_key(annotation_of(row)): row for row in vqa.read_rows(args.eval_data_path)}
@@ -2367,7 +2252,7 @@ def read_training(args: argparse.Namespace, annotations: list[Row]) -> Row | Non
 
 
 def check_contents(args: argparse.Namespace, chosen: ModelChoice, rows: list[Any]) -> list[str]:
-    """Warnings for the headline: frames that show nothing, and what training had of VQARows whose media passed.
+    """Warnings for the headline, of VQARows whose media passed: frames that show nothing, and what training had.
 
     Raises InputError for too many such frames, unless --allow_empty_frames.
     """
@@ -2389,10 +2274,7 @@ def check_contents(args: argparse.Namespace, chosen: ModelChoice, rows: list[Any
 def answer_arms(
     args: argparse.Namespace, trained: Any, arms: Mapping[str, ArmInputs], settings: Mapping[str, Row], stop: Any
 ) -> tuple[dict[str, dict[Key, Row]], int]:
-    """Each arm's rows as they stand in its file, and how many of them were answered now.
-
-    Raises InputError for files of another run or media that changed, and Interrupted where a signal left rows undone.
-    """
+    """Each arm's rows as its file has them, and how many were answered now; Interrupted where a signal left some."""
     main_arm, *_ = arms
     target = summary_path(args.output_file)
     answered = 0
@@ -2424,10 +2306,8 @@ def check_same_media(inputs: ArmInputs, file: RowFile) -> None:
     """Raise InputError where a row of `file` was made from other frames or speech than are there now."""
     for index, key in enumerate(inputs.keys):
         if key in file.done and file.done[key].get("media_sha256") != inputs.media_sha256(index):
-            raise InputError(
-                f"{file.path}: the frames or speech of {key_text(key)} are not the ones that its row was made from; "
-                f"choose another --output_file, or start again with --overwrite"
-            )
+            what = f"the frames or speech of {key_text(key)} are not the ones that its row was made from"
+            raise InputError(f"{file.path}: {what}; choose another --output_file, or start again with --overwrite")
 
 
 def known_settings(args: argparse.Namespace, chosen: ModelChoice, arm: str, input_mode: str) -> Row:
