@@ -553,7 +553,7 @@ def score_rows(annotations: Sequence[Row], predictions: Mapping[Key, Row]) -> li
 
 
 def answer_row(annotation: Row, predicted_answer: str | None, **how: Any) -> Row:
-    """One row of the output file; `correct` is by `contains`. `how`: further fields, those of `ArmInputs.origin` too."""
+    """One row of the output file; `correct` is by `contains`. `how`: more fields, those of `ArmInputs.origin` too."""
     judged = judge(predicted_answer, annotation["question_type"], annotation["short_answer"], annotation["answer"])
     return {
         **{name: annotation[name] for name in ("id", "video_id", "question_type", "question")},
@@ -1003,12 +1003,11 @@ SEEING_ARMS = {
 def pair_mismatched_audio(
     annotations: Sequence[Row], samples: Mapping[Key, int | None], seed: int = 0
 ) -> dict[Key, Key]:
-    """For each row, the row of another question type whose speech it gets instead of its own.
+    """For each row, the row of another question type and question whose speech it gets instead of its own.
 
-    Of the rows of other types with another question, one whose speech differs least from its own in `samples`, so that
-    little is cut off or padded. The choice depends on the seed, the row and the set of rows, not on their order: a hash
-    of seed and key picks among those that differ equally little. Rows whose speech cannot be read (None) get and lend
-    none. Raises InputError if a row has no such partner.
+    It is one whose speech differs least from its own in `samples`, so that little is cut off or padded. A hash of seed
+    and key picks among equal ones, so the order of the rows does not matter. Rows whose speech cannot be read (None)
+    get and lend none. Raises InputError if a row has no such partner.
     """
     asked = {row_key(row): normalise(row["question"]) for row in annotations if samples[row_key(row)]}
     in_order = sorted(asked, key=lambda key: (samples[key], key))
@@ -1084,8 +1083,7 @@ def summarise_arms(main_arm: str, rows_of: Mapping[str, Sequence[Scored]], files
 def arm_sentences(arms: Row) -> list[str]:
     """Does it hear? Does it see? One sentence each with the figures it rests on, from `summarise_arms`.
 
-    Hearing takes a loss in both arms: another question alone may be told by something else than its sound, and silence
-    alone is something that the model never met.
+    Hearing takes a loss in both arms: another question may be told by more than its sound, and silence is new to it.
     """
     sentences = []
     for verb, candidates in (("hear", HEARING_ARMS), ("see", SEEING_ARMS)):
@@ -1182,10 +1180,9 @@ def types_table(by_type: Row) -> Table:
     """`choice`, distinct answers (given/gold) and the reference lines of each type, from the summary's `by_type`."""
     rows = []
     for kind, part in by_type.items():
-        choice = part["choice"]
+        share, interval = part["choice"]["accuracy"], _show(part["choice"]["ci95"], "-", 0)
         distinct = f"{part['n_given_answers']}/{part['n_gold_answers']}"
-        cells = (kind[:25], part["n"], choice["accuracy"], _show(choice["ci95"], "-", 0), distinct)
-        rows.append((*cells, *(part[line] for line in REFERENCES)))
+        rows.append((kind[:25], part["n"], share, interval, distinct, *(part[line] for line in REFERENCES)))
     return ("question type", "n", "choice", "95 %", "distinct", "chance", "train", "test"), rows
 
 
@@ -1207,12 +1204,10 @@ def comparison_table(pairs: Row) -> Table:
     """Metric -> `paired_comparison`, a line a metric, with the `detectable_difference` beside."""
     rows = []
     for metric, pair in pairs.items():
-        difference = _points(pair["difference"])
-        ends = _points(*pair["ci95"])
-        counts = (pair["only_a"], pair["only_b"])
+        counts = pair["only_a"], pair["only_b"]
+        shown = pair["accuracy_a"], pair["accuracy_b"], _points(pair["difference"]), _points(*pair["ci95"])
         least = detectable_difference(pair["n"], sum(counts))
-        cells = (pair["accuracy_a"], pair["accuracy_b"], difference, ends, least, *counts, _p_text(pair["p"]))
-        rows.append((metric, *cells))
+        rows.append((metric, *shown, least, *counts, _p_text(pair["p"])))
     return ("metric", "A", "B", "B - A", "95 % interval", "least", "only A", "only B", "p"), rows
 
 
@@ -1393,9 +1388,9 @@ def check_same_run(path: Path, settings: Row, complete: bool = True) -> None:
 class RowFile(contextlib.AbstractContextManager):
     """A rows file that a killed run can be resumed from: for one writer, each row flushed as it comes.
 
-    `done` maps key -> row, of earlier runs with the same settings and as appended; `repaired` is the number of bytes of
-    a truncated last line that were cut. `settings` (from `run_settings`: flat, JSON values) are kept in the companion
-    X.jsonl.run.json. Raises InputError for rows made with others or without a companion, and for a second writer.
+    `done` maps key -> row, of earlier runs too; `repaired`: bytes of a truncated last line that were cut. `settings`
+    (from `run_settings`) are kept in X.jsonl.run.json. Raises InputError for rows made with others or without that file,
+    and for a second writer.
     """
 
     def __init__(self, path: str | Path, settings: Row, *, overwrite: bool = False):
@@ -1560,7 +1555,7 @@ MODEL_SETTINGS = (
 
 
 def read_run(path: str) -> Row | None:
-    """How the rows of a file were asked for, without the model: X.jsonl.run.json (None: no such file), the batch size."""
+    """How rows were asked for, but for the model: X.jsonl.run.json (None: no such file) and the batch size."""
     advice = "move it away to compare without it"
     run = read_beside(Path(f"{path}.run.json"), {"arm": str}, advice)
     if run is None:
@@ -1649,10 +1644,9 @@ def find_model(args: argparse.Namespace) -> tuple[str, bool]:
     if args.checkpoint_path and not adapter:
         if not (Path(path) / "config.json").is_file():
             inside = ", ".join(sorted(folder.name for folder in Path(path).glob("checkpoint-*")))
-            raise InputError(
-                f"--checkpoint_path {path}: no adapter (adapter_config.json) and no model (config.json) there; "
-                f"{f'it holds {inside}: name one of them' if inside else 'name a folder that training wrote'}"
-            )
+            advice = f"it holds {inside}: name one of them" if inside else "name a folder that training wrote"
+            what = "no adapter (adapter_config.json) and no model (config.json) there"
+            raise InputError(f"--checkpoint_path {path}: {what}; {advice}")
         if args.model_name_or_path:
             raise InputError(f"--checkpoint_path {path} is a full model; leave --model_name_or_path out")
     if args.checkpoint_path and args.no_adapter and not adapter:
@@ -1754,13 +1748,8 @@ def load_chosen_model(chosen: ModelChoice, device: Any) -> Any:
     kernel = vqa.ATTENTION_KERNELS[chosen.model.attn_implementation]
     precision = {"bfloat16": "BF16", "float32": "FP32"}[chosen.dtype]
     print(f"⏳ Loading merged {precision} model with {kernel} attention...", flush=True)
-    trained = vqa.load_trained(
-        chosen.path,
-        device=device,
-        dtype=getattr(torch, chosen.dtype),
-        merge=chosen.merged,
-        **chosen.changes,
-    )
+    dtype = getattr(torch, chosen.dtype)
+    trained = vqa.load_trained(chosen.path, device=device, dtype=dtype, merge=chosen.merged, **chosen.changes)
     print(f"✓ Model loaded in full {precision}", flush=True)
     return trained
 
@@ -1922,11 +1911,10 @@ def check_leaks(arms: Iterable[ArmInputs]) -> None:
 
 def check_liveness(model: Any, inputs: ArmInputs) -> Row:
     """Do speech and frames reach the logits? {"speech", "frames"}: by how much other ones change the log-probability of
-    a first token of the answer, the mean over the vocabulary and GATE_ROWS rows.
+    a first token of the answer, the mean over the vocabulary and GATE_ROWS rows; `speech` is None in text mode.
 
-    Speech is replaced by another row's, cut or padded to the same length (where there is none, by its own played
-    backwards), frames by their negatives: so the prompt stays as it is. `speech` is None in text mode. Raises
-    InputError if one of them changes nothing, or if the same inputs give different logits.
+    The other speech is another row's at the same length, else its own backwards; the other frames are negatives: the
+    prompt stays as it is. Raises InputError if one changes nothing, or the same inputs give different logits.
     """
     collate = vqa.VQACollator(inputs.processor.tokenizer.pad_token_id, "left")
 
@@ -1965,10 +1953,8 @@ def check_liveness(model: Any, inputs: ArmInputs) -> Row:
     moved = {medium: statistics.fmean(by) if by else None for medium, by in moved.items()}
     dead = " and ".join(medium for medium, by in moved.items() if by == 0)
     if dead:
-        raise InputError(
-            f"liveness gate: with other {dead} every logit stays as it is, so {dead} cannot reach an answer; check the "
-            f"checkpoint, and that the files differ"
-        )
+        what = f"with other {dead} every logit stays as it is, so {dead} cannot reach an answer"
+        raise InputError(f"liveness gate: {what}; check the checkpoint, and that the files differ")
     return moved
 
 
@@ -1980,11 +1966,8 @@ def check_liveness(model: Any, inputs: ArmInputs) -> Row:
 def choose_batch_size(model: Any, longest: int, max_new_tokens: int, limit_gib: float) -> int:
     """Rows that fit into the GPU memory at a time, 1 to AUTO_BATCH_SIZE; CPU_BATCH_SIZE without a CUDA GPU.
 
-    An estimate from shapes alone, so that the same card, flags and data give the same batches.
-
-    Args:
-        longest: tokens of the longest prompt.
-        limit_gib: hard cap in GiB. 0: all that the card has.
+    An estimate from shapes alone, so that the same card, flags and data give the same batches. `longest`: tokens of the
+    longest prompt; `limit_gib`: hard cap, 0: all that the card has.
     """
     if model.device.type != "cuda":
         return CPU_BATCH_SIZE
@@ -2006,7 +1989,6 @@ def answer_arm(model: Any, inputs: ArmInputs, file: RowFile, args: argparse.Name
     """Answer the rows that `file` lacks, batch by batch, and append them; returns how many.
 
     Ends after the batch during which a signal came to `stop` (train_vqa's StopSignal; None: there is none).
-
     Batches are fixed slices of the data, the longest prompts first, answered complete even where a killed run left only
     part of one to do: so a resumed run computes exactly what an uninterrupted one does.
     """
@@ -2082,10 +2064,11 @@ def generate(args: argparse.Namespace) -> int:
     except vqa.VQAError as error:
         raise InputError(str(error)) from error
     except torch.OutOfMemoryError as error:
-        raise InputError(
-            f"--batch_size {args.batch_size} does not fit into the GPU memory; run the same command with a smaller one "
-            f"(at 1 or auto: a smaller --max_image_size or --max_eval_frames); the rows answered so far are kept"
-        ) from error
+        smaller = (
+            "run the same command with a smaller one (at 1 or auto: a smaller --max_image_size or --max_eval_frames)"
+        )
+        what = f"--batch_size {args.batch_size} does not fit into the GPU memory"
+        raise InputError(f"{what}; {smaller}; the rows answered so far are kept") from error
 
 
 def answer_and_score(args: argparse.Namespace, stop: Any) -> int:
@@ -2264,10 +2247,8 @@ def check_contents(args: argparse.Namespace, chosen: ModelChoice, rows: list[Any
     if seen is not None:
         lines += seen_warnings({row_key(annotation_of(row)): row.contents for row in rows}, seen)
     elif args.checkpoint_path and not args.no_adapter:  # of a base nobody asks
-        lines.append(
-            f"not known what training had: {chosen.path} has no {vqa.DIGESTS_FILE}, so clips, frames, speech and "
-            f"wording are not compared with those of training"
-        )
+        what = "so clips, frames, speech and wording are not compared with those of training"
+        lines.append(f"not known what training had: {chosen.path} has no {vqa.DIGESTS_FILE}, {what}")
     return lines
 
 
