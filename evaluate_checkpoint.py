@@ -177,7 +177,7 @@ def read_answer_rows(path: str | Path, advice: str = "") -> dict[Key, Row]:
 
 
 def match_predictions(annotations: Sequence[Row], path: str | Path) -> dict[Key, Row]:
-    """Read a prediction file and assign its rows to `annotations`, keyed by the full row key.
+    """The rows of a prediction file by the full keys of `annotations`.
 
     A row needs `id` (or `question_id`) and `predicted_answer`, and where several annotations share the id `video_id` or
     `question_type`. Raises InputError for a row that fits not exactly one annotation, for two predictions of one, and
@@ -599,7 +599,7 @@ def sign_flip_test(differences: Iterable[int]) -> float:
     """Two-sided exact p-value that differences, one a video, are as likely to have either sign.
 
     Fisher's permutation test for pairs (The Design of Experiments, 1935, section 21): the share of all 2^k choices of
-    signs whose sum is at least as far from 0. Rows of one video stay together, so they need not be independent.
+    signs whose sum is at least as far from 0. Rows of one video need not be independent.
     """
     sums, observed, n = Counter({0: 1}), 0, 0
     for difference in differences:
@@ -662,8 +662,7 @@ def detectable_difference(n: int, discordant: int) -> float | None:
 def paired_difference_interval(both: int, only_a: int, only_b: int, neither: int) -> tuple[float, float]:
     """95 % interval of accuracy(B) - accuracy(A) on the same rows, given the four counts (their sum at least 1).
 
-    Newcombe's score method for paired proportions with continuity-corrected phi (method 10 of Newcombe, Statistics in
-    Medicine 17, 1998, 2635-2650): unlike Wald's it does not shrink to a point when the two agree everywhere.
+    Method 10 of Newcombe, Statistics in Medicine 17, 1998, 2635-2650 (score intervals, continuity-corrected phi).
     """
     right_a, right_b, n = both + only_a, both + only_b, both + only_a + only_b + neither
     p_a, p_b, difference = right_a / n, right_b / n, right_b / n - right_a / n
@@ -682,10 +681,9 @@ def paired_difference_interval(both: int, only_a: int, only_b: int, neither: int
 
 
 def paired_comparison(a: Sequence[Scored], b: Sequence[Scored], metric: str) -> Row:
-    """B against A on one metric, over the same rows: accuracies, difference B - A, its 95 % interval, McNemar's p.
+    """B against A on one metric: accuracies, difference B - A, its 95 % interval, McNemar's p.
 
-    `p_videos` is the p-value over videos, None with fewer than MIN_VIDEOS.
-    Raises ValueError unless both hold the same row keys.
+    `p_videos` is the p-value over videos, None with fewer than MIN_VIDEOS. ValueError unless both hold the same rows.
     """
     right_a, right_b = ({row.key: row.correct[metric] for row in rows} for rows in (a, b))
     if right_a.keys() != right_b.keys():
@@ -795,8 +793,7 @@ def answers_of(group: Sequence[Scored]) -> tuple[Counter, Counter]:
 def collapse_warnings(rows: Sequence[Scored]) -> list[str]:
     """At most one line, which lists the types that the model answers alike although their gold answers are balanced.
 
-    Alike: one answer for over 90 % of the rows, or fewer than half of the gold answers ever given. A constant answer is
-    no fault where the gold answers are nearly constant too, or where a type has fewer than COLLAPSE_MIN_ROWS rows.
+    Alike: one answer for over 90 % of at least COLLAPSE_MIN_ROWS rows, or fewer than half of the gold answers given.
     """
     groups = group_by_type(rows)
     alike = []
@@ -916,10 +913,11 @@ def accuracies(rows: Sequence[Scored]) -> Row:
 def type_figures(group: Sequence[Scored], majority: Mapping[str, str] | None) -> Row:
     """Metrics, reference lines and the number of distinct answers, gold and given, of the rows of one type."""
     gold, given = answers_of(group)
+    known = majority and group[0].question_type in majority
     return {
         "n": len(group),
         **{metric: accuracy(group, metric) for metric in METRICS},
-        **reference_lines(group, majority),
+        **reference_lines(group, majority if known else None),
         "n_gold_answers": len(gold),
         "n_given_answers": len(given),
     }
@@ -943,9 +941,7 @@ def summarise(
     groups = group_by_type(rows)
     finish = finish_counts(rows)
     everything = figures(rows)
-    unknown = {
-        row["question_type"] for row in annotations if not gold_option(row["question_type"], row["short_answer"])
-    }
+    golds = {(row["question_type"], row["short_answer"]) for row in annotations}
     varied = [kind for kind, group in groups.items() if len({row.gold for row in group}) > 1]
     subset = [row for row in rows if row.question_type in varied]
     discriminative = {
@@ -961,10 +957,7 @@ def summarise(
         "n_errors": finish["error"],
         "n_missing": finish["missing"],
         "metrics": everything["metrics"],
-        "by_type": {
-            kind: type_figures(group, majority if majority and kind in majority else None)
-            for kind, group in groups.items()
-        },
+        "by_type": {kind: type_figures(group, majority) for kind, group in groups.items()},
         "baselines": everything["baselines"],
         "original_baseline": ORIGINAL_BASELINE if clips_digest(row.key for row in rows) == ORIGINAL_CLIPS else None,
         "discriminative": discriminative,
@@ -977,7 +970,7 @@ def summarise(
             *answer_warnings(rows),
             *gate_warnings(manifest.get("gates")),
         ],
-        "types_without_options": sorted(unknown),
+        "types_without_options": sorted({kind for kind, short in golds if not gold_option(kind, short)}),
         "missing": [key_text(row.key) for row in rows if row.finish_reason == "missing"],
         "failed": [key_text(row.key) for row in rows if row.finish_reason == "error"],
         "arms": arms or {},
@@ -1085,12 +1078,15 @@ def arm_sentences(arms: Row) -> list[str]:
 
     Hearing takes a loss in both arms: another question may be told by more than its sound, and silence is new to it.
     """
+    main_arm = next((arm for arm, part in arms.items() if not part["versus"]), None)
     sentences = []
     for verb, candidates in (("hear", HEARING_ARMS), ("see", SEEING_ARMS)):
         pairs = {arm: arms[arm]["versus"]["choice"] for arm in candidates if arms.get(arm, {}).get("versus")}
         if not pairs:
             wanted = " and ".join(candidates) if verb == "hear" else f"one of {', '.join(candidates)}"
-            sentences.append(f"Does it {verb}? Not tested: add {wanted} to --arms.")
+            deaf = verb == "hear" and main_arm == "text"
+            why = "in text mode the model gets no speech" if deaf else f"add {wanted} to --arms"
+            sentences.append(f"Does it {verb}? Not tested: {why}.")
             continue
         lacking = [arm for arm in candidates if arm not in pairs] if verb == "hear" else []
         used = pairs if verb == "hear" else dict([next(iter(pairs.items()))])
@@ -1293,9 +1289,8 @@ def _writing(path: Path, content: bytes, advice: str) -> Iterator[None]:
         yield
     except OSError as error:
         free = shutil.disk_usage(path.parent).free
-        raise InputError(
-            f"{path}: {len(content):,} bytes could not be written ({error.strerror}), {free:,} are free there; {advice}"
-        ) from error
+        what = f"{len(content):,} bytes could not be written ({error.strerror}), {free:,} are free there"
+        raise InputError(f"{path}: {what}; {advice}") from error
 
 
 def write_json(path: str | Path, content: Row) -> None:
@@ -1373,24 +1368,22 @@ def check_same_run(path: Path, settings: Row, complete: bool = True) -> None:
     again = "choose another --output_file, or start again with --overwrite"
     stored = read_beside(companion, {}, again)
     if stored is None:
-        what = f"rows without {companion.name}, so nothing tells which run made them"
-        raise InputError(f"{path}: {what}; {again}")
+        raise InputError(f"{path}: rows without {companion.name}, so nothing tells which run made them; {again}")
     differing = [
         f"{name} ({stored.get(name)!r} then, {settings.get(name)!r} now)"
         for name in sorted(settings.keys() | (stored.keys() if complete else ()))
         if stored.get(name) != settings.get(name)
     ]
     if differing:
-        differences = "; ".join(differing)
-        raise InputError(f"{path}: its rows come from another run; {differences}. {again.capitalize()}")
+        raise InputError(f"{path}: its rows come from another run; {'; '.join(differing)}. {again.capitalize()}")
 
 
 class RowFile(contextlib.AbstractContextManager):
     """A rows file that a killed run can be resumed from: for one writer, each row flushed as it comes.
 
     `done` maps key -> row, of earlier runs too; `repaired`: bytes of a truncated last line that were cut. `settings`
-    (from `run_settings`) are kept in X.jsonl.run.json. Raises InputError for rows made with others or without that file,
-    and for a second writer.
+    (from `run_settings`) are kept in X.jsonl.run.json. Raises InputError for rows made with others or without it, and
+    for a second writer.
     """
 
     def __init__(self, path: str | Path, settings: Row, *, overwrite: bool = False):
@@ -1486,7 +1479,7 @@ def score_only(args: argparse.Namespace) -> int:
     annotations = read_annotations(args.eval_data_path)
     predictions = match_predictions(annotations, args.output_file)
     rows = score_rows(annotations[: limit or None], predictions)
-    arms, notes = rescore_arms(old["arms"], rows, annotations, args.output_file) if generated else ({}, [])
+    arms, notes = rescore_arms(old["arms"], len(rows), annotations, args.output_file) if generated else ({}, [])
     annotations = annotations[: len(rows)]
     record = base_record(args)
     record["sha256"]["output_file"] = sha256_file(args.output_file)
@@ -1504,19 +1497,13 @@ def score_only(args: argparse.Namespace) -> int:
     return 1 if summary["n_errors"] or any(part["n_errors"] for part in arms.values()) else 0
 
 
-def rescore_arms(
-    old: Row, main_rows: Sequence[Scored], annotations: Sequence[Row], rows_path: str
-) -> tuple[Row, list[str]]:
-    """A summary's arms, scored again from their files, and a line for those that keep their figures for want of one."""
+def rescore_arms(old: Row, n: int, annotations: Sequence[Row], rows_path: str) -> tuple[Row, list[str]]:
+    """A summary's arms, their first `n` rows scored again, and a line for those that keep theirs, having no file."""
     main_arm = next((arm for arm, part in old.items() if not part["versus"]), None)
     files = {arm: arm_path(rows_path, arm, main_arm) for arm in old}
     there = {arm: path for arm, path in files.items() if path.is_file()}
-    rows_of = {
-        arm: main_rows
-        if arm == main_arm
-        else score_rows(annotations[: len(main_rows)], match_predictions(annotations, path))
-        for arm, path in there.items()
-    }
+    asked = annotations[:n]
+    rows_of = {arm: score_rows(asked, match_predictions(annotations, path)) for arm, path in there.items()}
     new = summarise_arms(main_arm, rows_of, {arm: path.name for arm, path in files.items()})
     kept = ", ".join(f"{arm} ({files[arm].name})" for arm in old if arm not in new)
     notes = [f"not rescored, for want of the file; figures as the run gave them: {kept}"] if kept else []
@@ -1958,6 +1945,18 @@ def check_liveness(model: Any, inputs: ArmInputs) -> Row:
     return moved
 
 
+def pass_gates(model: Any, arms: Mapping[str, ArmInputs]) -> Row:
+    """Both gates, the second on the first arm with speech, else the main one; returns what `check_liveness` does."""
+    check_leaks(arms.values())
+    modes = [inputs.processor.input_mode for inputs in arms.values()]
+    spoken = next((inputs for inputs, mode in zip(arms.values(), modes, strict=True) if mode != "text"), None)
+    moved = check_liveness(model, spoken or next(iter(arms.values())))
+    figures = ", ".join(f"other {medium} by {by:.3g}" for medium, by in moved.items() if by is not None)
+    leaks = "no prompt gives its question away; " if "audio" in modes else ""
+    print(_wrap(f"Gates passed: {leaks}the log-probabilities of the first token move with {figures}"))
+    return moved
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # With a model: answers
 # ---------------------------------------------------------------------------------------------------------------------
@@ -2064,11 +2063,9 @@ def generate(args: argparse.Namespace) -> int:
     except vqa.VQAError as error:
         raise InputError(str(error)) from error
     except torch.OutOfMemoryError as error:
-        smaller = (
-            "run the same command with a smaller one (at 1 or auto: a smaller --max_image_size or --max_eval_frames)"
-        )
-        what = f"--batch_size {args.batch_size} does not fit into the GPU memory"
-        raise InputError(f"{what}; {smaller}; the rows answered so far are kept") from error
+        smaller = "a smaller one (at 1 or auto: a smaller --max_image_size or --max_eval_frames)"
+        what = f"--batch_size {args.batch_size} does not fit into the GPU memory; run the same command with {smaller}"
+        raise InputError(f"{what}; the rows answered so far are kept") from error
 
 
 def answer_and_score(args: argparse.Namespace, stop: Any) -> int:
@@ -2101,12 +2098,7 @@ def answer_and_score(args: argparse.Namespace, stop: Any) -> int:
         arms[arm] = ArmInputs(arm, data, args.seed, speech_sources if arm == "mismatched_audio" else {})
 
     # 4. Gates
-    check_leaks(arms.values())
-    with_speech = [inputs for arm, inputs in arms.items() if modes[arm] != "text"]
-    moved = check_liveness(trained.model, (with_speech or [arms[main_arm]])[0])
-    figures = ", ".join(f"other {modality} by {by:.3g}" for modality, by in moved.items() if by is not None)
-    leaks = "no prompt gives its question away; " if "audio" in modes.values() else ""
-    print(_wrap(f"Gates passed: {leaks}the log-probabilities of the first token move with {figures}"))
+    moved = pass_gates(trained.model, arms)
 
     # 5. Answers
     settings = {arm: run_settings(args, chosen, inputs, trained.base_fingerprint) for arm, inputs in arms.items()}
@@ -2159,12 +2151,9 @@ def read_data(
 ) -> tuple[dict[str, list[Any]], dict[Key, Any], Row]:
     """Read the question files, and find and decode the media of every arm.
 
-    Returns:
-        Each arm's VQARows; for `mismatched_audio` the row whose speech a row plays; `training` and `data_warnings` of
-        the manifest.
-
-    Raises VQAError for missing or broken media unless --allow_errors, for too many frames that show nothing unless
-    --allow_empty_frames, and always where one speech file would have to serve different questions.
+    Returns each arm's VQARows, for `mismatched_audio` the row whose speech a row plays, and `training` and
+    `data_warnings` of the manifest. Raises VQAError for missing or broken media unless --allow_errors, for too many
+    frames that show nothing unless --allow_empty_frames, and where one speech file would serve different questions.
     """
     print(f"📁 Loading Eval Data: {args.eval_data_path}")
     every = {row_key(annotation_of(row)): row for row in vqa.read_rows(args.eval_data_path)}
@@ -2180,11 +2169,11 @@ def read_data(
     problems += vqa.check_media(needed)
     evaluated = {row.line for row in rows.values()}
     problems = [problem for problem in problems if evaluated.intersection(problem.lines)]
-    inputs, max_eval_frames = chosen.inputs, chosen.inputs.max_eval_frames
-    if inputs.frame_mode == "video":
+    max_eval_frames = chosen.inputs.max_eval_frames
+    if chosen.inputs.frame_mode == "video":
         bad = {line for problem in problems for line in problem.lines}
         good = [row for row in rows.values() if row.line not in bad]
-        problems += vqa.find_mixed_sizes(good, inputs.max_image_size, max_eval_frames)
+        problems += vqa.find_mixed_sizes(good, chosen.inputs.max_image_size, max_eval_frames)
     if not args.allow_errors:
         vqa.raise_problems(problems)
     for problem in problems:
@@ -2209,8 +2198,8 @@ def read_data(
 def read_training(args: argparse.Namespace, annotations: list[Row]) -> Row | None:
     """What `compare_with_training` tells, with a warning in its place where the training file cannot be used.
 
-    Without --train_data_path it is set to what the checkpoint was trained on, where that is still the same file. None
-    without a checkpoint too.
+    Without --train_data_path it is set to what the checkpoint was trained on, if that is still the same file. None:
+    there is neither.
     """
     if args.train_data_path:
         return compare_with_training(annotations, [annotation_of(row) for row in vqa.read_rows(args.train_data_path)])
@@ -2230,8 +2219,8 @@ def read_training(args: argparse.Namespace, annotations: list[Row]) -> Row | Non
         args.train_data_path = path
         rows, _ = vqa.scan_rows(path, data.get("max_train_samples"))  # training may have left out malformed lines
         return compare_with_training(annotations, [annotation_of(row) for row in rows])
-    warning = f"no train majority, no check of ids: {reason}; name it with --train_data_path"
-    return {"majority": None, "warnings": [warning]}
+    missing = f"no train majority, no check of ids: {reason}; name it with --train_data_path"
+    return {"majority": None, "warnings": [missing]}
 
 
 def check_contents(args: argparse.Namespace, chosen: ModelChoice, rows: list[Any]) -> list[str]:
@@ -2432,10 +2421,12 @@ def build_parser() -> argparse.ArgumentParser:
     data("--frame_pattern", help="path of a frame below --frames_dir, likewise. None: as in training, else "
          "'{video}/{frame}' or '{video}/{frame_number}'")
     data("--train_data_path", help="the training JSONL, for its majority answers and for rows not held out. None: the "
-         "one that the checkpoint was trained on, if it is still there and unchanged; with --score_only none")
+         "one that the checkpoint was trained on, if it is still there and unchanged; with --score_only what the run "
+         "kept of it")
     data("--output_file", help="X.jsonl, one row a sample; the figures go to X.summary.json. With --score_only: the "
          "existing predictions; X.summary.json keeps what it says of the run that made them")
-    data("--limit", "--max_eval_samples", type=_at_least(0), default=0, help="evaluate the first N rows. 0: all")
+    data("--limit", "--max_eval_samples", type=_at_least(0), default=0, help="evaluate the first N rows. 0: all; with "
+         "--score_only as many as the run")
     data("--overwrite", **switch, help="start again where --output_file holds rows; without it, rows of the same run "
          "are kept and the rest is done")
     data("--allow_errors", **switch, help="a row whose files cannot be read counts as wrong; without it, such a row "
