@@ -9,7 +9,7 @@ with the standard library alone:
     python evaluate_checkpoint.py --score_only --output_file X.jsonl --eval_data_path test_set/out_002-001.jsonl
     python evaluate_checkpoint.py --compare results/a.jsonl results/b.jsonl
 
-Does it hear, does it see? Add `--arms audio,mismatched_audio,black_frames`.
+Does it hear, does it see? Add `--arms mismatched_audio,silent_audio,black_frames`.
 `X.jsonl` gets one row a sample, `X.summary.json` the figures. docs/EVAL_STRATEGY.md explains every figure.
 Exit status: 0 all rows answered, 1 some rows failed (they count as wrong), 2 nothing was measured, 143, 130 or 129
 stopped by SIGTERM, SIGINT or SIGHUP (the same command continues).
@@ -469,7 +469,6 @@ def named_options(prediction: str, closed: ClosedAnswers) -> frozenset[str]:
 # The four metrics
 # ---------------------------------------------------------------------------------------------------------------------
 
-
 WORD_FORMS = {"complete": "complete(?:ly)?", "down": "down(?:ward)?", "up": "up(?:ward)?"}  # of `token`
 
 
@@ -493,8 +492,7 @@ def judge(prediction: str | None, question_type: str, short_answer: str, answer:
     strict: the normalised prediction is the short or the full gold answer and nothing else.
     token: the rule of the data's authors: the short answer, or its `WORD_FORMS`, is a whole word in it, case aside.
     contains: the rule of the original project: the short answer occurs in it, case aside. "normal" is right where "no"
-    is asked.
-    Each looks at what follows `<think>...</think>` only.
+    is asked. Each looks at what follows `<think>...</think>` only.
     """
     if prediction is None:
         return dict.fromkeys(METRICS, False)
@@ -1460,7 +1458,6 @@ def base_record(args: argparse.Namespace) -> Row:
 # ---------------------------------------------------------------------------------------------------------------------
 # Without a model: --score_only and --compare
 # ---------------------------------------------------------------------------------------------------------------------
-
 
 SUMMARY_FIELDS = dict.fromkeys(("metrics", "arms", "manifest"), dict)
 
