@@ -9,7 +9,7 @@ with the standard library alone:
     python evaluate_checkpoint.py --score_only --output_file X.jsonl --eval_data_path test_set/out_002-001.jsonl
     python evaluate_checkpoint.py --compare results/a.jsonl results/b.jsonl
 
-Does it hear, does it see? Add `--arms audio,mismatched_audio,black_frames`.
+Does it hear, does it see? Add `--arms mismatched_audio,silent_audio,black_frames`.
 `X.jsonl` gets one row a sample, `X.summary.json` the figures. docs/EVAL_STRATEGY.md explains every figure.
 Exit status: 0 all rows answered, 1 some rows failed (they count as wrong), 2 nothing was measured, 143, 130 or 129
 stopped by SIGTERM, SIGINT or SIGHUP (the same command continues).
@@ -51,12 +51,8 @@ SCHEMA_VERSION = 1
 METRICS = ("choice", "strict", "token", "contains")  # the headline first
 INPUT_MODES = ("audio", "audio_text", "text")  # repeated from train_vqa.py, so that scoring needs no torch
 PROMPT_LAYOUTS = ("plain", "chat")
-# Input modes of the public SurgViVQA-Audio script: our mode with the same prompt, and what else is to be said.
-PUBLIC_MODES = {
-    "audio_only": ("audio", "is audio here"),
-    "text_only": ("text", "is text here"),
-    "mismatched_audio": ("audio_text", "is the arm mismatched_audio in audio_text here: the text is the row's own"),
-}
+# Input modes of the public SurgViVQA-Audio script -> ours with the same prompt. The last is also one of ARMS.
+PUBLIC_MODES = {"audio_only": "audio", "text_only": "text", "mismatched_audio": "audio_text"}
 REFUSED_FLAGS = {
     "--allow_missing_audio": "silence in place of missing speech measures no hearing; --allow_errors counts such a row "
     "as wrong, --arms silent_audio measures silence",
@@ -86,10 +82,7 @@ Key = tuple[str, str, str]
 
 
 class InputError(ValueError):
-    """The data or the flags cannot be used. The text is one line: what is wrong, where, and what to do.
-
-    train_vqa's VQAError under another name, so that scoring needs no torch.
-    """
+    """The data or the flags cannot be used, in one line; train_vqa's VQAError, for scoring without torch."""
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -125,8 +118,7 @@ def _refuse_constant(name: str) -> None:
 def read_jsonl(path: str | Path) -> Iterator[tuple[int, Row]]:
     """Yield (line number from 1, object) for each line that is not blank.
 
-    Raises InputError, named `file:line`, for a line that is not one JSON object (NaN and repeated fields included), and
-    for a file that is UTF-16 text or a JSON array.
+    Raises InputError for UTF-16, a JSON array, and a line that is not one JSON object (also NaN, a field twice).
     """
     with open(path, "rb") as file:
         start = file.peek()[:64].removeprefix(codecs.BOM_UTF8)
@@ -151,13 +143,13 @@ def _require(row: Row, names: Iterable[str], where: str, advice: str = "") -> No
     """Raise InputError unless each field holds a text that is not empty; `predicted_answer` may be empty or null."""
     for name in names:
         value = row.get(name)
-        if name == "predicted_answer" and name not in row:
-            raise InputError(f"{where}: '{name}' is missing; give the model's text, or null where it failed")
-        if name == "predicted_answer" and not isinstance(value, str | None):
-            raise InputError(f"{where}: '{name}' must be a text or null, found {value!r}")
-        if name != "predicted_answer" and not (isinstance(value, str) and value.strip()):
-            what = f"'{name}' must be a text that is not empty, found {value!r}"
-            raise InputError(f"{where}: {what}{'; ' * bool(advice)}{advice}")
+        if name == "predicted_answer":
+            wanted, good = "the model's text, or null where it failed", name in row and isinstance(value, str | None)
+        else:
+            wanted, good = "a text that is not empty", isinstance(value, str) and value.strip()
+        if not good:
+            found = repr(value) if name in row else "nothing"
+            raise InputError(f"{where}: '{name}' must be {wanted}, found {found}{'; ' * bool(advice)}{advice}")
 
 
 def _keyed_rows(path: str | Path, fields: Sequence[str], advice: str = "") -> dict[Key, Row]:
@@ -172,10 +164,7 @@ def _keyed_rows(path: str | Path, fields: Sequence[str], advice: str = "") -> di
 
 
 def read_annotations(path: str | Path) -> list[Row]:
-    """Read a file in the REAL-Colon-VQA schema: rows with unique keys and all key and gold fields, at least one.
-
-    Raises InputError, naming file and line, for any other.
-    """
+    """Rows in the REAL-Colon-VQA schema, at least one, with unique keys and all gold fields; InputError for others."""
     rows = _keyed_rows(path, GOLD_FIELDS)
     if not rows:
         raise InputError(f"{path}: no rows; give a file with at least one")
@@ -183,20 +172,16 @@ def read_annotations(path: str | Path) -> list[Row]:
 
 
 def read_answer_rows(path: str | Path, advice: str = "") -> dict[Key, Row]:
-    """Read a rows file that this script wrote, keyed by the row key: unique keys, gold and prediction in every row.
-
-    Raises InputError, naming file and line, for any other, with `advice` where a field is missing.
-    """
+    """Rows that this script wrote, by row key; InputError for others, with `advice` where a field is missing."""
     return _keyed_rows(path, ("short_answer", "ground_truth", "predicted_answer"), advice)
 
 
 def match_predictions(annotations: Sequence[Row], path: str | Path) -> dict[Key, Row]:
-    """Read a prediction file and assign its rows to `annotations`, keyed by the full row key.
+    """The rows of a prediction file by the full keys of `annotations`.
 
-    A prediction row carries `id` (or `question_id`) and `predicted_answer`; `video_id` and `question_type` are used
-    where present, and needed where several annotations share the id.
-    Raises InputError for a row that fits no annotation or several, for two predictions of one row, and for a row whose
-    own question or short answer, where it has one, is not the annotation's.
+    A row needs `id` (or `question_id`) and `predicted_answer`, and where several annotations share the id `video_id` or
+    `question_type`. Raises InputError for a row that fits not exactly one annotation, for two predictions of one, and
+    for another question or short answer than the annotation's.
     """
     by_id: dict[str, list[Row]] = defaultdict(list)
     for annotation in annotations:
@@ -209,28 +194,24 @@ def match_predictions(annotations: Sequence[Row], path: str | Path) -> dict[Key,
         given = {name: row[name] for name in KEY_FIELDS if name == "id" or row.get(name) is not None}
         _require(row, ("predicted_answer", *given), where)
         fitting = [found for found in by_id[row["id"]] if all(found[name] == given[name] for name in given)]
-        keys = [row_key(found) for found in fitting]
         if not fitting:
-            raise InputError(
-                f"{where}: no row of --eval_data_path has {', '.join(f'{k} {v!r}' for k, v in given.items())}; "
-                f"remove the prediction or give the file it was made from"
-            )
+            asked = ", ".join(f"{name} {value!r}" for name, value in given.items())
+            advice = "remove the prediction or give the file it was made from"
+            raise InputError(f"{where}: no row of --eval_data_path has {asked}; {advice}")
         if len(fitting) > 1:
-            raise InputError(
-                f"{where}: id {row['id']!r} stands for {len(keys)} rows, e.g. {' and '.join(map(key_text, keys[:2]))}; "
-                f"add {' and '.join(name for name in KEY_FIELDS if name not in given)} to the prediction rows"
-            )
-        key = keys[0]
-        name = key_text(keys[0])
+            some = " and ".join(key_text(row_key(found)) for found in fitting[:2])
+            lacking = " and ".join(name for name in KEY_FIELDS if name not in given)
+            what = f"id {row['id']!r} stands for {len(fitting)} rows, e.g. {some}"
+            raise InputError(f"{where}: {what}; add {lacking} to the prediction rows")
+        key = row_key(fitting[0])
+        name = key_text(key)
         if first := lines.get(key):
             raise InputError(f"{where}: a second prediction for {name}, first on line {first}; remove one")
         for part in ("question", "short_answer"):
             theirs, ours = row.get(part), fitting[0][part]
             if isinstance(theirs, str) and normalise(theirs) != normalise(ours):
-                raise InputError(
-                    f"{where}: the {part} of {name} is {theirs!r} here but {ours!r} in --eval_data_path; "
-                    f"give the file that the predictions were made from"
-                )
+                what = f"the {part} of {name} is {theirs!r} here but {ours!r} in --eval_data_path"
+                raise InputError(f"{where}: {what}; give the file that the predictions were made from")
         matched[key], lines[key] = row, number
     return matched
 
@@ -462,9 +443,9 @@ def _named_in_clause(clause: str, closed: ClosedAnswers) -> set[str]:
 
 @functools.cache  # the same text is asked for when it is written, scored and counted
 def named_options(prediction: str, closed: ClosedAnswers) -> frozenset[str]:
-    """The options of a question type that a prediction names; OTHER stands for an answer of the kind that is none.
+    """The options that a prediction names; OTHER: an answer of the kind that is none.
 
-    Questions echoed back, clauses that leave the matter open and clauses with two negations name nothing.
+    Echoed questions, clauses that leave the matter open, and clauses with two negations name nothing.
     """
     named: set[str] = set()
     text = simplify(prediction)
@@ -488,14 +469,13 @@ def named_options(prediction: str, closed: ClosedAnswers) -> frozenset[str]:
 # The four metrics
 # ---------------------------------------------------------------------------------------------------------------------
 
-
-_THOUGHT = re.compile(r".*</think>|<think>.*", re.DOTALL | re.IGNORECASE)  # chat templates may hold the opening mark
 WORD_FORMS = {"complete": "complete(?:ly)?", "down": "down(?:ward)?", "up": "up(?:ward)?"}  # of `token`
 
 
 def without_thought(prediction: str) -> str:
     """What a prediction says after `<think>...</think>`: nothing, where the thought does not end."""
-    return _THOUGHT.sub("", prediction)
+    spoken = re.split("</think>", prediction, flags=re.IGNORECASE)[-1]  # a chat template may hold the opening mark
+    return re.split("<think>", spoken, flags=re.IGNORECASE)[0]
 
 
 def gold_option(question_type: str, short_answer: str) -> str | None:
@@ -512,8 +492,7 @@ def judge(prediction: str | None, question_type: str, short_answer: str, answer:
     strict: the normalised prediction is the short or the full gold answer and nothing else.
     token: the rule of the data's authors: the short answer, or its `WORD_FORMS`, is a whole word in it, case aside.
     contains: the rule of the original project: the short answer occurs in it, case aside. "normal" is right where "no"
-    is asked.
-    Each looks at what follows `<think>...</think>` only.
+    is asked. Each looks at what follows `<think>...</think>` only.
     """
     if prediction is None:
         return dict.fromkeys(METRICS, False)
@@ -556,10 +535,7 @@ class Scored:
 
 
 def score_rows(annotations: Sequence[Row], predictions: Mapping[Key, Row]) -> list[Scored]:
-    """Score every annotation row, in file order. A row without a prediction, or with null as one, is wrong.
-
-    The text alone is judged: what a rows file says of right and wrong may come from an older table of options.
-    """
+    """Score every annotation row by its predicted text alone, in file order. None or no prediction is wrong."""
     scored = []
     for row in annotations:
         key = row_key(row)
@@ -575,11 +551,7 @@ def score_rows(annotations: Sequence[Row], predictions: Mapping[Key, Row]) -> li
 
 
 def answer_row(annotation: Row, predicted_answer: str | None, **how: Any) -> Row:
-    """One row of the output file. `correct` is by `contains`, the rule of the original project.
-
-    `how` goes into the row as it is: finish_reason (eos, length or error), n_tokens, input_mode, audio_file (None: no
-    speech), and where they apply audio_of (key of the row that the speech was borrowed from), media_sha256, error.
-    """
+    """One row of the output file; `correct` is by `contains`. `how`: more fields, those of `ArmInputs.origin` too."""
     judged = judge(predicted_answer, annotation["question_type"], annotation["short_answer"], annotation["answer"])
     return {
         **{name: annotation[name] for name in ("id", "video_id", "question_type", "question")},
@@ -611,8 +583,7 @@ def wilson_interval(right: int, n: int) -> tuple[float, float]:
 def mcnemar_exact(only_a: int, only_b: int) -> float:
     """Two-sided exact p-value that A and B are equally often right, from the rows that only one of them has right.
 
-    Under the null each such row falls to either side like a coin: twice the smaller binomial tail, at most 1.
-    Integer arithmetic throughout, so thousands of rows neither overflow nor underflow before the one division.
+    Twice the smaller binomial tail, at most 1, in integers: thousands of rows neither overflow nor underflow.
     """
     n = only_a + only_b
     tail = term = 1  # C(n, 0), and the sum of C(n, k) up to the smaller count
@@ -626,7 +597,7 @@ def sign_flip_test(differences: Iterable[int]) -> float:
     """Two-sided exact p-value that differences, one a video, are as likely to have either sign.
 
     Fisher's permutation test for pairs (The Design of Experiments, 1935, section 21): the share of all 2^k choices of
-    signs whose sum is at least as far from 0. Rows of one video stay together, so they need not be independent.
+    signs whose sum is at least as far from 0. Rows of one video need not be independent.
     """
     sums, observed, n = Counter({0: 1}), 0, 0
     for difference in differences:
@@ -649,10 +620,7 @@ def binomial(k: int, n: int, p: float) -> float:
 @functools.cache
 def most_for_worse(m: int) -> int:
     """Of m rows that one side alone has right, how many the worse may have at p < 0.05 (McNemar). -1: not even 0."""
-    tail, k = 0.0, max(0, int(m / 2 - 3 * math.sqrt(m)))  # below lies next to nothing: 6 standard deviations
-    while 2 * (tail := tail + binomial(k, m, 0.5)) < SIGNIFICANCE:
-        k += 1
-    return k - 1
+    return bisect.bisect_left(range(m // 2 + 1), True, key=lambda k: mcnemar_exact(k, m - k) >= SIGNIFICANCE) - 1
 
 
 def mcnemar_power(n: int, discordant: float, difference: float) -> float:
@@ -676,24 +644,23 @@ def mcnemar_power(n: int, discordant: float, difference: float) -> float:
 
 
 def detectable_difference(n: int, discordant: int) -> float | None:
-    """Smallest difference of two accuracies that `mcnemar_exact` on n rows finds with 80 % power, to 0.001.
+    """Smallest difference of two accuracies that `mcnemar_exact` on n rows finds with 80 % power, to 0.001; None: none.
 
-    It is for two sides that disagree on as many rows as `discordant` of these n, or on as many as the difference needs.
-    None: not even a difference of 1 is found.
+    The two sides disagree on as many rows as `discordant` of these n, or on as many as the difference needs.
     """
 
-    def found(difference: float) -> bool:
+    def found(thousandth: int) -> bool:
+        difference = thousandth / 1000
         return mcnemar_power(n, max(discordant / n, difference), difference) >= POWER
 
-    step = bisect.bisect_left(range(1, 1001), True, key=lambda thousandth: found(thousandth / 1000))
+    step = bisect.bisect_left(range(1, 1001), True, key=found)
     return (step + 1) / 1000 if step < 1000 else None
 
 
 def paired_difference_interval(both: int, only_a: int, only_b: int, neither: int) -> tuple[float, float]:
     """95 % interval of accuracy(B) - accuracy(A) on the same rows, given the four counts (their sum at least 1).
 
-    Newcombe's score method for paired proportions with continuity-corrected phi (method 10 of Newcombe, Statistics in
-    Medicine 17, 1998, 2635-2650): unlike Wald's it does not shrink to a point when the two agree everywhere.
+    Method 10 of Newcombe, Statistics in Medicine 17, 1998, 2635-2650 (score intervals, continuity-corrected phi).
     """
     right_a, right_b, n = both + only_a, both + only_b, both + only_a + only_b + neither
     p_a, p_b, difference = right_a / n, right_b / n, right_b / n - right_a / n
@@ -712,10 +679,9 @@ def paired_difference_interval(both: int, only_a: int, only_b: int, neither: int
 
 
 def paired_comparison(a: Sequence[Scored], b: Sequence[Scored], metric: str) -> Row:
-    """B against A on one metric, over the same rows: accuracies, difference B - A, its 95 % interval, McNemar's p.
+    """B against A on one metric: accuracies, difference B - A, its 95 % interval, McNemar's p.
 
-    `p_videos` is the p-value over videos, None with fewer than MIN_VIDEOS.
-    Raises ValueError unless both hold the same row keys.
+    `p_videos` is the p-value over videos, None with fewer than MIN_VIDEOS. ValueError unless both hold the same rows.
     """
     right_a, right_b = ({row.key: row.correct[metric] for row in rows} for rows in (a, b))
     if right_a.keys() != right_b.keys():
@@ -743,8 +709,8 @@ def paired_comparison(a: Sequence[Scored], b: Sequence[Scored], metric: str) -> 
 def video_interval(rows: Sequence[Scored], metric: str) -> list[float] | None:
     """95 % percentile interval of the accuracy when videos are drawn again (seeded).
 
-    Rows of a video resemble each other, so this is the interval that speaks about other videos; Wilson's does not.
-    None with fewer than MIN_VIDEOS, and where it would have no width: a few alike videos do not make others alike.
+    Rows of a video resemble each other, so this interval speaks about other videos, which Wilson's does not. None with
+    fewer than MIN_VIDEOS, and where it would have no width.
     """
     by_video: dict[str, list[bool]] = defaultdict(list)
     for row in rows:
@@ -777,10 +743,7 @@ def group_by_type(rows: Iterable[Scored]) -> dict[str, list[Scored]]:
 
 
 def majority_answers(pairs: Iterable[tuple[str, str]]) -> dict[str, str]:
-    """(question type, normalised short answer) pairs -> the commonest answer of each type.
-
-    Ties go to the answer that comes first in the alphabet.
-    """
+    """(type, normalised short answer) pairs -> the commonest answer of each type, the first of equal ones."""
     counts: dict[str, Counter] = defaultdict(Counter)
     for kind, gold in pairs:
         counts[kind][gold] += 1
@@ -790,10 +753,8 @@ def majority_answers(pairs: Iterable[tuple[str, str]]) -> dict[str, str]:
 def reference_lines(rows: Sequence[Scored], train_majority: Mapping[str, str] | None) -> Row:
     """Accuracy of three guessers on `rows`; None for each with no rows.
 
-    chance: guesses uniformly among the gold answers that its type has in `rows`.
-    train_majority: answers the commonest answer of the type in the training file (a type that the training file
-    lacks is answered wrong); None without that file.
-    test_majority: knows the commonest answer in `rows` themselves, an oracle.
+    chance guesses uniformly among the gold answers that its type has in `rows`; train_majority gives the commonest
+    answer of the type in training (None without; a type that is not there is wrong), test_majority that in `rows`.
     """
     if not rows:
         return dict.fromkeys(REFERENCES)
@@ -830,8 +791,7 @@ def answers_of(group: Sequence[Scored]) -> tuple[Counter, Counter]:
 def collapse_warnings(rows: Sequence[Scored]) -> list[str]:
     """At most one line, which lists the types that the model answers alike although their gold answers are balanced.
 
-    Alike: one answer for over 90 % of the rows, or fewer than half of the gold answers ever given. A constant answer is
-    no fault where the gold answers are nearly constant too, or where a type has fewer than COLLAPSE_MIN_ROWS rows.
+    Alike: one answer for over 90 % of at least COLLAPSE_MIN_ROWS rows, or fewer than half of the gold answers given.
     """
     groups = group_by_type(rows)
     alike = []
@@ -849,24 +809,21 @@ def collapse_warnings(rows: Sequence[Scored]) -> list[str]:
     return [f"mode collapse in {len(alike)} of {len(groups)} question types: {'; '.join(alike)}"] if alike else []
 
 
-# `contents` of a row that training had too, and their words.
+# What training may have had of a row, by `VQARow.contents`, in words.
 SEEN = {"clip": "the clip", "frame": "a frame", "speech": "the speech", "wording": "the wording"}
 
 
 def seen_warnings(contents: Mapping[Key, Mapping[str, Iterable[bytes]]], seen: set[bytes]) -> list[str]:
-    """Lines for evaluated rows that training had, by their content. `contents`: digests by row and SEEN; `seen`:
-    digests of training."""
+    """Lines for rows that training had. `contents`: digests by row and SEEN; `seen`: digests of training."""
     found = {key: [k for k, digests in row.items() if not seen.isdisjoint(digests)] for key, row in contents.items()}
     counts = Counter(itertools.chain(*found.values()))
-    n, lines = len(found), []
+    n = len(found)
+    lines = []
     if parts := [f"{text} of {counts[kind]}" for kind, text in SEEN.items() if counts[kind]]:
         lines.append(f"seen in training, by content: of {n} rows {', '.join(parts)}")
-    other = [key for key, kinds in found.items() if "speech" in kinds and "wording" not in kinds]
-    if other:
-        lines.append(
-            f"speech of training: {len(other)} of {n} rows play a recording that training had, and ask in words that "
-            f"it had not, e.g. {key_text(other[0])}; see --audio_dir and --audio_pattern"
-        )
+    if other := [key for key, kinds in found.items() if "speech" in kinds and "wording" not in kinds]:
+        what = f"{len(other)} of {n} rows play a recording that training had, and ask in words that it had not"
+        lines.append(f"speech of training: {what}, e.g. {key_text(other[0])}; see --audio_dir and --audio_pattern")
     return lines
 
 
@@ -885,6 +842,12 @@ def overlap_warnings(annotations: Sequence[Row], train_rows: Sequence[Row]) -> l
     return lines
 
 
+def compare_with_training(annotations: Sequence[Row], train_rows: Sequence[Row]) -> Row:
+    """{"majority": `majority_answers` of the training rows, "warnings": `overlap_warnings`}."""
+    majority = majority_answers((row["question_type"], normalise(row["short_answer"])) for row in train_rows)
+    return {"majority": majority, "warnings": overlap_warnings(annotations, train_rows)}
+
+
 def answer_warnings(rows: Sequence[Scored]) -> list[str]:
     """Lines for answers cut at the length limit, repetition loops, failed or missing rows, and few videos."""
     counts = finish_counts(rows)
@@ -895,7 +858,7 @@ def answer_warnings(rows: Sequence[Scored]) -> list[str]:
         "missing": "rows have no prediction; they count as wrong",
     }
     lines = [f"{counts[name]} of {len(rows)} {text}" for name, text in texts.items() if counts[name]]
-    if thoughts := sum(bool(_THOUGHT.search(row.prediction or "")) for row in rows):
+    if thoughts := sum(without_thought(row.prediction or "") != (row.prediction or "") for row in rows):
         lines.append(f"{thoughts} of {len(rows)} answers hold <think>...</think>, which is cut off before scoring")
     return lines + few_videos(row.key for row in rows)
 
@@ -915,10 +878,8 @@ def below_majority_warnings(figures: Mapping[str, Row]) -> list[str]:
     for name, part in figures.items():
         choice, constant = part["metrics"]["choice"]["accuracy"], part["baselines"]["train_majority"]
         if constant is not None and choice < constant:
-            lines.append(
-                f"below the training majority on {name}: one constant answer per question type scores "
-                f"{_show(constant)} %, this model {_show(choice)} %"
-            )
+            scores = f"one constant answer per question type scores {_show(constant)} %, this model {_show(choice)} %"
+            lines.append(f"below the training majority on {name}: {scores}")
     return lines
 
 
@@ -950,28 +911,27 @@ def accuracies(rows: Sequence[Scored]) -> Row:
 def type_figures(group: Sequence[Scored], majority: Mapping[str, str] | None) -> Row:
     """Metrics, reference lines and the number of distinct answers, gold and given, of the rows of one type."""
     gold, given = answers_of(group)
+    known = majority and group[0].question_type in majority
     return {
         "n": len(group),
         **{metric: accuracy(group, metric) for metric in METRICS},
-        **reference_lines(group, majority),
+        **reference_lines(group, majority if known else None),
         "n_gold_answers": len(gold),
         "n_given_answers": len(given),
     }
 
 
 def summarise(
-    annotations: Sequence[Row],
-    rows: Sequence[Scored],
-    *,
-    train_rows: Sequence[Row] | None = None,
-    arms: Row | None = None,
-    manifest: Row | None = None,
+    annotations: Sequence[Row], rows: Sequence[Scored], *, arms: Row | None = None, manifest: Row | None = None
 ) -> Row:
-    """The content of X.summary.json. `rows` are the scored `annotations`; `arms` comes from `summarise_arms`;
-    `data_warnings` of the manifest go into the headline."""
-    majority = None
-    if train_rows is not None:
-        majority = majority_answers((row["question_type"], normalise(row["short_answer"])) for row in train_rows)
+    """The content of X.summary.json. `rows` are the scored `annotations`; `arms` comes from `summarise_arms`.
+
+    `training` (from `compare_with_training`) and `data_warnings` of the manifest tell what needs the data.
+    """
+    manifest = manifest or {}
+    training = manifest.get("training") or {"majority": None, "warnings": []}
+    majority = training["majority"]
+    headline = [*training["warnings"], *manifest.get("data_warnings", ())]
 
     def figures(part: Sequence[Scored]) -> Row:
         return {"metrics": accuracies(part), "baselines": reference_lines(part, majority)}
@@ -979,11 +939,7 @@ def summarise(
     groups = group_by_type(rows)
     finish = finish_counts(rows)
     everything = figures(rows)
-    headline = list((manifest or {}).get("data_warnings", ()))
-    headline += overlap_warnings(annotations, train_rows) if train_rows is not None else []
-    unknown = {
-        row["question_type"] for row in annotations if not gold_option(row["question_type"], row["short_answer"])
-    }
+    golds = {(row["question_type"], row["short_answer"]) for row in annotations}
     varied = [kind for kind, group in groups.items() if len({row.gold for row in group}) > 1]
     subset = [row for row in rows if row.question_type in varied]
     discriminative = {
@@ -999,10 +955,7 @@ def summarise(
         "n_errors": finish["error"],
         "n_missing": finish["missing"],
         "metrics": everything["metrics"],
-        "by_type": {
-            kind: type_figures(group, majority if majority and kind in majority else None)
-            for kind, group in groups.items()
-        },
+        "by_type": {kind: type_figures(group, majority) for kind, group in groups.items()},
         "baselines": everything["baselines"],
         "original_baseline": ORIGINAL_BASELINE if clips_digest(row.key for row in rows) == ORIGINAL_CLIPS else None,
         "discriminative": discriminative,
@@ -1013,13 +966,13 @@ def summarise(
             *below_majority_warnings({"all rows": everything, "the discriminative rows": discriminative}),
             *collapse_warnings(rows),
             *answer_warnings(rows),
-            *gate_warnings((manifest or {}).get("gates")),
+            *gate_warnings(manifest.get("gates")),
         ],
-        "types_without_options": sorted(unknown),
+        "types_without_options": sorted({kind for kind, short in golds if not gold_option(kind, short)}),
         "missing": [key_text(row.key) for row in rows if row.finish_reason == "missing"],
         "failed": [key_text(row.key) for row in rows if row.finish_reason == "error"],
         "arms": arms or {},
-        "manifest": manifest or {},
+        "manifest": manifest,
     }
 
 
@@ -1041,35 +994,30 @@ SEEING_ARMS = {
 def pair_mismatched_audio(
     annotations: Sequence[Row], samples: Mapping[Key, int | None], seed: int = 0
 ) -> dict[Key, Key]:
-    """For each row, the row of another question type whose speech it gets instead of its own.
+    """For each row, the row of another question type and question whose speech it gets instead of its own.
 
-    Of the rows of other types with another question, one whose speech differs least from its own in `samples`, so that
-    little is cut off or padded. The choice depends on the seed, the row and the set of rows, not on their order: a hash
-    of seed and key picks among those that differ equally little. Rows whose speech cannot be read (None) get and lend
-    none. Raises InputError if a row has no such partner.
+    It is one whose speech differs least from its own in `samples`, so that little is cut off or padded. A hash of seed
+    and key picks among equal ones, so the order of the rows does not matter. Rows whose speech cannot be read (None)
+    get and lend none. Raises InputError if a row has no such partner.
     """
     asked = {row_key(row): normalise(row["question"]) for row in annotations if samples[row_key(row)]}
+    in_order = sorted(asked, key=lambda key: (samples[key], key))
 
     @functools.cache
-    def partners(kind: str, question: str) -> dict[int, list[Key]]:
-        of_length = defaultdict(list)
-        for key in sorted(asked):
-            if key[2] != kind and asked[key] != question:
-                of_length[samples[key]].append(key)
-        return of_length
+    def partners(kind: str, question: str) -> list[Key]:
+        return [key for key in in_order if key[2] != kind and asked[key] != question]
 
     pairs = {}
     for key, question in asked.items():
-        of_length = partners(key[2], question)
         name = key_text(key)
-        if not of_length:
+        apart = [abs(samples[other] - samples[key]) for other in partners(key[2], question)]
+        if not apart:
             what = f"{name} has no row of another question type to borrow speech from"
             raise InputError(f"--arms mismatched_audio: {what}; evaluate more question types or drop the arm")
-        least = min(abs(length - samples[key]) for length in of_length)
-        nearest = {samples[key] - least, samples[key] + least} & of_length.keys()
-        others = [other for length in sorted(nearest) for other in of_length[length]]
+        least = min(apart)
+        nearest = [other for other, by in zip(partners(key[2], question), apart, strict=True) if by == least]
         digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
-        pairs[key] = others[int.from_bytes(digest[:8], "big") % len(others)]
+        pairs[key] = nearest[int.from_bytes(digest[:8], "big") % len(nearest)]
     return pairs
 
 
@@ -1098,10 +1046,7 @@ def borrowing_sentence(arms: Row) -> str | None:
 
 
 def leaked_words(prompt: str, question: str, constant_prompt: str) -> list[str]:
-    """Words of the question that the rendered prompt holds more often than the prompt rendered without any question.
-
-    Sorted; empty means that only the speech carries the question. Special tokens <|...|> are left out.
-    """
+    """Words of the question, sorted, that its prompt holds more often than the prompt without any question does."""
 
     def words(text: str) -> Counter:
         return Counter(re.findall(r"\w+", re.sub(r"<\|[^|>]*\|>", " ", text).casefold()))
@@ -1111,10 +1056,7 @@ def leaked_words(prompt: str, question: str, constant_prompt: str) -> list[str]:
 
 
 def summarise_arms(main_arm: str, rows_of: Mapping[str, Sequence[Scored]], files: Mapping[str, str]) -> Row:
-    """Per arm: file, metrics, finish, and `versus`, each metric's paired comparison with the main arm (arm - main).
-
-    The main arm's `versus` is None. All arms hold the same rows.
-    """
+    """Per arm: file, metrics, finish, and by metric `versus`, the comparison with the main arm (None of itself)."""
     return {
         arm: {
             "file": files[arm],
@@ -1132,15 +1074,17 @@ def summarise_arms(main_arm: str, rows_of: Mapping[str, Sequence[Scored]], files
 def arm_sentences(arms: Row) -> list[str]:
     """Does it hear? Does it see? One sentence each with the figures it rests on, from `summarise_arms`.
 
-    Hearing takes a loss in both arms: another question alone may be told by something else than its sound, and silence
-    alone is something that the model never met.
+    Hearing takes a loss in both arms: another question may be told by more than its sound, and silence is new to it.
     """
+    main_arm = next((arm for arm, part in arms.items() if not part["versus"]), None)
     sentences = []
     for verb, candidates in (("hear", HEARING_ARMS), ("see", SEEING_ARMS)):
         pairs = {arm: arms[arm]["versus"]["choice"] for arm in candidates if arms.get(arm, {}).get("versus")}
         if not pairs:
             wanted = " and ".join(candidates) if verb == "hear" else f"one of {', '.join(candidates)}"
-            sentences.append(f"Does it {verb}? Not tested: add {wanted} to --arms.")
+            deaf = verb == "hear" and main_arm == "text"
+            why = "in text mode the model gets no speech" if deaf else f"add {wanted} to --arms"
+            sentences.append(f"Does it {verb}? Not tested: {why}.")
             continue
         lacking = [arm for arm in candidates if arm not in pairs] if verb == "hear" else []
         used = pairs if verb == "hear" else dict([next(iter(pairs.items()))])
@@ -1167,8 +1111,8 @@ def gate_warnings(gates: Mapping[str, float | None] | None) -> list[str]:
         return []
     return [
         f"the speech hardly reaches the answers: other speech of the same length moves the log-probabilities of the "
-        f"first token by {speech:.2g} on average, other frames by {frames:.2g}; what tells the questions apart may be "
-        f"the number of their tokens"
+        f"first token by {speech:.2g} on average, other frames by {frames:.2g}; the number of tokens may be what tells "
+        f"the questions apart"
     ]
 
 
@@ -1230,10 +1174,9 @@ def types_table(by_type: Row) -> Table:
     """`choice`, distinct answers (given/gold) and the reference lines of each type, from the summary's `by_type`."""
     rows = []
     for kind, part in by_type.items():
-        choice = part["choice"]
+        share, interval = part["choice"]["accuracy"], _show(part["choice"]["ci95"], "-", 0)
         distinct = f"{part['n_given_answers']}/{part['n_gold_answers']}"
-        cells = (kind[:25], part["n"], choice["accuracy"], _show(choice["ci95"], "-", 0), distinct)
-        rows.append((*cells, *(part[line] for line in REFERENCES)))
+        rows.append((kind[:25], part["n"], share, interval, distinct, *(part[line] for line in REFERENCES)))
     return ("question type", "n", "choice", "95 %", "distinct", "chance", "train", "test"), rows
 
 
@@ -1255,12 +1198,10 @@ def comparison_table(pairs: Row) -> Table:
     """Metric -> `paired_comparison`, a line a metric, with the `detectable_difference` beside."""
     rows = []
     for metric, pair in pairs.items():
-        difference = _points(pair["difference"])
-        ends = _points(*pair["ci95"])
-        counts = (pair["only_a"], pair["only_b"])
+        counts = pair["only_a"], pair["only_b"]
+        shown = pair["accuracy_a"], pair["accuracy_b"], _points(pair["difference"]), _points(*pair["ci95"])
         least = detectable_difference(pair["n"], sum(counts))
-        cells = (pair["accuracy_a"], pair["accuracy_b"], difference, ends, least, *counts, _p_text(pair["p"]))
-        rows.append((metric, *cells))
+        rows.append((metric, *shown, least, *counts, _p_text(pair["p"])))
     return ("metric", "A", "B", "B - A", "95 % interval", "least", "only A", "only B", "p"), rows
 
 
@@ -1291,7 +1232,9 @@ def render_summary(summary: Row) -> str:
     if baseline := summary["original_baseline"]:
         beside = f", beside the {100 * baseline:.0f} % baseline (audio + image, zero-shot, the 50 clips of 002-001)"
     known = n - finish["unknown"]
-    ended = f"{finish['eos']}/{known} stopped by themselves = {_show(finish['eos'] / known)} %" if known else ""
+    ended = ""
+    if finish["eos"] or finish["length"] or known == n:
+        ended = f"{finish['eos']}/{known} stopped by themselves = {_show(finish['eos'] / known)} %"
     if unknown := finish["unknown"]:
         silent = f"for {unknown} of {n} answers the file does not say how they ended"
         ended = f"{ended}; {silent}" if ended else silent.capitalize()
@@ -1344,9 +1287,8 @@ def _writing(path: Path, content: bytes, advice: str) -> Iterator[None]:
         yield
     except OSError as error:
         free = shutil.disk_usage(path.parent).free
-        raise InputError(
-            f"{path}: {len(content):,} bytes could not be written ({error.strerror}), {free:,} are free there; {advice}"
-        ) from error
+        what = f"{len(content):,} bytes could not be written ({error.strerror}), {free:,} are free there"
+        raise InputError(f"{path}: {what}; {advice}") from error
 
 
 def write_json(path: str | Path, content: Row) -> None:
@@ -1367,10 +1309,7 @@ def write_json(path: str | Path, content: Row) -> None:
 
 
 def read_beside(path: Path, fields: Mapping[str, type], advice: str) -> Row | None:
-    """The JSON object, with fields of these types, in a file beside rows; None if there is no file.
-
-    Raises InputError, which ends with `advice`, for any other content.
-    """
+    """The JSON object with fields of these types in a file; None: no file. InputError with `advice` for others."""
     try:
         content = json.loads(path.read_bytes())
     except FileNotFoundError:
@@ -1421,33 +1360,28 @@ def lock_rows(path: Path, file: Any) -> None:
 
 
 def check_same_run(path: Path, settings: Row, complete: bool = True) -> None:
-    """Raise InputError unless the rows of `path` were made with `settings`, as its companion X.jsonl.run.json tells.
-
-    `complete`: the companion holds nothing else.
-    """
+    """Raise InputError unless X.jsonl.run.json holds `settings`; `complete`: and nothing else."""
     companion = Path(f"{path}.run.json")
     settings = json.loads(json.dumps(settings, allow_nan=False))  # as the stored ones are read back
     again = "choose another --output_file, or start again with --overwrite"
     stored = read_beside(companion, {}, again)
     if stored is None:
-        what = f"rows without {companion.name}, so nothing tells which run made them"
-        raise InputError(f"{path}: {what}; {again}")
+        raise InputError(f"{path}: rows without {companion.name}, so nothing tells which run made them; {again}")
     differing = [
         f"{name} ({stored.get(name)!r} then, {settings.get(name)!r} now)"
         for name in sorted(settings.keys() | (stored.keys() if complete else ()))
         if stored.get(name) != settings.get(name)
     ]
     if differing:
-        differences = "; ".join(differing)
-        raise InputError(f"{path}: its rows come from another run; {differences}. {again.capitalize()}")
+        raise InputError(f"{path}: its rows come from another run; {'; '.join(differing)}. {again.capitalize()}")
 
 
 class RowFile(contextlib.AbstractContextManager):
     """A rows file that a killed run can be resumed from: for one writer, each row flushed as it comes.
 
-    `done` maps key -> row, of earlier runs with the same settings and as appended; `repaired` is the number of bytes of
-    a truncated last line that were cut. `settings` (from `run_settings`: flat, JSON values) are kept in the companion
-    X.jsonl.run.json. Raises InputError for rows made with others or without a companion, and for a second writer.
+    `done` maps key -> row, of earlier runs too; `repaired`: bytes of a truncated last line that were cut. `settings`
+    (from `run_settings`) are kept in X.jsonl.run.json. Raises InputError for rows made with others or without it, and
+    for a second writer.
     """
 
     def __init__(self, path: str | Path, settings: Row, *, overwrite: bool = False):
@@ -1525,61 +1459,48 @@ def base_record(args: argparse.Namespace) -> Row:
 # Without a model: --score_only and --compare
 # ---------------------------------------------------------------------------------------------------------------------
 
-
 SUMMARY_FIELDS = dict.fromkeys(("metrics", "arms", "manifest"), dict)
 
 
 def score_only(args: argparse.Namespace) -> int:
-    """Score the predictions in --output_file against --eval_data_path, write the summary, print it.
+    """Score the predictions in --output_file, and the arms of the run that made them; print and write the summary.
 
-    Of a run that generated them, the summary keeps what answers do not tell; its arms are scored again too.
-    Returns the exit status: 1 if a prediction is null (a sample that failed), else 0.
+    It keeps what the run told. Returns the exit status: 1 if a prediction is null (a sample that failed), else 0.
     """
     target = summary_path(args.output_file)
     old = read_beside(target, SUMMARY_FIELDS, "rescoring would replace it: move it away") or {"manifest": {}}
     generated = "model" in old["manifest"]
+    limit = args.limit
+    if generated and not limit and (limit := old["manifest"]["flags"].get("limit") or 0):
+        print(f"   --limit {limit}, as in the run")
     annotations = read_annotations(args.eval_data_path)
-    train_path = args.train_data_path or (recorded_train_data(old["manifest"]) if generated else None)
-    train_rows = read_annotations(train_path) if train_path else None
     predictions = match_predictions(annotations, args.output_file)
-    rows = score_rows(annotations[: args.limit or None], predictions)
-    arms, notes = rescore_arms(old["arms"], rows, annotations, args.output_file) if generated else ({}, [])
+    rows = score_rows(annotations[: limit or None], predictions)
+    arms, notes = rescore_arms(old["arms"], len(rows), annotations, args.output_file) if generated else ({}, [])
+    annotations = annotations[: len(rows)]
     record = base_record(args)
     record["sha256"]["output_file"] = sha256_file(args.output_file)
     if generated:
         now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-        record = old["manifest"] | {"rescored": {"at": now, **record, "train_data_path": train_path}}
-        if old["manifest"]["flags"].get("train_data_path") and not train_path:
-            notes.append(
-                "no training majority: the training file of the run is gone or changed; give --train_data_path"
-            )
-    summary = summarise(annotations[: len(rows)], rows, train_rows=train_rows, arms=arms, manifest=record)
+        record = old["manifest"] | {"rescored": {"at": now, **record}}
+    if args.train_data_path:
+        record["training"] = compare_with_training(annotations, read_annotations(args.train_data_path))
+    elif generated and "training" not in record and record["flags"].get("train_data_path"):
+        notes.append("no training majority: an older version wrote the summary; give --train_data_path")
+    summary = summarise(annotations, rows, arms=arms, manifest=record)
     summary["warnings"] += notes
     write_json(target, (old if generated else {}) | summary)
     print(render_summary(summary), f"\nSummary: {target}", sep="\n")
     return 1 if summary["n_errors"] or any(part["n_errors"] for part in arms.values()) else 0
 
 
-def recorded_train_data(manifest: Row) -> str | None:
-    """The training file that a run's summary names, if it is still there and unchanged."""
-    path = manifest["flags"].get("train_data_path")
-    same = path and Path(path).is_file() and sha256_file(path) == manifest["sha256"].get("train_data_path")
-    return path if same else None
-
-
-def rescore_arms(
-    old: Row, main_rows: Sequence[Scored], annotations: Sequence[Row], rows_path: str
-) -> tuple[Row, list[str]]:
-    """A summary's arms, scored again from their files, and a line for those that keep their figures for want of one."""
+def rescore_arms(old: Row, n: int, annotations: Sequence[Row], rows_path: str) -> tuple[Row, list[str]]:
+    """A summary's arms, their first `n` rows scored again, and a line for those that keep theirs, having no file."""
     main_arm = next((arm for arm, part in old.items() if not part["versus"]), None)
     files = {arm: arm_path(rows_path, arm, main_arm) for arm in old}
     there = {arm: path for arm, path in files.items() if path.is_file()}
-    rows_of = {
-        arm: main_rows
-        if arm == main_arm
-        else score_rows(annotations[: len(main_rows)], match_predictions(annotations, path))
-        for arm, path in there.items()
-    }
+    asked = annotations[:n]
+    rows_of = {arm: score_rows(asked, match_predictions(annotations, path)) for arm, path in there.items()}
     new = summarise_arms(main_arm, rows_of, {arm: path.name for arm, path in files.items()})
     kept = ", ".join(f"{arm} ({files[arm].name})" for arm in old if arm not in new)
     notes = [f"not rescored, for want of the file; figures as the run gave them: {kept}"] if kept else []
@@ -1587,10 +1508,7 @@ def rescore_arms(
 
 
 def read_pair(paths: Sequence[str], eval_data_path: str | None) -> tuple[list[Row], list[dict[Key, Row]]]:
-    """Annotations and the two sides' rows for --compare, from --eval_data_path or else from the rows themselves.
-
-    Raises InputError, with examples, if the two do not hold the same rows with the same gold answers.
-    """
+    """Annotations and the two sides' rows for --compare; InputError unless they hold the same rows and gold answers."""
     same = "compare runs over the same data"
     if eval_data_path:
         annotations = read_annotations(eval_data_path)
@@ -1621,10 +1539,7 @@ MODEL_SETTINGS = (
 
 
 def read_run(path: str) -> Row | None:
-    """How the rows of a file were asked for: X.jsonl.run.json without the model, and the batch size from its summary.
-
-    None where there is no such file; InputError where it or the summary is damaged.
-    """
+    """How rows were asked for, but for the model: X.jsonl.run.json (None: no such file) and the batch size."""
     advice = "move it away to compare without it"
     run = read_beside(Path(f"{path}.run.json"), {"arm": str}, advice)
     if run is None:
@@ -1639,11 +1554,9 @@ def read_run(path: str) -> Row | None:
 def unlike_warnings(paths: Sequence[str], sides: Sequence[Mapping[Key, Row]]) -> list[str]:
     """Lines for what else than the model differs between two files: wording of the questions, settings of the runs."""
     lines = []
-    asked_a, asked_b = (
-        {k: normalise(row["question"]) for k, row in rows.items() if row.get("question")} for rows in sides
-    )
-    if other := [key for key in asked_a if asked_b.get(key, asked_a[key]) != asked_a[key]]:
-        lines.append(f"{len(other)} of {len(sides[0])} rows have other questions in B, e.g. {key_text(other[0])}")
+    a, b = ({key: normalise(row["question"]) for key, row in side.items() if row.get("question")} for side in sides)
+    if other := [key for key in a.keys() & b.keys() if a[key] != b[key]]:
+        lines.append(f"{len(other)} of {len(sides[0])} rows have other questions in B, e.g. {key_text(min(other))}")
     runs = [read_run(path) for path in paths]
     if absent := [f"{path}.run.json" for path, run in zip(paths, runs, strict=True) if run is None]:
         return [*lines, f"without {' and '.join(absent)} nothing tells whether A and B were asked alike"]
@@ -1657,10 +1570,7 @@ def unlike_warnings(paths: Sequence[str], sides: Sequence[Mapping[Key, Row]]) ->
 
 
 def compare(paths: Sequence[str], eval_data_path: str | None = None) -> int:
-    """Print the paired differences B - A of two files over the same data, and what else differs. Returns status 0.
-
-    Raises InputError for files that `read_pair` or `read_run` refuses.
-    """
+    """Print the paired differences B - A of two files over the same data, and what else differs. Returns status 0."""
     annotations, sides = read_pair(paths, eval_data_path)
     scored_a, scored_b = (score_rows(annotations, rows) for rows in sides)
     pairs = {metric: paired_comparison(scored_a, scored_b, metric) for metric in METRICS}
@@ -1718,10 +1628,9 @@ def find_model(args: argparse.Namespace) -> tuple[str, bool]:
     if args.checkpoint_path and not adapter:
         if not (Path(path) / "config.json").is_file():
             inside = ", ".join(sorted(folder.name for folder in Path(path).glob("checkpoint-*")))
-            raise InputError(
-                f"--checkpoint_path {path}: no adapter (adapter_config.json) and no model (config.json) there; "
-                f"{f'it holds {inside}: name one of them' if inside else 'name a folder that training wrote'}"
-            )
+            advice = f"it holds {inside}: name one of them" if inside else "name a folder that training wrote"
+            what = "no adapter (adapter_config.json) and no model (config.json) there"
+            raise InputError(f"--checkpoint_path {path}: {what}; {advice}")
         if args.model_name_or_path:
             raise InputError(f"--checkpoint_path {path} is a full model; leave --model_name_or_path out")
     if args.checkpoint_path and args.no_adapter and not adapter:
@@ -1732,17 +1641,13 @@ def find_model(args: argparse.Namespace) -> tuple[str, bool]:
 
 
 def choose_model(args: argparse.Namespace, device: Any) -> ModelChoice:
-    """Find the model to evaluate, before any weights load.
-
-    Raises InputError for a folder without adapter or model and for flags that contradict it; VQAError for unreadable
-    settings, or an attention kernel or a pattern of file names that is not supported.
-    """
+    """Find the model, before weights load; InputError or VQAError for flags that contradict it or are not supported."""
     path, adapter = find_model(args)
     changes = {
         "model_name_or_path": args.model_name_or_path if adapter else None,
         "attn_implementation": args.attn_implementation,
         "load_in_4bit": args.load_in_4bit,
-        "input_mode": PUBLIC_MODES.get(args.input_mode, [args.input_mode])[0],
+        "input_mode": PUBLIC_MODES.get(args.input_mode, args.input_mode),
         "max_image_size": args.max_image_size,
         "prompt_layout": args.prompt_layout,
         **({} if adapter else {"init": args.init, "init_seed": args.seed}),
@@ -1776,15 +1681,15 @@ def choose_model(args: argparse.Namespace, device: Any) -> ModelChoice:
         print(f"   {path}: trained on the base in 4 bits, asked on it in 16: other answers than in training")
     frames = (inputs.max_train_frames or 0) if "max_train_frames" in settings.get("input", {}) else None
     merged = adapter and not model.load_in_4bit and not args.no_merge
-    return as_asked_publicly(
-        args, ModelChoice(path, adapter, model, inputs, changes, frames, [], patterns, dtype, merged)
-    )
+    chosen = ModelChoice(path, adapter, model, inputs, changes, frames, [], patterns, dtype, merged)
+    return as_asked_publicly(args, chosen)
 
 
 def as_asked_publicly(args: argparse.Namespace, chosen: ModelChoice) -> ModelChoice:
     """The choice with --no_adapter applied; prints and records what flags of the public script are taken for."""
-    if args.input_mode in PUBLIC_MODES:
-        chosen.mapped.append(f"--input_mode {args.input_mode} {PUBLIC_MODES[args.input_mode][1]}")
+    if ours := PUBLIC_MODES.get(args.input_mode):
+        arm = f"the arm {args.input_mode} in " * (args.input_mode in ARMS)
+        chosen.mapped.append(f"--input_mode {args.input_mode} is {arm}{ours} here")
     if chosen.adapter and args.no_adapter:
         base = chosen.model.model_name_or_path
         chosen.mapped.append(f"--no_adapter: {base} is asked, as {chosen.path} would be, whose base it is")
@@ -1812,9 +1717,9 @@ def check_weights(chosen: ModelChoice, device: Any) -> None:
 
 
 def frames_that_differ(trained: int | None, asked: int | None, lengths: Iterable[int]) -> Row | None:
-    """{"trained", "asked"}: frames of the longest clip that is asked on another number than in training; None: none.
+    """{"trained", "asked"}: frames of the longest clip asked on another number than in training. None: none is.
 
-    `trained` as in ModelChoice; `asked` None: all. `lengths`: frames of each clip.
+    `lengths`: frames of each clip; `trained` as in ModelChoice; `asked` None: all.
     """
     if trained is None:
         return None
@@ -1827,13 +1732,8 @@ def load_chosen_model(chosen: ModelChoice, device: Any) -> Any:
     kernel = vqa.ATTENTION_KERNELS[chosen.model.attn_implementation]
     precision = {"bfloat16": "BF16", "float32": "FP32"}[chosen.dtype]
     print(f"⏳ Loading merged {precision} model with {kernel} attention...", flush=True)
-    trained = vqa.load_trained(
-        chosen.path,
-        device=device,
-        dtype=getattr(torch, chosen.dtype),
-        merge=chosen.merged,
-        **chosen.changes,
-    )
+    dtype = getattr(torch, chosen.dtype)
+    trained = vqa.load_trained(chosen.path, device=device, dtype=dtype, merge=chosen.merged, **chosen.changes)
     print(f"✓ Model loaded in full {precision}", flush=True)
     return trained
 
@@ -1841,28 +1741,6 @@ def load_chosen_model(chosen: ModelChoice, device: Any) -> Any:
 # ---------------------------------------------------------------------------------------------------------------------
 # With a model: inputs of an arm
 # ---------------------------------------------------------------------------------------------------------------------
-
-
-def black_frames(frames: list[Any], seed: str) -> list[Any]:
-    """Black frames of the same size, so that the prompt stays the same token for token."""
-    return [frame.point(lambda _: 0) for frame in frames]
-
-
-def silent_audio(speech: Any, seed: str) -> Any:
-    """Silence of the same length, so that the prompt stays the same token for token."""
-    return speech * 0
-
-
-def of_length(speech: Any, samples: int) -> Any:
-    """Speech float32 [n], cut off at the end or padded there with silence to [samples]."""
-    import numpy as np
-
-    return np.pad(speech[:samples], (0, max(0, samples - len(speech))))
-
-
-def first_frame(frames: list[Any], seed: str) -> list[Any]:
-    """The first frame once: the prompt is shorter by the tokens of the others."""
-    return frames[:1]
 
 
 def shuffled_frames(frames: list[Any], seed: str) -> list[Any]:
@@ -1874,20 +1752,23 @@ def shuffled_frames(frames: list[Any], seed: str) -> list[Any]:
     return [frames[index] for index in order]
 
 
-# The functions of arms get frames (PIL images) or speech (float32 [n]), and a seed of the row. Arms that are not listed
-# change nothing here: the input modes.
-# Arms that change what the files hold: the medium, `frames` or `speech`, and the function that changes it. Features of
-# that medium are neither cached nor read from the cache.
+def of_length(speech: Any, samples: int) -> Any:
+    """Speech float32 [n], cut off at the end or padded there with silence to [samples]."""
+    import numpy as np
+
+    return np.pad(speech[:samples], (0, max(0, samples - len(speech))))
+
+
+# Arms that change what the files hold: the medium, and a function of it, `frames` (PIL images) or `speech` (float32
+# [n]). All keep the size, so that the prompt stays the same token for token; `ArmInputs.read` gives borrowed speech its
+# length. Features of that medium are neither cached nor read from the cache. The input modes change nothing.
 CONTENT_ARMS = {
-    "black_frames": ("frames", black_frames),
-    "silent_audio": ("speech", silent_audio),
-    "mismatched_audio": (
-        "speech",
-        lambda speech, seed: speech,
-    ),  # `ArmInputs.read` gives it the length of the row's own
+    "black_frames": ("frames", lambda frames: [frame.point(lambda _: 0) for frame in frames]),
+    "silent_audio": ("speech", lambda speech: speech * 0),
+    "mismatched_audio": ("speech", lambda speech: speech),
 }
 # Arms that choose or order frames. Their functions also work on lists of paths, so that cached features can be used.
-ORDER_ARMS = {"first_frame": first_frame, "shuffled_frames": shuffled_frames}
+ORDER_ARMS = {"first_frame": lambda frames, seed: frames[:1], "shuffled_frames": shuffled_frames}
 SEEDED_ARMS = ("mismatched_audio", "shuffled_frames")  # rows of these made with another --seed are not mixed
 
 
@@ -1909,15 +1790,11 @@ class ArmInputs:
         self.feature_store: Any = None  # train_vqa's FeatureStore, once it is filled
         self.batch_size: int | None = None  # rows answered at a time; `answer_arm` sets it
 
-    def row_seed(self, index: int) -> str:
-        """The seed that the functions of the tables above get for a row."""
-        return f"{self.seed}/{self.rows[index].key}"
-
     def clip(self, index: int) -> tuple[Path, ...]:
         """The files of the frames that a row shows, in the arm's order."""
         frames, _ = self.dataset.media_of(index)
         ordered = ORDER_ARMS.get(self.arm)
-        return tuple(ordered(list(frames), self.row_seed(index))) if ordered else frames
+        return tuple(ordered(list(frames), f"{self.seed}/{self.rows[index].key}")) if ordered else frames
 
     def cacheable_media(self, index: int) -> tuple[tuple[Path, ...] | None, Path | None]:
         """The clip and the speech that the encoders get as they are in the files; None for what the arm changes."""
@@ -1948,9 +1825,9 @@ class ArmInputs:
         try:
             frames, speech = self.read(index, with_frames=not vision, with_speech=not speech_features)
             if changed == "frames":
-                frames = change(frames, self.row_seed(index))
+                frames = change(frames)
             elif changed == "speech":
-                speech = change(speech, self.row_seed(index))
+                speech = change(speech)
             return self.make_sample(index, frames, speech, vision, speech_features and speech_features[0])
         except vqa.VQAError as error:
             return str(error)
@@ -1973,21 +1850,18 @@ class ArmInputs:
         return hashlib.sha256("".join(digests).encode()).hexdigest()
 
     def origin(self, index: int) -> Row:
-        """What a row of the output file says of the inputs of its answer."""
-        _, speech = self.dataset.media_of(index)
-        source = self.speech_sources.get(self.keys[index])
-        return {
-            "input_mode": self.processor.input_mode,
-            "audio_file": None if speech is None else str(speech),
-            **(self.borrowing(index, source) if source else {}),
-            "media_sha256": self.media_sha256(index),
-        }
+        """What a row of the output file says of the inputs of its answer.
 
-    def borrowing(self, index: int, source: Any) -> Row:
-        """Whose speech a row plays, and by how many samples and tokens that was padded; negative: cut."""
-        own, theirs, tokens = self.rows[index].speech_samples, source.speech_samples, self.processor.speech_tokens
-        padded = {"audio_padded_samples": own - theirs, "audio_padded_tokens": tokens(own) - tokens(theirs)}
-        return {"audio_of": key_text(row_key(annotation_of(source))), **padded}
+        Of borrowed speech: whose, and by how many samples and tokens it was padded; negative: cut.
+        """
+        _, speech = self.dataset.media_of(index)
+        how = {"input_mode": self.processor.input_mode, "audio_file": speech and str(speech)}
+        if source := self.speech_sources.get(self.keys[index]):
+            own, theirs, tokens = self.rows[index].speech_samples, source.speech_samples, self.processor.speech_tokens
+            how["audio_of"] = key_text(row_key(annotation_of(source)))
+            how["audio_padded_samples"] = own - theirs
+            how["audio_padded_tokens"] = tokens(own) - tokens(theirs)
+        return how | {"media_sha256": self.media_sha256(index)}
 
     def prompt(self, question: str, n_frames: int = 1) -> str:
         """The rendered prompt as it can be read: one placeholder a frame, none for speech."""
@@ -2015,19 +1889,16 @@ def check_leaks(arms: Iterable[ArmInputs]) -> None:
         n_frames = len(inputs.clip(index))
         words = leaked_words(inputs.prompt(row.question, n_frames), row.question, inputs.prompt("", n_frames))
         if words:
-            raise InputError(
-                f"leak gate: in the arm {inputs.arm} the prompt of {row.key} holds words of its question "
-                f"({', '.join(words)}), so its answer would not show that it was heard; no figure is given"
-            )
+            what = f"in the arm {inputs.arm} the prompt of {row.key} holds words of its question ({', '.join(words)})"
+            raise InputError(f"leak gate: {what}, so its answer would not show that it was heard; no figure is given")
 
 
 def check_liveness(model: Any, inputs: ArmInputs) -> Row:
     """Do speech and frames reach the logits? {"speech", "frames"}: by how much other ones change the log-probability of
-    a first token of the answer, the mean over the vocabulary and GATE_ROWS rows.
+    a first token of the answer, the mean over the vocabulary and GATE_ROWS rows; `speech` is None in text mode.
 
-    Speech is replaced by another row's, cut or padded to the same length (where there is none, by its own played
-    backwards), frames by their negatives: so the prompt stays as it is. `speech` is None in text mode. Raises
-    InputError if one of them changes nothing, or if the same inputs give different logits.
+    The other speech is another row's at the same length, else its own backwards; the other frames are negatives: the
+    prompt stays as it is. Raises InputError if one changes nothing, or the same inputs give different logits.
     """
     collate = vqa.VQACollator(inputs.processor.tokenizer.pad_token_id, "left")
 
@@ -2066,10 +1937,20 @@ def check_liveness(model: Any, inputs: ArmInputs) -> Row:
     moved = {medium: statistics.fmean(by) if by else None for medium, by in moved.items()}
     dead = " and ".join(medium for medium, by in moved.items() if by == 0)
     if dead:
-        raise InputError(
-            f"liveness gate: with other {dead} every logit stays as it is, so {dead} cannot reach an answer; check the "
-            f"checkpoint, and that the files differ"
-        )
+        what = f"with other {dead} every logit stays as it is, so {dead} cannot reach an answer"
+        raise InputError(f"liveness gate: {what}; check the checkpoint, and that the files differ")
+    return moved
+
+
+def pass_gates(model: Any, arms: Mapping[str, ArmInputs]) -> Row:
+    """Both gates, the second on the first arm with speech, else the main one; returns what `check_liveness` does."""
+    check_leaks(arms.values())
+    modes = [inputs.processor.input_mode for inputs in arms.values()]
+    spoken = next((inputs for inputs, mode in zip(arms.values(), modes, strict=True) if mode != "text"), None)
+    moved = check_liveness(model, spoken or next(iter(arms.values())))
+    figures = ", ".join(f"other {medium} by {by:.3g}" for medium, by in moved.items() if by is not None)
+    leaks = "no prompt gives its question away; " if "audio" in modes else ""
+    print(_wrap(f"Gates passed: {leaks}the log-probabilities of the first token move with {figures}"))
     return moved
 
 
@@ -2081,11 +1962,8 @@ def check_liveness(model: Any, inputs: ArmInputs) -> Row:
 def choose_batch_size(model: Any, longest: int, max_new_tokens: int, limit_gib: float) -> int:
     """Rows that fit into the GPU memory at a time, 1 to AUTO_BATCH_SIZE; CPU_BATCH_SIZE without a CUDA GPU.
 
-    An estimate from shapes alone, so that the same card, flags and data give the same batches.
-
-    Args:
-        longest: tokens of the longest prompt.
-        limit_gib: hard cap in GiB. 0: all that the card has.
+    An estimate from shapes alone, so that the same card, flags and data give the same batches. `longest`: tokens of the
+    longest prompt; `limit_gib`: hard cap, 0: all that the card has.
     """
     if model.device.type != "cuda":
         return CPU_BATCH_SIZE
@@ -2107,7 +1985,6 @@ def answer_arm(model: Any, inputs: ArmInputs, file: RowFile, args: argparse.Name
     """Answer the rows that `file` lacks, batch by batch, and append them; returns how many.
 
     Ends after the batch during which a signal came to `stop` (train_vqa's StopSignal; None: there is none).
-
     Batches are fixed slices of the data, the longest prompts first, answered complete even where a killed run left only
     part of one to do: so a resumed run computes exactly what an uninterrupted one does.
     """
@@ -2169,9 +2046,7 @@ def annotation_of(row: Any) -> Row:
 def generate(args: argparse.Namespace) -> int:
     """Answer every row of --eval_data_path in every arm, summarise, print. Returns the exit status.
 
-    A signal ends it after the batch under way, with one line that says how many rows there are, and 128 + its number.
-
-    Raises InputError for whatever the user can fix.
+    A signal ends it after the batch under way, with 128 + its number. Raises InputError for what the user can fix.
     """
     check_output(args)
     load_libraries()
@@ -2185,10 +2060,9 @@ def generate(args: argparse.Namespace) -> int:
     except vqa.VQAError as error:
         raise InputError(str(error)) from error
     except torch.OutOfMemoryError as error:
-        raise InputError(
-            f"--batch_size {args.batch_size} does not fit into the GPU memory; run the same command with a smaller one "
-            f"(at 1 or auto: a smaller --max_image_size or --max_eval_frames); the rows answered so far are kept"
-        ) from error
+        smaller = "a smaller one (at 1 or auto: a smaller --max_image_size or --max_eval_frames)"
+        what = f"--batch_size {args.batch_size} does not fit into the GPU memory; run the same command with {smaller}"
+        raise InputError(f"{what}; the rows answered so far are kept") from error
 
 
 def answer_and_score(args: argparse.Namespace, stop: Any) -> int:
@@ -2202,30 +2076,26 @@ def answer_and_score(args: argparse.Namespace, stop: Any) -> int:
     modes = choose_arms(args, chosen.inputs.input_mode)
     main_arm, *_ = modes
     files = {arm: arm_path(args.output_file, arm, main_arm) for arm in modes}
-    check_before_data(args, chosen, modes, files, device)
+    for arm, path in files.items():
+        if not args.overwrite and path.is_file() and path.stat().st_size:
+            check_same_run(path, known_settings(args, chosen, arm, modes[arm]), complete=False)
+    check_weights(chosen, device)
 
     # 2. Data: everything is found and decoded once before the weights load
-    rows_of, speech_sources, train_rows, data_warnings = read_data(args, modes, chosen)
+    rows_of, speech_sources, of_data = read_data(args, modes, chosen)
     annotations = [annotation_of(row) for row in rows_of[main_arm]]
 
     # 3. Model
     trained = load_chosen_model(chosen, device)
-    arms = {}
     limit = chosen.inputs.max_eval_frames
+    arms = {}
     for arm, mode in modes.items():
         processor = trained.processor.with_mode(mode)
-        dataset = vqa.SurgicalVQADataset(
-            rows_of[arm], processor, max_eval_frames=limit, is_eval=True, with_answer=False
-        )
-        arms[arm] = ArmInputs(arm, dataset, args.seed, speech_sources if arm == "mismatched_audio" else {})
+        data = vqa.SurgicalVQADataset(rows_of[arm], processor, max_eval_frames=limit, is_eval=True, with_answer=False)
+        arms[arm] = ArmInputs(arm, data, args.seed, speech_sources if arm == "mismatched_audio" else {})
 
     # 4. Gates
-    check_leaks(arms.values())
-    with_speech = [inputs for arm, inputs in arms.items() if modes[arm] != "text"]
-    moved = check_liveness(trained.model, (with_speech or [arms[main_arm]])[0])
-    figures = ", ".join(f"other {modality} by {by:.3g}" for modality, by in moved.items() if by is not None)
-    leaks = "no prompt gives its question away; " if "audio" in modes.values() else ""
-    print(_wrap(f"Gates passed: {leaks}the log-probabilities of the first token move with {figures}"))
+    moved = pass_gates(trained.model, arms)
 
     # 5. Answers
     settings = {arm: run_settings(args, chosen, inputs, trained.base_fingerprint) for arm, inputs in arms.items()}
@@ -2236,16 +2106,15 @@ def answer_and_score(args: argparse.Namespace, stop: Any) -> int:
     peak = torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else None
 
     # 6. Figures
-    record = run_record(args, chosen, arms[main_arm], settings[main_arm], device)
+    record = run_record(args, chosen, arms[main_arm], settings[main_arm], device) | of_data
     record["gates"] = moved
     record["frames"] = frames_that_differ(chosen.trained_frames, limit, (len(row["frames"]) for row in annotations))
-    record["data_warnings"] = data_warnings
     record["runtime"] = {"seconds": seconds, "rows_answered": answered, "peak_gpu_memory_gib": peak}
     record["runtime"]["batch_size"] = {arm: inputs.batch_size for arm, inputs in arms.items()}
     in_arms = summarise_arms(main_arm, scored, {arm: path.name for arm, path in files.items()})
     if "mismatched_audio" in in_arms:
         in_arms["mismatched_audio"]["borrowed"] = summarise_borrowing(done["mismatched_audio"].values())
-    summary = summarise(annotations, scored[main_arm], train_rows=train_rows, arms=in_arms, manifest=record)
+    summary = summarise(annotations, scored[main_arm], arms=in_arms, manifest=record)
     write_json(target, summary)
     print(render_summary(summary))
     memory = "" if peak is None else f", peak GPU memory {peak:.1f} GiB"
@@ -2256,24 +2125,12 @@ def answer_and_score(args: argparse.Namespace, stop: Any) -> int:
     return 1 if any(row.prediction is None for part in scored.values() for row in part) else 0
 
 
-def check_before_data(
-    args: argparse.Namespace, chosen: ModelChoice, modes: Row, files: Mapping[str, Path], device: Any
-) -> None:
-    """Raise InputError or VQAError for rows of another run and unusable weights, before minutes of decoding."""
-    for arm, path in files.items():
-        if not args.overwrite and path.is_file() and path.stat().st_size:
-            check_same_run(path, known_settings(args, chosen, arm, modes[arm]), complete=False)
-    check_weights(chosen, device)
-
-
 def choose_arms(args: argparse.Namespace, mode: str) -> dict[str, str]:
     """Each arm's input mode, the main arm first. Raises InputError for arms that need speech which is not there."""
     main_arm = args.input_mode if args.input_mode in ARMS else mode  # of PUBLIC_MODES, one is an arm
     if main_arm not in INPUT_MODES and args.arms:
-        raise InputError(
-            f"--arms beside --input_mode {main_arm}: arms are compared with an input mode; write --input_mode {mode} "
-            f"--arms {main_arm}"
-        )
+        instead = f"write --input_mode {mode} --arms {main_arm}"
+        raise InputError(f"--arms beside --input_mode {main_arm}: arms are compared with an input mode; {instead}")
     spoken = args.audio_dir or mode != "text"
     fitting = [arm for arm in ARMS if (mode != "text" or arm not in HEARING_ARMS) and (spoken or "audio" not in arm)]
     asked = fitting if args.arms == ["all"] else args.arms or ()
@@ -2288,21 +2145,17 @@ def choose_arms(args: argparse.Namespace, mode: str) -> dict[str, str]:
 
 def read_data(
     args: argparse.Namespace, modes: Mapping[str, str], chosen: ModelChoice
-) -> tuple[dict[str, list[Any]], dict[Key, Any], list[Row] | None, list[str]]:
+) -> tuple[dict[str, list[Any]], dict[Key, Any], Row]:
     """Read the question files, and find and decode the media of every arm.
 
-    Returns:
-        Each arm's VQARows; for `mismatched_audio` the row whose speech a row plays; the training annotations, if any;
-        warnings for the headline.
-
-    Raises VQAError for what is missing or broken, which --allow_errors only says, for too many frames that show
-    nothing, which --allow_empty_frames only says, and always where one speech file would have to serve different
-    questions.
+    Returns each arm's VQARows, for `mismatched_audio` the row whose speech a row plays, and `training` and
+    `data_warnings` of the manifest. Raises VQAError for missing or broken media unless --allow_errors, for too many
+    frames that show nothing unless --allow_empty_frames, and where one speech file would serve different questions.
     """
     print(f"📁 Loading Eval Data: {args.eval_data_path}")
     every = {row_key(annotation_of(row)): row for row in vqa.read_rows(args.eval_data_path)}
     rows = dict(itertools.islice(every.items(), args.limit or None))
-    train_rows, data_warnings = read_training(args)
+    training = read_training(args, [annotation_of(row) for row in rows.values()])
     borrows = "mismatched_audio" in modes
     # Speech is borrowed from the complete file: a larger --limit later leaves the pairs as they are.
     lending = {key: dataclasses.replace(row, frames=()) for key, row in every.items() if borrows and key not in rows}
@@ -2313,16 +2166,16 @@ def read_data(
     problems += vqa.check_media(needed)
     evaluated = {row.line for row in rows.values()}
     problems = [problem for problem in problems if evaluated.intersection(problem.lines)]
-    inputs, max_eval_frames = chosen.inputs, chosen.inputs.max_eval_frames
-    if inputs.frame_mode == "video":
+    max_eval_frames = chosen.inputs.max_eval_frames
+    if chosen.inputs.frame_mode == "video":
         bad = {line for problem in problems for line in problem.lines}
         good = [row for row in rows.values() if row.line not in bad]
-        problems += vqa.find_mixed_sizes(good, inputs.max_image_size, max_eval_frames)
+        problems += vqa.find_mixed_sizes(good, chosen.inputs.max_image_size, max_eval_frames)
     if not args.allow_errors:
         vqa.raise_problems(problems)
     for problem in problems:
         print(f"{problem} (--allow_errors: counted as wrong)", file=sys.stderr)
-    data_warnings += check_contents(args, chosen, list(rows.values()))
+    data_warnings = check_contents(args, chosen, list(rows.values()))
     rows_of = {arm: list(rows.values()) for arm in modes}
     speech_sources = {}
     if borrows:
@@ -2336,19 +2189,20 @@ def read_data(
         ]
     if max_eval_frames and any(len(row.frames) > max_eval_frames for row in rows.values()):
         print(f"   Using {max_eval_frames} frames (evenly sampled) to reduce eval memory")
-    return rows_of, speech_sources, train_rows, data_warnings
+    return rows_of, speech_sources, {"training": training, "data_warnings": data_warnings}
 
 
-def read_training(args: argparse.Namespace) -> tuple[list[Row] | None, list[str]]:
-    """The training annotations, None where there are none, and warnings for the headline.
+def read_training(args: argparse.Namespace, annotations: list[Row]) -> Row | None:
+    """What `compare_with_training` tells, with a warning in its place where the training file cannot be used.
 
-    Without --train_data_path it is set to what the checkpoint was trained on, where that is still the same file.
+    Without --train_data_path it is set to what the checkpoint was trained on, if that is still the same file. None:
+    there is neither.
     """
     if args.train_data_path:
-        return [annotation_of(row) for row in vqa.read_rows(args.train_data_path)], []
-    folder = Path(args.checkpoint_path or "")
+        return compare_with_training(annotations, [annotation_of(row) for row in vqa.read_rows(args.train_data_path)])
     if not args.checkpoint_path:
-        return None, []
+        return None
+    folder = Path(args.checkpoint_path)
     data = vqa.load_settings(folder).get("data", {}) if (folder / vqa.SETTINGS_FILE).is_file() else {}
     path, digest = data.get("train_data_path"), data.get("train_data_sha256")
     if not (isinstance(path, str) and digest):
@@ -2361,12 +2215,13 @@ def read_training(args: argparse.Namespace) -> tuple[list[Row] | None, list[str]
         print(f"   --train_data_path {path!r}, as in training")
         args.train_data_path = path
         rows, _ = vqa.scan_rows(path, data.get("max_train_samples"))  # training may have left out malformed lines
-        return [annotation_of(row) for row in rows], []
-    return None, [f"no train majority, no check of ids: {reason}; name it with --train_data_path"]
+        return compare_with_training(annotations, [annotation_of(row) for row in rows])
+    missing = f"no train majority, no check of ids: {reason}; name it with --train_data_path"
+    return {"majority": None, "warnings": [missing]}
 
 
 def check_contents(args: argparse.Namespace, chosen: ModelChoice, rows: list[Any]) -> list[str]:
-    """Warnings for the headline: frames that show nothing, and what training had of VQARows whose media passed.
+    """Warnings for the headline, of VQARows whose media passed: frames that show nothing, and what training had.
 
     Raises InputError for too many such frames, unless --allow_empty_frames.
     """
@@ -2377,21 +2232,16 @@ def check_contents(args: argparse.Namespace, chosen: ModelChoice, rows: list[Any
     lines = [text] if text else []
     if seen is not None:
         lines += seen_warnings({row_key(annotation_of(row)): row.contents for row in rows}, seen)
-    elif args.checkpoint_path:
-        lines.append(
-            f"not known what training had: {chosen.path} has no {vqa.DIGESTS_FILE}, so clips, frames, speech and "
-            f"wording are not compared with those of training"
-        )
+    elif args.checkpoint_path and not args.no_adapter:  # of a base nobody asks
+        what = "so clips, frames, speech and wording are not compared with those of training"
+        lines.append(f"not known what training had: {chosen.path} has no {vqa.DIGESTS_FILE}, {what}")
     return lines
 
 
 def answer_arms(
     args: argparse.Namespace, trained: Any, arms: Mapping[str, ArmInputs], settings: Mapping[str, Row], stop: Any
 ) -> tuple[dict[str, dict[Key, Row]], int]:
-    """Each arm's rows as they stand in its file, and how many of them were answered now.
-
-    Raises InputError for files of another run or media that changed, and Interrupted where a signal left rows undone.
-    """
+    """Each arm's rows as its file has them, and how many were answered now; Interrupted where a signal left some."""
     main_arm, *_ = arms
     target = summary_path(args.output_file)
     answered = 0
@@ -2423,10 +2273,8 @@ def check_same_media(inputs: ArmInputs, file: RowFile) -> None:
     """Raise InputError where a row of `file` was made from other frames or speech than are there now."""
     for index, key in enumerate(inputs.keys):
         if key in file.done and file.done[key].get("media_sha256") != inputs.media_sha256(index):
-            raise InputError(
-                f"{file.path}: the frames or speech of {key_text(key)} are not the ones that its row was made from; "
-                f"choose another --output_file, or start again with --overwrite"
-            )
+            what = f"the frames or speech of {key_text(key)} are not the ones that its row was made from"
+            raise InputError(f"{file.path}: {what}; choose another --output_file, or start again with --overwrite")
 
 
 def known_settings(args: argparse.Namespace, chosen: ModelChoice, arm: str, input_mode: str) -> Row:
@@ -2570,10 +2418,12 @@ def build_parser() -> argparse.ArgumentParser:
     data("--frame_pattern", help="path of a frame below --frames_dir, likewise. None: as in training, else "
          "'{video}/{frame}' or '{video}/{frame_number}'")
     data("--train_data_path", help="the training JSONL, for its majority answers and for rows not held out. None: the "
-         "one that the checkpoint was trained on, if it is still there and unchanged; with --score_only none")
+         "one that the checkpoint was trained on, if it is still there and unchanged; with --score_only what the run "
+         "kept of it")
     data("--output_file", help="X.jsonl, one row a sample; the figures go to X.summary.json. With --score_only: the "
          "existing predictions; X.summary.json keeps what it says of the run that made them")
-    data("--limit", "--max_eval_samples", type=_at_least(0), default=0, help="evaluate the first N rows. 0: all")
+    data("--limit", "--max_eval_samples", type=_at_least(0), default=0, help="evaluate the first N rows. 0: all; with "
+         "--score_only as many as the run")
     data("--overwrite", **switch, help="start again where --output_file holds rows; without it, rows of the same run "
          "are kept and the rest is done")
     data("--allow_errors", **switch, help="a row whose files cannot be read counts as wrong; without it, such a row "

@@ -256,7 +256,7 @@ def test_an_arm_gets_no_cached_features_of_the_medium_that_it_changes(
     base, processor, rows, monkeypatch, tmp_path, medium
 ):
     ev.load_libraries()
-    monkeypatch.setitem(ev.CONTENT_ARMS, "new_arm", (medium, lambda given, seed: given[::-1]))
+    monkeypatch.setitem(ev.CONTENT_ARMS, "new_arm", (medium, lambda given: given[::-1]))
     dataset = vqa.SurgicalVQADataset(rows[:2], processor, max_eval_frames=2, is_eval=True, with_answer=False)
     main, new = ev.ArmInputs("audio", dataset), ev.ArmInputs("new_arm", dataset)
     changed, unchanged = main.read(1)

@@ -113,7 +113,7 @@ def test_score_only_counts_missing_rows_as_wrong_and_lists_them(tmp_path, data):
     done = without_torch(tmp_path, *flags)
     assert (done.returncode, done.stderr) == (0, "")
     assert "Missing: v1/q1/flush_action\n" in done.stdout
-    assert "0/1 stopped by themselves = 0.0 %; for 3 of 4 answers" in done.stdout
+    assert "For 3 of 4 answers" in done.stdout and "stopped by" not in done.stdout  # the fourth row is missing
     assert max(map(len, done.stdout.splitlines()[:-1])) <= 80
     summary = json.loads((tmp_path / "p.summary.json").read_text())
     counts = [summary[name] for name in ("n_total", "n_scored", "n_errors", "n_missing", "missing")]
@@ -265,16 +265,33 @@ def test_rescoring_keeps_the_figures_of_an_arm_whose_file_is_gone_and_says_so(ru
     assert [line for line in summary["warnings"] if "x.black_frames.jsonl" in line and "silent" not in line]
 
 
-def test_rescoring_takes_the_training_file_of_the_run_or_says_that_it_is_gone(run, tmp_path, data, generated):
-    train = str(write_jsonl(tmp_path / "train.jsonl", [annotation(7, "no", video="t")]))
-    generated(flags={"train_data_path": train}, sha256={"train_data_path": ev.sha256_file(train)})
-    summary = rescore(run, data)[2]
-    assert summary["baselines"]["train_majority"] == 1 / 4
-    assert summary["manifest"]["rescored"]["train_data_path"] == train
-    Path(train).write_text("changed")
-    summary = rescore(run, data)[2]
-    assert summary["baselines"]["train_majority"] is None
+def test_rescoring_keeps_the_training_majority_and_the_warnings_of_the_run(run, tmp_path, data, generated):
+    """All that training and gates told, without the training file; a file that is named wins."""
+    told = {"majority": {"scope_motion": "no"}, "warnings": ["not held out: 1 of 4 rows use a frame"]}
+    generated(training=told, data_warnings=["seen in training"], gates={"speech": 1e-9, "frames": 1.0})
+    for _ in range(2):
+        status, _, summary = rescore(run, data)
+        assert (status, summary["headline"]) == (0, [*told["warnings"], "seen in training"])
+        assert summary["manifest"]["training"] == told and summary["baselines"]["train_majority"] is not None
+        assert any("the speech hardly reaches the answers" in line for line in summary["warnings"])
+    train = write_jsonl(tmp_path / "train.jsonl", [annotation(7, "no", video="t")])
+    summary = rescore(run, data, "--train_data_path", train)[2]
+    assert summary["headline"] == ["seen in training"] and summary["baselines"]["train_majority"] == 1 / 4
+
+
+def test_an_older_summary_is_rescored_and_says_what_it_lacks(run, data, generated):
+    generated(flags={"train_data_path": "train.jsonl"}, gates={"speech": None, "frames": 0.5})
+    status, _, summary = rescore(run, data)
+    assert (status, summary["baselines"]["train_majority"]) == (0, None)
     assert any("--train_data_path" in line for line in summary["warnings"])
+
+
+def test_rescoring_counts_the_rows_that_the_run_counted(run, data, generated):
+    generated(flags={"train_data_path": None, "limit": 2})
+    out, summary = rescore(run, data)[1:]
+    assert (summary["n_total"], summary["arms"]["black_frames"]["metrics"]["choice"]["n"]) == (2, 2)
+    assert "--limit 2, as in the run" in out
+    assert rescore(run, data, "--limit", "3")[2]["n_total"] == 3
 
 
 @pytest.mark.parametrize(

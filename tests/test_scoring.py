@@ -606,8 +606,9 @@ def test_summary_of_two_types():
         ev.row_key(rows[1]): {"predicted_answer": "normal", "finish_reason": "length"},
         ev.row_key(rows[3]): {"predicted_answer": None},
     }
-    summary = ev.summarise(rows, ev.score_rows(rows, predictions), train_rows=train, manifest={"device": "cpu"})
-    assert (summary["schema_version"], summary["manifest"]) == (1, {"device": "cpu"})
+    manifest = {"device": "cpu", "training": ev.compare_with_training(rows, train)}
+    summary = ev.summarise(rows, ev.score_rows(rows, predictions), manifest=manifest)
+    assert (summary["schema_version"], summary["manifest"]) == (1, manifest)
     assert (summary["n_total"], summary["n_scored"], summary["n_errors"], summary["n_missing"]) == (4, 2, 1, 1)
     assert summary["missing"] == ["v1/q2/scope_motion"]
     assert summary["failed"] == ["v1/q3/lighting_mode"]
@@ -661,10 +662,11 @@ def test_report_fits_80_columns_and_names_the_baseline_beside_its_clips_alone(mo
     rows = [make_row(10**5 + n, kind, short, answer) for n, (kind, short, answer) in enumerate(kinds)]
     found = scored(rows, [row["answer"] for row in rows], finish_reason="eos")
     arms = ev.summarise_arms("audio", {"audio": found, "mismatched_audio": scored(rows, ["x"] * len(rows))}, FILES)
-    report = ev.render_summary(ev.summarise(rows, found, train_rows=rows, arms=arms))
+    manifest = {"training": ev.compare_with_training(rows, rows)}
+    report = ev.render_summary(ev.summarise(rows, found, arms=arms, manifest=manifest))
     assert "46 %" not in report
     monkeypatch.setattr(ev, "ORIGINAL_CLIPS", ev.clips_digest(map(ev.row_key, rows[::-1])))
-    report = ev.render_summary(ev.summarise(rows, found, train_rows=rows, arms=arms))
+    report = ev.render_summary(ev.summarise(rows, found, arms=arms, manifest=manifest))
     assert max(map(len, report.splitlines())) <= 80
     for figure in ("135/135 correct = 100.0 %", "135/135 stopped by themselves = 100.0 %", "46 % baseline"):
         assert figure in report

@@ -1,6 +1,7 @@
 """What an evaluation says of rows that training had, told by content: on any machine, whatever files are called."""
 
 import hashlib
+import json
 import shutil
 
 import pytest
@@ -9,7 +10,7 @@ from PIL import Image
 import evaluate_checkpoint as ev
 import merge_stage2_to_bf16 as merge
 import train_vqa as vqa
-from tests.conftest import FIXTURES, TRAIN_DATA, edit_json, read_jsonl
+from tests.conftest import EVAL_DATA, FIXTURES, TRAIN_DATA, edit_json, read_jsonl
 
 ALL_SEEN = "seen in training, by content: of 5 rows the clip of 5, a frame of 5, the speech of 5, the wording of 5"
 
@@ -163,3 +164,17 @@ def test_empty_frames_stop_an_evaluation_unless_they_may_pass(evaluate, trained,
     for how in (["--allow_empty_frames", "True"], ["--allow_empty_frames", "--overwrite"]):
         lines = headline(evaluate(*how, data=data.eval_flags))
         assert any(f"{data.jsonl}: 5 of 5 rows " in line and "16 of one colour" in line for line in lines)
+
+
+def test_rescoring_tells_the_same_of_the_rows_that_training_used(evaluate, checkpoint):
+    """Of three rows, as --max_train_samples left them."""
+    edit_json(checkpoint / vqa.SETTINGS_FILE, data={"max_train_samples": 3})
+    done = evaluate(checkpoint=checkpoint)
+    assert "not held out: 3 of 5 rows have a video and id that training also had" in headline(done)
+    assert ev.main(["--score_only", "--output_file", str(done.path), *EVAL_DATA[:2]]) == 0
+    again = json.loads(done.path.with_suffix(".summary.json").read_text())
+    assert (again["headline"], again["baselines"]) == (done.summary["headline"], done.summary["baselines"])
+
+
+def test_a_base_without_its_adapter_is_not_told_of_missing_digests(evaluate, trained):
+    assert not any(vqa.DIGESTS_FILE in line for line in headline(evaluate("--no_adapter")))
