@@ -163,3 +163,16 @@ def test_empty_frames_stop_an_evaluation_unless_they_may_pass(evaluate, trained,
     for how in (["--allow_empty_frames", "True"], ["--allow_empty_frames", "--overwrite"]):
         lines = headline(evaluate(*how, data=data.eval_flags))
         assert any(f"{data.jsonl}: 5 of 5 rows " in line and "16 of one colour" in line for line in lines)
+
+
+def test_names_of_files_do_not_reach_an_answer(evaluate, data):
+    """The same bytes under other names of video, frames and speech: the same answers, and the same logits."""
+    plain = evaluate(name="plain")
+    as_another_data_set(data)
+    renamed = evaluate(data=data.eval_flags, name="renamed")
+    answers = [
+        {(row["video_id"][-3:], row["id"].removeprefix("new_")): row["predicted_answer"] for row in result.rows}
+        for result in (plain, renamed)
+    ]
+    assert len(answers[0]) == 5 and answers[0] == answers[1]
+    assert plain.summary["manifest"]["gates"] == renamed.summary["manifest"]["gates"]
