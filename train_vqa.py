@@ -17,7 +17,8 @@ Qwen2-VL answers, the encoder of Whisper listens, one linear layer joins them:
 `--train_decoder full`, `--train_vision_tower` and `--train_audio_encoder` train more than that.
 
 In reading order: arguments, data, prompt and labels, dataset, model, loaders, feature cache, saving and resuming,
-Trainer, main(). `evaluate_checkpoint.py` imports from here, so that training and evaluation cannot drift apart.
+Trainer, the plan, main(). `evaluate_checkpoint.py` imports from here, so that training and evaluation cannot drift
+apart.
 """
 
 import contextlib
@@ -300,6 +301,44 @@ EVALUATION_DUE = "evaluation_due"  # marker file: a signal interrupted the evalu
 RESUME_FILES = (SETTINGS_FILE, PROGRESS_FILE, "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json")
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 MAX_PROBLEMS_SHOWN = 20
+# FFmpeg has one log for the process, which PyAV's `Capture` sorts by the thread that decodes. Errors only: good files
+# have warnings too. Repeated lines stay: of two threads with equal damage one would hear nothing.
+av.logging.set_level(av.logging.ERROR)
+av.logging.set_skip_repeated(False)
+
+# PEFT reads a deprecated attribute of the model.
+warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
+
+
+class VQAError(ValueError):
+    """Something the user can fix: its text names the file, line, id or flag, and says what to do."""
+
+
+def raise_problems(problems: Sequence, meaning: str = "") -> None:
+    """Raise one VQAError for all `problems` (a line each up to MAX_PROBLEMS_SHOWN, the total, and what they mean)."""
+    if problems:
+        lines = [str(problem) for problem in problems[:MAX_PROBLEMS_SHOWN]]
+        if len(problems) > 1:
+            cut = f", the first {MAX_PROBLEMS_SHOWN} shown" if len(problems) > MAX_PROBLEMS_SHOWN else ""
+            lines.append(f"{len(problems)} problems in all{cut}")
+        raise VQAError("\n".join([*lines, meaning] if meaning else lines))
+
+
+def first_line(error: Exception) -> str:
+    """The first line of what an error says, or its kind."""
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Arguments
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def flag(default, explanation: str, choices: Sequence[str] | None = None):
+    """A field of an argument dataclass: its default, its text for --help, and what it may be."""
+    return field(default=default, metadata={"help": explanation, **({"choices": list(choices)} if choices else {})})
+
+
 # Flags of transformers' TrainingArguments that training does not take, and why.
 NOT_OFFERED = {
     "average_tokens_across_devices ddp_backend ddp_broadcast_buffers ddp_bucket_cap_mb ddp_find_unused_parameters "
@@ -378,43 +417,6 @@ READ_WITH = (
         lambda flags: flags.dataloader_num_workers,
     ),
 )
-
-# FFmpeg has one log for the process, which PyAV's `Capture` sorts by the thread that decodes. Errors only: good files
-# have warnings too. Repeated lines stay: of two threads with equal damage one would hear nothing.
-av.logging.set_level(av.logging.ERROR)
-av.logging.set_skip_repeated(False)
-
-# PEFT reads a deprecated attribute of the model.
-warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
-
-
-class VQAError(ValueError):
-    """Something the user can fix: its text names the file, line, id or flag, and says what to do."""
-
-
-def raise_problems(problems: Sequence, meaning: str = "") -> None:
-    """Raise one VQAError for all `problems` (a line each up to MAX_PROBLEMS_SHOWN, the total, and what they mean)."""
-    if problems:
-        lines = [str(problem) for problem in problems[:MAX_PROBLEMS_SHOWN]]
-        if len(problems) > 1:
-            cut = f", the first {MAX_PROBLEMS_SHOWN} shown" if len(problems) > MAX_PROBLEMS_SHOWN else ""
-            lines.append(f"{len(problems)} problems in all{cut}")
-        raise VQAError("\n".join([*lines, meaning] if meaning else lines))
-
-
-def first_line(error: Exception) -> str:
-    """The first line of what an error says, or its kind."""
-    return (str(error).splitlines() or [type(error).__name__])[0]
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Arguments
-# ----------------------------------------------------------------------------------------------------------------------
-
-
-def flag(default, explanation: str, choices: Sequence[str] | None = None):
-    """A field of an argument dataclass: its default, its text for --help, and what it may be."""
-    return field(default=default, metadata={"help": explanation, **({"choices": list(choices)} if choices else {})})
 
 
 @dataclass
@@ -915,6 +917,69 @@ def refuse_surroundings(flags: SimpleNamespace, args: VQATrainingArguments) -> N
             f"{count} GPUs are to be used, and this script trains on one: start it by itself (not by torchrun or "
             "accelerate), with CUDA_VISIBLE_DEVICES=0"
         )
+
+
+def limit_gpu_memory(gib: float | None) -> None:
+    """Cap this process at `gib` GiB of GPU memory; None: no cap. VQAError without a GPU, or beyond its memory."""
+    if gib is None:
+        return
+    if not torch.cuda.is_available():
+        raise VQAError("--gpu_memory_limit_gib needs a CUDA GPU; leave it out here")
+    total = torch.cuda.get_device_properties(0).total_memory / GIB
+    if not 0 < gib <= total:
+        raise VQAError(f"--gpu_memory_limit_gib {gib}: this card has {total:.1f} GiB")
+    torch.cuda.set_per_process_memory_fraction(gib / total)
+
+
+def memory_limit(args: ModelArguments) -> float | None:
+    """GiB of GPU memory that a run may fill: of --gpu_memory_limit_gib, else of the card. None: neither is there."""
+    if args.gpu_memory_limit_gib is not None or not torch.cuda.is_available():
+        return args.gpu_memory_limit_gib
+    return torch.cuda.get_device_properties(0).total_memory / GIB - CUDA_CONTEXT_GIB
+
+
+def check_compiler(device_type: str) -> None:
+    """VQAError where torch.compile would find no compiler that works, or not the headers of Python, which what it
+    compiles includes: of C on a GPU, for Triton's launchers, else of C++."""
+    variable, language, names = ("CC", "c", ("gcc", "clang")) if device_type == "cuda" else ("CXX", "c++", ("g++",))
+    compiler = os.environ.get(variable) or next(filter(shutil.which, names), names[0])
+    with tempfile.TemporaryDirectory() as folder:
+        headers = sysconfig.get_path("include", "posix_prefix")
+        command = [compiler, "-x", language, "-", "-I", headers, "-o", str(Path(folder) / "trial")]
+        program = "#include <Python.h>\nint main(void) { return 0; }\n"
+        try:
+            done = subprocess.run(command, input=program, capture_output=True, text=True, errors="replace")
+            failure = (done.stderr.strip() or f"exit status {done.returncode}") if done.returncode else ""
+        except OSError as error:
+            failure = str(error)
+    if failure:
+        raise VQAError(
+            f"--compile_layers: the compiler {compiler} does not work ({failure.splitlines()[0]}); fix it (Python.h "
+            f"is in the package python3-dev), name another in {variable}, or leave the flag out"
+        )
+
+
+def check_liger(device_type: str, needs_gpu: bool = True) -> None:
+    """VQAError where Liger's kernels, which are Triton's, cannot run: they take the package and, to run, a GPU."""
+    if device_type != "cuda" and needs_gpu:
+        raise VQAError("--use_liger_kernel needs a CUDA GPU, since its kernels are Triton's; leave the flag out")
+    module = "liger_kernel.ops" if device_type == "cuda" else "liger_kernel"  # the kernels may not load without a GPU
+    check_package("--use_liger_kernel", module, LIGER, "leave the flag out")
+
+
+def check_bitsandbytes(what: str) -> None:
+    """VQAError, which begins with `what` asks for it, where bitsandbytes is missing or of a version not tested."""
+    check_package(what, "bitsandbytes", BITSANDBYTES, "take 16-bit weights")
+
+
+def check_package(what: str, module: str, requirement: str, otherwise: str) -> None:
+    """VQAError where an optional package is missing, does not load or has a version not tested; `what` asks for it."""
+    try:
+        importlib.import_module(module)
+        require_version(requirement)
+    except Exception as error:  # a Triton, or native part, that does not fit raises what it likes
+        reason = first_line(error).rstrip(". ")
+        raise VQAError(f"{what}: {reason}; run `pip install '{requirement}'`, or {otherwise}") from error
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -4624,7 +4689,7 @@ class StopAtLoss(TrainerCallback):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# main
+# The plan: memory, tokens and steps
 # ----------------------------------------------------------------------------------------------------------------------
 
 
@@ -4740,25 +4805,6 @@ def estimate_run(
     return phases
 
 
-def limit_gpu_memory(gib: float | None) -> None:
-    """Cap this process at `gib` GiB of GPU memory; None: no cap. VQAError without a GPU, or beyond its memory."""
-    if gib is None:
-        return
-    if not torch.cuda.is_available():
-        raise VQAError("--gpu_memory_limit_gib needs a CUDA GPU; leave it out here")
-    total = torch.cuda.get_device_properties(0).total_memory / GIB
-    if not 0 < gib <= total:
-        raise VQAError(f"--gpu_memory_limit_gib {gib}: this card has {total:.1f} GiB")
-    torch.cuda.set_per_process_memory_fraction(gib / total)
-
-
-def memory_limit(args: ModelArguments) -> float | None:
-    """GiB of GPU memory that a run may fill: of --gpu_memory_limit_gib, else of the card. None: neither is there."""
-    if args.gpu_memory_limit_gib is not None or not torch.cuda.is_available():
-        return args.gpu_memory_limit_gib
-    return torch.cuda.get_device_properties(0).total_memory / GIB - CUDA_CONTEXT_GIB
-
-
 def choose_recomputation(args: ModelArguments, estimate: typing.Callable[[int], dict[str, int]]) -> int:
     """`--checkpoint_every_n` as a number: for `auto` the fewest recomputed layers whose estimate fits."""
     if args.checkpoint_every_n != "auto":
@@ -4769,48 +4815,120 @@ def choose_recomputation(args: ModelArguments, estimate: typing.Callable[[int], 
     return every_n
 
 
-def check_compiler(device_type: str) -> None:
-    """VQAError where torch.compile would find no compiler that works, or not the headers of Python, which what it
-    compiles includes: of C on a GPU, for Triton's launchers, else of C++."""
-    variable, language, names = ("CC", "c", ("gcc", "clang")) if device_type == "cuda" else ("CXX", "c++", ("g++",))
-    compiler = os.environ.get(variable) or next(filter(shutil.which, names), names[0])
-    with tempfile.TemporaryDirectory() as folder:
-        headers = sysconfig.get_path("include", "posix_prefix")
-        command = [compiler, "-x", language, "-", "-I", headers, "-o", str(Path(folder) / "trial")]
-        program = "#include <Python.h>\nint main(void) { return 0; }\n"
-        try:
-            done = subprocess.run(command, input=program, capture_output=True, text=True, errors="replace")
-            failure = (done.stderr.strip() or f"exit status {done.returncode}") if done.returncode else ""
-        except OSError as error:
-            failure = str(error)
-    if failure:
-        raise VQAError(
-            f"--compile_layers: the compiler {compiler} does not work ({failure.splitlines()[0]}); fix it (Python.h "
-            f"is in the package python3-dev), name another in {variable}, or leave the flag out"
-        )
+def longest_samples(
+    datasets: tuple[SurgicalVQADataset, SurgicalVQADataset | None], data_args: DataArguments
+) -> tuple[int, int]:
+    """Tokens of the longest sample to train on and to evaluate on (0: none), with the inputs of `data_args`."""
+    longest = []
+    for dataset in datasets:
+        if dataset:
+            dataset = copy.copy(dataset)
+            dataset.processor = copy.copy(dataset.processor)
+            for name in ("audio_tokens", "frame_mode"):
+                setattr(dataset.processor, name, getattr(data_args, name))
+            dataset.max_train_frames, dataset.max_eval_frames = data_args.max_train_frames, data_args.max_eval_frames
+        longest.append(max(dataset.token_counts()) if dataset else 0)
+    return tuple(longest)
 
 
-def check_liger(device_type: str, needs_gpu: bool = True) -> None:
-    """VQAError where Liger's kernels, which are Triton's, cannot run: they take the package and, to run, a GPU."""
-    if device_type != "cuda" and needs_gpu:
-        raise VQAError("--use_liger_kernel needs a CUDA GPU, since its kernels are Triton's; leave the flag out")
-    module = "liger_kernel.ops" if device_type == "cuda" else "liger_kernel"  # the kernels may not load without a GPU
-    check_package("--use_liger_kernel", module, LIGER, "leave the flag out")
+def smaller_settings(flags: SimpleNamespace, every_n: int, most_frames: int) -> list[list[dict[str, object]]]:
+    """What may make a run fit: alternatives, from the least change to the greatest, of flags with their values. First
+    those that leave the result as it is, then fewer tokens, then coarser weights and states, then fewer frames."""
+
+    def halves(number: int) -> list[int]:
+        return [number >> shift for shift in range(1, number.bit_length())]
+
+    train, asked = flags.per_device_train_batch_size, flags.per_device_eval_batch_size
+    rows = train * flags.gradient_accumulation_steps
+    batches = [{"per_device_train_batch_size": n, "gradient_accumulation_steps": rows // n} for n in halves(train)]
+    frozen = not (flags.train_vision_tower or flags.train_audio_encoder)
+    return [
+        [{"checkpoint_every_n": "1"}] * (every_n != 1),
+        batches,
+        [{"per_device_eval_batch_size": n} for n in halves(asked)] * bool(flags.eval_data_path),
+        [{"cache_features": "features"}] * (frozen and not flags.cache_features),
+        [{"audio_tokens": "speech"}] * (flags.audio_tokens != "speech" and flags.input_mode != "text"),
+        [{"frame_mode": "video"}] * (flags.frame_mode != "video"),
+        [{"load_in_4bit": True}] * (flags.train_decoder == "lora" and not flags.load_in_4bit),
+        [{"optim": OptimizerNames.ADAMW_BNB}] * (optimizer_bytes(flags.optim.value) == 8),
+        [{"max_train_frames": n} for n in halves(most_frames)],
+    ]
 
 
-def check_bitsandbytes(what: str) -> None:
-    """VQAError, which begins with `what` asks for it, where bitsandbytes is missing or of a version not tested."""
-    check_package(what, "bitsandbytes", BITSANDBYTES, "take 16-bit weights")
+def advise_to_fit(
+    limit: float,
+    model: SpeechMixin,
+    datasets: tuple[SurgicalVQADataset, SurgicalVQADataset | None],
+    arguments: tuple[ModelArguments, DataArguments, VQATrainingArguments],
+    every_n: int,
+) -> str:
+    """Flags with which the estimate is below `limit` bytes, none of which could be left out; or that there are none."""
+    flags = SimpleNamespace(**{**vars(arguments[2]), **vars(arguments[1]), **vars(arguments[0])})
+
+    def peak(chosen: list[dict[str, object]]) -> int:
+        changes = {name: value for settings in chosen for name, value in settings.items()}
+        changed = [copy.copy(part) for part in arguments]
+        for part, (name, value) in itertools.product(changed, changes.items()):
+            if name in vars(part):
+                setattr(part, name, value)
+        tokens = longest_samples(datasets, changed[1])
+        phases = estimate_run(model, tokens, *changed, int(changes.get("checkpoint_every_n", every_n)))
+        return max(sum(parts.values()) for parts in phases.values())
+
+    options = smaller_settings(flags, every_n, max(len(datasets[0].media_of(i)[0]) for i in range(len(datasets[0]))))
+    chosen = [some[-1] if some else {} for some in options]
+    if peak(chosen) >= limit:
+        return "no flags of this script would make it fit: take a larger GPU, or a smaller model"
+    for index in reversed(range(len(options))):  # all at first; of each, the last ones first, the least that will do
+        smaller = ([*chosen[:index], settings, *chosen[index + 1 :]] for settings in ({}, *options[index]))
+        chosen = next(some for some in smaller if peak(some) < limit)
+    named = [f"--{n} {getattr(value, 'value', value)}" for settings in chosen for n, value in settings.items()]
+    return f"it would fit with {' '.join(named)} ({peak(chosen) / GIB:.1f} GiB)"
 
 
-def check_package(what: str, module: str, requirement: str, otherwise: str) -> None:
-    """VQAError where an optional package is missing, does not load or has a version not tested; `what` asks for it."""
-    try:
-        importlib.import_module(module)
-        require_version(requirement)
-    except Exception as error:  # a Triton, or native part, that does not fit raises what it likes
-        reason = first_line(error).rstrip(". ")
-        raise VQAError(f"{what}: {reason}; run `pip install '{requirement}'`, or {otherwise}") from error
+def plan(
+    model: SpeechMixin,
+    datasets: tuple[SurgicalVQADataset, SurgicalVQADataset | None],
+    model_args: ModelArguments,
+    data_args: DataArguments,
+    args: VQATrainingArguments,
+) -> int:
+    """--checkpoint_every_n as a number: every N-th layer is recomputed, 0: none.
+
+    With --dry_run also prints tokens, optimizer steps and memory, and raises a VQAError where that does not fit.
+    """
+    counted = data_args.dry_run or model_args.checkpoint_every_n == "auto"
+    lengths = [sorted(dataset.token_counts()) if counted and dataset else [0] for dataset in datasets]
+    arguments = model_args, data_args, args
+    estimate = partial(estimate_run, model, (lengths[0][-1], lengths[1][-1]), *arguments)
+    every_n = choose_recomputation(model_args, lambda n: estimate(n)["training"])
+    if not data_args.dry_run:
+        return every_n
+    for name, counts in zip(("train", "eval"), lengths, strict=True):
+        if counts[-1]:
+            spread = f"min {counts[0]}, median {counts[len(counts) // 2]}, max {counts[-1]}"
+            print(f"{name}: {len(counts)} samples, tokens per sample: {spread}")
+    samples = len(datasets[0])
+    per_epoch = max(1, math.ceil(math.ceil(samples / args.train_batch_size) / args.gradient_accumulation_steps))
+    steps = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * per_epoch)
+    print(f"steps: {steps} ({per_epoch} an epoch of {samples} samples)")
+    phases = estimate(every_n)
+    for phase, parts in phases.items():
+        shares = ", ".join(f"{name} {size / GIB:.1f}" for name, size in parts.items())
+        print(f"memory: about {sum(parts.values()) / GIB:.1f} GiB of the GPU at the peak of {phase} ({shares})")
+    phase, peak = max(((phase, sum(parts.values())) for phase, parts in phases.items()), key=operator.itemgetter(1))
+    limit = memory_limit(model_args)
+    if limit and peak > limit * GIB:
+        asked = model_args.gpu_memory_limit_gib is not None
+        what = f"--gpu_memory_limit_gib {limit:g}" if asked else f"the GPU, which has {limit:.1f} GiB"
+        advice = advise_to_fit(FITTING_SHARE * limit * GIB, model, datasets, arguments, every_n)
+        raise VQAError(f"{what}: does not hold the {peak / GIB:.1f} GiB of {phase}; {advice}")
+    return every_n
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# main
+# ----------------------------------------------------------------------------------------------------------------------
 
 
 def prepare_data(args: DataArguments) -> tuple[list[VQARow], list[VQARow], list[str]]:
@@ -4938,117 +5056,6 @@ def build_datasets(
             print(f"   Using {limit} frames (evenly sampled) to reduce eval memory")
     raise_problems(train.find_too_long() + (evaluation.find_too_long() if evaluation else []))
     return train, evaluation
-
-
-def longest_samples(
-    datasets: tuple[SurgicalVQADataset, SurgicalVQADataset | None], data_args: DataArguments
-) -> tuple[int, int]:
-    """Tokens of the longest sample to train on and to evaluate on (0: none), with the inputs of `data_args`."""
-    longest = []
-    for dataset in datasets:
-        if dataset:
-            dataset = copy.copy(dataset)
-            dataset.processor = copy.copy(dataset.processor)
-            for name in ("audio_tokens", "frame_mode"):
-                setattr(dataset.processor, name, getattr(data_args, name))
-            dataset.max_train_frames, dataset.max_eval_frames = data_args.max_train_frames, data_args.max_eval_frames
-        longest.append(max(dataset.token_counts()) if dataset else 0)
-    return tuple(longest)
-
-
-def smaller_settings(flags: SimpleNamespace, every_n: int, most_frames: int) -> list[list[dict[str, object]]]:
-    """What may make a run fit: alternatives, from the least change to the greatest, of flags with their values. First
-    those that leave the result as it is, then fewer tokens, then coarser weights and states, then fewer frames."""
-
-    def halves(number: int) -> list[int]:
-        return [number >> shift for shift in range(1, number.bit_length())]
-
-    train, asked = flags.per_device_train_batch_size, flags.per_device_eval_batch_size
-    rows = train * flags.gradient_accumulation_steps
-    batches = [{"per_device_train_batch_size": n, "gradient_accumulation_steps": rows // n} for n in halves(train)]
-    frozen = not (flags.train_vision_tower or flags.train_audio_encoder)
-    return [
-        [{"checkpoint_every_n": "1"}] * (every_n != 1),
-        batches,
-        [{"per_device_eval_batch_size": n} for n in halves(asked)] * bool(flags.eval_data_path),
-        [{"cache_features": "features"}] * (frozen and not flags.cache_features),
-        [{"audio_tokens": "speech"}] * (flags.audio_tokens != "speech" and flags.input_mode != "text"),
-        [{"frame_mode": "video"}] * (flags.frame_mode != "video"),
-        [{"load_in_4bit": True}] * (flags.train_decoder == "lora" and not flags.load_in_4bit),
-        [{"optim": OptimizerNames.ADAMW_BNB}] * (optimizer_bytes(flags.optim.value) == 8),
-        [{"max_train_frames": n} for n in halves(most_frames)],
-    ]
-
-
-def advise_to_fit(
-    limit: float,
-    model: SpeechMixin,
-    datasets: tuple[SurgicalVQADataset, SurgicalVQADataset | None],
-    arguments: tuple[ModelArguments, DataArguments, VQATrainingArguments],
-    every_n: int,
-) -> str:
-    """Flags with which the estimate is below `limit` bytes, none of which could be left out; or that there are none."""
-    flags = SimpleNamespace(**{**vars(arguments[2]), **vars(arguments[1]), **vars(arguments[0])})
-
-    def peak(chosen: list[dict[str, object]]) -> int:
-        changes = {name: value for settings in chosen for name, value in settings.items()}
-        changed = [copy.copy(part) for part in arguments]
-        for part, (name, value) in itertools.product(changed, changes.items()):
-            if name in vars(part):
-                setattr(part, name, value)
-        tokens = longest_samples(datasets, changed[1])
-        phases = estimate_run(model, tokens, *changed, int(changes.get("checkpoint_every_n", every_n)))
-        return max(sum(parts.values()) for parts in phases.values())
-
-    options = smaller_settings(flags, every_n, max(len(datasets[0].media_of(i)[0]) for i in range(len(datasets[0]))))
-    chosen = [some[-1] if some else {} for some in options]
-    if peak(chosen) >= limit:
-        return "no flags of this script would make it fit: take a larger GPU, or a smaller model"
-    for index in reversed(range(len(options))):  # all at first; of each, the last ones first, the least that will do
-        smaller = ([*chosen[:index], settings, *chosen[index + 1 :]] for settings in ({}, *options[index]))
-        chosen = next(some for some in smaller if peak(some) < limit)
-    named = [f"--{n} {getattr(value, 'value', value)}" for settings in chosen for n, value in settings.items()]
-    return f"it would fit with {' '.join(named)} ({peak(chosen) / GIB:.1f} GiB)"
-
-
-def plan(
-    model: SpeechMixin,
-    datasets: tuple[SurgicalVQADataset, SurgicalVQADataset | None],
-    model_args: ModelArguments,
-    data_args: DataArguments,
-    args: VQATrainingArguments,
-) -> int:
-    """--checkpoint_every_n as a number: every N-th layer is recomputed, 0: none.
-
-    With --dry_run also prints tokens, optimizer steps and memory, and raises a VQAError where that does not fit.
-    """
-    counted = data_args.dry_run or model_args.checkpoint_every_n == "auto"
-    lengths = [sorted(dataset.token_counts()) if counted and dataset else [0] for dataset in datasets]
-    arguments = model_args, data_args, args
-    estimate = partial(estimate_run, model, (lengths[0][-1], lengths[1][-1]), *arguments)
-    every_n = choose_recomputation(model_args, lambda n: estimate(n)["training"])
-    if not data_args.dry_run:
-        return every_n
-    for name, counts in zip(("train", "eval"), lengths, strict=True):
-        if counts[-1]:
-            spread = f"min {counts[0]}, median {counts[len(counts) // 2]}, max {counts[-1]}"
-            print(f"{name}: {len(counts)} samples, tokens per sample: {spread}")
-    samples = len(datasets[0])
-    per_epoch = max(1, math.ceil(math.ceil(samples / args.train_batch_size) / args.gradient_accumulation_steps))
-    steps = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * per_epoch)
-    print(f"steps: {steps} ({per_epoch} an epoch of {samples} samples)")
-    phases = estimate(every_n)
-    for phase, parts in phases.items():
-        shares = ", ".join(f"{name} {size / GIB:.1f}" for name, size in parts.items())
-        print(f"memory: about {sum(parts.values()) / GIB:.1f} GiB of the GPU at the peak of {phase} ({shares})")
-    phase, peak = max(((phase, sum(parts.values())) for phase, parts in phases.items()), key=operator.itemgetter(1))
-    limit = memory_limit(model_args)
-    if limit and peak > limit * GIB:
-        asked = model_args.gpu_memory_limit_gib is not None
-        what = f"--gpu_memory_limit_gib {limit:g}" if asked else f"the GPU, which has {limit:.1f} GiB"
-        advice = advise_to_fit(FITTING_SHARE * limit * GIB, model, datasets, arguments, every_n)
-        raise VQAError(f"{what}: does not hold the {peak / GIB:.1f} GiB of {phase}; {advice}")
-    return every_n
 
 
 def make_trainer(
