@@ -401,21 +401,52 @@ OPTIMIZERS = [
     *("adamw_torch", "adamw_torch_fused", "adafactor", "sgd", "adagrad", "rmsprop"),
     *(name.value for name in OptimizerNames if BITSANDBYTES_OPTIMIZER.fullmatch(name.value)),
 ]
-# Flags that nothing reads without another one: (flags, the other, whether its value makes them read).
+# Flags that nothing reads without another one: the flags, the other, whether its value makes them read.
 READ_WITH = (
-    (("eval_steps",), "--eval_strategy steps", lambda flags: flags.eval_strategy == "steps"),
+    ("eval_steps", "--eval_strategy steps", lambda flags: flags.eval_strategy == "steps"),
     (
-        ("eval_delay", "load_best_model_at_end", "metric_for_best_model"),
+        "eval_delay load_best_model_at_end metric_for_best_model",
         "--eval_strategy steps or epoch",
         lambda flags: flags.eval_strategy != "no",
     ),
-    (("do_eval", "eval_on_start"), "--eval_data_path", lambda flags: flags.eval_data_path),
-    (("greater_is_better",), "--metric_for_best_model", lambda flags: flags.metric_for_best_model),
+    ("do_eval eval_on_start eval_answers", "--eval_data_path", lambda flags: flags.eval_data_path),
+    ("greater_is_better", "--metric_for_best_model", lambda flags: flags.metric_for_best_model),
+    ("early_stopping_threshold", "--early_stopping_patience", lambda flags: flags.early_stopping_patience),
     (
-        ("dataloader_persistent_workers", "dataloader_prefetch_factor", "dataloader_multiprocessing_context"),
+        "speech_token_jitter",
+        "--audio_tokens speech, and an --input_mode with speech",
+        lambda flags: counts_speech(flags),
+    ),
+    (
+        "dataloader_persistent_workers dataloader_prefetch_factor dataloader_multiprocessing_context",
         "--dataloader_num_workers 1 or more",
         lambda flags: flags.dataloader_num_workers,
     ),
+)
+# What numbers must be: the flags, the rule, and the rule in words.
+NUMBER_RULES = (
+    ("max_train_frames max_train_samples max_eval_samples", lambda n: n >= 1, "at least 1; leave it out for all"),
+    (
+        "max_image_size lora_r lora_alpha per_device_train_batch_size per_device_eval_batch_size save_total_limit "
+        "gradient_accumulation_steps eval_accumulation_steps dataloader_prefetch_factor",
+        lambda n: n >= 1,
+        "at least 1",
+    ),
+    ("max_steps", lambda n: n >= 1 or n == -1, "at least 1; -1: as --num_train_epochs says"),
+    (
+        "learning_rate gpu_memory_limit_gib logging_steps save_steps eval_steps neftune_noise_alpha num_train_epochs",
+        lambda n: 0 < n < math.inf,  # nor NaN
+        "above 0",
+    ),
+    (
+        "weight_decay adam_epsilon max_grad_norm dataloader_num_workers eval_delay early_stopping_threshold",
+        lambda n: 0 <= n < math.inf,
+        "0 or more",
+    ),
+    ("max_eval_frames", lambda n: n >= 0, "0 (all frames) or more"),
+    ("speech_token_jitter early_stopping_patience eval_answers", lambda n: n >= 0, "0 (off) or more"),
+    ("lora_dropout adam_beta1 adam_beta2", lambda n: 0 <= n < 1, "0 or more, and below 1"),
+    ("seed data_seed", lambda n: 0 <= n < 2**32, f"from 0 to {2**32 - 1}"),
 )
 
 
@@ -578,24 +609,16 @@ class DataArguments:
     )
 
 
-def withheld(name: str, default, factory):
+def withheld(original) -> tuple:
     """The field of a flag of TrainingArguments that is not offered: its default, or what SET_HERE has for it."""
-    if name in SET_HERE:
-        return name, object, field(default_factory=lambda: SET_HERE[name], init=False)
-    if factory is not MISSING:
-        return name, object, field(default_factory=factory, init=False)
-    return name, object, field(default=default, init=False)
+    factory = original.default_factory
+    if factory is MISSING:
+        factory = partial(SET_HERE.get, original.name, original.default)
+    return original.name, object, field(default_factory=factory, init=False)
 
 
-OfferedArguments = make_dataclass(
-    "OfferedArguments",
-    [
-        withheld(f.name, f.default, f.default_factory)
-        for f in fields(TrainingArguments)
-        if f.name in SET_HERE or f"--{f.name}" in REFUSED_FLAGS
-    ],
-    bases=(TrainingArguments,),
-)
+not_offered = [f for f in fields(TrainingArguments) if f.name in SET_HERE or f"--{f.name}" in REFUSED_FLAGS]
+OfferedArguments = make_dataclass("OfferedArguments", map(withheld, not_offered), bases=(TrainingArguments,))
 
 
 @dataclass
@@ -687,19 +710,23 @@ def parse_arguments(argv: Sequence[str]) -> tuple[ModelArguments, DataArguments,
         raise VQAError(what + " ".join(str(error).split())) from error
     if model_args.adapter_path:
         start_from_adapter(model_args, data_args, training_args.resume_from_checkpoint, given)
-    # --use_liger_kernel is that of the model: the Trainer's own is off
-    flags = SimpleNamespace(**{**vars(training_args), **vars(data_args), **vars(model_args)})
+    flags = together(model_args, data_args, training_args)
     refuse_missing(flags, given)
     check_patterns(flags.audio_pattern, flags.frame_pattern)
     refuse_numbers(flags)
     refuse_contradictions(flags, given)
     refuse_optimizer(training_args)
-    refuse_unmeasured(flags, given)
+    refuse_unmeasured(flags)
     refuse_surroundings(flags, training_args)
     data_args.max_eval_frames = data_args.max_eval_frames or None
     if not counts_speech(flags):
         data_args.speech_token_jitter = 0
     return model_args, data_args, training_args
+
+
+def together(model_args: ModelArguments, data_args: DataArguments, args: VQATrainingArguments) -> SimpleNamespace:
+    """All flags; --use_liger_kernel is that of the model, since the Trainer's own is off."""
+    return SimpleNamespace(**{**vars(args), **vars(data_args), **vars(model_args)})
 
 
 def flag_names() -> list[str]:
@@ -766,41 +793,12 @@ def refuse_numbers(flags: SimpleNamespace) -> None:
     """VQAError where a number is one that nothing can be trained with."""
     if not re.fullmatch(r"\d+|auto", flags.checkpoint_every_n):
         raise VQAError("--checkpoint_every_n must be 0 (none), 1 (every layer), N (every N-th layer) or auto")
-    optional = ("max_train_frames", "max_train_samples", "max_eval_samples")
-    counts = ("eval_accumulation_steps", "save_total_limit", "dataloader_prefetch_factor")
-    batches = ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps")
-    positive = ["learning_rate", "gpu_memory_limit_gib", "logging_steps", "save_steps", "eval_steps"]
-    positive += ["neftune_noise_alpha", *(["num_train_epochs"] if flags.max_steps <= 0 else [])]
-    not_negative = ("weight_decay", "adam_epsilon", "max_grad_norm", "dataloader_num_workers", "eval_delay")
-    for names, holds, rule in (
-        (optional, lambda number: number >= 1, "must be at least 1; leave it out for all"),
-        (
-            ("max_image_size", "lora_r", "lora_alpha", *batches, *counts),
-            lambda number: number >= 1,
-            "must be at least 1",
-        ),
-        (positive, lambda number: 0 < number < math.inf, "must be above 0"),  # nor NaN
-        (not_negative, lambda number: 0 <= number < math.inf, "must be 0 or more"),
-        (
-            ("lora_dropout", "adam_beta1", "adam_beta2"),
-            lambda number: 0 <= number < 1,
-            "must be 0 or more, and below 1",
-        ),
-        (("seed", "data_seed"), lambda number: 0 <= number < 2**32, f"must be from 0 to {2**32 - 1}"),
-        (
-            ["max_steps"],
-            lambda number: number >= 1 or number == -1,
-            "must be at least 1; -1: as --num_train_epochs says",
-        ),
-        (["max_eval_frames"], lambda number: number >= 0, "must be 0 (all frames) or more"),
-        (["speech_token_jitter"], lambda number: number >= 0, "must be 0 (none) or more"),
-        (["early_stopping_patience", "eval_answers"], lambda number: number >= 0, "must be 0 (off) or more"),
-        (["early_stopping_threshold"], lambda number: 0 <= number < math.inf, "must be 0 or more"),
-    ):
-        for name in names:
+    for names, holds, rule in NUMBER_RULES:
+        for name in names.split():
             number = getattr(flags, name)
-            if number is not None and not holds(number):
-                raise VQAError(f"--{name} {number}: {rule}")
+            unread = name == "num_train_epochs" and flags.max_steps > 0
+            if number is not None and not unread and not holds(number):
+                raise VQAError(f"--{name} {number}: must be {rule}")
 
 
 def counts_speech(flags: SimpleNamespace) -> bool:
@@ -811,48 +809,42 @@ def counts_speech(flags: SimpleNamespace) -> bool:
 def refuse_contradictions(flags: SimpleNamespace, given: set[str]) -> None:
     """VQAError where flags contradict others on what is trained, or how, or nothing reads them for lack of another."""
     for names, other, is_read in READ_WITH:
-        for name in names:
+        for name in names.split():
             if f"--{name}" in given and getattr(flags, name) and not is_read(flags):
                 raise VQAError(f"--{name} needs {other}: add that, or leave it out")
     if flags.use_liger_kernel and flags.compile_layers:
         raise VQAError("--use_liger_kernel: --compile_layers True fuses the same operations; leave one of them out")
     if flags.train_audio_encoder and flags.input_mode == "text":
         raise VQAError("--train_audio_encoder: with --input_mode text there is no speech; leave one of them out")
-    if "--speech_token_jitter" in given and flags.speech_token_jitter and not counts_speech(flags):
-        message = "needs --audio_tokens speech, and an --input_mode with speech; leave it out"
-        raise VQAError(f"--speech_token_jitter {flags.speech_token_jitter}: {message}")
     for name in ("train_vision_tower", "train_audio_encoder"):
         if flags.cache_features and getattr(flags, name):
             raise VQAError(f"--cache_features keeps what frozen encoders put out, and --{name} trains one; drop either")
+    source, what = flags.adapter_path, "adapter of --adapter_path"
     if flags.train_decoder == "full":
         if idle := sorted(given & {"--lora_r", "--lora_alpha", "--lora_dropout"}):
             raise VQAError(f"{', '.join(idle)}: --train_decoder full has no adapters; leave it out")
         if flags.load_in_4bit:
             raise VQAError("--load_in_4bit: 4-bit weights cannot be trained; leave it out, or --train_decoder full")
-        if Path(flags.model_name_or_path).resolve() == Path(flags.output_dir).resolve():
-            message = "holds the base model, which the trained one would overwrite; name another folder"
-            raise VQAError(f"--output_dir {flags.output_dir}: {message}")
-    elif flags.adapter_path and Path(flags.adapter_path).resolve() == Path(flags.output_dir).resolve():
-        message = "holds the adapter of --adapter_path, which the new one would overwrite; name another folder"
-        raise VQAError(f"--output_dir {flags.output_dir}: {message}")
+        source, what = flags.model_name_or_path, "base model"
+    if source and Path(source).resolve() == Path(flags.output_dir).resolve():
+        advice = "which the new one would overwrite; name another folder"
+        raise VQAError(f"--output_dir {flags.output_dir}: holds the {what}, {advice}")
 
 
 def refuse_optimizer(args: VQATrainingArguments) -> None:
     """VQAError where optimizer or schedule cannot be made from their flags, by making them for one number."""
-    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=args.learning_rate)
+    number = [nn.Parameter(torch.zeros(1))]
+    optimizer = torch.optim.SGD(number, lr=args.learning_rate)
+    flag_said = f"--optim {args.optim.value}"
     try:
         if not BITSANDBYTES_OPTIMIZER.fullmatch(args.optim.value):  # which need a GPU
             kind, options = Trainer.get_optimizer_cls_and_kwargs(args)
-            kind([nn.Parameter(torch.zeros(1))], **options)
+            kind(number, **options)
+        kwargs = args.lr_scheduler_kwargs
+        flag_said = f"--lr_scheduler_type {args.lr_scheduler_type.value} with --lr_scheduler_kwargs {kwargs}"
+        get_scheduler(args.lr_scheduler_type, optimizer, 1, 2, kwargs)
     except (ValueError, TypeError, ImportError) as error:
-        raise VQAError(f"--optim {args.optim.value}: {first_line(error)}") from error
-    try:
-        get_scheduler(args.lr_scheduler_type, optimizer, 1, 2, args.lr_scheduler_kwargs)
-    except (ValueError, TypeError) as error:
-        what = (
-            f"--lr_scheduler_type {args.lr_scheduler_type.value} with --lr_scheduler_kwargs {args.lr_scheduler_kwargs}"
-        )
-        raise VQAError(f"{what}: {first_line(error)}") from error
+        raise VQAError(f"{flag_said}: {first_line(error)}") from error
 
 
 def log_in_to_wandb() -> None:
@@ -864,19 +856,15 @@ def log_in_to_wandb() -> None:
         raise VQAError(f"--report_to wandb: {first_line(error)}; {advice}") from error
 
 
-def refuse_unmeasured(flags: SimpleNamespace, given: set[str]) -> None:
+def refuse_unmeasured(flags: SimpleNamespace) -> None:
     """VQAError where no evaluation measures what is to choose the model, or to stop the run."""
     metrics = [f"eval_{name}" for name in ("loss", *(ANSWER_METRICS if flags.eval_answers else ()))]
     metric, stopping = flags.metric_for_best_model, flags.early_stopping_patience
     if metric is not None and f"eval_{metric.removeprefix('eval_')}" not in metrics:
         more = "" if flags.eval_answers else "; --eval_answers N adds eval_" + ", eval_".join(ANSWER_METRICS)
         raise VQAError(f"--metric_for_best_model {metric}: evaluations measure {', '.join(metrics)}{more}")
-    if flags.eval_answers and not flags.eval_data_path:
-        raise VQAError(f"--eval_answers {flags.eval_answers} needs --eval_data_path: name the questions to answer")
     if flags.eval_answers and not SCORER.is_file():
         raise VQAError(f"--eval_answers: {SCORER}, which scores the answers, is missing; copy it there")
-    if "--early_stopping_threshold" in given and not stopping:
-        raise VQAError("--early_stopping_threshold does nothing without --early_stopping_patience; leave it out")
     if stopping and not flags.load_best_model_at_end:
         raise VQAError(
             f"--early_stopping_patience {stopping} needs --load_best_model_at_end True: else the run would end with "
@@ -987,6 +975,11 @@ def check_package(what: str, module: str, requirement: str, otherwise: str) -> N
 # ----------------------------------------------------------------------------------------------------------------------
 
 
+def split_digests(digests: bytes) -> list[bytes]:
+    """Digests that follow each other, one by one."""
+    return [digests[i : i + DIGEST_BYTES] for i in range(0, len(digests), DIGEST_BYTES)]
+
+
 @dataclass(slots=True)
 class VQARow:
     """One line of a question file in the REAL-Colon-VQA schema, and where its media were found."""
@@ -1027,7 +1020,7 @@ class VQARow:
 
         Of media only those that `check_media` passed. Case and punctuation of the question do not count.
         """
-        media = [self.digests[i : i + DIGEST_BYTES] for i in range(0, len(self.digests), DIGEST_BYTES)]
+        media = split_digests(self.digests)
         frames, speech = media[: len(self.frame_paths)], media[len(self.frame_paths) :]
         clip, wording = b"".join(frames), " ".join(re.findall(r"\w+", self.question.casefold())).encode()
         clip, wording = (hashlib.sha256(content).digest()[:DIGEST_BYTES] for content in (clip, wording))
@@ -1347,8 +1340,7 @@ def check_media(rows: Iterable[VQARow]) -> list[Problem]:
             users.setdefault(path, []).append(row)
     known, state_of = read_passed(), {}
     for path in users:
-        stat = os.stat(path)
-        state_of[os.path.abspath(path)] = [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino]
+        state_of[os.path.abspath(path)] = [*version_of(path)]
     passed = {name: known[name] for name, state in state_of.items() if known.get(name, [])[:4] == state}
     waiting = {path: name for path, name in zip(users, state_of, strict=True) if name not in passed}
     unchanged = len(passed)
@@ -1382,6 +1374,14 @@ def check_media(rows: Iterable[VQARow]) -> list[Problem]:
         whole = all(path in content_of for path in row.media)
         row.digests = bytes.fromhex("".join(content_of[path][1] for path in row.media)) if whole else b""
     return problems
+
+
+def version_of(path: Path) -> tuple[int, ...]:
+    """What changes when a file is replaced; () where there is none, as decoding will say."""
+    if not path.exists():
+        return ()
+    stat = path.stat()
+    return stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino
 
 
 def level_spread(path: Path) -> int:
@@ -2115,14 +2115,6 @@ def mel_of(processor: VQAProcessor, path: Path, version: tuple) -> tuple[torch.T
     `version` is from `version_of`, so that a file that was replaced is decoded anew.
     """
     return processor.log_mel(load_speech(path), path)
-
-
-def version_of(path: Path) -> tuple[int, ...]:
-    """What changes when a file is replaced; () where there is none, as decoding will say."""
-    if not path.exists():
-        return ()
-    stat = path.stat()
-    return stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino
 
 
 def select_frames(frames: Sequence, limit: int | None) -> Sequence:
@@ -2911,7 +2903,7 @@ def load_tokenizer(model_name_or_path: str | Path) -> PreTrainedTokenizerBase:
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = first_line(error)
         raise VQAError(f"{path}: no readable tokenizer ({reason}); its tokenizer.json belongs there") from error
     if AUDIO_PAD not in tokenizer.get_vocab():
         tokenizer.add_special_tokens({"additional_special_tokens": [AUDIO_PAD]}, replace_extra_special_tokens=False)
@@ -4034,8 +4026,7 @@ def read_digests(*folders: str | Path | None) -> set[bytes] | None:
     told = [(file, file.read_bytes()) for file in files if file.is_file()]
     if damaged := next((file for file, stored in told if not stored or len(stored) % DIGEST_BYTES), None):
         raise VQAError(f"{damaged}: is damaged; copy it again, or remove it to do without")
-    digests = {stored[i : i + DIGEST_BYTES] for _, stored in told for i in range(0, len(stored), DIGEST_BYTES)}
-    return digests if told else None
+    return {digest for _, stored in told for digest in split_digests(stored)} if told else None
 
 
 def write_digests(folder: Path, digests: Iterable[bytes] | None) -> None:
@@ -4416,7 +4407,7 @@ class VQATrainer(Trainer):
         model = self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
         tokenizer = self.tokenizer
         decoding = tokenizer.pad_token_id, stop_token_ids(tokenizer), ANSWER_TOKENS
-        size = math.ceil(len(indices) / math.ceil(len(indices) / self.answers_at_once))  # batches of about one size
+        size = even_size(len(indices), self.answers_at_once)
 
         def heeding_signals(samples: Iterable[dict]) -> Iterator[dict]:
             for sample in samples:
@@ -4474,6 +4465,11 @@ class GroupedByLength(LengthGroupedSampler):
     def set_epoch(self, epoch: int) -> None:
         """Called by the Trainer before each epoch."""
         self.generator.manual_seed(self.seed + epoch)
+
+
+def even_size(count: int, most: int) -> int:
+    """Rows in a batch where `count` go in batches of about one size, of at most `most`."""
+    return math.ceil(count / math.ceil(count / most))
 
 
 def spread_over_types(rows: Sequence[VQARow], count: int) -> list[int]:
@@ -4671,7 +4667,6 @@ class PeakMemory(TrainerCallback):
             torch.cuda.reset_peak_memory_stats()
 
     on_step_end = partialmethod(_note, "training")
-    on_evaluate = partialmethod(_note, "evaluation")
     on_evaluate = partialmethod(_note, "evaluation")  # with --eval_answers
     on_save = partialmethod(_note, "saving")
 
@@ -4796,7 +4791,7 @@ def estimate_run(
         values = args.per_device_eval_batch_size * (patches * patch + 3 * positions * speech.encoder_ffn_dim)
         phases["evaluation"]["encoders"] = size * values
     if args.eval_answers:
-        rows = math.ceil(args.eval_answers / math.ceil(args.eval_answers / ANSWERS_AT_ONCE))
+        rows = even_size(args.eval_answers, ANSWERS_AT_ONCE)
         read = max(longest_asked, min(PREFILL_TOKENS, rows * longest_asked))
         head = text.hidden_size // text.num_attention_heads
         kept = 2 * head * text.num_key_value_heads * (text.num_hidden_layers + 2) * size
@@ -4863,7 +4858,7 @@ def advise_to_fit(
     every_n: int,
 ) -> str:
     """Flags with which the estimate is below `limit` bytes, none of which could be left out; or that there are none."""
-    flags = SimpleNamespace(**{**vars(arguments[2]), **vars(arguments[1]), **vars(arguments[0])})
+    flags = together(*arguments)
 
     def peak(chosen: list[dict[str, object]]) -> int:
         changes = {name: value for settings in chosen for name, value in settings.items()}
@@ -5131,15 +5126,18 @@ def train(
     stored = load_settings(checkpoint) if checkpoint else {}
     if "started_from" in stored:
         model_args.base_seed = stored["model"]["init_seed"]
-    data_args.prompt_layout = choose_layout(model_args.model_name_or_path, data_args.prompt_layout)
+    base = model_args.model_name_or_path
+    data_args.prompt_layout = choose_layout(base, data_args.prompt_layout)
     tokenizer, config = check_model(model_args, training_args)
     processor = VQAProcessor(tokenizer, config, **{name: getattr(data_args, name) for name in PROCESSOR_FIELDS})
+    earlier_digests = read_digests(resolve_model_dir(base), model_args.adapter_path, checkpoint)
     settings_of = partial(resolved_settings, model_args, data_args, training_args, processor)
     if checkpoint:
         refuse_other_settings(checkpoint, settings_of(stored["model"].get("base_fingerprint")))
 
     # 3. Data, before any weight is loaded; model and datasets
     train_rows, eval_rows, skipped = prepare_data(data_args)
+    training_args.eval_answers = min(training_args.eval_answers, len(eval_rows))
     device = "meta" if data_args.dry_run else training_args.device
     model, trained, base_fingerprint = build_model(model_args, training_args, tokenizer, device)
     datasets = build_datasets(train_rows, eval_rows, processor, data_args, training_args.seed)
@@ -5170,8 +5168,7 @@ def train(
     callbacks = [memory, *([target] if target else [])]
     multiple = model_args.padding_multiple
     trainer = make_trainer(trained, datasets, settings, multiple, callbacks, training_args, stop_signal)
-    base_folder = resolve_model_dir(model_args.model_name_or_path)
-    trainer.digests |= read_digests(base_folder, model_args.adapter_path, checkpoint) or set()
+    trainer.digests |= earlier_digests or set()
     marker = Path(training_args.output_dir) / STARTED_FILE
     if model_args.adapter_path:
         marker.write_text(f"{model_args.adapter_path}\n", encoding="utf-8")
