@@ -604,8 +604,7 @@ class DataArguments:
         False, "Read the data, count parameters, tokens and steps without allocating weights, and exit."
     )
     target_train_loss: float | None = flag(
-        None,
-        "Stop once the logged loss is below this; exit status 1 if it never is. None: train to the end.",
+        None, "Stop once the logged loss is below this; exit status 1 if it never is. None: train to the end."
     )
 
 
@@ -630,8 +629,7 @@ class VQATrainingArguments(OfferedArguments):
         "Evaluate on --eval_data_path, as is done wherever that is given: as --eval_strategy says, else at the end.",
     )
     warmup_ratio: float | None = flag(
-        None,
-        "Share of the steps, from 0 to below 1, in which the learning rate rises; in place of --warmup_steps.",
+        None, "Share of the steps, from 0 to below 1, in which the learning rate rises; in place of --warmup_steps."
     )
     optim: str = flag(
         "adamw_torch_fused", "The optimizer; those of bitsandbytes need that package and a GPU.", OPTIMIZERS
@@ -642,17 +640,6 @@ class VQATrainingArguments(OfferedArguments):
         "about the same number of tokens come together, so that batches are padded less).",
         ["random", "sequential", "group_by_length"],
     )
-
-    def __post_init__(self):
-        if not self.do_eval:
-            raise ValueError("--do_eval False: leave out --eval_data_path to train without evaluation")
-        if self.warmup_ratio is not None:
-            if not 0 <= self.warmup_ratio < 1:
-                raise ValueError(f"--warmup_ratio {self.warmup_ratio}: must be 0 or more, and below 1")
-            if self.warmup_steps not in (0, self.warmup_ratio):
-                raise ValueError("--warmup_ratio and --warmup_steps say the same; leave one of them out")
-            self.warmup_steps = self.warmup_ratio  # transformers takes a number below 1 for the share
-        super().__post_init__()
 
     early_stopping_patience: int = flag(
         0,
@@ -670,6 +657,17 @@ class VQATrainingArguments(OfferedArguments):
         f"{ANSWER_TOKENS} tokens, kept in {ANSWERS_DIR} of --output_dir, and computed {ANSWERS_AT_ONCE} at a time, or "
         "fewer where these do not fit. 0: the loss alone.",
     )
+
+    def __post_init__(self):
+        if not self.do_eval:
+            raise ValueError("--do_eval False: leave out --eval_data_path to train without evaluation")
+        if self.warmup_ratio is not None:
+            if not 0 <= self.warmup_ratio < 1:
+                raise ValueError(f"--warmup_ratio {self.warmup_ratio}: must be 0 or more, and below 1")
+            if self.warmup_steps not in (0, self.warmup_ratio):
+                raise ValueError("--warmup_ratio and --warmup_steps say the same; leave one of them out")
+            self.warmup_steps = self.warmup_ratio  # transformers takes a number below 1 for the share
+        super().__post_init__()
 
     @property
     def compute_dtype(self) -> torch.dtype:
@@ -725,8 +723,10 @@ def parse_arguments(argv: Sequence[str]) -> tuple[ModelArguments, DataArguments,
 
 
 def together(model_args: ModelArguments, data_args: DataArguments, args: VQATrainingArguments) -> SimpleNamespace:
-    """All flags; --use_liger_kernel is that of the model, since the Trainer's own is off."""
-    return SimpleNamespace(**{**vars(args), **vars(data_args), **vars(model_args)})
+    """All flags, and what follows from them; --use_liger_kernel is the model's, since the Trainer's own is off."""
+    flags = SimpleNamespace(**{**vars(args), **vars(data_args), **vars(model_args)})
+    flags.compute_dtype, flags.padding_multiple = args.compute_dtype, model_args.padding_multiple
+    return flags
 
 
 def flag_names() -> list[str]:
@@ -1399,26 +1399,23 @@ def level_spread(path: Path) -> int:
 
 
 def find_empty_frames(rows: Sequence[VQARow]) -> tuple[str | None, bool]:
-    """Frames of one colour, and frames whose names differ and whose bytes are equal: what there is to say of them, None
-    if there are none, and whether too many rows have such frames. `check_media` must have seen the rows; that they name
-    the same frames does not count."""
-    named: dict[bytes, dict[Path, str]] = {}
+    """What there is to say of frames of one colour, and of frames whose names differ and whose bytes are equal (None:
+    there are none); and whether too many rows have such frames. `check_media` must have seen the rows."""
+    named: dict[bytes, dict[Path, str]] = {}  # digest -> file -> the name of the frame
     for row in rows:
-        digests = row.contents["frame"]
-        for frame, path, digest in zip(row.frames, row.frame_paths, digests, strict=False):
-            named.setdefault(digest, {}).setdefault(path, (row, frame))
-    several = [found for found in named.values() if len(found) > 1]
-    name = partial(fill_pattern, "{video}_{frame_number}")
-    equal = {path: None for found in several if len({name(*use) for use in found.values()}) > 1 for path in found}
-    uniform = {path: None for row in rows for path in row.one_colour}
-    count = sum(not (uniform.keys() | equal.keys()).isdisjoint(row.frame_paths) for row in rows)
-    parts = (
-        f"{len(paths)} {what} ({', '.join(map(str, list(paths)[:3]))}{', ...' * (len(paths) > 3)})"
-        for paths, what in ((uniform, "of one colour"), (equal, "with the bytes of another name"))
-        if paths
-    )
+        for frame, path, digest in zip(row.frames, row.frame_paths, row.contents["frame"], strict=False):
+            named.setdefault(digest, {})[path] = fill_pattern("{video}_{frame_number}", row, frame)
+    equal = [path for found in named.values() if len(set(found.values())) > 1 for path in found]
+    uniform = list(dict.fromkeys(path for row in rows for path in row.one_colour))
+    empty = {*uniform, *equal}
+    count = sum(not empty.isdisjoint(row.frame_paths) for row in rows)
     if not count:
         return None, False
+    parts = []
+    for paths, what in ((uniform, "of one colour"), (equal, "with the bytes of another name")):
+        if paths:
+            some = ", ".join(map(str, paths[:3])) + ", ..." * (len(paths) > 3)
+            parts.append(f"{len(paths)} {what} ({some})")
     text = f"{rows[0].source}: {count} of {len(rows)} rows have frames that show nothing of their own: "
     return text + ", ".join(parts), count > max(1, MAX_EMPTY * len(rows))
 
@@ -1908,18 +1905,11 @@ class VQAProcessor:
     def build(
         self, question: str, vision_tokens: Sequence[int], audio_tokens: int, answer: str | None
     ) -> dict[str, torch.Tensor]:
-        """Token ids of one sample, in the processor's prompt layout.
+        """Token ids of one sample: `vision_tokens` of each frame, or of the one video, `audio_tokens` of the speech.
 
-        Args:
-            question: in words; only the text modes use it.
-            vision_tokens: tokens of each frame, or of the one video.
-            audio_tokens: tokens of the speech, which has none in text mode.
-            answer: to be learned, or None for the prompt alone.
-
-        Returns:
-            `input_ids`, `mm_token_type_ids` (0 text and speech, 1 image, 2 video) and `labels` (the answer, its stop
-            token and the layout's `after_answer`; -100 elsewhere), each int64 [T]; `vision_at` and `speech_at`, int64
-            [n], where they go.
+        Only the text modes use `question`; `answer` None is the prompt alone. Returns `input_ids`, `mm_token_type_ids`
+        (0 text and speech, 1 image, 2 video) and `labels` (the answer, its stop token and the layout's `after_answer`;
+        -100 elsewhere), each int64 [T]; `vision_at` and `speech_at`, int64 [n], where they go.
         """
         before, between, after, learned = self.text_ids(question, answer)
         speech = [self.audio_id] * audio_tokens if self.input_mode != "text" else []
@@ -1955,22 +1945,11 @@ class VQAProcessor:
         vision_features: tuple[torch.Tensor, torch.Tensor] | None = None,
         speech_features: torch.Tensor | None = None,
     ) -> dict[str, torch.Tensor]:
-        """One sample as model inputs, without a batch dimension.
+        """One sample as model inputs, without a batch dimension; with the answer if `with_answer`.
 
-        Args:
-            row: question and answer.
-            frames: RGB, from `load_frame`.
-            speech: float32 [n] at 16 kHz, or what `log_mel` made of it; None in text mode.
-            with_answer: append the answer and label it.
-            vision_features: features and grid of the clip, used in place of `frames`.
-            speech_features: features of the speech, used in place of `speech`.
-
-        Returns:
-            The tensors of `build`; those of `patches_of` as `pixel_values` and `image_grid_thw` or
-            `video_grid_thw`, and outside text mode those of `log_mel` as `input_features` and `audio_lengths`;
-            `vision_features` and `speech_features` in their place where given; with the answer `position_ids` int64
-            [T, 3].
-
+        `frames` are RGB, from `load_frame`; `speech` is float32 [n] at 16 kHz or from `log_mel`, None in text mode.
+        `vision_features` (features and grid of the clip) and `speech_features` stand in for them. Returns the tensors
+        of `build`, `patches_of` and `log_mel`, or the features given, and with the answer `position_ids` int64 [T, 3].
         VQAError for speech longer than the encoder's window, or frames that cannot be paired.
         """
         media = {}
@@ -2128,17 +2107,11 @@ def select_frames(frames: Sequence, limit: int | None) -> Sequence:
 class SurgicalVQADataset(torch.utils.data.Dataset):
     """Spoken questions about clips, as model inputs.
 
-    Args:
-        rows: from `load_rows`, or the path of a question file, which is then read and checked here; that needs
-            `frames_dir` and, outside text mode, `audio_dir`.
-        processor: turns a row into tensors.
-        max_train_frames: frames per clip when `is_eval` is False. None: all.
-        max_eval_frames: frames per clip when `is_eval` is True. None: all.
-        with_answer: False leaves the answer out, for generation.
-        with_index: add `row_indices`, so that the Trainer can name a sample.
-        speech_token_jitter: tokens of silence behind the speech at most, drawn by `seed`, the epoch and the row.
-
-    `epoch` is in shared memory, so that loader workers which outlive an epoch see it change.
+    `rows` are from `load_rows`, or the path of a question file, which is then read and checked here; that needs
+    `frames_dir` and, outside text mode, `audio_dir`. A clip has at most `max_eval_frames` frames with `is_eval`, else
+    `max_train_frames`; None: all. `with_answer` False is for generation; `with_index` adds `row_indices`, so that the
+    Trainer can name a sample. Up to `speech_token_jitter` tokens of silence follow the speech, drawn by `seed`, the
+    epoch and the row. `epoch` is in shared memory, so that loader workers which outlive an epoch see it change.
     """
 
     def __init__(
@@ -2236,11 +2209,9 @@ class SurgicalVQADataset(torch.utils.data.Dataset):
 class VQACollator:
     """Batches samples: text is padded, frames are concatenated, speech is stacked.
 
-    Args:
-        pad_token_id: fills `input_ids`; padding is never recognised by this id.
-        padding_side: `left` for generation. `right` for training: there causal attention never reaches the padding,
-            and without a mask sdpa takes its flash kernel.
-        multiple: batches are padded to a multiple of so many tokens, the rest on the right. 1: to their longest sample.
+    Padding is filled with `pad_token_id`, and never recognised by it. `padding_side` is `left` for generation, `right`
+    for training: there causal attention never reaches the padding, and without a mask sdpa takes its flash kernel.
+    Batches are padded to a multiple of `multiple` tokens, the rest on the right.
     """
 
     FILL = {"labels": IGNORE_INDEX, "mm_token_type_ids": 0, "attention_mask": 0, "position_ids": 0}  # noqa: RUF012
@@ -2515,14 +2486,10 @@ class SpeechMixin:
     ) -> Answer:
         """Answer one question about a clip, spoken or in words, greedily.
 
-        Args:
-            frames: RGB, in order in time; all of them are shown, scaled down to the size that training had.
-            speech: float32 [n] at 16 kHz, from `load_speech`. None: text mode, which needs `question`.
-            question: in words. None: audio mode, which needs `speech`. With both: audio_text mode.
-            max_new_tokens: where an answer that does not stop is cut off. evaluate_checkpoint.py cuts at 32.
-            candidates: answers whose log-probability, stop token included, is computed as well.
-
-        VQAError for neither speech nor question, and for speech longer than the encoder's window.
+        All `frames` (RGB, in order in time) are shown, scaled down to the size that training had. `speech` is float32
+        [n] at 16 kHz, from `load_speech`; without it the `question` in words is asked; with both, both. Answers are cut
+        off at `max_new_tokens` (evaluate_checkpoint.py: 32). Of `candidates` the log-probability, stop token included,
+        is computed as well. VQAError for neither speech nor question, and for speech longer than the encoder's window.
         """
         if speech is None and question is None:
             raise VQAError("answer() needs speech, a question in words, or both")
@@ -2692,12 +2659,10 @@ def prefill(
 ) -> tuple[list[int], torch.Tensor, torch.Tensor, list[tuple[torch.Tensor, torch.Tensor]]]:
     """Compute the keys and values of prompts, in groups of at most PREFILL_TOKENS with their padding.
 
-    Padding is on the right, where causal attention never meets it, so that no mask is needed. The keys and values of
-    each row are then moved to end where those of the longest row end.
-
-    Returns:
-        Tokens of each prompt; the first token of each answer, int64 [B], and its position, int64 [B]; per decoder layer
-        keys and values [B, heads, longest prompt, head size], 0 in front of shorter prompts.
+    Padding is on the right, where causal attention never meets it, so that no mask is needed; then the keys and values
+    of each row are moved to end where those of the longest end. Returns the tokens of each prompt; the first token of
+    each answer and its position, int64 [B]; per layer keys and values [B, heads, longest prompt, head size], 0 in
+    front.
     """
     collate = VQACollator(pad_token_id)
     device = model.get_input_embeddings().weight.device  # with cached features the encoders are elsewhere
@@ -2849,6 +2814,10 @@ def load_settings(checkpoint: str | Path) -> dict:
         section = settings.get(part, {})
         if not isinstance(section, dict) or needed.get(part, set()) - section.keys():
             raise VQAError(f"{path}: no readable settings (section {part}); {advice}")
+    for part, kind in (("model", ModelSettings), ("input", InputSettings)):
+        for name, wanted in typing.get_type_hints(kind).items():
+            if not isinstance(settings[part].get(name, getattr(kind, name, "")), wanted):
+                raise VQAError(f"{path}: {part}.{name} is {settings[part][name]!r:.80}; {advice}")
     return settings
 
 
@@ -2949,16 +2918,11 @@ def load_model(
 ) -> SpeechMixin:
     """The base model of a folder or hub id, frozen, in evaluation mode, with a row for every token id of `tokenizer`.
 
-    Args, beside those that are flags:
-        init: `pretrained`, or `random` for weights drawn from `seed` on `device` in `dtype`. Other devices and dtypes
-            draw other numbers, which `fingerprint` shows.
-        seed: of the random weights, and of the projector where a Whisper encoder is newly grafted on.
-        device: `meta` allocates nothing, and checks names and shapes of the 16-bit weights of a folder.
-        load_in_4bit: random weights go through a temporary folder, as large as the model.
-        allow_pickle: read pickled weights where there are no safetensors.
-        compute_dtype: of the computation, by autocast. None: `dtype`.
-
-    VQAError for no weights, or missing, unexpected or mis-shaped tensors.
+    `init` is `pretrained`, or `random` for weights drawn from `seed` on `device` in `dtype` (other devices and dtypes
+    draw other numbers, which `fingerprint` shows); `seed` also draws the projector beside a newly grafted Whisper
+    encoder. The device `meta` allocates nothing, and checks names and shapes of the 16-bit weights of a folder.
+    `allow_pickle` reads pickled weights where there are no safetensors. `compute_dtype` is that of autocast (None:
+    `dtype`). VQAError for no weights, or missing, unexpected or mis-shaped tensors.
     """
     check_attention(attn_implementation, compute_dtype or dtype)
     config = load_config(model_name_or_path)
@@ -3424,12 +3388,17 @@ def train_fully(
     return model
 
 
+def count_trainable(model: nn.Module) -> int:
+    """Parameters that are trained."""
+    return sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
 def print_trainable_parameters(model: SpeechMixin | PeftModel) -> None:
     """Print how many parameters are trained, of how many, in PEFT's words also where there is no adapter."""
     if isinstance(model, PeftModel):
         return model.print_trainable_parameters()
     total = sum(p.numel() for p in model.parameters())
-    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    trainable = count_trainable(model)
     print(f"trainable params: {trainable:,d} || all params: {total:,d} || trainable%: {100 * trainable / total:.4f}")
 
 
@@ -3584,10 +3553,7 @@ def trained_settings(path: str | Path, device_type: str, changes: dict) -> tuple
     """What training saved in `path` ({} for a base), and the settings to answer with, `changes` applied.
 
     An adapter of other code, which has no settings, needs `prompt_layout` and `max_eval_frames` among the `changes`.
-
-    Raises:
-        VQAError: unreadable settings, a model that was trained with another instruction or layout, or an adapter whose
-            layout or base nobody says.
+    VQAError for unreadable settings, another instruction or layout, or an adapter whose layout or base nobody says.
     """
     if unknown := changes.keys() - {f.name for kind in (ModelSettings, InputSettings) for f in fields(kind)}:
         raise TypeError(f"no fields of ModelSettings or InputSettings: {', '.join(sorted(unknown))}")
@@ -3654,19 +3620,15 @@ def load_trained(
 ) -> Trained:
     """Load a trained model: an adapter on its base, a fully trained or merged model, or a base alone.
 
-    Args:
-        path: folder that training or merging wrote, or folder or hub id of a base.
-        device: of inference. Random weights are drawn where training drew them.
-        dtype: of inference. None: what training computed in; without settings float32 on a CPU, else bfloat16.
-        base_dtype: of the base when the adapter is loaded. None: what training computed in, without adapter `dtype`.
-        merge: merge the adapter into the weights (summed in float32 and rounded once), unless the base is in 4 bits.
-        allow_pickle: read pickles.
-        changes: fields of ModelSettings and InputSettings that differ from the stored ones, such as
-            `model_name_or_path`, where the base lies now.
+    `path` is a folder that training or merging wrote, or folder or hub id of a base. `dtype` is that of inference
+    (None: what training computed in; without settings float32 on a CPU, else bfloat16), `base_dtype` that of the base
+    when the adapter is loaded (None: what training computed in, without adapter `dtype`). `merge` merges the adapter
+    into the weights (summed in float32 and rounded once), unless the base is in 4 bits. `changes` are fields of
+    ModelSettings and InputSettings that differ from the stored ones, such as `model_name_or_path`, where the base lies
+    now.
 
-    Raises:
-        VQAError: as the loaders, random weights that were drawn on a device which is not here, files that are not as
-            they were saved, or a base whose speech encoder makes another number of tokens than in training.
+    VQAError as the loaders, for random weights that were drawn on a device which is not here, files that are not as
+    they were saved, or a base whose speech encoder makes another number of tokens than in training.
     """
     device = torch.device(device)
     adapter = (Path(path) / "adapter_config.json").is_file()
@@ -4366,10 +4328,8 @@ class VQATrainer(Trainer):
     def evaluation_loop(self, *args, metric_key_prefix: str = "eval", **kwargs) -> EvalLoopOutput:
         """The Trainer's; with --eval_answers adds what the answers are worth to its metrics."""
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
-        if self.args.eval_answers:
-            output.metrics.update(
-                {f"{metric_key_prefix}_{name}": share for name, share in self.score_answers().items()}
-            )
+        shares = self.score_answers() if self.args.eval_answers else {}
+        output.metrics.update({f"{metric_key_prefix}_{name}": share for name, share in shares.items()})
         return output
 
     def score_answers(self) -> dict[str, float]:
@@ -4381,15 +4341,12 @@ class VQATrainer(Trainer):
         folder = Path(self.args.output_dir) / ANSWERS_DIR
         questions, file = folder / "questions.jsonl", folder / f"step-{self.state.global_step}.jsonl"
         names = ("id", "video_id", "question_type", "question", "short_answer")
+        known = [{name: getattr(row, name) for name in names} for row in rows]
         with self.naming_failed_saves():
             folder.mkdir(parents=True, exist_ok=True)
             for path, parts in ((questions, [{"answer": row.answer} for row in rows]), (file, answers)):
-                lines = [
-                    {**{name: getattr(row, name) for name in names}, **part}
-                    for row, part in zip(rows, parts, strict=True)
-                ]
-                text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
-                path.write_text(text, encoding="utf-8")
+                lines = [json.dumps(row | part, ensure_ascii=False) for row, part in zip(known, parts, strict=True)]
+                path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
         command = [sys.executable, SCORER, "--score_only", "--output_file", file, "--eval_data_path", questions]
         # A session of its own: Ctrl-C stops this process after its batch, and the scores belong to that.
         done = subprocess.run(command, capture_output=True, text=True, errors="replace", start_new_session=True)
@@ -4553,7 +4510,7 @@ class RunGuard(TrainerCallback):
             trainer.model.offload_encoders()
         if self.evaluation_due:
             self.evaluation_due = False
-            keep_best(args, state, trainer.evaluate(), kwargs["lr_scheduler"])
+            keep_best(args, state, trainer.evaluate(), kwargs["lr_scheduler"], self.saved)
         stopped_early = stopping.early_stopping_patience_counter >= stopping.early_stopping_patience
         self.already_finished = control.should_training_stop = stopped_early or state.global_step >= state.max_steps
 
@@ -4634,7 +4591,9 @@ def epoch_ends(state: TrainerState) -> bool:
     return float(state.epoch).is_integer() or state.global_step >= state.max_steps
 
 
-def keep_best(args: VQATrainingArguments, state: TrainerState, metrics: dict[str, float], scheduler) -> None:
+def keep_best(
+    args: VQATrainingArguments, state: TrainerState, metrics: dict[str, float], scheduler, checkpoint: Path
+) -> None:
     """What the Trainer does with the `metrics` of an evaluation of its own: step a schedule that follows them, and note
     where they are the best so far."""
     if args.metric_for_best_model is None:
@@ -4645,7 +4604,7 @@ def keep_best(args: VQATrainingArguments, state: TrainerState, metrics: dict[str
     better = operator.gt if args.greater_is_better else operator.lt
     if state.best_metric is None or better(value, state.best_metric):
         state.best_metric, state.best_global_step = value, state.global_step
-        state.best_model_checkpoint = f"{args.output_dir}/checkpoint-{state.global_step}"
+        state.best_model_checkpoint = str(checkpoint)  # of this step, in --output_dir or elsewhere
 
 
 def begin_phase() -> None:
@@ -4703,99 +4662,95 @@ def estimate_memory(
     every_n: int,
     states: float = 8,
 ) -> dict[str, int]:
-    """Bytes of GPU memory at the peak of training on batches of `tokens`, by what takes them; an estimate. `states` are
-    the optimizer's bytes a trained parameter (`optimizer_bytes`).
+    """Bytes of GPU memory at the peak of training on batches of `tokens`, by what takes them; an estimate.
 
-    Counted are the tensors that a decoder layer keeps for its backward pass. In float32: both norms' inputs (2 h), and
-    what comes of them where the norms are trained (2 h). In `dtype`, that of the computation: queries and
-    attention output (2 h), keys and values (2 k), gate, up and their activation (3 f), LoRA's narrow outputs (7 r), and
-    the inputs of the linear layers: with dropout a copy each and a byte of mask (6 h + f); else the two that they share
-    and the product (2 h + f), or, where autocast casts float32 weights' inputs, one for each but the output's (5 h +
-    f). A compiled layer keeps its two inputs, queries, output, keys, values, gate and up (see
-    ACTIVATION_MEMORY_BUDGET), a recomputed one its input. Between layers values have the decoder's own dtype.
-
-    With --load_in_4bit a weight of the decoder's linear layers takes half a byte, and its scale 1 / 64 (absmax in 8
-    bits, and for 256 of those a float32); the largest is dequantised for its product.
-
-    Not counted: activations of trained encoders, and of frozen ones while they run; the logits at answer positions;
-    what --use_liger_kernel saves. `model` has its adapter, and may be on the meta device; with `cached_features` its
-    frozen encoders are off the GPU.
+    `states` are from `optimizer_bytes`. `model` has its adapter, and may be on the meta device; with `cached_features`
+    its frozen encoders are off the GPU. Not counted: activations of trained encoders, and of frozen ones while they
+    run; the logits at answer positions; what --use_liger_kernel saves.
     """
     text = model.config.text_config
     size = dtype.itemsize
+    count = text.num_hidden_layers
+    recomputed = math.ceil(count / every_n) if every_n else 0
+    layer = layer_activations(model, args, size)
+    stored = model.model.language_model.norm.weight.dtype.itemsize  # between layers values have the decoder's own dtype
+    kept = (count - recomputed) * layer + recomputed * stored * text.hidden_size + bool(recomputed) * layer
+    trainable = count_trainable(model)
+    packed = [layer.base_layer.weight for layer in model.modules() if isinstance(layer, LoraLayer)] * args.load_in_4bit
+    # On the meta device they have 16 bits or more.
+    sizes = [p.numel() * (2 if p.dtype == torch.uint8 else 1) for p in packed]
+    # A weight in 4 bits has a scale for each 64, in 8 bits, and for 256 of those a float32.
+    four_bits = round(sum(sizes) * (1 / 2 + 1 / 64 + 4 / (64 * 256))) - sum(p.nbytes for p in packed)
+    resting = [*model.model.visual.parameters(), *model.audio_encoder.parameters()] if cached_features else []
+    working = tokens * 6 * text.intermediate_size * size  # of the backward pass of one MLP
+    dequantised = size * max(sizes, default=0)  # one weight at a time, for its product
+    return {
+        "weights": sum(p.nbytes for p in model.parameters()) - sum(p.nbytes for p in resting) + four_bits,
+        "gradients and optimizer": round((4 + states + size % 4) * trainable),  # and autocast's copy, in 16 bits
+        "activations": tokens * kept + working + dequantised,
+    }
+
+
+def layer_activations(model: SpeechMixin, args: ModelArguments, size: int) -> int:
+    """Bytes a token that a decoder layer keeps for its backward pass; those of a value of the computation are `size`.
+
+    In float32 both norms' inputs, and what comes of them where the norms are trained. Then queries and attention
+    output, keys and values, gate, up and their activation, LoRA's narrow outputs, and the inputs of the linear layers:
+    with dropout a copy each and a byte of mask; else the two that they share and the product, or, where autocast casts
+    float32 weights' inputs, one for each but the output's. A compiled layer keeps its two inputs, queries, output,
+    keys, values, gate and up (see ACTIVATION_MEMORY_BUDGET).
+    """
+    text = model.config.text_config
     adapted = args.train_decoder == "lora"
     stored = model.model.language_model.norm.weight.dtype.itemsize
     h, f, r = text.hidden_size, text.intermediate_size, args.lora_r * adapted
     k = text.num_key_value_heads * h // text.num_attention_heads
     if args.compile_layers:
-        layer = 2 * stored * h + size * (2 * h + 2 * k + 2 * f + 7 * r)
-    else:
-        layer = 4 * (2 if adapted else 4) * h + size * (2 * h + 2 * k + 3 * f + 7 * r)
-        if adapted and args.lora_dropout:
-            layer += (size + 1) * (6 * h + f)
-        else:
-            layer += size * ((2 if stored == size else 5) * h + f)
-    count = text.num_hidden_layers
-    recomputed = math.ceil(count / every_n) if every_n else 0
-    kept = (count - recomputed) * layer + recomputed * stored * h + bool(recomputed) * layer
-    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    packed = [layer.base_layer.weight for layer in model.modules() if isinstance(layer, LoraLayer)] * args.load_in_4bit
-    # On the meta device they have 16 bits or more.
-    sizes = [p.numel() * (2 if p.dtype == torch.uint8 else 1) for p in packed]
-    four_bits = round(sum(sizes) * (1 / 2 + 1 / 64 + 4 / (64 * 256))) - sum(p.nbytes for p in packed)
-    resting = [*model.model.visual.parameters(), *model.audio_encoder.parameters()] if cached_features else []
-    return {
-        "weights": sum(p.nbytes for p in model.parameters()) - sum(p.nbytes for p in resting) + four_bits,
-        "gradients and optimizer": round((4 + states + size % 4) * trainable),  # and autocast's copy, in 16 bits
-        "activations": tokens * (kept + 6 * f * size)
-        + size * max(sizes, default=0),  # and what the backward pass of one MLP works with
-    }
+        return 2 * stored * h + size * (2 * h + 2 * k + 2 * f + 7 * r)
+    layer = 4 * (2 if adapted else 4) * h + size * (2 * h + 2 * k + 3 * f + 7 * r)
+    if adapted and args.lora_dropout:
+        return layer + (size + 1) * (6 * h + f)
+    return layer + size * ((2 if stored == size else 5) * h + f)
 
 
 def estimate_run(
-    model: SpeechMixin,
-    tokens: tuple[int, int],
-    model_args: ModelArguments,
-    data_args: DataArguments,
-    args: VQATrainingArguments,
-    every_n: int,
+    model: SpeechMixin, tokens: tuple[int, int], flags: SimpleNamespace, every_n: int
 ) -> dict[str, dict[str, int]]:
     """Bytes of GPU memory at the peaks of training, evaluation and --eval_answers, by what takes them; an estimate.
 
-    `tokens` are those of the longest sample to train on, and to evaluate on (0: there is none). Without gradients an
-    MLP works with four values of its own width and four of the hidden size a token; before it, those of the encoders
-    with three, and the vision encoder with two of its hidden size a patch, in blocks too small for the decoder. Answers
-    keep keys and values, of which one layer is there twice as it grows; prompts are read PREFILL_TOKENS at a time.
+    `tokens` are those of the longest sample to train on, and to evaluate on (0: there is none).
     """
-    multiple, size = model_args.padding_multiple, args.compute_dtype.itemsize
-    longest, longest_asked = (math.ceil(count / multiple) * multiple for count in tokens)
-    states = optimizer_bytes(args.optim.value)
-    batch = args.per_device_train_batch_size * longest
-    settings = model_args, args.compute_dtype, bool(data_args.cache_features)
-    training = estimate_memory(model, batch, *settings, every_n, states)
+    size = flags.compute_dtype.itemsize
+    longest, longest_asked = (math.ceil(count / flags.padding_multiple) * flags.padding_multiple for count in tokens)
+    estimate = partial(estimate_memory, model, args=flags, dtype=flags.compute_dtype, every_n=every_n)
+    estimate = partial(estimate, cached_features=bool(flags.cache_features), states=optimizer_bytes(flags.optim.value))
+    training = estimate(tokens=flags.per_device_train_batch_size * longest)
     phases = {"training": training}
     if not longest_asked:
         return phases
     text = model.config.text_config
-    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    trainable = count_trainable(model)
     resting = {"weights": training["weights"], "optimizer": training["gradients and optimizer"] - 4 * trainable}
-    dequantised = estimate_memory(model, 0, *settings, every_n)["activations"]
+    dequantised = estimate(tokens=0)["activations"]
+    # Without gradients an MLP works with four values of its own width and four of the hidden size a token.
     token = 4 * (text.intermediate_size + text.hidden_size) * size
-    asked = args.per_device_eval_batch_size * longest_asked
+    asked = flags.per_device_eval_batch_size * longest_asked
     phases["evaluation"] = resting | {"activations": asked * token + dequantised}
-    if not data_args.cache_features:
+    if not flags.cache_features:
+        # Before the decoder runs, MLPs of the encoders work with three values of their own width, and the vision
+        # encoder with two of its hidden size a patch, in blocks too small for the decoder.
         vision, speech = model.config.vision_config, model.audio_encoder.config
-        positions = speech.max_source_positions * (data_args.input_mode != "text")
-        patches = vision.spatial_merge_size**2 * (longest_asked - positions * (data_args.audio_tokens == "full"))
+        positions = speech.max_source_positions * (flags.input_mode != "text")
+        patches = vision.spatial_merge_size**2 * (longest_asked - positions * (flags.audio_tokens == "full"))
         patch = int(3 * vision.mlp_ratio + 2) * vision.embed_dim
-        values = args.per_device_eval_batch_size * (patches * patch + 3 * positions * speech.encoder_ffn_dim)
+        values = flags.per_device_eval_batch_size * (patches * patch + 3 * positions * speech.encoder_ffn_dim)
         phases["evaluation"]["encoders"] = size * values
-    if args.eval_answers:
-        rows = even_size(args.eval_answers, ANSWERS_AT_ONCE)
+    if flags.eval_answers:
+        rows = even_size(flags.eval_answers, ANSWERS_AT_ONCE)
         read = max(longest_asked, min(PREFILL_TOKENS, rows * longest_asked))
         head = text.hidden_size // text.num_attention_heads
-        kept = 2 * head * text.num_key_value_heads * (text.num_hidden_layers + 2) * size
-        kept *= rows * (longest_asked + ANSWER_TOKENS)
+        kept = 2 * head * text.num_key_value_heads * size * rows * (longest_asked + ANSWER_TOKENS)
+        kept *= text.num_hidden_layers + 2  # one layer is there twice as it grows
         phases["answers"] = resting | {"activations": read * token + dequantised, "keys and values": kept}
     return phases
 
@@ -4810,23 +4765,18 @@ def choose_recomputation(args: ModelArguments, estimate: typing.Callable[[int], 
     return every_n
 
 
-def longest_samples(
-    datasets: tuple[SurgicalVQADataset, SurgicalVQADataset | None], data_args: DataArguments
-) -> tuple[int, int]:
-    """Tokens of the longest sample to train on and to evaluate on (0: none), with the inputs of `data_args`."""
-    longest = []
-    for dataset in datasets:
-        if dataset:
-            dataset = copy.copy(dataset)
-            dataset.processor = copy.copy(dataset.processor)
-            for name in ("audio_tokens", "frame_mode"):
-                setattr(dataset.processor, name, getattr(data_args, name))
-            dataset.max_train_frames, dataset.max_eval_frames = data_args.max_train_frames, data_args.max_eval_frames
-        longest.append(max(dataset.token_counts()) if dataset else 0)
-    return tuple(longest)
+def longest_sample(dataset: SurgicalVQADataset | None, **changes) -> int:
+    """Tokens of the longest sample of a dataset, or of its processor, with `changes`; 0 for no dataset."""
+    if dataset is None:
+        return 0
+    dataset = copy.copy(dataset)
+    dataset.processor = copy.copy(dataset.processor)
+    for name, value in changes.items():
+        setattr(dataset if hasattr(dataset, name) else dataset.processor, name, value)
+    return max(dataset.token_counts())
 
 
-def smaller_settings(flags: SimpleNamespace, every_n: int, most_frames: int) -> list[list[dict[str, object]]]:
+def smaller_settings(flags: SimpleNamespace, most_frames: int) -> list[list[dict[str, object]]]:
     """What may make a run fit: alternatives, from the least change to the greatest, of flags with their values. First
     those that leave the result as it is, then fewer tokens, then coarser weights and states, then fewer frames."""
 
@@ -4838,7 +4788,7 @@ def smaller_settings(flags: SimpleNamespace, every_n: int, most_frames: int) -> 
     batches = [{"per_device_train_batch_size": n, "gradient_accumulation_steps": rows // n} for n in halves(train)]
     frozen = not (flags.train_vision_tower or flags.train_audio_encoder)
     return [
-        [{"checkpoint_every_n": "1"}] * (every_n != 1),
+        [{"checkpoint_every_n": 1}] * (flags.checkpoint_every_n != 1),
         batches,
         [{"per_device_eval_batch_size": n} for n in halves(asked)] * bool(flags.eval_data_path),
         [{"cache_features": "features"}] * (frozen and not flags.cache_features),
@@ -4854,23 +4804,21 @@ def advise_to_fit(
     limit: float,
     model: SpeechMixin,
     datasets: tuple[SurgicalVQADataset, SurgicalVQADataset | None],
-    arguments: tuple[ModelArguments, DataArguments, VQATrainingArguments],
-    every_n: int,
+    flags: SimpleNamespace,
 ) -> str:
     """Flags with which the estimate is below `limit` bytes, none of which could be left out; or that there are none."""
-    flags = together(*arguments)
+    length = cache(longest_sample)  # which reads the headers of all frames
 
     def peak(chosen: list[dict[str, object]]) -> int:
-        changes = {name: value for settings in chosen for name, value in settings.items()}
-        changed = [copy.copy(part) for part in arguments]
-        for part, (name, value) in itertools.product(changed, changes.items()):
-            if name in vars(part):
-                setattr(part, name, value)
-        tokens = longest_samples(datasets, changed[1])
-        phases = estimate_run(model, tokens, *changed, int(changes.get("checkpoint_every_n", every_n)))
+        changed = copy.copy(flags)
+        for settings in chosen:
+            vars(changed).update(settings)
+        inputs = {"audio_tokens": changed.audio_tokens, "frame_mode": changed.frame_mode}
+        tokens = length(datasets[0], **inputs, max_train_frames=changed.max_train_frames), length(datasets[1], **inputs)
+        phases = estimate_run(model, tokens, changed, changed.checkpoint_every_n)
         return max(sum(parts.values()) for parts in phases.values())
 
-    options = smaller_settings(flags, every_n, max(len(datasets[0].media_of(i)[0]) for i in range(len(datasets[0]))))
+    options = smaller_settings(flags, max(len(datasets[0].media_of(i)[0]) for i in range(len(datasets[0]))))
     chosen = [some[-1] if some else {} for some in options]
     if peak(chosen) >= limit:
         return "no flags of this script would make it fit: take a larger GPU, or a smaller model"
@@ -4882,42 +4830,40 @@ def advise_to_fit(
 
 
 def plan(
-    model: SpeechMixin,
-    datasets: tuple[SurgicalVQADataset, SurgicalVQADataset | None],
-    model_args: ModelArguments,
-    data_args: DataArguments,
-    args: VQATrainingArguments,
+    model: SpeechMixin, datasets: tuple[SurgicalVQADataset, SurgicalVQADataset | None], flags: SimpleNamespace
 ) -> int:
     """--checkpoint_every_n as a number: every N-th layer is recomputed, 0: none.
 
     With --dry_run also prints tokens, optimizer steps and memory, and raises a VQAError where that does not fit.
     """
-    counted = data_args.dry_run or model_args.checkpoint_every_n == "auto"
+    counted = flags.dry_run or flags.checkpoint_every_n == "auto"
     lengths = [sorted(dataset.token_counts()) if counted and dataset else [0] for dataset in datasets]
-    arguments = model_args, data_args, args
-    estimate = partial(estimate_run, model, (lengths[0][-1], lengths[1][-1]), *arguments)
-    every_n = choose_recomputation(model_args, lambda n: estimate(n)["training"])
-    if not data_args.dry_run:
+    estimate = partial(estimate_run, model, (lengths[0][-1], lengths[1][-1]), flags)
+    every_n = choose_recomputation(flags, lambda n: estimate(n)["training"])
+    if not flags.dry_run:
         return every_n
     for name, counts in zip(("train", "eval"), lengths, strict=True):
         if counts[-1]:
             spread = f"min {counts[0]}, median {counts[len(counts) // 2]}, max {counts[-1]}"
             print(f"{name}: {len(counts)} samples, tokens per sample: {spread}")
     samples = len(datasets[0])
-    per_epoch = max(1, math.ceil(math.ceil(samples / args.train_batch_size) / args.gradient_accumulation_steps))
-    steps = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * per_epoch)
+    batches = math.ceil(samples / flags.per_device_train_batch_size)
+    per_epoch = math.ceil(batches / flags.gradient_accumulation_steps)
+    steps = flags.max_steps if flags.max_steps > 0 else math.ceil(flags.num_train_epochs * per_epoch)
     print(f"steps: {steps} ({per_epoch} an epoch of {samples} samples)")
-    phases = estimate(every_n)
-    for phase, parts in phases.items():
+    peaks = {}
+    for phase, parts in estimate(every_n).items():
+        peaks[phase] = sum(parts.values())
         shares = ", ".join(f"{name} {size / GIB:.1f}" for name, size in parts.items())
-        print(f"memory: about {sum(parts.values()) / GIB:.1f} GiB of the GPU at the peak of {phase} ({shares})")
-    phase, peak = max(((phase, sum(parts.values())) for phase, parts in phases.items()), key=operator.itemgetter(1))
-    limit = memory_limit(model_args)
-    if limit and peak > limit * GIB:
-        asked = model_args.gpu_memory_limit_gib is not None
+        print(f"memory: about {peaks[phase] / GIB:.1f} GiB of the GPU at the peak of {phase} ({shares})")
+    phase = max(peaks, key=peaks.get)
+    limit = memory_limit(flags)
+    if limit and peaks[phase] > limit * GIB:
+        asked = flags.gpu_memory_limit_gib is not None
         what = f"--gpu_memory_limit_gib {limit:g}" if asked else f"the GPU, which has {limit:.1f} GiB"
-        advice = advise_to_fit(FITTING_SHARE * limit * GIB, model, datasets, arguments, every_n)
-        raise VQAError(f"{what}: does not hold the {peak / GIB:.1f} GiB of {phase}; {advice}")
+        flags.checkpoint_every_n = every_n
+        advice = advise_to_fit(FITTING_SHARE * limit * GIB, model, datasets, flags)
+        raise VQAError(f"{what}: does not hold the {peaks[phase] / GIB:.1f} GiB of {phase}; {advice}")
     return every_n
 
 
@@ -5101,17 +5047,19 @@ def finish(trainer: VQATrainer, memory: PeakMemory, target: StopAtLoss | None) -
 def name_final_step(args: VQATrainingArguments, state: TrainerState, early_stopping: EarlyStoppingCallback) -> str:
     """Which step the final model is from with --load_best_model_at_end, and why, in a line."""
     metric = "eval_" + args.metric_for_best_model.removeprefix("eval_")
-    evaluated = {entry["step"]: entry[metric] for entry in state.log_history if metric in entry}
+    end = f"training ended at step {state.global_step}"
+    misses = early_stopping.early_stopping_patience_counter
+    if misses >= early_stopping.early_stopping_patience:
+        count = f"{misses} evaluation{'s' * (misses > 1)}"
+        end = f"stopped early at step {state.global_step}, after {count} without improvement"
     if state.best_model_checkpoint is None:
-        return f"Final model: of step {state.global_step}, the last; no checkpoint was the best by {metric}"
+        return f"Final model: of step {state.global_step}, the last; no checkpoint was the best by {metric}; {end}"
     step = int(Path(state.best_model_checkpoint).name.removeprefix("checkpoint-"))
-    line = f"Final model: of step {step}, the best by {metric} = {evaluated[step]:.4g}"
+    value = next(entry[metric] for entry in state.log_history if entry["step"] == step and metric in entry)
+    line = f"Final model: of step {step}, the best by {metric} = {value:.4g}"
     if step != state.best_global_step:
         line += f" with a checkpoint (step {state.best_global_step} had {state.best_metric:.4g}, but was not saved)"
-    misses = early_stopping.early_stopping_patience_counter
-    if misses < early_stopping.early_stopping_patience:
-        return f"{line}; training ended at step {state.global_step}"
-    return f"{line}; stopped early at step {state.global_step}, after {misses} evaluations without improvement"
+    return f"{line}; {end}"
 
 
 def train(
@@ -5143,7 +5091,7 @@ def train(
     datasets = build_datasets(train_rows, eval_rows, processor, data_args, training_args.seed)
 
     # 4. The plan, which is all that --dry_run asks for
-    every_n = plan(model, datasets, model_args, data_args, training_args)
+    every_n = plan(model, datasets, together(model_args, data_args, training_args))
     if data_args.dry_run:
         return 0
     set_recomputation(model, every_n)
