@@ -874,9 +874,7 @@ def refuse_unmeasured(flags: SimpleNamespace) -> None:
 
 def refuse_surroundings(flags: SimpleNamespace, args: VQATrainingArguments) -> None:
     """VQAError where this machine lacks what the flags ask for, or training would not be one process on one GPU.
-
-    --dry_run needs the packages too, but no GPU: it may plan for another machine's.
-    """
+    --dry_run needs the packages too, but no GPU: it may plan for another machine's."""
     if flags.check_data:
         return
     if flags.checkpoint_every_n == "auto" and memory_limit(flags) is None:
@@ -1016,10 +1014,8 @@ class VQARow:
 
     @property
     def contents(self) -> dict[str, list[bytes]]:
-        """What the row consists of, whatever its files are called: digests of its clip, frames, speech and wording.
-
-        Of media only those that `check_media` passed. Case and punctuation of the question do not count.
-        """
+        """What the row consists of, whatever its files are called: digests of its clip, frames, speech and wording. Of
+        media only those that `check_media` passed. Case and punctuation of the question do not count."""
         media = split_digests(self.digests)
         frames, speech = media[: len(self.frame_paths)], media[len(self.frame_paths) :]
         clip, wording = b"".join(frames), " ".join(re.findall(r"\w+", self.question.casefold())).encode()
@@ -1047,10 +1043,8 @@ def read_rows(path: str | Path, max_samples: int | None = None) -> list[VQARow]:
 
 
 def scan_rows(path: str | Path, max_samples: int | None = None) -> tuple[list[VQARow], list[Problem]]:
-    """The rows of a question file, one JSON object a line, and its malformed lines; `max_samples` counts both.
-
-    Blank lines are skipped. VQAError where the file is missing or empty, UTF-16 text, or a JSON array.
-    """
+    """The rows of a question file, one JSON object a line, and its malformed lines; `max_samples` counts both. Blank
+    lines are skipped. VQAError where the file is missing or empty, UTF-16 text, or a JSON array."""
     path = Path(path)
     if not path.is_file():
         raise VQAError(f"{path}: no such file")
@@ -1312,10 +1306,8 @@ def find_shared_media(rows: Iterable[VQARow]) -> list[Problem]:
 
 
 def find_mixed_sizes(rows: Iterable[VQARow], max_image_size: int, max_frames: int | None) -> list[Problem]:
-    """Rows whose frames --frame_mode video cannot pair: scaled for Qwen2-VL, they differ in size.
-
-    Only the frames that `select_frames` takes count; their headers are read.
-    """
+    """Rows whose frames --frame_mode video cannot pair: scaled for Qwen2-VL, they differ in size. Only the frames that
+    `select_frames` takes count; their headers are read."""
     size_of, problems = cache(upright_size), []
 
     def scaled(path: Path) -> tuple[int, int]:
@@ -1458,10 +1450,8 @@ def check_rows(
     audio_pattern: str | None = None,
     frame_pattern: str | None = None,
 ) -> tuple[list[VQARow], list[Problem]]:
-    """The rows that can be used, their media found and decoded once; and what is wrong with the others.
-
-    The arguments are those of `scan_rows` and `find_media`; `audio_dir` is None where the question is only read.
-    """
+    """The rows that can be used, their media found and decoded once; and what is wrong with the others. The arguments
+    are those of `scan_rows` and `find_media`; `audio_dir` is None where the question is only read."""
     rows, problems = scan_rows(data_path, max_samples)
     problems += find_media(rows, frames_dir, audio_dir, allow_symlinks, audio_pattern, frame_pattern)
     problems += find_shared_media(rows) + check_media(rows)
@@ -1630,11 +1620,8 @@ def shrink(image: Image.Image, max_image_size: int) -> Image.Image:
 
 
 def decode_audio(path: Path) -> tuple[np.ndarray, int]:
-    """Speech as stored: float32 samples [n, channels] and the rate in Hz.
-
-    VQAError for a file that cannot be decoded, is damaged or cut off, or holds nothing that the model could use as it
-    is.
-    """
+    """Speech as stored: float32 samples [n, channels] and the rate in Hz. VQAError for a file that cannot be decoded,
+    is damaged or cut off, or holds nothing that the model could use as it is."""
 
     def refuse(what: str, advice: str = "replace it or remove the row") -> typing.NoReturn:
         raise VQAError(f"speech {path} {what}; {advice}")
@@ -2089,10 +2076,8 @@ def mrope_positions(types: torch.Tensor, grid: torch.Tensor, merge_size: int) ->
 
 @lru_cache(SPEECH_KEPT)
 def mel_of(processor: VQAProcessor, path: Path, version: tuple) -> tuple[torch.Tensor, torch.Tensor]:
-    """What `log_mel` makes of a speech file, which many rows and epochs share; it is decoded once a process.
-
-    `version` is from `version_of`, so that a file that was replaced is decoded anew.
-    """
+    """What `log_mel` makes of a speech file, which many rows and epochs share; it is decoded once a process. `version`
+    is from `version_of`, so that a file that was replaced is decoded anew."""
     return processor.log_mel(load_speech(path), path)
 
 
@@ -2176,10 +2161,8 @@ class SurgicalVQADataset(torch.utils.data.Dataset):
     cacheable_media = media_of  # for `FeatureStore.fill`: a dataset changes neither
 
     def find_too_long(self) -> list[Problem]:
-        """The rows whose samples take more tokens than the model has positions.
-
-        Headers of frames are read only where the largest frames could bring that about.
-        """
+        """The rows whose samples take more tokens than the model has positions. Headers of frames are read only where
+        the largest frames could bring that about."""
         processor = self.processor
         problems = []
         context = self.processor.context
@@ -2723,10 +2706,8 @@ def on_device(batch: dict, device: torch.device) -> dict[str, torch.Tensor]:
 def answer_with_halving(
     samples: Iterator[dict], size: int, may_halve: bool, answer: typing.Callable[[Iterable[dict]], list]
 ) -> tuple[list, int]:
-    """Answers of `samples`, `size` at a time; with `may_halve` in halves where torch is out of memory.
-
-    Returns the answers, and the size that fitted. Raises torch.OutOfMemoryError where halving is over or not wanted.
-    """
+    """Answers of `samples`, `size` at a time; with `may_halve` in halves where torch is out of memory. Returns the
+    answers, and the size that fitted. Raises torch.OutOfMemoryError where halving is over or not wanted."""
     answers = []
     while True:
         samples, attempt = itertools.tee(samples)  # what fails is gone through again
@@ -2823,9 +2804,7 @@ def load_settings(checkpoint: str | Path) -> dict:
 
 def resolve_model_dir(name: str | Path, weights: bool = False, flag_name: str = "--model_name_or_path") -> Path:
     """The folder of a model: `name` itself, or the snapshot of a hub id (config and tokenizer; `weights` if asked).
-
-    VQAError, which names `flag_name`, where it is neither a folder nor a hub id that can be fetched.
-    """
+    VQAError, which names `flag_name`, where it is neither a folder nor a hub id that can be fetched."""
     if Path(name).is_dir():
         return Path(name)
     patterns = ["*.json", "*.txt", DIGESTS_FILE, *(["model.safetensors", "model-*.safetensors"] if weights else [])]
@@ -2862,10 +2841,8 @@ def load_config(model_name_or_path: str | Path) -> Qwen2VLConfig:
 
 
 def load_tokenizer(model_name_or_path: str | Path) -> PreTrainedTokenizerBase:
-    """The tokenizer, with a pad token apart from EOS and with `<|audio_pad|>`; says so where it sets a pad token.
-
-    With PAD equal to EOS a mask by id hides the end of the answer, and a model is never taught to stop.
-    """
+    """The tokenizer, with a pad token apart from EOS and with `<|audio_pad|>`; says so where it sets a pad token. With
+    PAD equal to EOS a mask by id hides the end of the answer, and a model is never taught to stop."""
     path = resolve_model_dir(model_name_or_path)
     if (path / "tokenizer_config.json").is_file():
         read_config(path / "tokenizer_config.json")
@@ -3003,9 +2980,7 @@ def refuse_pickle(file: Path, base: str | Path, adapter: str | Path = "") -> Non
 
 def stored_keys(folder: Path, allow_pickle: bool = False) -> list[str]:
     """The keys of all tensors of a model folder, from the headers of its safetensors; none where pickles are read.
-
-    VQAError for pickles without `allow_pickle`, missing or truncated files, or two tensors for one parameter.
-    """
+    VQAError for pickles without `allow_pickle`, missing or truncated files, or two tensors for one parameter."""
     index = folder / "model.safetensors.index.json"
     files = sorted(folder.glob("model*.safetensors"))
     if not files and (pickles := sorted(folder.glob("pytorch_model*.bin"))):
@@ -3224,10 +3199,8 @@ def refuse_misfits(
 
 
 def dequantise(model: SpeechMixin, dtype: torch.dtype, keep: str | None = None) -> None:
-    """Replace the layers in 4 bits by plain ones in `dtype`, but those whose names match `keep`.
-
-    transformers' `dequantize()` takes all of them, or none.
-    """
+    """Replace the layers in 4 bits by plain ones in `dtype`, but those whose names match `keep`. transformers'
+    `dequantize()` takes all of them, or none."""
     from bitsandbytes import functional
     from bitsandbytes import nn as quantised
 
@@ -3443,11 +3416,8 @@ def trained_encoders(config: dict) -> dict[str, bool]:
 
 
 def read_adapter(path: Path, allow_pickle: bool = False) -> dict[str, torch.Tensor]:
-    """Every tensor of an adapter folder, by its stored key.
-
-    VQAError for no adapter, a truncated file, a pickle without `allow_pickle`, values that are not finite, or LoRA that
-    was never trained.
-    """
+    """Every tensor of an adapter folder, by its stored key. VQAError for no adapter, a truncated file, a pickle without
+    `allow_pickle`, values that are not finite, or LoRA that was never trained."""
     file = path / "adapter_model.safetensors"
     pickled = path / "adapter_model.bin"
     if not file.is_file() and pickled.is_file() and not allow_pickle:
@@ -3665,10 +3635,8 @@ def load_trained(
 
 
 def write_weights(model: SpeechMixin, folder: Path) -> None:
-    """Write safetensors shards and their index; of weights on a GPU, one shard at a time lies in RAM.
-
-    Not by `save_pretrained`, which after `key_mapping` gives the tensors transformers 4's names back.
-    """
+    """Write safetensors shards and their index; of weights on a GPU, one shard at a time lies in RAM. Not by
+    `save_pretrained`, which after `key_mapping` gives the tensors transformers 4's names back."""
     weights = dict(model.named_parameters())  # a tied head is listed once
     save_torch_state_dict(weights, folder, max_shard_size=SHARD_BYTES, metadata={"format": "pt"})
     for file in folder.glob("model*.safetensors"):
@@ -3759,10 +3727,7 @@ class FeatureStore:
         return {**self.__dict__, "model": None}
 
     def read(self, medium: tuple[Path, ...] | Path | None) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """What `read_features` gives; None: not kept.
-
-        VQAError where the file is damaged or gone.
-        """
+        """What `read_features` gives; None: not kept. VQAError where the file is damaged or gone."""
         file = self.files.get(medium)
         return file and read_features(file)
 
@@ -3948,10 +3913,8 @@ class StopSignal:
 
 @contextlib.contextmanager
 def lock_folder(folder: str | Path):
-    """Hold `folder`, made if need be, for this process; VQAError where it cannot be, or where another run holds it.
-
-    The lock is one of lockf, which dies with the process: flock's would live on in loader workers of a killed run.
-    """
+    """Hold `folder`, made if need be, for this process; VQAError where it cannot be, or where another run holds it. The
+    lock is one of lockf, which dies with the process: flock's would live on in loader workers of a killed run."""
     try:
         Path(folder).mkdir(parents=True, exist_ok=True)
         opened = (Path(folder) / ".lock").open("w")
@@ -4163,11 +4126,8 @@ class VQATrainer(Trainer):
         self.add_callback(self.guard)
 
     def train_safely(self, checkpoint: Path | None) -> None:
-        """Train, from `checkpoint` if given.
-
-        Interrupted: a signal stopped it, after a save. VQAError: memory or disk ran out, a loss or gradient was not
-        finite, or a checkpoint cannot be read.
-        """
+        """Train, from `checkpoint` if given. Interrupted: a signal stopped it, after a save. VQAError: memory or disk
+        ran out, a loss or gradient was not finite, or a checkpoint cannot be read."""
         self.guard.resume(checkpoint)
         self.stop_signal.deferred = True
         message = None
@@ -4314,10 +4274,8 @@ class VQATrainer(Trainer):
         return super().prediction_step(model, inputs, *args, **kwargs)
 
     def evaluate(self, *args, **kwargs) -> dict[str, float]:
-        """The Trainer's; leaves the random states of training as they are, because it may be interrupted.
-
-        Free memory goes back before and after: the blocks of one phase do not fit the other, and would stay beside its.
-        """
+        """The Trainer's; leaves the random states of training as they are, because it may be interrupted. Free memory
+        goes back before and after: the blocks of one phase do not fit the other, and would stay beside its."""
         begin_phase()
         with torch.random.fork_rng():
             metrics = super().evaluate(*args, **kwargs)
@@ -4717,9 +4675,7 @@ def estimate_run(
     model: SpeechMixin, tokens: tuple[int, int], flags: SimpleNamespace, every_n: int
 ) -> dict[str, dict[str, int]]:
     """Bytes of GPU memory at the peaks of training, evaluation and --eval_answers, by what takes them; an estimate.
-
-    `tokens` are those of the longest sample to train on, and to evaluate on (0: there is none).
-    """
+    `tokens` are those of the longest sample to train on, and to evaluate on (0: there is none)."""
     size = flags.compute_dtype.itemsize
     longest, longest_asked = (math.ceil(count / flags.padding_multiple) * flags.padding_multiple for count in tokens)
     estimate = partial(estimate_memory, model, args=flags, dtype=flags.compute_dtype, every_n=every_n)
@@ -4832,10 +4788,8 @@ def advise_to_fit(
 def plan(
     model: SpeechMixin, datasets: tuple[SurgicalVQADataset, SurgicalVQADataset | None], flags: SimpleNamespace
 ) -> int:
-    """--checkpoint_every_n as a number: every N-th layer is recomputed, 0: none.
-
-    With --dry_run also prints tokens, optimizer steps and memory, and raises a VQAError where that does not fit.
-    """
+    """--checkpoint_every_n as a number: every N-th layer is recomputed, 0: none. With --dry_run also prints tokens,
+    optimizer steps and memory, and raises a VQAError where that does not fit."""
     counted = flags.dry_run or flags.checkpoint_every_n == "auto"
     lengths = [sorted(dataset.token_counts()) if counted and dataset else [0] for dataset in datasets]
     estimate = partial(estimate_run, model, (lengths[0][-1], lengths[1][-1]), flags)
@@ -4943,10 +4897,8 @@ def build_model(
     tokenizer: PreTrainedTokenizerBase,
     device: torch.device | str,
 ) -> tuple[SpeechMixin, SpeechMixin | PeftModel, str]:
-    """The model, what is trained of it (the adapter around it, or itself), the base's fingerprint.
-
-    On the `meta` device nothing is allocated, and there is no fingerprint.
-    """
+    """The model, what is trained of it (the adapter around it, or itself), the base's fingerprint. On the `meta` device
+    nothing is allocated, and there is no fingerprint."""
     on_meta = str(device) == "meta"
     precision = "BF16" if training_args.bf16 else "FP32"
     model = load_base(args, training_args, tokenizer, device)
@@ -5168,10 +5120,8 @@ def end_bars() -> None:
 
 
 def end_workers() -> None:
-    """Kill loader workers that outlived their loader (--dataloader_persistent_workers): they hold nothing.
-
-    As it exits, Python would send them a SIGTERM, which they ignore, and wait for them without end.
-    """
+    """Kill loader workers that outlived their loader (--dataloader_persistent_workers): they hold nothing. As it exits,
+    Python would send them a SIGTERM, which they ignore, and wait for them without end."""
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler takes a killed worker for a failure
     for worker in multiprocessing.active_children():
         worker.kill()
