@@ -739,10 +739,8 @@ def start_from_adapter(
     model_args: ModelArguments, data_args: DataArguments, resumed: str | None, given: set[str]
 ) -> None:
     """Set what --adapter_path decides: LoRA's shape and the trained parts; and base and inputs that are not `given`.
-
     VQAError for flags that contradict the adapter, --resume_from_checkpoint (`resumed`) among them, and where it is
-    damaged or its prompt unknown.
-    """
+    damaged or its prompt unknown."""
     path = Path(model_args.adapter_path)
     if not (path / "adapter_config.json").is_file():
         raise VQAError(f"--adapter_path {path}: holds no adapter (adapter_config.json, adapter_model.safetensors)")
@@ -847,15 +845,6 @@ def refuse_optimizer(args: VQATrainingArguments) -> None:
         raise VQAError(f"{flag_said}: {first_line(error)}") from error
 
 
-def log_in_to_wandb() -> None:
-    """VQAError unless W&B is off or offline, or has a key that it accepts; it asks for one at a terminal."""
-    try:
-        importlib.import_module("wandb").login()
-    except Exception as error:  # of several kinds, by the version of wandb
-        advice = "run `wandb login`, set WANDB_MODE=offline, or leave the flag out"
-        raise VQAError(f"--report_to wandb: {first_line(error)}; {advice}") from error
-
-
 def refuse_unmeasured(flags: SimpleNamespace) -> None:
     """VQAError where no evaluation measures what is to choose the model, or to stop the run."""
     metrics = [f"eval_{name}" for name in ("loss", *(ANSWER_METRICS if flags.eval_answers else ()))]
@@ -892,8 +881,12 @@ def refuse_surroundings(flags: SimpleNamespace, args: VQATrainingArguments) -> N
         )
     if args.save_strategy == "best" and args.metric_for_best_model is None:
         raise VQAError("--save_strategy best: say by what, such as --metric_for_best_model eval_loss")
-    if "wandb" in args.report_to:
-        log_in_to_wandb()
+    if "wandb" in args.report_to:  # it asks for a key at a terminal, unless it is off or offline
+        try:
+            importlib.import_module("wandb").login()
+        except Exception as error:  # of several kinds, by the version of wandb
+            advice = "run `wandb login`, set WANDB_MODE=offline, or leave the flag out"
+            raise VQAError(f"--report_to wandb: {first_line(error)}; {advice}") from error
     if flags.dry_run:
         return
     if by_bitsandbytes and args.device.type == "cpu":
@@ -1377,11 +1370,9 @@ def version_of(path: Path) -> tuple[int, ...]:
 
 
 def level_spread(path: Path) -> int:
-    """How far apart the levels of a sound frame are, in the channel where they are farthest: 0 to 255.
-
-    A JPEG's grey at an eighth of each side, which `decode_frame` gives for a check, cannot be farther apart than its
-    colours; so only what is almost one level there is decoded in full. VQAError as `decode_frame`.
-    """
+    """How far apart the levels of a sound frame are, in the channel where they are farthest: 0 to 255. A JPEG's grey at
+    an eighth of each side, which `decode_frame` gives for a check, cannot be farther apart than its colours; so only
+    what is almost one level there is decoded in full. VQAError as `decode_frame`."""
 
     def spread(image: Image.Image) -> int:
         return max(high - low for low, high in image.getextrema())
@@ -1508,11 +1499,9 @@ def what_is(data: bytes) -> tuple[str, str | None]:
 
 
 def decode_frame(path: Path, checking: bool = False) -> Image.Image:
-    """A decoded frame in full size, RGB, upright (EXIF orientation applied).
-
-    `checking` looks for more damage, and may give a smaller frame in grey, which takes less time. VQAError for a file
-    that is no JPEG, PNG or WebP, is damaged, or is too large or too thin for the model.
-    """
+    """A decoded frame in full size, RGB, upright (EXIF orientation applied). `checking` looks for more damage, and may
+    give a smaller frame in grey, which takes less time. VQAError for a file that is no JPEG, PNG or WebP, is damaged,
+    or is too large or too thin for the model."""
 
     def refuse(what: str, advice: str = "replace it or remove the row") -> typing.NoReturn:
         raise VQAError(f"frame {path} {what}; {advice}")
@@ -1806,11 +1795,9 @@ TOKENIZING = threading.Lock()  # a fast tokenizer keeps the settings of a call i
 
 
 class VQAProcessor:
-    """Turns a row's frames, speech and words into model inputs, the same way for training and evaluation.
-
-    `tokenizer` is from `load_tokenizer`; the geometry in `config` says how many tokens frames and speech take. The
-    other arguments are as the flags of their names.
-    """
+    """Turns a row's frames, speech and words into model inputs, the same way for training and evaluation. `tokenizer`
+    is from `load_tokenizer`; the geometry in `config` says how many tokens frames and speech take. The other arguments
+    are as the flags of their names."""
 
     def __init__(
         self,
@@ -2014,10 +2001,8 @@ class VQAProcessor:
 
 def pair_frames(pixels: torch.Tensor, grid: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Frames as Qwen2-VL's video: two neighbours share a temporal patch; a last one without neighbour is doubled.
-
     `pixels` [frames * patches, 3 * patch * patch] and `grid` int64 [frames, 3], all of one size, become pixels
-    [ceil(frames / 2) * patches, 3 * 2 * patch * patch] and grid int64 [1, 3].
-    """
+    [ceil(frames / 2) * patches, 3 * 2 * patch * patch] and grid int64 [1, 3]."""
     frames, _, height, width = len(grid), *grid[0].tolist()
     if frames % 2:
         pixels, frames = torch.cat([pixels, pixels[-height * width :]]), frames + 1
@@ -2035,11 +2020,9 @@ def pixel_levels(device: torch.device, dtype: torch.dtype) -> torch.Tensor:
 
 
 def scale_pixels(pixels: torch.Tensor, width: int, dtype: torch.dtype) -> torch.Tensor:
-    """Patches [patches, width] in `dtype`, bit for bit as `Qwen2VLImageProcessorPil` gives them, of uint8 patches.
-
-    On the device, since they take 8 times (in pairs 4 times) the room of what they are made of. `width` is what the
-    encoder takes, 3 * temporal patch * patch * patch; a frame that is no pair stands in both temporal places.
-    """
+    """Patches [patches, width] in `dtype`, bit for bit as `Qwen2VLImageProcessorPil` gives them, of uint8 patches. On
+    the device, since they take 8 times (in pairs 4 times) the room of what they are made of. `width` is what the
+    encoder takes, 3 * temporal patch * patch * patch; a frame that is no pair stands in both temporal places."""
     channels = pixels.view(len(pixels), 3, 1, -1).int()
     channels += torch.arange(0, 768, 256, dtype=torch.int32, device=pixels.device).view(3, 1, 1)
     # On the CPU index_select takes a third of the time of indexing.
@@ -2316,11 +2299,9 @@ class SpeechMixin:
         self.post_init()
 
     def train(self, mode: bool = True) -> "SpeechMixin":
-        """That of torch, but frozen encoders stay in evaluation mode.
-
-        A model in training mode is left as it is: the Trainer asks at each batch, and setting all 3,027 modules of the
-        full size takes 15 ms, for which the GPU would wait.
-        """
+        """That of torch, but frozen encoders stay in evaluation mode. A model in training mode is left as it is: the
+        Trainer asks at each batch, and setting all 3,027 modules of the full size takes 15 ms, for which the GPU would
+        wait."""
         if mode and self.training:
             return self
         super().train(mode)
@@ -2526,11 +2507,9 @@ def answer_indices(labels: torch.Tensor) -> torch.Tensor:
 
 
 def set_recomputation(model: SpeechMixin, every_n: int) -> None:
-    """Recompute every `every_n`-th layer of the decoder and of trained encoders in the backward pass; 0: none.
-
-    Layers of frozen encoders take the setting without effect: they are in evaluation mode. transformers 5.17 knows no
-    `every_n_layers` yet.
-    """
+    """Recompute every `every_n`-th layer of the decoder and of trained encoders in the backward pass; 0: none. Layers
+    of frozen encoders take the setting without effect: they are in evaluation mode. transformers 5.17 knows no
+    `every_n_layers` yet."""
     for layers in (model.model.language_model.layers, model.model.visual.blocks, model.audio_encoder.layers):
         for index, layer in enumerate(layers):
             layer.gradient_checkpointing = every_n > 0 and index % every_n == 0
@@ -2568,11 +2547,9 @@ def plain_layers(model: SpeechMixin) -> Iterator[None]:
 
 
 def use_liger(model: SpeechMixin) -> None:
-    """Let Liger's kernels compute the decoder's RMSNorm and SwiGLU, of this model alone; no weight changes.
-
-    Replaced on the modules: Liger's own patch replaces the model's `forward`, and with it the speech. Gain at full
-    size: a step takes 10 % less time (docs/PERFORMANCE.md). Only for hidden_act `silu`.
-    """
+    """Let Liger's kernels compute the decoder's RMSNorm and SwiGLU, of this model alone; no weight changes. Replaced on
+    the modules: Liger's own patch replaces the model's `forward`, and with it the speech. Gain at full size: a step
+    takes 10 % less time (docs/PERFORMANCE.md). Only for hidden_act `silu`."""
     from liger_kernel.ops import LigerRMSNormFunction, LigerSiLUMulFunction
 
     decoder = model.model.language_model
@@ -3019,11 +2996,9 @@ def open_safetensors(file: Path):
 
 
 def current_name(key: str) -> str:
-    """The name in this model of a stored tensor, of a model or an adapter.
-
-    transformers 4 had no `model.language_model.` and a bare `visual.`; PEFT's names begin with `base_model.model.`, and
-    those of a live adapter have `.default` or `.modules_to_save`.
-    """
+    """The name in this model of a stored tensor, of a model or an adapter. transformers 4 had no
+    `model.language_model.` and a bare `visual.`; PEFT's names begin with `base_model.model.`, and those of a live
+    adapter have `.default` or `.modules_to_save`."""
     key = re.sub(r"\.modules_to_save(?:\.default)?(?=\.)|\.default(?=\.weight$)", "", key)
     key = key.removeprefix("base_model.model.")
     for pattern, name in KEY_MAPPING.items():
@@ -3464,11 +3439,8 @@ def load_adapter(
     model: SpeechMixin, path: str | Path, *, allow_pickle: bool = False, dropout: float | None = None
 ) -> PeftModel:
     """`model`, changed in place, with the adapter of `path`, under transformers 4 or 5 names, and its dropout or
-    another.
-
-    Every tensor is accounted for: PEFT's own loader only warns of what is missing, and not of a missing projector.
-    VQAError as `read_adapter` and `check_base`, and for tensors that do not fit.
-    """
+    another. Every tensor is accounted for: PEFT's own loader only warns of what is missing, and not of a missing
+    projector. VQAError as `read_adapter` and `check_base`, and for tensors that do not fit."""
     path = Path(path)
     tensors = read_adapter(path, allow_pickle)
     config = read_adapter_config(path / "adapter_config.json")
@@ -3520,11 +3492,9 @@ class Trained:
 
 
 def trained_settings(path: str | Path, device_type: str, changes: dict) -> tuple[dict, ModelSettings, InputSettings]:
-    """What training saved in `path` ({} for a base), and the settings to answer with, `changes` applied.
-
-    An adapter of other code, which has no settings, needs `prompt_layout` and `max_eval_frames` among the `changes`.
-    VQAError for unreadable settings, another instruction or layout, or an adapter whose layout or base nobody says.
-    """
+    """What training saved in `path` ({} for a base), and the settings to answer with, `changes` applied. An adapter of
+    other code, which has no settings, needs `prompt_layout` and `max_eval_frames` among the `changes`. VQAError for
+    unreadable settings, another instruction or layout, or an adapter whose layout or base nobody says."""
     if unknown := changes.keys() - {f.name for kind in (ModelSettings, InputSettings) for f in fields(kind)}:
         raise TypeError(f"no fields of ModelSettings or InputSettings: {', '.join(sorted(unknown))}")
     folder = resolve_model_dir(path)
@@ -3732,12 +3702,9 @@ class FeatureStore:
         return file and read_features(file)
 
     def fill(self, sources: Sequence, allow_errors: bool = False) -> None:
-        """Encode what the clips and speech of `sources` lack here, and print how many that were.
-
-        `sources` are SurgicalVQADatasets, or have their `rows` and `cacheable_media`; None in these is not kept.
-        VQAError for media that cannot be read, which `allow_errors` skips (`read` then gives None for them), and for a
-        full disk.
-        """
+        """Encode what the clips and speech of `sources` lack here, and print how many that were. `sources` are
+        SurgicalVQADatasets, or have their `rows` and `cacheable_media`; None in these is not kept. VQAError for media
+        that cannot be read, which `allow_errors` skips (`read` then gives None for them), and for a full disk."""
         start = time.monotonic()
         depth = 2 * MAX_WORKERS
         recipes = feature_recipes(self.model, self.processor, self.silence)
@@ -3876,11 +3843,9 @@ class Interrupted(BaseException):
 
 
 class StopSignal:
-    """Takes SIGTERM, SIGINT and SIGHUP while the `with` lasts, but those that the caller ignores (as nohup does).
-
-    Until `deferred` is set, a signal raises Interrupted at once, with `idle_message`. After that it only sets `signum`
-    and prints `deferred_message`; the caller stops after its step or batch.
-    """
+    """Takes SIGTERM, SIGINT and SIGHUP while the `with` lasts, but those that the caller ignores (as nohup does). Until
+    `deferred` is set, a signal raises Interrupted at once, with `idle_message`. After that it only sets `signum` and
+    prints `deferred_message`; the caller stops after its step or batch."""
 
     def __init__(
         self,
@@ -4011,11 +3976,9 @@ def checkpoints_of(folder: str | Path) -> dict[int, Path]:
 
 
 def find_checkpoint(args: VQATrainingArguments) -> Path | None:
-    """The checkpoint that --resume_from_checkpoint asks for; None: start at the beginning.
-
-    True takes the newest one that is complete, and names those skipped. VQAError where the named one is not
-    complete, none is, or the run would write among later checkpoints of another.
-    """
+    """The checkpoint that --resume_from_checkpoint asks for; None: start at the beginning. True takes the newest one
+    that is complete, and names those skipped. VQAError where the named one is not complete, none is, or the run would
+    write among later checkpoints of another."""
     wanted = args.resume_from_checkpoint
     existing = checkpoints_of(args.output_dir)
     if isinstance(wanted, str):
@@ -4053,10 +4016,8 @@ def find_checkpoint(args: VQATrainingArguments) -> Path | None:
 
 def refuse_other_settings(checkpoint: Path, settings: dict) -> None:
     """VQAError where a run would resume from a checkpoint of another model, input, LoRA shape, schedule or data; takes
-    over into `settings` which adapter the run started from.
-
-    The optimizer's state brings its learning rate along, so that another --learning_rate would be ignored.
-    """
+    over into `settings` which adapter the run started from. The optimizer's state brings its learning rate along, so
+    that another --learning_rate would be ignored."""
     stored = load_settings(checkpoint)
     # Defaults for settings files without these keys.
     once = dict.fromkeys((*ENCODERS, "compile_layers", "use_liger_kernel"), False)
@@ -4211,11 +4172,9 @@ class VQATrainer(Trainer):
             raise VQAError(self.explain_save(error)) from error
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Write weights, tokenizer and settings: all that evaluation needs.
-
-        Not the Trainer's own: PEFT's `auto` would save 152,000 rows of embeddings with an adapter once a row was added,
-        and `training_args.bin` is a pickle that holds the hub's token.
-        """
+        """Write weights, tokenizer and settings: all that evaluation needs. Not the Trainer's own: PEFT's `auto` would
+        save 152,000 rows of embeddings with an adapter once a row was added, and `training_args.bin` is a pickle that
+        holds the hub's token."""
         self.saving = True
         folder = Path(output_dir or self.args.output_dir)
         folder.mkdir(parents=True, exist_ok=True)
@@ -4459,8 +4418,10 @@ class RunGuard(TrainerCallback):
         if args.early_stopping_patience:
             stored = state.stateful_callbacks.setdefault(type(stopping).__name__, stopping.state())
             stopping.early_stopping_patience_counter = stored["attributes"]["early_stopping_patience_counter"]
-        if args.eval_answers:
-            remove_later_answers(Path(args.output_dir) / ANSWERS_DIR, state.global_step)
+        for file in (Path(args.output_dir) / ANSWERS_DIR).glob("step-*.json*"):  # some may be of steps rolled back
+            number = file.name.removeprefix("step-").partition(".")[0]
+            if args.eval_answers and number.isdecimal() and int(number) > state.global_step:
+                file.unlink()
         if self.saved_step >= 0:
             trainer._tr_loss += self.unlogged_loss[0]
             trainer._globalstep_last_logged = self.unlogged_loss[1]
@@ -4534,14 +4495,6 @@ class RunGuard(TrainerCallback):
                     (old / MANIFEST_FILE).unlink()  # a deletion cut short leaves nothing that looks complete
                     shutil.rmtree(old)
         control.should_training_stop |= bool(trainer.stop_signal.signum)
-
-
-def remove_later_answers(folder: Path, step: int) -> None:
-    """Delete the answers after `step` from ANSWERS_DIR: of what a run did after the save that it goes on from."""
-    for file in folder.glob("step-*.json*"):
-        number = file.name.removeprefix("step-").partition(".")[0]
-        if number.isdecimal() and int(number) > step:
-            file.unlink()
 
 
 def epoch_ends(state: TrainerState) -> bool:
@@ -4747,6 +4700,7 @@ def smaller_settings(flags: SimpleNamespace, most_frames: int) -> list[list[dict
         [{"checkpoint_every_n": 1}] * (flags.checkpoint_every_n != 1),
         batches,
         [{"per_device_eval_batch_size": n} for n in halves(asked)] * bool(flags.eval_data_path),
+        [{"eval_answers": n} for n in halves(min(flags.eval_answers, ANSWERS_AT_ONCE))],
         [{"cache_features": "features"}] * (frozen and not flags.cache_features),
         [{"audio_tokens": "speech"}] * (flags.audio_tokens != "speech" and flags.input_mode != "text"),
         [{"frame_mode": "video"}] * (flags.frame_mode != "video"),
