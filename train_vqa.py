@@ -239,9 +239,7 @@ PADDING_MULTIPLE = 16
 # 0.46 is the first that transformers takes. Newer ones than were tested may store or compute otherwise.
 BITSANDBYTES = "bitsandbytes>=0.46.1,<0.51"
 # Values of --optim for which the Trainer takes an optimizer of bitsandbytes.
-BITSANDBYTES_OPTIMIZER = re.compile(
-    r"paged_\w+|(adamw|ademamix|lion)_8bit|ademamix|lion_32bit|adamw_bnb_8bit|rmsprop_bnb\w*"
-)
+BITSANDBYTES_OPTIMIZER = re.compile(r"paged_\w+|(adamw(_bnb)?|ademamix|lion)_8bit|ademamix|lion_32bit|rmsprop_bnb\w*")
 LIGER = "liger-kernel>=0.8"  # whose SwiGLU takes a factor for the gate and one for the product
 GIB = 2**30
 FITTING_SHARE = 0.93  # of the memory that an estimate may take: it may err, and the allocator leaves gaps
@@ -409,8 +407,10 @@ READ_WITH = (
         "--eval_strategy steps or epoch",
         lambda flags: flags.eval_strategy != "no",
     ),
+    ("eval_strategy", "--eval_data_path", lambda flags: flags.eval_strategy == "no" or flags.eval_data_path),
     ("do_eval eval_on_start eval_answers", "--eval_data_path", lambda flags: flags.eval_data_path),
     ("greater_is_better", "--metric_for_best_model", lambda flags: flags.metric_for_best_model),
+    ("early_stopping_patience", "--load_best_model_at_end True", lambda flags: flags.load_best_model_at_end),
     ("early_stopping_threshold", "--early_stopping_patience", lambda flags: flags.early_stopping_patience),
     (
         "speech_token_jitter",
@@ -454,9 +454,7 @@ NUMBER_RULES = (
 class ModelArguments:
     """What is trained, and from where it starts."""
 
-    model_name_or_path: str = flag(
-        DEFAULT_MODEL, "Folder or hub id of the base model (config, tokenizer, safetensors)."
-    )
+    model_name_or_path: str = flag(DEFAULT_MODEL, "Folder or hub id of the base: config, tokenizer, safetensors.")
     init: str = flag(
         "pretrained",
         "pretrained: load the weights. random: draw them from --seed, in evaluation too (for tests).",
@@ -528,12 +526,8 @@ class DataArguments:
     """Where the questions, the frames and the speech are, and how much of them the model gets."""
 
     train_data_path: str | None = flag(None, "JSONL of training questions. Required.")
-    frames_dir: str | None = flag(
-        None, "Folder with the frames of all videos, named as --frame_pattern says. Required."
-    )
-    audio_dir: str | None = flag(
-        None, "Folder with the spoken questions of --train_data_path. Required unless --input_mode text."
-    )
+    frames_dir: str | None = flag(None, "Folder of the frames of all videos, named as --frame_pattern says. Required.")
+    audio_dir: str | None = flag(None, "Folder of the speech of --train_data_path. Required unless --input_mode text.")
     eval_data_path: str | None = flag(
         None,
         "JSONL of questions for the loss in training (--eval_strategy; else once at the end). None: no evaluation.",
@@ -597,12 +591,8 @@ class DataArguments:
         "Train where more than one in 100 rows (at least 2) has frames of one colour, or frames whose names differ and "
         "whose bytes are equal. False: an error.",
     )
-    check_data: bool = flag(
-        False, "Read and decode the data, report what is wrong, and exit; needs no --output_dir or model."
-    )
-    dry_run: bool = flag(
-        False, "Read the data, count parameters, tokens and steps without allocating weights, and exit."
-    )
+    check_data: bool = flag(False, "Decode the data, report what is wrong, and exit; needs no --output_dir or model.")
+    dry_run: bool = flag(False, "Read the data, count parameters, tokens, steps and memory without weights, and exit.")
     target_train_loss: float | None = flag(
         None, "Stop once the logged loss is below this; exit status 1 if it never is. None: train to the end."
     )
@@ -676,12 +666,10 @@ class VQATrainingArguments(OfferedArguments):
 
 
 def parse_arguments(argv: Sequence[str]) -> tuple[ModelArguments, DataArguments, VQATrainingArguments]:
-    """Parse `argv`; an unknown or abbreviated flag ends the process with status 2, as argparse does.
-
-    Without an accelerator `use_cpu` is set, since TrainingArguments refuses `--bf16 True` there otherwise; with one,
-    data loading gets workers, unless `--dataloader_num_workers` says how many. VQAError where a required flag is
-    missing, or two contradict each other.
-    """
+    """Parse `argv`; an unknown or abbreviated flag ends the process with status 2, as argparse does. Without an
+    accelerator `use_cpu` is set, since TrainingArguments refuses `--bf16 True` there otherwise; with one, data loading
+    gets workers, unless `--dataloader_num_workers` says how many. VQAError where a required flag is missing, or two
+    contradict each other."""
     parser = HfArgumentParser(
         (ModelArguments, DataArguments, VQATrainingArguments),
         allow_abbrev=False,
@@ -752,8 +740,8 @@ def start_from_adapter(
     for name, value in adopted.items():
         if f"--{name}" in given and asked[name] != value:
             raise VQAError(f"--{name} {asked[name]}: {path} was trained with {value}; leave the flag out")
-    handed_on = ["model_name_or_path", "init", "audio_encoder", "load_in_4bit"]
-    handed_on += [f.name for f in fields(InputSettings)]
+    inputs = [f.name for f in fields(InputSettings)]
+    handed_on = ["model_name_or_path", "init", "audio_encoder", "load_in_4bit", *inputs]
     changes = {name: asked[name] for name in handed_on if f"--{name}" in given}
     settings, model, inputs = trained_settings(path, "cpu", changes)
     stored = {**asdict(model), **asdict(inputs)}
@@ -783,8 +771,6 @@ def refuse_missing(flags: SimpleNamespace, given: set[str]) -> None:
         missing.append("--output_dir")
     if missing:
         raise VQAError("missing flag: " + ", ".join(missing))
-    if flags.eval_strategy != "no" and not flags.eval_data_path:
-        raise VQAError("--eval_strategy needs --eval_data_path: name the questions to evaluate on")
 
 
 def refuse_numbers(flags: SimpleNamespace) -> None:
@@ -846,19 +832,14 @@ def refuse_optimizer(args: VQATrainingArguments) -> None:
 
 
 def refuse_unmeasured(flags: SimpleNamespace) -> None:
-    """VQAError where no evaluation measures what is to choose the model, or to stop the run."""
+    """VQAError where no evaluation measures what is to choose the model."""
     metrics = [f"eval_{name}" for name in ("loss", *(ANSWER_METRICS if flags.eval_answers else ()))]
-    metric, stopping = flags.metric_for_best_model, flags.early_stopping_patience
+    metric = flags.metric_for_best_model
     if metric is not None and f"eval_{metric.removeprefix('eval_')}" not in metrics:
         more = "" if flags.eval_answers else "; --eval_answers N adds eval_" + ", eval_".join(ANSWER_METRICS)
         raise VQAError(f"--metric_for_best_model {metric}: evaluations measure {', '.join(metrics)}{more}")
     if flags.eval_answers and not SCORER.is_file():
         raise VQAError(f"--eval_answers: {SCORER}, which scores the answers, is missing; copy it there")
-    if stopping and not flags.load_best_model_at_end:
-        raise VQAError(
-            f"--early_stopping_patience {stopping} needs --load_best_model_at_end True: else the run would end with "
-            "the model that is no longer the best"
-        )
 
 
 def refuse_surroundings(flags: SimpleNamespace, args: VQATrainingArguments) -> None:
@@ -876,9 +857,7 @@ def refuse_surroundings(flags: SimpleNamespace, args: VQATrainingArguments) -> N
     if flags.load_in_4bit or by_bitsandbytes:
         check_bitsandbytes("--load_in_4bit" if flags.load_in_4bit else f"--optim {args.optim.value}")
     if absent := sorted(set(args.report_to) - set(get_available_reporting_integrations())):
-        raise VQAError(
-            f"--report_to {' '.join(absent)}: no such package is installed; install it, or leave the flag out"
-        )
+        raise VQAError(f"--report_to {' '.join(absent)}: no such package is installed; install it, or drop the flag")
     if args.save_strategy == "best" and args.metric_for_best_model is None:
         raise VQAError("--save_strategy best: say by what, such as --metric_for_best_model eval_loss")
     if "wandb" in args.report_to:  # it asks for a key at a terminal, unless it is off or offline
@@ -1880,11 +1859,9 @@ class VQAProcessor:
         self, question: str, vision_tokens: Sequence[int], audio_tokens: int, answer: str | None
     ) -> dict[str, torch.Tensor]:
         """Token ids of one sample: `vision_tokens` of each frame, or of the one video, `audio_tokens` of the speech.
-
         Only the text modes use `question`; `answer` None is the prompt alone. Returns `input_ids`, `mm_token_type_ids`
         (0 text and speech, 1 image, 2 video) and `labels` (the answer, its stop token and the layout's `after_answer`;
-        -100 elsewhere), each int64 [T]; `vision_at` and `speech_at`, int64 [n], where they go.
-        """
+        -100 elsewhere), each int64 [T]; `vision_at` and `speech_at`, int64 [n], where they go."""
         before, between, after, learned = self.text_ids(question, answer)
         speech = [self.audio_id] * audio_tokens if self.input_mode != "text" else []
         ids = before + speech + between
@@ -2031,12 +2008,10 @@ def scale_pixels(pixels: torch.Tensor, width: int, dtype: torch.dtype) -> torch.
 
 
 def mrope_positions(types: torch.Tensor, grid: torch.Tensor, merge_size: int) -> torch.Tensor:
-    """M-RoPE positions of one sample, int64 [T, 3] (time, row, column), as Qwen2-VL's `get_rope_index` gives them.
-
-    That one takes a model, which loader workers lack, and 2.3 ms a sample in place of 0.2; reading the features of a
-    sample from the cache takes 2. `types` are `mm_token_type_ids` [T], `grid` int64 [frames or clips, 3] the patches in
-    time, rows and columns.
-    """
+    """M-RoPE positions of one sample, int64 [T, 3] (time, row, column), as Qwen2-VL's `get_rope_index` gives them. That
+    one takes a model, which loader workers lack, and 2.3 ms a sample in place of 0.2; reading the features of a sample
+    from the cache takes 2. `types` are `mm_token_type_ids` [T], `grid` int64 [frames or clips, 3] the patches in time,
+    rows and columns."""
     positions = np.empty((len(types), 3), np.int64)
     vision = np.flatnonzero(types.numpy())
     position = end = done = 0  # the next position, the next token, and the vision tokens that have theirs
@@ -2167,18 +2142,15 @@ class SurgicalVQADataset(torch.utils.data.Dataset):
 
     def token_counts(self, indices: Iterable[int] | None = None) -> list[int]:
         """`most_tokens` of each sample, or of those at `indices`."""
-        return [
-            self.most_tokens(row) for row in (self.rows if indices is None else map(self.rows.__getitem__, indices))
-        ]
+        rows = self.rows if indices is None else map(self.rows.__getitem__, indices)
+        return [self.most_tokens(row) for row in rows]
 
 
 class VQACollator:
-    """Batches samples: text is padded, frames are concatenated, speech is stacked.
-
-    Padding is filled with `pad_token_id`, and never recognised by it. `padding_side` is `left` for generation, `right`
-    for training: there causal attention never reaches the padding, and without a mask sdpa takes its flash kernel.
-    Batches are padded to a multiple of `multiple` tokens, the rest on the right.
-    """
+    """Batches samples: text is padded, frames are concatenated, speech is stacked. Padding is filled with
+    `pad_token_id`, and never recognised by it. `padding_side` is `left` for generation, `right` for training: there
+    causal attention never reaches the padding, and without a mask sdpa takes its flash kernel. Batches are padded to a
+    multiple of `multiple` tokens, the rest on the right."""
 
     FILL = {"labels": IGNORE_INDEX, "mm_token_type_ids": 0, "attention_mask": 0, "position_ids": 0}  # noqa: RUF012
     JOINED = ("pixel_values", "image_grid_thw", "video_grid_thw", "vision_features")
@@ -2188,12 +2160,10 @@ class VQACollator:
         self.pad_token_id, self.padding_side, self.multiple = pad_token_id, padding_side, multiple
 
     def __call__(self, samples: Sequence[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-        """The samples of `VQAProcessor.make_sample` as one batch.
-
-        `input_ids`, `labels`, `mm_token_type_ids` and, padded on the left, `attention_mask` are int64 [B, T],
-        `position_ids` int64 [3, B, T]; the tensors of frames and speech follow each other along their first dimension;
-        `vision_at`, `speech_at` and `answer_at` (see `answer_indices`) are indices into the flattened batch.
-        """
+        """The samples of `VQAProcessor.make_sample` as one batch. `input_ids`, `labels`, `mm_token_type_ids` and,
+        padded on the left, `attention_mask` are int64 [B, T], `position_ids` int64 [3, B, T]; the tensors of frames and
+        speech follow each other along their first dimension; `vision_at`, `speech_at` and `answer_at` (see
+        `answer_indices`) are indices into the flattened batch."""
         names = ("input_ids", "labels", "mm_token_type_ids", "position_ids")
         padded = {name: [s[name] for s in samples] for name in names if name in samples[0]}
         if self.padding_side == "left":
@@ -2276,11 +2246,9 @@ class Answer:
 
 class SpeechMixin:
     """Hearing for a vision-language model of transformers: `audio_encoder.*` and `audio_projector.weight`.
-
     `<|audio_pad|>` ids stand where the speech goes, as `<|image_pad|>` ids do for the frames, so that ids, token types,
     positions and embeddings have one length and M-RoPE positions come out right. Vision encoder, positions and decoder
-    are those of the parent class, which has `model.visual`, `model.language_model` and `lm_head`.
-    """
+    are those of the parent class, which has `model.visual`, `model.language_model` and `lm_head`."""
 
     accepts_loss_kwargs = True  # the Trainer then passes num_items_in_batch, and accumulation weighs tokens alike
     processor: "VQAProcessor | None" = None  # `load_trained` sets it, and `answer` needs it
@@ -2347,12 +2315,10 @@ class SpeechMixin:
         vision_at: torch.Tensor | None = None,
         speech_at: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Embeddings [B, T, hidden] of `input_ids` [B, T] with the encoders' outputs on their placeholders.
-
-        `vision` [tokens, hidden] and `speech` [tokens, d_audio] go to `vision_at` and `speech_at` int64 [tokens],
-        indices into the flattened batch from `VQACollator`. None: looked for, for which the CPU waits until the GPU has
-        done all that it was given. ValueError where placeholders and outputs differ in number.
-        """
+        """Embeddings [B, T, hidden] of `input_ids` [B, T] with the encoders' outputs on their placeholders. `vision`
+        [tokens, hidden] and `speech` [tokens, d_audio] go to `vision_at` and `speech_at` int64 [tokens], indices into
+        the flattened batch from `VQACollator`. None: looked for, for which the CPU waits until the GPU has done all
+        that it was given. ValueError where placeholders and outputs differ in number."""
         embeds = self.get_input_embeddings()(input_ids)
         config = self.config
         media = []
@@ -2428,9 +2394,8 @@ class SpeechMixin:
             answer_at = answer_indices(labels)
         logits = self.lm_head(hidden.flatten(0, 1)[answer_at]).float()
         total = F.cross_entropy(logits, labels.flatten()[answer_at + 1], reduction="sum")
-        return CausalLMOutputWithPast(
-            loss=total / (len(answer_at) if num_items_in_batch is None else num_items_in_batch)
-        )
+        count = len(answer_at) if num_items_in_batch is None else num_items_in_batch
+        return CausalLMOutputWithPast(loss=total / count)
 
     def prepare_inputs_for_generation(self, *args, is_first_iteration: bool = False, **kwargs) -> dict:
         """That of the parent class, without frames and speech after the first step: they are read with the prompt."""
@@ -2518,11 +2483,9 @@ def set_recomputation(model: SpeechMixin, every_n: int) -> None:
 
 def compile_decoder(model: SpeechMixin) -> None:
     """Compile the decoder's layers, each by itself: they have one form, so that one compilation serves them all, and
-    all lengths (a batch of one sample, and evaluation, take one more each). What cannot be compiled is an error.
-
-    After `set_recomputation`. A layer's `forward` is replaced on the layer, since `layer.compile()` would take the
-    checkpointing around it into the graph. Gain at full size: 1.38 x, and 0.7 x the memory (docs/PERFORMANCE.md).
-    """
+    all lengths (a batch of one sample, and evaluation, take one more each). What cannot be compiled is an error. After
+    `set_recomputation`. A layer's `forward` is replaced on the layer, since `layer.compile()` would take the
+    checkpointing around it into the graph. Gain at full size: 1.38 x, and 0.7 x the memory (docs/PERFORMANCE.md)."""
     torch._functorch.config.activation_memory_budget = ACTIVATION_MEMORY_BUDGET
     torch._dynamo.config.specialize_float = True  # else a layer is traced twice, and the trace not kept on disk
     for layer in model.model.language_model.layers:
@@ -2571,12 +2534,10 @@ def use_liger(model: SpeechMixin) -> None:
 def answer_batch(
     model: SpeechMixin, samples: Iterable[dict], pad_token_id: int, stop_ids: Sequence[int], max_new_tokens: int
 ) -> list[tuple[list[int], str]]:
-    """Greedy answers of any number of samples: per row the new ids, stop token included, and `eos` or `length`.
-
-    Prefill goes by groups (`prefill`), then all rows decode together, one token a step. Written out because `generate`
-    prefills all rows at once, under a mask that keeps sdpa from its fast kernels: 5.74 answers/s in place of 7.87 on
-    one H100, and 4 GiB more (docs/PERFORMANCE.md).
-    """
+    """Greedy answers of any number of samples: per row the new ids, stop token included, and `eos` or `length`. Prefill
+    goes by groups (`prefill`), then all rows decode together, one token a step. Written out because `generate` prefills
+    all rows at once, under a mask that keeps sdpa from its fast kernels: 5.74 answers/s in place of 7.87 on one H100,
+    and 4 GiB more (docs/PERFORMANCE.md)."""
     with torch.inference_mode():
         lengths, ids, positions, layers = prefill(model, samples, pad_token_id)
         if not lengths:
@@ -2617,13 +2578,10 @@ def answer_batch(
 def prefill(
     model: SpeechMixin, samples: Iterable[dict], pad_token_id: int
 ) -> tuple[list[int], torch.Tensor, torch.Tensor, list[tuple[torch.Tensor, torch.Tensor]]]:
-    """Compute the keys and values of prompts, in groups of at most PREFILL_TOKENS with their padding.
-
-    Padding is on the right, where causal attention never meets it, so that no mask is needed; then the keys and values
-    of each row are moved to end where those of the longest end. Returns the tokens of each prompt; the first token of
-    each answer and its position, int64 [B]; per layer keys and values [B, heads, longest prompt, head size], 0 in
-    front.
-    """
+    """Compute the keys and values of prompts, in groups of at most PREFILL_TOKENS with their padding. Padding is on the
+    right, where causal attention never meets it, so that no mask is needed; then the keys and values of each row are
+    moved to end where those of the longest end. Returns the tokens of each prompt; the first token of each answer and
+    its position, int64 [B]; per layer keys and values [B, heads, longest prompt, head size], 0 in front."""
     collate = VQACollator(pad_token_id)
     device = model.get_input_embeddings().weight.device  # with cached features the encoders are elsewhere
     lengths, first, positions, caches = [], [], [], []
@@ -2722,7 +2680,6 @@ class ModelSettings:
     attn_implementation: str = "sdpa"
     audio_encoder: str | None = None
     load_in_4bit: bool = False
-    allow_pickle: bool = False  # never read; settings files keep their fields
     base_fingerprint: str | None = None
 
 
@@ -2804,9 +2761,7 @@ def load_config(model_name_or_path: str | Path) -> Qwen2VLConfig:
     quantization = stored.get("quantization_config") or {}
     method = quantization.get("quant_method", "bitsandbytes") if isinstance(quantization, dict) else quantization
     if method != "bitsandbytes":
-        raise VQAError(
-            f"{path}: quantization_config says {method!r}; this script reads 16-bit and bitsandbytes weights"
-        )
+        raise VQAError(f"{path}: quantization_config says {method!r}; this script reads 16 bits and bitsandbytes' 4")
     try:
         config = MODEL_CLASSES[stored["model_type"]].config_class.from_pretrained(path.parent)
     except Exception as error:  # whatever a value of the wrong kind runs into in there
@@ -3461,12 +3416,10 @@ def load_adapter(
 
 
 def merge_adapter(model: nn.Module) -> SpeechMixin:
-    """The base with the adapter merged into its weights, changed in place, one layer at a time.
-
-    `model` is a PeftModel, or its base with the adapter inside. W + alpha / r * B A is summed in float32 and rounded
-    once, to the dtype of W; PEFT's `merge_and_unload` adds the update in the dtype of the weight. What was trained in
-    full keeps the dtype that it was trained in, float32.
-    """
+    """The base with the adapter merged into its weights, changed in place, one layer at a time. `model` is a PeftModel,
+    or its base with the adapter inside. W + alpha / r * B A is summed in float32 and rounded once, to the dtype of W;
+    PEFT's `merge_and_unload` adds the update in the dtype of the weight. What was trained in full keeps the dtype that
+    it was trained in, float32."""
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     with torch.no_grad():
         for name, layer in list(base.named_modules()):
@@ -3514,7 +3467,10 @@ def trained_settings(path: str | Path, device_type: str, changes: dict) -> tuple
         raise VQAError(f"--prompt_layout {changes['prompt_layout']}: {path} was trained with {layout}; leave it out")
     if (folder / "adapter_config.json").is_file() and not settings:
         refuse_unsaid_layout(path, changes)
-        model = {"model_name_or_path": changes.get("model_name_or_path") or base_of_adapter(folder)}
+        base = read_config(folder / "adapter_config.json").get("base_model_name_or_path") or DEFAULT_MODEL
+        if not changes.get("model_name_or_path") and base != DEFAULT_MODEL and not Path(base).is_dir():
+            raise VQAError(f"{folder}: its base was {base}, no folder here; name the base with --model_name_or_path")
+        model = {"model_name_or_path": base}
     model = {"model_name_or_path": DEFAULT_MODEL, "dtype": "float32" if device_type == "cpu" else "bfloat16"} | model
     return settings, from_stored(ModelSettings, model | changes), from_stored(InputSettings, inputs | changes)
 
@@ -3527,14 +3483,6 @@ def refuse_unsaid_layout(path: str | Path, said: Iterable[str]) -> None:
             "must be given: chat and 8 for what the public SurgViVQA-Audio scripts trained, plain for the layout of "
             "the published stage-2 model"
         )
-
-
-def base_of_adapter(folder: Path) -> str:
-    """The base that an adapter of other code names, if it is here; VQAError where it names one that is not."""
-    base = read_config(folder / "adapter_config.json").get("base_model_name_or_path") or DEFAULT_MODEL
-    if base != DEFAULT_MODEL and not Path(base).is_dir():
-        raise VQAError(f"{folder}: its base was {base}, no folder here; name the base with --model_name_or_path")
-    return base
 
 
 def drawing_device(path: str | Path, model_settings: ModelSettings, device_type: str) -> str:
@@ -3807,6 +3755,8 @@ def resolved_settings(
     model |= {"init_device": training_args.device.type}
     model |= {"dtype": str(training_args.compute_dtype).removeprefix("torch."), "base_fingerprint": base_fingerprint}
     trained_parts = {"decoder": model_args.train_decoder, **{name: given[f"train_{name}"] for name in ENCODERS}}
+    # Compiled layers draw dropout from other random numbers, and Liger's round otherwise.
+    trained_parts |= {name: given[name] for name in ("compile_layers", "use_liger_kernel", "speech_token_jitter")}
     lora = {name: given[f"lora_{name}"] for name in ("r", "alpha", "dropout")}
     packages = ["torch", "transformers", "peft", "accelerate", "pillow", "torchaudio", "av"]
     packages += ["bitsandbytes"] * model_args.load_in_4bit
@@ -3817,9 +3767,7 @@ def resolved_settings(
     return {
         "model": asdict(from_stored(ModelSettings, model)),
         "input": asdict(from_stored(InputSettings, given | {"encoder_tokens": processor.encoder_tokens})),
-        # Compiled layers draw dropout from other random numbers, and Liger's round otherwise.
-        "trained": trained_parts
-        | {name: given[name] for name in ("compile_layers", "use_liger_kernel", "speech_token_jitter")},
+        "trained": trained_parts,
         "lora": lora if model_args.train_decoder == "lora" else {},
         **origin,
         "tokens": {
@@ -4298,15 +4246,12 @@ class VQATrainer(Trainer):
         self.guard.heed_signal()  # of the last batch
         if fitting < size:
             self.answers_at_once = fitting
-        return [
-            {
-                "predicted_answer": tokenizer.decode(ids, skip_special_tokens=True).strip(),
-                "ground_truth": dataset.rows[index].answer,
-                "finish_reason": finish,
-                "n_tokens": len(ids),
-            }
-            for index, (ids, finish) in zip(indices, answers, strict=True)
-        ]
+        parts = []
+        for index, (ids, finish) in zip(indices, answers, strict=True):
+            text = tokenizer.decode(ids, skip_special_tokens=True).strip()
+            part = {"predicted_answer": text, "ground_truth": dataset.rows[index].answer}
+            parts.append(part | {"finish_reason": finish, "n_tokens": len(ids)})
+        return parts
 
     def floating_point_ops(self, inputs: dict) -> int:
         """The Trainer's figure; counts the parameters once, which for each batch takes longer than a small step."""
@@ -4502,9 +4447,7 @@ def epoch_ends(state: TrainerState) -> bool:
     return float(state.epoch).is_integer() or state.global_step >= state.max_steps
 
 
-def keep_best(
-    args: VQATrainingArguments, state: TrainerState, metrics: dict[str, float], scheduler, checkpoint: Path
-) -> None:
+def keep_best(args: VQATrainingArguments, state: TrainerState, metrics: dict, scheduler, checkpoint: Path) -> None:
     """What the Trainer does with the `metrics` of an evaluation of its own: step a schedule that follows them, and note
     where they are the best so far."""
     if args.metric_for_best_model is None:
@@ -4573,12 +4516,10 @@ def estimate_memory(
     every_n: int,
     states: float = 8,
 ) -> dict[str, int]:
-    """Bytes of GPU memory at the peak of training on batches of `tokens`, by what takes them; an estimate.
-
-    `states` are from `optimizer_bytes`. `model` has its adapter, and may be on the meta device; with `cached_features`
-    its frozen encoders are off the GPU. Not counted: activations of trained encoders, and of frozen ones while they
-    run; the logits at answer positions; what --use_liger_kernel saves.
-    """
+    """Bytes of GPU memory at the peak of training on batches of `tokens`, by what takes them; an estimate. `states` are
+    from `optimizer_bytes`. `model` has its adapter, and may be on the meta device; with `cached_features` its frozen
+    encoders are off the GPU. Not counted: activations of trained encoders, and of frozen ones while they run; the
+    logits at answer positions; what --use_liger_kernel saves."""
     text = model.config.text_config
     size = dtype.itemsize
     count = text.num_hidden_layers
@@ -4973,18 +4914,16 @@ def train(
 ) -> int:
     """The steps of `main` after the arguments; returns the exit status."""
     # 2. What is cheap to check: what the run resumes from, the files of the model
-    if data_args.check_data:
-        prepare_data(data_args)
-        return 0
     checkpoint = find_checkpoint(training_args)
     stored = load_settings(checkpoint) if checkpoint else {}
     if "started_from" in stored:
         model_args.base_seed = stored["model"]["init_seed"]
-    base = model_args.model_name_or_path
-    data_args.prompt_layout = choose_layout(base, data_args.prompt_layout)
+    data_args.prompt_layout = choose_layout(model_args.model_name_or_path, data_args.prompt_layout)
     tokenizer, config = check_model(model_args, training_args)
     processor = VQAProcessor(tokenizer, config, **{name: getattr(data_args, name) for name in PROCESSOR_FIELDS})
-    earlier_digests = read_digests(resolve_model_dir(base), model_args.adapter_path, checkpoint)
+    earlier_digests = read_digests(
+        resolve_model_dir(model_args.model_name_or_path), model_args.adapter_path, checkpoint
+    )
     settings_of = partial(resolved_settings, model_args, data_args, training_args, processor)
     if checkpoint:
         refuse_other_settings(checkpoint, settings_of(stored["model"].get("base_fingerprint")))
@@ -5045,7 +4984,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         limit_gpu_memory(model_args.gpu_memory_limit_gib)
     with contextlib.ExitStack() as stack:
         stop_signal = stack.enter_context(StopSignal())
-        if not (data_args.check_data or data_args.dry_run):
+        if data_args.check_data:
+            prepare_data(data_args)
+            return 0
+        if not data_args.dry_run:
             stack.enter_context(lock_folder(training_args.output_dir))
         return train(model_args, data_args, training_args, stop_signal)
 

@@ -384,7 +384,7 @@ NO_STRATEGY = "--eval_strategy no --save_strategy no --load_best_model_at_end Tr
 @pytest.mark.parametrize(
     ("flags", "named"),
     [
-        (f"{STEPS} --early_stopping_patience 3", "--early_stopping_patience 3 needs --load_best_model_at_end True"),
+        (f"{STEPS} --early_stopping_patience 3", "--early_stopping_patience needs --load_best_model_at_end True"),
         (f"{NO_STRATEGY} --early_stopping_patience 3", "--load_best_model_at_end needs --eval_strategy"),
         (NO_STRATEGY, "--load_best_model_at_end needs --eval_strategy"),
         (
