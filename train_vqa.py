@@ -4921,9 +4921,7 @@ def train(
     data_args.prompt_layout = choose_layout(model_args.model_name_or_path, data_args.prompt_layout)
     tokenizer, config = check_model(model_args, training_args)
     processor = VQAProcessor(tokenizer, config, **{name: getattr(data_args, name) for name in PROCESSOR_FIELDS})
-    earlier_digests = read_digests(
-        resolve_model_dir(model_args.model_name_or_path), model_args.adapter_path, checkpoint
-    )
+    digests = read_digests(resolve_model_dir(model_args.model_name_or_path), model_args.adapter_path, checkpoint)
     settings_of = partial(resolved_settings, model_args, data_args, training_args, processor)
     if checkpoint:
         refuse_other_settings(checkpoint, settings_of(stored["model"].get("base_fingerprint")))
@@ -4961,7 +4959,7 @@ def train(
     callbacks = [memory, *([target] if target else [])]
     multiple = model_args.padding_multiple
     trainer = make_trainer(trained, datasets, settings, multiple, callbacks, training_args, stop_signal)
-    trainer.digests |= earlier_digests or set()
+    trainer.digests |= digests or set()
     marker = Path(training_args.output_dir) / STARTED_FILE
     if model_args.adapter_path:
         marker.write_text(f"{model_args.adapter_path}\n", encoding="utf-8")
