@@ -17,7 +17,8 @@ Qwen2-VL answers, the encoder of Whisper listens, one linear layer joins them:
 `--train_decoder full`, `--train_vision_tower` and `--train_audio_encoder` train more than that.
 
 In reading order: arguments, data, prompt and labels, dataset, model, loaders, feature cache, saving and resuming,
-Trainer, main(). `evaluate_checkpoint.py` imports from here, so that training and evaluation cannot drift apart.
+Trainer, the plan, main(). `evaluate_checkpoint.py` imports from here, so that training and evaluation cannot drift
+apart.
 """
 
 import contextlib
@@ -238,9 +239,7 @@ PADDING_MULTIPLE = 16
 # 0.46 is the first that transformers takes. Newer ones than were tested may store or compute otherwise.
 BITSANDBYTES = "bitsandbytes>=0.46.1,<0.51"
 # Values of --optim for which the Trainer takes an optimizer of bitsandbytes.
-BITSANDBYTES_OPTIMIZER = re.compile(
-    r"paged_\w+|(adamw|ademamix|lion)_8bit|ademamix|lion_32bit|adamw_bnb_8bit|rmsprop_bnb\w*"
-)
+BITSANDBYTES_OPTIMIZER = re.compile(r"paged_\w+|(adamw(_bnb)?|ademamix|lion)_8bit|ademamix|lion_32bit|rmsprop_bnb\w*")
 LIGER = "liger-kernel>=0.8"  # whose SwiGLU takes a factor for the gate and one for the product
 GIB = 2**30
 FITTING_SHARE = 0.93  # of the memory that an estimate may take: it may err, and the allocator leaves gaps
@@ -300,6 +299,44 @@ EVALUATION_DUE = "evaluation_due"  # marker file: a signal interrupted the evalu
 RESUME_FILES = (SETTINGS_FILE, PROGRESS_FILE, "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json")
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 MAX_PROBLEMS_SHOWN = 20
+# FFmpeg has one log for the process, which PyAV's `Capture` sorts by the thread that decodes. Errors only: good files
+# have warnings too. Repeated lines stay: of two threads with equal damage one would hear nothing.
+av.logging.set_level(av.logging.ERROR)
+av.logging.set_skip_repeated(False)
+
+# PEFT reads a deprecated attribute of the model.
+warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
+
+
+class VQAError(ValueError):
+    """Something the user can fix: its text names the file, line, id or flag, and says what to do."""
+
+
+def raise_problems(problems: Sequence, meaning: str = "") -> None:
+    """Raise one VQAError for all `problems` (a line each up to MAX_PROBLEMS_SHOWN, the total, and what they mean)."""
+    if problems:
+        lines = [str(problem) for problem in problems[:MAX_PROBLEMS_SHOWN]]
+        if len(problems) > 1:
+            cut = f", the first {MAX_PROBLEMS_SHOWN} shown" if len(problems) > MAX_PROBLEMS_SHOWN else ""
+            lines.append(f"{len(problems)} problems in all{cut}")
+        raise VQAError("\n".join([*lines, meaning] if meaning else lines))
+
+
+def first_line(error: Exception) -> str:
+    """The first line of what an error says, or its kind."""
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Arguments
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def flag(default, explanation: str, choices: Sequence[str] | None = None):
+    """A field of an argument dataclass: its default, its text for --help, and what it may be."""
+    return field(default=default, metadata={"help": explanation, **({"choices": list(choices)} if choices else {})})
+
+
 # Flags of transformers' TrainingArguments that training does not take, and why.
 NOT_OFFERED = {
     "average_tokens_across_devices ddp_backend ddp_broadcast_buffers ddp_bucket_cap_mb ddp_find_unused_parameters "
@@ -362,68 +399,62 @@ OPTIMIZERS = [
     *("adamw_torch", "adamw_torch_fused", "adafactor", "sgd", "adagrad", "rmsprop"),
     *(name.value for name in OptimizerNames if BITSANDBYTES_OPTIMIZER.fullmatch(name.value)),
 ]
-# Flags that nothing reads without another one: (flags, the other, whether its value makes them read).
+# Flags that nothing reads without another one: the flags, the other, whether its value makes them read.
 READ_WITH = (
-    (("eval_steps",), "--eval_strategy steps", lambda flags: flags.eval_strategy == "steps"),
+    ("eval_steps", "--eval_strategy steps", lambda flags: flags.eval_strategy == "steps"),
     (
-        ("eval_delay", "load_best_model_at_end", "metric_for_best_model"),
+        "eval_delay load_best_model_at_end metric_for_best_model",
         "--eval_strategy steps or epoch",
         lambda flags: flags.eval_strategy != "no",
     ),
-    (("do_eval", "eval_on_start"), "--eval_data_path", lambda flags: flags.eval_data_path),
-    (("greater_is_better",), "--metric_for_best_model", lambda flags: flags.metric_for_best_model),
+    ("eval_strategy", "--eval_data_path", lambda flags: flags.eval_strategy == "no" or flags.eval_data_path),
+    ("do_eval eval_on_start eval_answers", "--eval_data_path", lambda flags: flags.eval_data_path),
+    ("greater_is_better", "--metric_for_best_model", lambda flags: flags.metric_for_best_model),
+    ("early_stopping_patience", "--load_best_model_at_end True", lambda flags: flags.load_best_model_at_end),
+    ("early_stopping_threshold", "--early_stopping_patience", lambda flags: flags.early_stopping_patience),
     (
-        ("dataloader_persistent_workers", "dataloader_prefetch_factor", "dataloader_multiprocessing_context"),
+        "speech_token_jitter",
+        "--audio_tokens speech, and an --input_mode with speech",
+        lambda flags: counts_speech(flags),
+    ),
+    (
+        "dataloader_persistent_workers dataloader_prefetch_factor dataloader_multiprocessing_context",
         "--dataloader_num_workers 1 or more",
         lambda flags: flags.dataloader_num_workers,
     ),
 )
-
-# FFmpeg has one log for the process, which PyAV's `Capture` sorts by the thread that decodes. Errors only: good files
-# have warnings too. Repeated lines stay: of two threads with equal damage one would hear nothing.
-av.logging.set_level(av.logging.ERROR)
-av.logging.set_skip_repeated(False)
-
-# PEFT reads a deprecated attribute of the model.
-warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
-
-
-class VQAError(ValueError):
-    """Something the user can fix: its text names the file, line, id or flag, and says what to do."""
-
-
-def raise_problems(problems: Sequence, meaning: str = "") -> None:
-    """Raise one VQAError for all `problems` (a line each up to MAX_PROBLEMS_SHOWN, the total, and what they mean)."""
-    if problems:
-        lines = [str(problem) for problem in problems[:MAX_PROBLEMS_SHOWN]]
-        if len(problems) > 1:
-            cut = f", the first {MAX_PROBLEMS_SHOWN} shown" if len(problems) > MAX_PROBLEMS_SHOWN else ""
-            lines.append(f"{len(problems)} problems in all{cut}")
-        raise VQAError("\n".join([*lines, meaning] if meaning else lines))
-
-
-def first_line(error: Exception) -> str:
-    """The first line of what an error says, or its kind."""
-    return (str(error).splitlines() or [type(error).__name__])[0]
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Arguments
-# ----------------------------------------------------------------------------------------------------------------------
-
-
-def flag(default, explanation: str, choices: Sequence[str] | None = None):
-    """A field of an argument dataclass: its default, its text for --help, and what it may be."""
-    return field(default=default, metadata={"help": explanation, **({"choices": list(choices)} if choices else {})})
+# What numbers must be: the flags, the rule, and the rule in words.
+NUMBER_RULES = (
+    ("max_train_frames max_train_samples max_eval_samples", lambda n: n >= 1, "at least 1; leave it out for all"),
+    (
+        "max_image_size lora_r lora_alpha per_device_train_batch_size per_device_eval_batch_size save_total_limit "
+        "gradient_accumulation_steps eval_accumulation_steps dataloader_prefetch_factor",
+        lambda n: n >= 1,
+        "at least 1",
+    ),
+    ("max_steps", lambda n: n >= 1 or n == -1, "at least 1; -1: as --num_train_epochs says"),
+    (
+        "learning_rate gpu_memory_limit_gib logging_steps save_steps eval_steps neftune_noise_alpha num_train_epochs",
+        lambda n: 0 < n < math.inf,  # nor NaN
+        "above 0",
+    ),
+    (
+        "weight_decay adam_epsilon max_grad_norm dataloader_num_workers eval_delay early_stopping_threshold",
+        lambda n: 0 <= n < math.inf,
+        "0 or more",
+    ),
+    ("max_eval_frames", lambda n: n >= 0, "0 (all frames) or more"),
+    ("speech_token_jitter early_stopping_patience eval_answers", lambda n: n >= 0, "0 (off) or more"),
+    ("lora_dropout adam_beta1 adam_beta2", lambda n: 0 <= n < 1, "0 or more, and below 1"),
+    ("seed data_seed", lambda n: 0 <= n < 2**32, f"from 0 to {2**32 - 1}"),
+)
 
 
 @dataclass
 class ModelArguments:
     """What is trained, and from where it starts."""
 
-    model_name_or_path: str = flag(
-        DEFAULT_MODEL, "Folder or hub id of the base model (config, tokenizer, safetensors)."
-    )
+    model_name_or_path: str = flag(DEFAULT_MODEL, "Folder or hub id of the base: config, tokenizer, safetensors.")
     init: str = flag(
         "pretrained",
         "pretrained: load the weights. random: draw them from --seed, in evaluation too (for tests).",
@@ -495,12 +526,8 @@ class DataArguments:
     """Where the questions, the frames and the speech are, and how much of them the model gets."""
 
     train_data_path: str | None = flag(None, "JSONL of training questions. Required.")
-    frames_dir: str | None = flag(
-        None, "Folder with the frames of all videos, named as --frame_pattern says. Required."
-    )
-    audio_dir: str | None = flag(
-        None, "Folder with the spoken questions of --train_data_path. Required unless --input_mode text."
-    )
+    frames_dir: str | None = flag(None, "Folder of the frames of all videos, named as --frame_pattern says. Required.")
+    audio_dir: str | None = flag(None, "Folder of the speech of --train_data_path. Required unless --input_mode text.")
     eval_data_path: str | None = flag(
         None,
         "JSONL of questions for the loss in training (--eval_strategy; else once at the end). None: no evaluation.",
@@ -564,36 +591,23 @@ class DataArguments:
         "Train where more than one in 100 rows (at least 2) has frames of one colour, or frames whose names differ and "
         "whose bytes are equal. False: an error.",
     )
-    check_data: bool = flag(
-        False, "Read and decode the data, report what is wrong, and exit; needs no --output_dir or model."
-    )
-    dry_run: bool = flag(
-        False, "Read the data, count parameters, tokens and steps without allocating weights, and exit."
-    )
+    check_data: bool = flag(False, "Decode the data, report what is wrong, and exit; needs no --output_dir or model.")
+    dry_run: bool = flag(False, "Read the data, count parameters, tokens, steps and memory without weights, and exit.")
     target_train_loss: float | None = flag(
-        None,
-        "Stop once the logged loss is below this; exit status 1 if it never is. None: train to the end.",
+        None, "Stop once the logged loss is below this; exit status 1 if it never is. None: train to the end."
     )
 
 
-def withheld(name: str, default, factory):
+def withheld(original) -> tuple:
     """The field of a flag of TrainingArguments that is not offered: its default, or what SET_HERE has for it."""
-    if name in SET_HERE:
-        return name, object, field(default_factory=lambda: SET_HERE[name], init=False)
-    if factory is not MISSING:
-        return name, object, field(default_factory=factory, init=False)
-    return name, object, field(default=default, init=False)
+    factory = original.default_factory
+    if factory is MISSING:
+        factory = partial(SET_HERE.get, original.name, original.default)
+    return original.name, object, field(default_factory=factory, init=False)
 
 
-OfferedArguments = make_dataclass(
-    "OfferedArguments",
-    [
-        withheld(f.name, f.default, f.default_factory)
-        for f in fields(TrainingArguments)
-        if f.name in SET_HERE or f"--{f.name}" in REFUSED_FLAGS
-    ],
-    bases=(TrainingArguments,),
-)
+not_offered = [f for f in fields(TrainingArguments) if f.name in SET_HERE or f"--{f.name}" in REFUSED_FLAGS]
+OfferedArguments = make_dataclass("OfferedArguments", map(withheld, not_offered), bases=(TrainingArguments,))
 
 
 @dataclass
@@ -605,8 +619,7 @@ class VQATrainingArguments(OfferedArguments):
         "Evaluate on --eval_data_path, as is done wherever that is given: as --eval_strategy says, else at the end.",
     )
     warmup_ratio: float | None = flag(
-        None,
-        "Share of the steps, from 0 to below 1, in which the learning rate rises; in place of --warmup_steps.",
+        None, "Share of the steps, from 0 to below 1, in which the learning rate rises; in place of --warmup_steps."
     )
     resume_from_checkpoint: str | None = flag(
         None, "True: go on from the newest complete checkpoint of --output_dir; or the folder of one. None: start anew."
@@ -620,17 +633,6 @@ class VQATrainingArguments(OfferedArguments):
         "about the same number of tokens come together, so that batches are padded less).",
         ["random", "sequential", "group_by_length"],
     )
-
-    def __post_init__(self):
-        if not self.do_eval:
-            raise ValueError("--do_eval False: leave out --eval_data_path to train without evaluation")
-        if self.warmup_ratio is not None:
-            if not 0 <= self.warmup_ratio < 1:
-                raise ValueError(f"--warmup_ratio {self.warmup_ratio}: must be 0 or more, and below 1")
-            if self.warmup_steps not in (0, self.warmup_ratio):
-                raise ValueError("--warmup_ratio and --warmup_steps say the same; leave one of them out")
-            self.warmup_steps = self.warmup_ratio  # transformers takes a number below 1 for the share
-        super().__post_init__()
 
     early_stopping_patience: int = flag(
         0,
@@ -649,6 +651,17 @@ class VQATrainingArguments(OfferedArguments):
         "fewer where these do not fit. 0: the loss alone.",
     )
 
+    def __post_init__(self):
+        if not self.do_eval:
+            raise ValueError("--do_eval False: leave out --eval_data_path to train without evaluation")
+        if self.warmup_ratio is not None:
+            if not 0 <= self.warmup_ratio < 1:
+                raise ValueError(f"--warmup_ratio {self.warmup_ratio}: must be 0 or more, and below 1")
+            if self.warmup_steps not in (0, self.warmup_ratio):
+                raise ValueError("--warmup_ratio and --warmup_steps say the same; leave one of them out")
+            self.warmup_steps = self.warmup_ratio  # transformers takes a number below 1 for the share
+        super().__post_init__()
+
     @property
     def compute_dtype(self) -> torch.dtype:
         """The dtype of the computation, by autocast."""
@@ -656,12 +669,10 @@ class VQATrainingArguments(OfferedArguments):
 
 
 def parse_arguments(argv: Sequence[str]) -> tuple[ModelArguments, DataArguments, VQATrainingArguments]:
-    """Parse `argv`; an unknown or abbreviated flag ends the process with status 2, as argparse does.
-
-    Without an accelerator `use_cpu` is set, since TrainingArguments refuses `--bf16 True` there otherwise; with one,
-    data loading gets workers, unless `--dataloader_num_workers` says how many. VQAError where a required flag is
-    missing, or two contradict each other.
-    """
+    """Parse `argv`; an unknown or abbreviated flag ends the process with status 2, as argparse does. Without an
+    accelerator `use_cpu` is set, since TrainingArguments refuses `--bf16 True` there otherwise; with one, data loading
+    gets workers, unless `--dataloader_num_workers` says how many. VQAError where a required flag is missing, or two
+    contradict each other."""
     parser = HfArgumentParser(
         (ModelArguments, DataArguments, VQATrainingArguments),
         allow_abbrev=False,
@@ -688,19 +699,25 @@ def parse_arguments(argv: Sequence[str]) -> tuple[ModelArguments, DataArguments,
         raise VQAError(what + " ".join(str(error).split())) from error
     if model_args.adapter_path:
         start_from_adapter(model_args, data_args, training_args.resume_from_checkpoint, given)
-    # --use_liger_kernel is that of the model: the Trainer's own is off
-    flags = SimpleNamespace(**{**vars(training_args), **vars(data_args), **vars(model_args)})
+    flags = together(model_args, data_args, training_args)
     refuse_missing(flags, given)
     check_patterns(flags.audio_pattern, flags.frame_pattern)
     refuse_numbers(flags)
     refuse_contradictions(flags, given)
     refuse_optimizer(training_args)
-    refuse_unmeasured(flags, given)
+    refuse_unmeasured(flags)
     refuse_surroundings(flags, training_args)
     data_args.max_eval_frames = data_args.max_eval_frames or None
     if not counts_speech(flags):
         data_args.speech_token_jitter = 0
     return model_args, data_args, training_args
+
+
+def together(model_args: ModelArguments, data_args: DataArguments, args: VQATrainingArguments) -> SimpleNamespace:
+    """All flags, and what follows from them; --use_liger_kernel is the model's, since the Trainer's own is off."""
+    flags = SimpleNamespace(**{**vars(args), **vars(data_args), **vars(model_args)})
+    flags.compute_dtype, flags.padding_multiple = args.compute_dtype, model_args.padding_multiple
+    return flags
 
 
 def flag_names() -> list[str]:
@@ -713,10 +730,8 @@ def start_from_adapter(
     model_args: ModelArguments, data_args: DataArguments, resumed: str | None, given: set[str]
 ) -> None:
     """Set what --adapter_path decides: LoRA's shape and the trained parts; and base and inputs that are not `given`.
-
     VQAError for flags that contradict the adapter, --resume_from_checkpoint (`resumed`) among them, and where it is
-    damaged or its prompt unknown.
-    """
+    damaged or its prompt unknown."""
     path = Path(model_args.adapter_path)
     if not (path / "adapter_config.json").is_file():
         raise VQAError(f"--adapter_path {path}: holds no adapter (adapter_config.json, adapter_model.safetensors)")
@@ -728,8 +743,8 @@ def start_from_adapter(
     for name, value in adopted.items():
         if f"--{name}" in given and asked[name] != value:
             raise VQAError(f"--{name} {asked[name]}: {path} was trained with {value}; leave the flag out")
-    handed_on = ["model_name_or_path", "init", "audio_encoder", "load_in_4bit"]
-    handed_on += [f.name for f in fields(InputSettings)]
+    inputs = [f.name for f in fields(InputSettings)]
+    handed_on = ["model_name_or_path", "init", "audio_encoder", "load_in_4bit", *inputs]
     changes = {name: asked[name] for name in handed_on if f"--{name}" in given}
     settings, model, inputs = trained_settings(path, "cpu", changes)
     stored = {**asdict(model), **asdict(inputs)}
@@ -759,49 +774,18 @@ def refuse_missing(flags: SimpleNamespace, given: set[str]) -> None:
         missing.append("--output_dir")
     if missing:
         raise VQAError("missing flag: " + ", ".join(missing))
-    if flags.eval_strategy != "no" and not flags.eval_data_path:
-        raise VQAError("--eval_strategy needs --eval_data_path: name the questions to evaluate on")
 
 
 def refuse_numbers(flags: SimpleNamespace) -> None:
     """VQAError where a number is one that nothing can be trained with."""
     if not re.fullmatch(r"\d+|auto", flags.checkpoint_every_n):
         raise VQAError("--checkpoint_every_n must be 0 (none), 1 (every layer), N (every N-th layer) or auto")
-    optional = ("max_train_frames", "max_train_samples", "max_eval_samples")
-    counts = ("eval_accumulation_steps", "save_total_limit", "dataloader_prefetch_factor")
-    batches = ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps")
-    positive = ["learning_rate", "gpu_memory_limit_gib", "logging_steps", "save_steps", "eval_steps"]
-    positive += ["neftune_noise_alpha", *(["num_train_epochs"] if flags.max_steps <= 0 else [])]
-    not_negative = ("weight_decay", "adam_epsilon", "max_grad_norm", "dataloader_num_workers", "eval_delay")
-    for names, holds, rule in (
-        (optional, lambda number: number >= 1, "must be at least 1; leave it out for all"),
-        (
-            ("max_image_size", "lora_r", "lora_alpha", *batches, *counts),
-            lambda number: number >= 1,
-            "must be at least 1",
-        ),
-        (positive, lambda number: 0 < number < math.inf, "must be above 0"),  # nor NaN
-        (not_negative, lambda number: 0 <= number < math.inf, "must be 0 or more"),
-        (
-            ("lora_dropout", "adam_beta1", "adam_beta2"),
-            lambda number: 0 <= number < 1,
-            "must be 0 or more, and below 1",
-        ),
-        (("seed", "data_seed"), lambda number: 0 <= number < 2**32, f"must be from 0 to {2**32 - 1}"),
-        (
-            ["max_steps"],
-            lambda number: number >= 1 or number == -1,
-            "must be at least 1; -1: as --num_train_epochs says",
-        ),
-        (["max_eval_frames"], lambda number: number >= 0, "must be 0 (all frames) or more"),
-        (["speech_token_jitter"], lambda number: number >= 0, "must be 0 (none) or more"),
-        (["early_stopping_patience", "eval_answers"], lambda number: number >= 0, "must be 0 (off) or more"),
-        (["early_stopping_threshold"], lambda number: 0 <= number < math.inf, "must be 0 or more"),
-    ):
-        for name in names:
+    for names, holds, rule in NUMBER_RULES:
+        for name in names.split():
             number = getattr(flags, name)
-            if number is not None and not holds(number):
-                raise VQAError(f"--{name} {number}: {rule}")
+            unread = name == "num_train_epochs" and flags.max_steps > 0
+            if number is not None and not unread and not holds(number):
+                raise VQAError(f"--{name} {number}: must be {rule}")
 
 
 def counts_speech(flags: SimpleNamespace) -> bool:
@@ -812,84 +796,58 @@ def counts_speech(flags: SimpleNamespace) -> bool:
 def refuse_contradictions(flags: SimpleNamespace, given: set[str]) -> None:
     """VQAError where flags contradict others on what is trained, or how, or nothing reads them for lack of another."""
     for names, other, is_read in READ_WITH:
-        for name in names:
+        for name in names.split():
             if f"--{name}" in given and getattr(flags, name) and not is_read(flags):
                 raise VQAError(f"--{name} needs {other}: add that, or leave it out")
     if flags.use_liger_kernel and flags.compile_layers:
         raise VQAError("--use_liger_kernel: --compile_layers True fuses the same operations; leave one of them out")
     if flags.train_audio_encoder and flags.input_mode == "text":
         raise VQAError("--train_audio_encoder: with --input_mode text there is no speech; leave one of them out")
-    if "--speech_token_jitter" in given and flags.speech_token_jitter and not counts_speech(flags):
-        message = "needs --audio_tokens speech, and an --input_mode with speech; leave it out"
-        raise VQAError(f"--speech_token_jitter {flags.speech_token_jitter}: {message}")
     for name in ("train_vision_tower", "train_audio_encoder"):
         if flags.cache_features and getattr(flags, name):
             raise VQAError(f"--cache_features keeps what frozen encoders put out, and --{name} trains one; drop either")
+    source, what = flags.adapter_path, "adapter of --adapter_path"
     if flags.train_decoder == "full":
         if idle := sorted(given & {"--lora_r", "--lora_alpha", "--lora_dropout"}):
             raise VQAError(f"{', '.join(idle)}: --train_decoder full has no adapters; leave it out")
         if flags.load_in_4bit:
             raise VQAError("--load_in_4bit: 4-bit weights cannot be trained; leave it out, or --train_decoder full")
-        if Path(flags.model_name_or_path).resolve() == Path(flags.output_dir).resolve():
-            message = "holds the base model, which the trained one would overwrite; name another folder"
-            raise VQAError(f"--output_dir {flags.output_dir}: {message}")
-    elif flags.adapter_path and Path(flags.adapter_path).resolve() == Path(flags.output_dir).resolve():
-        message = "holds the adapter of --adapter_path, which the new one would overwrite; name another folder"
-        raise VQAError(f"--output_dir {flags.output_dir}: {message}")
+        source, what = flags.model_name_or_path, "base model"
+    if source and Path(source).resolve() == Path(flags.output_dir).resolve():
+        advice = "which the new one would overwrite; name another folder"
+        raise VQAError(f"--output_dir {flags.output_dir}: holds the {what}, {advice}")
 
 
 def refuse_optimizer(args: VQATrainingArguments) -> None:
     """VQAError where optimizer or schedule cannot be made from their flags, by making them for one number."""
-    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=args.learning_rate)
+    number = [nn.Parameter(torch.zeros(1))]
+    optimizer = torch.optim.SGD(number, lr=args.learning_rate)
+    flag_said = f"--optim {args.optim.value}"
     try:
         if not BITSANDBYTES_OPTIMIZER.fullmatch(args.optim.value):  # which need a GPU
             kind, options = Trainer.get_optimizer_cls_and_kwargs(args)
-            kind([nn.Parameter(torch.zeros(1))], **options)
+            kind(number, **options)
+        kwargs = args.lr_scheduler_kwargs
+        flag_said = f"--lr_scheduler_type {args.lr_scheduler_type.value} with --lr_scheduler_kwargs {kwargs}"
+        get_scheduler(args.lr_scheduler_type, optimizer, 1, 2, kwargs)
     except (ValueError, TypeError, ImportError) as error:
-        raise VQAError(f"--optim {args.optim.value}: {first_line(error)}") from error
-    try:
-        get_scheduler(args.lr_scheduler_type, optimizer, 1, 2, args.lr_scheduler_kwargs)
-    except (ValueError, TypeError) as error:
-        what = (
-            f"--lr_scheduler_type {args.lr_scheduler_type.value} with --lr_scheduler_kwargs {args.lr_scheduler_kwargs}"
-        )
-        raise VQAError(f"{what}: {first_line(error)}") from error
+        raise VQAError(f"{flag_said}: {first_line(error)}") from error
 
 
-def log_in_to_wandb() -> None:
-    """VQAError unless W&B is off or offline, or has a key that it accepts; it asks for one at a terminal."""
-    try:
-        importlib.import_module("wandb").login()
-    except Exception as error:  # of several kinds, by the version of wandb
-        advice = "run `wandb login`, set WANDB_MODE=offline, or leave the flag out"
-        raise VQAError(f"--report_to wandb: {first_line(error)}; {advice}") from error
-
-
-def refuse_unmeasured(flags: SimpleNamespace, given: set[str]) -> None:
-    """VQAError where no evaluation measures what is to choose the model, or to stop the run."""
+def refuse_unmeasured(flags: SimpleNamespace) -> None:
+    """VQAError where no evaluation measures what is to choose the model."""
     metrics = [f"eval_{name}" for name in ("loss", *(ANSWER_METRICS if flags.eval_answers else ()))]
-    metric, stopping = flags.metric_for_best_model, flags.early_stopping_patience
+    metric = flags.metric_for_best_model
     if metric is not None and f"eval_{metric.removeprefix('eval_')}" not in metrics:
         more = "" if flags.eval_answers else "; --eval_answers N adds eval_" + ", eval_".join(ANSWER_METRICS)
         raise VQAError(f"--metric_for_best_model {metric}: evaluations measure {', '.join(metrics)}{more}")
-    if flags.eval_answers and not flags.eval_data_path:
-        raise VQAError(f"--eval_answers {flags.eval_answers} needs --eval_data_path: name the questions to answer")
     if flags.eval_answers and not SCORER.is_file():
         raise VQAError(f"--eval_answers: {SCORER}, which scores the answers, is missing; copy it there")
-    if "--early_stopping_threshold" in given and not stopping:
-        raise VQAError("--early_stopping_threshold does nothing without --early_stopping_patience; leave it out")
-    if stopping and not flags.load_best_model_at_end:
-        raise VQAError(
-            f"--early_stopping_patience {stopping} needs --load_best_model_at_end True: else the run would end with "
-            "the model that is no longer the best"
-        )
 
 
 def refuse_surroundings(flags: SimpleNamespace, args: VQATrainingArguments) -> None:
     """VQAError where this machine lacks what the flags ask for, or training would not be one process on one GPU.
-
-    --dry_run needs the packages too, but no GPU: it may plan for another machine's.
-    """
+    --dry_run needs the packages too, but no GPU: it may plan for another machine's."""
     if flags.check_data:
         return
     if flags.checkpoint_every_n == "auto" and memory_limit(flags) is None:
@@ -902,13 +860,15 @@ def refuse_surroundings(flags: SimpleNamespace, args: VQATrainingArguments) -> N
     if flags.load_in_4bit or by_bitsandbytes:
         check_bitsandbytes("--load_in_4bit" if flags.load_in_4bit else f"--optim {args.optim.value}")
     if absent := sorted(set(args.report_to) - set(get_available_reporting_integrations())):
-        raise VQAError(
-            f"--report_to {' '.join(absent)}: no such package is installed; install it, or leave the flag out"
-        )
+        raise VQAError(f"--report_to {' '.join(absent)}: no such package is installed; install it, or drop the flag")
     if args.save_strategy == "best" and args.metric_for_best_model is None:
         raise VQAError("--save_strategy best: say by what, such as --metric_for_best_model eval_loss")
-    if "wandb" in args.report_to:
-        log_in_to_wandb()
+    if "wandb" in args.report_to:  # it asks for a key at a terminal, unless it is off or offline
+        try:
+            importlib.import_module("wandb").login()
+        except Exception as error:  # of several kinds, by the version of wandb
+            advice = "run `wandb login`, set WANDB_MODE=offline, or leave the flag out"
+            raise VQAError(f"--report_to wandb: {first_line(error)}; {advice}") from error
     if flags.dry_run:
         return
     if by_bitsandbytes and args.device.type == "cpu":
@@ -920,9 +880,77 @@ def refuse_surroundings(flags: SimpleNamespace, args: VQATrainingArguments) -> N
         )
 
 
+def limit_gpu_memory(gib: float | None) -> None:
+    """Cap this process at `gib` GiB of GPU memory; None: no cap. VQAError without a GPU, or beyond its memory."""
+    if gib is None:
+        return
+    if not torch.cuda.is_available():
+        raise VQAError("--gpu_memory_limit_gib needs a CUDA GPU; leave it out here")
+    total = torch.cuda.get_device_properties(0).total_memory / GIB
+    if not 0 < gib <= total:
+        raise VQAError(f"--gpu_memory_limit_gib {gib}: this card has {total:.1f} GiB")
+    torch.cuda.set_per_process_memory_fraction(gib / total)
+
+
+def memory_limit(args: ModelArguments) -> float | None:
+    """GiB of GPU memory that a run may fill: of --gpu_memory_limit_gib, else of the card. None: neither is there."""
+    if args.gpu_memory_limit_gib is not None or not torch.cuda.is_available():
+        return args.gpu_memory_limit_gib
+    return torch.cuda.get_device_properties(0).total_memory / GIB - CUDA_CONTEXT_GIB
+
+
+def check_compiler(device_type: str) -> None:
+    """VQAError where torch.compile would find no compiler that works, or not the headers of Python, which what it
+    compiles includes: of C on a GPU, for Triton's launchers, else of C++."""
+    variable, language, names = ("CC", "c", ("gcc", "clang")) if device_type == "cuda" else ("CXX", "c++", ("g++",))
+    compiler = os.environ.get(variable) or next(filter(shutil.which, names), names[0])
+    with tempfile.TemporaryDirectory() as folder:
+        headers = sysconfig.get_path("include", "posix_prefix")
+        command = [compiler, "-x", language, "-", "-I", headers, "-o", str(Path(folder) / "trial")]
+        program = "#include <Python.h>\nint main(void) { return 0; }\n"
+        try:
+            done = subprocess.run(command, input=program, capture_output=True, text=True, errors="replace")
+            failure = (done.stderr.strip() or f"exit status {done.returncode}") if done.returncode else ""
+        except OSError as error:
+            failure = str(error)
+    if failure:
+        raise VQAError(
+            f"--compile_layers: the compiler {compiler} does not work ({failure.splitlines()[0]}); fix it (Python.h "
+            f"is in the package python3-dev), name another in {variable}, or leave the flag out"
+        )
+
+
+def check_liger(device_type: str, needs_gpu: bool = True) -> None:
+    """VQAError where Liger's kernels, which are Triton's, cannot run: they take the package and, to run, a GPU."""
+    if device_type != "cuda" and needs_gpu:
+        raise VQAError("--use_liger_kernel needs a CUDA GPU, since its kernels are Triton's; leave the flag out")
+    module = "liger_kernel.ops" if device_type == "cuda" else "liger_kernel"  # the kernels may not load without a GPU
+    check_package("--use_liger_kernel", module, LIGER, "leave the flag out")
+
+
+def check_bitsandbytes(what: str) -> None:
+    """VQAError, which begins with `what` asks for it, where bitsandbytes is missing or of a version not tested."""
+    check_package(what, "bitsandbytes", BITSANDBYTES, "take 16-bit weights")
+
+
+def check_package(what: str, module: str, requirement: str, otherwise: str) -> None:
+    """VQAError where an optional package is missing, does not load or has a version not tested; `what` asks for it."""
+    try:
+        importlib.import_module(module)
+        require_version(requirement)
+    except Exception as error:  # a Triton, or native part, that does not fit raises what it likes
+        reason = first_line(error).rstrip(". ")
+        raise VQAError(f"{what}: {reason}; run `pip install '{requirement}'`, or {otherwise}") from error
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Reading the data: rows, frames, speech
 # ----------------------------------------------------------------------------------------------------------------------
+
+
+def split_digests(digests: bytes) -> list[bytes]:
+    """Digests that follow each other, one by one."""
+    return [digests[i : i + DIGEST_BYTES] for i in range(0, len(digests), DIGEST_BYTES)]
 
 
 @dataclass(slots=True)
@@ -961,11 +989,9 @@ class VQARow:
 
     @property
     def contents(self) -> dict[str, list[bytes]]:
-        """What the row consists of, whatever its files are called: digests of its clip, frames, speech and wording.
-
-        Of media only those that `check_media` passed. Case and punctuation of the question do not count.
-        """
-        media = [self.digests[i : i + DIGEST_BYTES] for i in range(0, len(self.digests), DIGEST_BYTES)]
+        """What the row consists of, whatever its files are called: digests of its clip, frames, speech and wording. Of
+        media only those that `check_media` passed. Case and punctuation of the question do not count."""
+        media = split_digests(self.digests)
         frames, speech = media[: len(self.frame_paths)], media[len(self.frame_paths) :]
         clip, wording = b"".join(frames), " ".join(re.findall(r"\w+", self.question.casefold())).encode()
         clip, wording = (hashlib.sha256(content).digest()[:DIGEST_BYTES] for content in (clip, wording))
@@ -992,10 +1018,8 @@ def read_rows(path: str | Path, max_samples: int | None = None) -> list[VQARow]:
 
 
 def scan_rows(path: str | Path, max_samples: int | None = None) -> tuple[list[VQARow], list[Problem]]:
-    """The rows of a question file, one JSON object a line, and its malformed lines; `max_samples` counts both.
-
-    Blank lines are skipped. VQAError where the file is missing or empty, UTF-16 text, or a JSON array.
-    """
+    """The rows of a question file, one JSON object a line, and its malformed lines; `max_samples` counts both. Blank
+    lines are skipped. VQAError where the file is missing or empty, UTF-16 text, or a JSON array."""
     path = Path(path)
     if not path.is_file():
         raise VQAError(f"{path}: no such file")
@@ -1257,10 +1281,8 @@ def find_shared_media(rows: Iterable[VQARow]) -> list[Problem]:
 
 
 def find_mixed_sizes(rows: Iterable[VQARow], max_image_size: int, max_frames: int | None) -> list[Problem]:
-    """Rows whose frames --frame_mode video cannot pair: scaled for Qwen2-VL, they differ in size.
-
-    Only the frames that `select_frames` takes count; their headers are read.
-    """
+    """Rows whose frames --frame_mode video cannot pair: scaled for Qwen2-VL, they differ in size. Only the frames that
+    `select_frames` takes count; their headers are read."""
     size_of, problems = cache(upright_size), []
 
     def scaled(path: Path) -> tuple[int, int]:
@@ -1285,8 +1307,7 @@ def check_media(rows: Iterable[VQARow]) -> list[Problem]:
             users.setdefault(path, []).append(row)
     known, state_of = read_passed(), {}
     for path in users:
-        stat = os.stat(path)
-        state_of[os.path.abspath(path)] = [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino]
+        state_of[os.path.abspath(path)] = [*version_of(path)]
     passed = {name: known[name] for name, state in state_of.items() if known.get(name, [])[:4] == state}
     waiting = {path: name for path, name in zip(users, state_of, strict=True) if name not in passed}
     unchanged = len(passed)
@@ -1322,12 +1343,18 @@ def check_media(rows: Iterable[VQARow]) -> list[Problem]:
     return problems
 
 
-def level_spread(path: Path) -> int:
-    """How far apart the levels of a sound frame are, in the channel where they are farthest: 0 to 255.
+def version_of(path: Path) -> tuple[int, ...]:
+    """What changes when a file is replaced; () where there is none, as decoding will say."""
+    if not path.exists():
+        return ()
+    stat = path.stat()
+    return stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino
 
-    A JPEG's grey at an eighth of each side, which `decode_frame` gives for a check, cannot be farther apart than its
-    colours; so only what is almost one level there is decoded in full. VQAError as `decode_frame`.
-    """
+
+def level_spread(path: Path) -> int:
+    """How far apart the levels of a sound frame are, in the channel where they are farthest: 0 to 255. A JPEG's grey at
+    an eighth of each side, which `decode_frame` gives for a check, cannot be farther apart than its colours; so only
+    what is almost one level there is decoded in full. VQAError as `decode_frame`."""
 
     def spread(image: Image.Image) -> int:
         return max(high - low for low, high in image.getextrema())
@@ -1337,26 +1364,23 @@ def level_spread(path: Path) -> int:
 
 
 def find_empty_frames(rows: Sequence[VQARow]) -> tuple[str | None, bool]:
-    """Frames of one colour, and frames whose names differ and whose bytes are equal: what there is to say of them, None
-    if there are none, and whether too many rows have such frames. `check_media` must have seen the rows; that they name
-    the same frames does not count."""
-    named: dict[bytes, dict[Path, str]] = {}
+    """What there is to say of frames of one colour, and of frames whose names differ and whose bytes are equal (None:
+    there are none); and whether too many rows have such frames. `check_media` must have seen the rows."""
+    named: dict[bytes, dict[Path, str]] = {}  # digest -> file -> the name of the frame
     for row in rows:
-        digests = row.contents["frame"]
-        for frame, path, digest in zip(row.frames, row.frame_paths, digests, strict=False):
-            named.setdefault(digest, {}).setdefault(path, (row, frame))
-    several = [found for found in named.values() if len(found) > 1]
-    name = partial(fill_pattern, "{video}_{frame_number}")
-    equal = {path: None for found in several if len({name(*use) for use in found.values()}) > 1 for path in found}
-    uniform = {path: None for row in rows for path in row.one_colour}
-    count = sum(not (uniform.keys() | equal.keys()).isdisjoint(row.frame_paths) for row in rows)
-    parts = (
-        f"{len(paths)} {what} ({', '.join(map(str, list(paths)[:3]))}{', ...' * (len(paths) > 3)})"
-        for paths, what in ((uniform, "of one colour"), (equal, "with the bytes of another name"))
-        if paths
-    )
+        for frame, path, digest in zip(row.frames, row.frame_paths, row.contents["frame"], strict=False):
+            named.setdefault(digest, {})[path] = fill_pattern("{video}_{frame_number}", row, frame)
+    equal = [path for found in named.values() if len(set(found.values())) > 1 for path in found]
+    uniform = list(dict.fromkeys(path for row in rows for path in row.one_colour))
+    empty = {*uniform, *equal}
+    count = sum(not empty.isdisjoint(row.frame_paths) for row in rows)
     if not count:
         return None, False
+    parts = []
+    for paths, what in ((uniform, "of one colour"), (equal, "with the bytes of another name")):
+        if paths:
+            some = ", ".join(map(str, paths[:3])) + ", ..." * (len(paths) > 3)
+            parts.append(f"{len(paths)} {what} ({some})")
     text = f"{rows[0].source}: {count} of {len(rows)} rows have frames that show nothing of their own: "
     return text + ", ".join(parts), count > max(1, MAX_EMPTY * len(rows))
 
@@ -1399,10 +1423,8 @@ def check_rows(
     audio_pattern: str | None = None,
     frame_pattern: str | None = None,
 ) -> tuple[list[VQARow], list[Problem]]:
-    """The rows that can be used, their media found and decoded once; and what is wrong with the others.
-
-    The arguments are those of `scan_rows` and `find_media`; `audio_dir` is None where the question is only read.
-    """
+    """The rows that can be used, their media found and decoded once; and what is wrong with the others. The arguments
+    are those of `scan_rows` and `find_media`; `audio_dir` is None where the question is only read."""
     rows, problems = scan_rows(data_path, max_samples)
     problems += find_media(rows, frames_dir, audio_dir, allow_symlinks, audio_pattern, frame_pattern)
     problems += find_shared_media(rows) + check_media(rows)
@@ -1459,11 +1481,9 @@ def what_is(data: bytes) -> tuple[str, str | None]:
 
 
 def decode_frame(path: Path, checking: bool = False) -> Image.Image:
-    """A decoded frame in full size, RGB, upright (EXIF orientation applied).
-
-    `checking` looks for more damage, and may give a smaller frame in grey, which takes less time. VQAError for a file
-    that is no JPEG, PNG or WebP, is damaged, or is too large or too thin for the model.
-    """
+    """A decoded frame in full size, RGB, upright (EXIF orientation applied). `checking` looks for more damage, and may
+    give a smaller frame in grey, which takes less time. VQAError for a file that is no JPEG, PNG or WebP, is damaged,
+    or is too large or too thin for the model."""
 
     def refuse(what: str, advice: str = "replace it or remove the row") -> typing.NoReturn:
         raise VQAError(f"frame {path} {what}; {advice}")
@@ -1571,11 +1591,8 @@ def shrink(image: Image.Image, max_image_size: int) -> Image.Image:
 
 
 def decode_audio(path: Path) -> tuple[np.ndarray, int]:
-    """Speech as stored: float32 samples [n, channels] and the rate in Hz.
-
-    VQAError for a file that cannot be decoded, is damaged or cut off, or holds nothing that the model could use as it
-    is.
-    """
+    """Speech as stored: float32 samples [n, channels] and the rate in Hz. VQAError for a file that cannot be decoded,
+    is damaged or cut off, or holds nothing that the model could use as it is."""
 
     def refuse(what: str, advice: str = "replace it or remove the row") -> typing.NoReturn:
         raise VQAError(f"speech {path} {what}; {advice}")
@@ -1760,11 +1777,9 @@ TOKENIZING = threading.Lock()  # a fast tokenizer keeps the settings of a call i
 
 
 class VQAProcessor:
-    """Turns a row's frames, speech and words into model inputs, the same way for training and evaluation.
-
-    `tokenizer` is from `load_tokenizer`; the geometry in `config` says how many tokens frames and speech take. The
-    other arguments are as the flags of their names.
-    """
+    """Turns a row's frames, speech and words into model inputs, the same way for training and evaluation. `tokenizer`
+    is from `load_tokenizer`; the geometry in `config` says how many tokens frames and speech take. The other arguments
+    are as the flags of their names."""
 
     def __init__(
         self,
@@ -1846,19 +1861,10 @@ class VQAProcessor:
     def build(
         self, question: str, vision_tokens: Sequence[int], audio_tokens: int, answer: str | None
     ) -> dict[str, torch.Tensor]:
-        """Token ids of one sample, in the processor's prompt layout.
-
-        Args:
-            question: in words; only the text modes use it.
-            vision_tokens: tokens of each frame, or of the one video.
-            audio_tokens: tokens of the speech, which has none in text mode.
-            answer: to be learned, or None for the prompt alone.
-
-        Returns:
-            `input_ids`, `mm_token_type_ids` (0 text and speech, 1 image, 2 video) and `labels` (the answer, its stop
-            token and the layout's `after_answer`; -100 elsewhere), each int64 [T]; `vision_at` and `speech_at`, int64
-            [n], where they go.
-        """
+        """Token ids of one sample: `vision_tokens` of each frame, or of the one video, `audio_tokens` of the speech.
+        Only the text modes use `question`; `answer` None is the prompt alone. Returns `input_ids`, `mm_token_type_ids`
+        (0 text and speech, 1 image, 2 video) and `labels` (the answer, its stop token and the layout's `after_answer`;
+        -100 elsewhere), each int64 [T]; `vision_at` and `speech_at`, int64 [n], where they go."""
         before, between, after, learned = self.text_ids(question, answer)
         speech = [self.audio_id] * audio_tokens if self.input_mode != "text" else []
         ids = before + speech + between
@@ -1893,22 +1899,11 @@ class VQAProcessor:
         vision_features: tuple[torch.Tensor, torch.Tensor] | None = None,
         speech_features: torch.Tensor | None = None,
     ) -> dict[str, torch.Tensor]:
-        """One sample as model inputs, without a batch dimension.
+        """One sample as model inputs, without a batch dimension; with the answer if `with_answer`.
 
-        Args:
-            row: question and answer.
-            frames: RGB, from `load_frame`.
-            speech: float32 [n] at 16 kHz, or what `log_mel` made of it; None in text mode.
-            with_answer: append the answer and label it.
-            vision_features: features and grid of the clip, used in place of `frames`.
-            speech_features: features of the speech, used in place of `speech`.
-
-        Returns:
-            The tensors of `build`; those of `patches_of` as `pixel_values` and `image_grid_thw` or
-            `video_grid_thw`, and outside text mode those of `log_mel` as `input_features` and `audio_lengths`;
-            `vision_features` and `speech_features` in their place where given; with the answer `position_ids` int64
-            [T, 3].
-
+        `frames` are RGB, from `load_frame`; `speech` is float32 [n] at 16 kHz or from `log_mel`, None in text mode.
+        `vision_features` (features and grid of the clip) and `speech_features` stand in for them. Returns the tensors
+        of `build`, `patches_of` and `log_mel`, or the features given, and with the answer `position_ids` int64 [T, 3].
         VQAError for speech longer than the encoder's window, or frames that cannot be paired.
         """
         media = {}
@@ -1986,10 +1981,8 @@ class VQAProcessor:
 
 def pair_frames(pixels: torch.Tensor, grid: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Frames as Qwen2-VL's video: two neighbours share a temporal patch; a last one without neighbour is doubled.
-
     `pixels` [frames * patches, 3 * patch * patch] and `grid` int64 [frames, 3], all of one size, become pixels
-    [ceil(frames / 2) * patches, 3 * 2 * patch * patch] and grid int64 [1, 3].
-    """
+    [ceil(frames / 2) * patches, 3 * 2 * patch * patch] and grid int64 [1, 3]."""
     frames, _, height, width = len(grid), *grid[0].tolist()
     if frames % 2:
         pixels, frames = torch.cat([pixels, pixels[-height * width :]]), frames + 1
@@ -2007,11 +2000,9 @@ def pixel_levels(device: torch.device, dtype: torch.dtype) -> torch.Tensor:
 
 
 def scale_pixels(pixels: torch.Tensor, width: int, dtype: torch.dtype) -> torch.Tensor:
-    """Patches [patches, width] in `dtype`, bit for bit as `Qwen2VLImageProcessorPil` gives them, of uint8 patches.
-
-    On the device, since they take 8 times (in pairs 4 times) the room of what they are made of. `width` is what the
-    encoder takes, 3 * temporal patch * patch * patch; a frame that is no pair stands in both temporal places.
-    """
+    """Patches [patches, width] in `dtype`, bit for bit as `Qwen2VLImageProcessorPil` gives them, of uint8 patches. On
+    the device, since they take 8 times (in pairs 4 times) the room of what they are made of. `width` is what the
+    encoder takes, 3 * temporal patch * patch * patch; a frame that is no pair stands in both temporal places."""
     channels = pixels.view(len(pixels), 3, 1, -1).int()
     channels += torch.arange(0, 768, 256, dtype=torch.int32, device=pixels.device).view(3, 1, 1)
     # On the CPU index_select takes a third of the time of indexing.
@@ -2020,12 +2011,10 @@ def scale_pixels(pixels: torch.Tensor, width: int, dtype: torch.dtype) -> torch.
 
 
 def mrope_positions(types: torch.Tensor, grid: torch.Tensor, merge_size: int) -> torch.Tensor:
-    """M-RoPE positions of one sample, int64 [T, 3] (time, row, column), as Qwen2-VL's `get_rope_index` gives them.
-
-    That one takes a model, which loader workers lack, and 2.3 ms a sample in place of 0.2; reading the features of a
-    sample from the cache takes 2. `types` are `mm_token_type_ids` [T], `grid` int64 [frames or clips, 3] the patches in
-    time, rows and columns.
-    """
+    """M-RoPE positions of one sample, int64 [T, 3] (time, row, column), as Qwen2-VL's `get_rope_index` gives them. That
+    one takes a model, which loader workers lack, and 2.3 ms a sample in place of 0.2; reading the features of a sample
+    from the cache takes 2. `types` are `mm_token_type_ids` [T], `grid` int64 [frames or clips, 3] the patches in time,
+    rows and columns."""
     positions = np.empty((len(types), 3), np.int64)
     vision = np.flatnonzero(types.numpy())
     position = end = done = 0  # the next position, the next token, and the vision tokens that have theirs
@@ -2048,19 +2037,9 @@ def mrope_positions(types: torch.Tensor, grid: torch.Tensor, merge_size: int) ->
 
 @lru_cache(SPEECH_KEPT)
 def mel_of(processor: VQAProcessor, path: Path, version: tuple) -> tuple[torch.Tensor, torch.Tensor]:
-    """What `log_mel` makes of a speech file, which many rows and epochs share; it is decoded once a process.
-
-    `version` is from `version_of`, so that a file that was replaced is decoded anew.
-    """
+    """What `log_mel` makes of a speech file, which many rows and epochs share; it is decoded once a process. `version`
+    is from `version_of`, so that a file that was replaced is decoded anew."""
     return processor.log_mel(load_speech(path), path)
-
-
-def version_of(path: Path) -> tuple[int, ...]:
-    """What changes when a file is replaced; () where there is none, as decoding will say."""
-    if not path.exists():
-        return ()
-    stat = path.stat()
-    return stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino
 
 
 def select_frames(frames: Sequence, limit: int | None) -> Sequence:
@@ -2074,17 +2053,11 @@ def select_frames(frames: Sequence, limit: int | None) -> Sequence:
 class SurgicalVQADataset(torch.utils.data.Dataset):
     """Spoken questions about clips, as model inputs.
 
-    Args:
-        rows: from `load_rows`, or the path of a question file, which is then read and checked here; that needs
-            `frames_dir` and, outside text mode, `audio_dir`.
-        processor: turns a row into tensors.
-        max_train_frames: frames per clip when `is_eval` is False. None: all.
-        max_eval_frames: frames per clip when `is_eval` is True. None: all.
-        with_answer: False leaves the answer out, for generation.
-        with_index: add `row_indices`, so that the Trainer can name a sample.
-        speech_token_jitter: tokens of silence behind the speech at most, drawn by `seed`, the epoch and the row.
-
-    `epoch` is in shared memory, so that loader workers which outlive an epoch see it change.
+    `rows` are from `load_rows`, or the path of a question file, which is then read and checked here; that needs
+    `frames_dir` and, outside text mode, `audio_dir`. A clip has at most `max_eval_frames` frames with `is_eval`, else
+    `max_train_frames`; None: all. `with_answer` False is for generation; `with_index` adds `row_indices`, so that the
+    Trainer can name a sample. Up to `speech_token_jitter` tokens of silence follow the speech, drawn by `seed`, the
+    epoch and the row. `epoch` is in shared memory, so that loader workers which outlive an epoch see it change.
     """
 
     def __init__(
@@ -2149,10 +2122,8 @@ class SurgicalVQADataset(torch.utils.data.Dataset):
     cacheable_media = media_of  # for `FeatureStore.fill`: a dataset changes neither
 
     def find_too_long(self) -> list[Problem]:
-        """The rows whose samples take more tokens than the model has positions.
-
-        Headers of frames are read only where the largest frames could bring that about.
-        """
+        """The rows whose samples take more tokens than the model has positions. Headers of frames are read only where
+        the largest frames could bring that about."""
         processor = self.processor
         problems = []
         context = self.processor.context
@@ -2174,20 +2145,15 @@ class SurgicalVQADataset(torch.utils.data.Dataset):
 
     def token_counts(self, indices: Iterable[int] | None = None) -> list[int]:
         """`most_tokens` of each sample, or of those at `indices`."""
-        return [
-            self.most_tokens(row) for row in (self.rows if indices is None else map(self.rows.__getitem__, indices))
-        ]
+        rows = self.rows if indices is None else map(self.rows.__getitem__, indices)
+        return [self.most_tokens(row) for row in rows]
 
 
 class VQACollator:
-    """Batches samples: text is padded, frames are concatenated, speech is stacked.
-
-    Args:
-        pad_token_id: fills `input_ids`; padding is never recognised by this id.
-        padding_side: `left` for generation. `right` for training: there causal attention never reaches the padding,
-            and without a mask sdpa takes its flash kernel.
-        multiple: batches are padded to a multiple of so many tokens, the rest on the right. 1: to their longest sample.
-    """
+    """Batches samples: text is padded, frames are concatenated, speech is stacked. Padding is filled with
+    `pad_token_id`, and never recognised by it. `padding_side` is `left` for generation, `right` for training: there
+    causal attention never reaches the padding, and without a mask sdpa takes its flash kernel. Batches are padded to a
+    multiple of `multiple` tokens, the rest on the right."""
 
     FILL = {"labels": IGNORE_INDEX, "mm_token_type_ids": 0, "attention_mask": 0, "position_ids": 0}  # noqa: RUF012
     JOINED = ("pixel_values", "image_grid_thw", "video_grid_thw", "vision_features")
@@ -2197,12 +2163,10 @@ class VQACollator:
         self.pad_token_id, self.padding_side, self.multiple = pad_token_id, padding_side, multiple
 
     def __call__(self, samples: Sequence[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-        """The samples of `VQAProcessor.make_sample` as one batch.
-
-        `input_ids`, `labels`, `mm_token_type_ids` and, padded on the left, `attention_mask` are int64 [B, T],
-        `position_ids` int64 [3, B, T]; the tensors of frames and speech follow each other along their first dimension;
-        `vision_at`, `speech_at` and `answer_at` (see `answer_indices`) are indices into the flattened batch.
-        """
+        """The samples of `VQAProcessor.make_sample` as one batch. `input_ids`, `labels`, `mm_token_type_ids` and,
+        padded on the left, `attention_mask` are int64 [B, T], `position_ids` int64 [3, B, T]; the tensors of frames and
+        speech follow each other along their first dimension; `vision_at`, `speech_at` and `answer_at` (see
+        `answer_indices`) are indices into the flattened batch."""
         names = ("input_ids", "labels", "mm_token_type_ids", "position_ids")
         padded = {name: [s[name] for s in samples] for name in names if name in samples[0]}
         if self.padding_side == "left":
@@ -2285,11 +2249,9 @@ class Answer:
 
 class SpeechMixin:
     """Hearing for a vision-language model of transformers: `audio_encoder.*` and `audio_projector.weight`.
-
     `<|audio_pad|>` ids stand where the speech goes, as `<|image_pad|>` ids do for the frames, so that ids, token types,
     positions and embeddings have one length and M-RoPE positions come out right. Vision encoder, positions and decoder
-    are those of the parent class, which has `model.visual`, `model.language_model` and `lm_head`.
-    """
+    are those of the parent class, which has `model.visual`, `model.language_model` and `lm_head`."""
 
     accepts_loss_kwargs = True  # the Trainer then passes num_items_in_batch, and accumulation weighs tokens alike
     processor: "VQAProcessor | None" = None  # `load_trained` sets it, and `answer` needs it
@@ -2308,11 +2270,9 @@ class SpeechMixin:
         self.post_init()
 
     def train(self, mode: bool = True) -> "SpeechMixin":
-        """That of torch, but frozen encoders stay in evaluation mode.
-
-        A model in training mode is left as it is: the Trainer asks at each batch, and setting all 3,027 modules of the
-        full size takes 15 ms, for which the GPU would wait.
-        """
+        """That of torch, but frozen encoders stay in evaluation mode. A model in training mode is left as it is: the
+        Trainer asks at each batch, and setting all 3,027 modules of the full size takes 15 ms, for which the GPU would
+        wait."""
         if mode and self.training:
             return self
         super().train(mode)
@@ -2358,12 +2318,10 @@ class SpeechMixin:
         vision_at: torch.Tensor | None = None,
         speech_at: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Embeddings [B, T, hidden] of `input_ids` [B, T] with the encoders' outputs on their placeholders.
-
-        `vision` [tokens, hidden] and `speech` [tokens, d_audio] go to `vision_at` and `speech_at` int64 [tokens],
-        indices into the flattened batch from `VQACollator`. None: looked for, for which the CPU waits until the GPU has
-        done all that it was given. ValueError where placeholders and outputs differ in number.
-        """
+        """Embeddings [B, T, hidden] of `input_ids` [B, T] with the encoders' outputs on their placeholders. `vision`
+        [tokens, hidden] and `speech` [tokens, d_audio] go to `vision_at` and `speech_at` int64 [tokens], indices into
+        the flattened batch from `VQACollator`. None: looked for, for which the CPU waits until the GPU has done all
+        that it was given. ValueError where placeholders and outputs differ in number."""
         embeds = self.get_input_embeddings()(input_ids)
         config = self.config
         media = []
@@ -2439,9 +2397,8 @@ class SpeechMixin:
             answer_at = answer_indices(labels)
         logits = self.lm_head(hidden.flatten(0, 1)[answer_at]).float()
         total = F.cross_entropy(logits, labels.flatten()[answer_at + 1], reduction="sum")
-        return CausalLMOutputWithPast(
-            loss=total / (len(answer_at) if num_items_in_batch is None else num_items_in_batch)
-        )
+        count = len(answer_at) if num_items_in_batch is None else num_items_in_batch
+        return CausalLMOutputWithPast(loss=total / count)
 
     def prepare_inputs_for_generation(self, *args, is_first_iteration: bool = False, **kwargs) -> dict:
         """That of the parent class, without frames and speech after the first step: they are read with the prompt."""
@@ -2461,14 +2418,10 @@ class SpeechMixin:
     ) -> Answer:
         """Answer one question about a clip, spoken or in words, greedily.
 
-        Args:
-            frames: RGB, in order in time; all of them are shown, scaled down to the size that training had.
-            speech: float32 [n] at 16 kHz, from `load_speech`. None: text mode, which needs `question`.
-            question: in words. None: audio mode, which needs `speech`. With both: audio_text mode.
-            max_new_tokens: where an answer that does not stop is cut off. evaluate_checkpoint.py cuts at 32.
-            candidates: answers whose log-probability, stop token included, is computed as well.
-
-        VQAError for neither speech nor question, and for speech longer than the encoder's window.
+        All `frames` (RGB, in order in time) are shown, scaled down to the size that training had. `speech` is float32
+        [n] at 16 kHz, from `load_speech`; without it the `question` in words is asked; with both, both. Answers are cut
+        off at `max_new_tokens` (evaluate_checkpoint.py: 32). Of `candidates` the log-probability, stop token included,
+        is computed as well. VQAError for neither speech nor question, and for speech longer than the encoder's window.
         """
         if speech is None and question is None:
             raise VQAError("answer() needs speech, a question in words, or both")
@@ -2522,11 +2475,9 @@ def answer_indices(labels: torch.Tensor) -> torch.Tensor:
 
 
 def set_recomputation(model: SpeechMixin, every_n: int) -> None:
-    """Recompute every `every_n`-th layer of the decoder and of trained encoders in the backward pass; 0: none.
-
-    Layers of frozen encoders take the setting without effect: they are in evaluation mode. transformers 5.17 knows no
-    `every_n_layers` yet.
-    """
+    """Recompute every `every_n`-th layer of the decoder and of trained encoders in the backward pass; 0: none. Layers
+    of frozen encoders take the setting without effect: they are in evaluation mode. transformers 5.17 knows no
+    `every_n_layers` yet."""
     for layers in (model.model.language_model.layers, model.model.visual.blocks, model.audio_encoder.layers):
         for index, layer in enumerate(layers):
             layer.gradient_checkpointing = every_n > 0 and index % every_n == 0
@@ -2535,11 +2486,9 @@ def set_recomputation(model: SpeechMixin, every_n: int) -> None:
 
 def compile_decoder(model: SpeechMixin) -> None:
     """Compile the decoder's layers, each by itself: they have one form, so that one compilation serves them all, and
-    all lengths (a batch of one sample, and evaluation, take one more each). What cannot be compiled is an error.
-
-    After `set_recomputation`. A layer's `forward` is replaced on the layer, since `layer.compile()` would take the
-    checkpointing around it into the graph. Gain at full size: 1.38 x, and 0.7 x the memory (docs/PERFORMANCE.md).
-    """
+    all lengths (a batch of one sample, and evaluation, take one more each). What cannot be compiled is an error. After
+    `set_recomputation`. A layer's `forward` is replaced on the layer, since `layer.compile()` would take the
+    checkpointing around it into the graph. Gain at full size: 1.38 x, and 0.7 x the memory (docs/PERFORMANCE.md)."""
     torch._functorch.config.activation_memory_budget = ACTIVATION_MEMORY_BUDGET
     torch._dynamo.config.specialize_float = True  # else a layer is traced twice, and the trace not kept on disk
     for layer in model.model.language_model.layers:
@@ -2564,11 +2513,9 @@ def plain_layers(model: SpeechMixin) -> Iterator[None]:
 
 
 def use_liger(model: SpeechMixin) -> None:
-    """Let Liger's kernels compute the decoder's RMSNorm and SwiGLU, of this model alone; no weight changes.
-
-    Replaced on the modules: Liger's own patch replaces the model's `forward`, and with it the speech. Gain at full
-    size: a step takes 10 % less time (docs/PERFORMANCE.md). Only for hidden_act `silu`.
-    """
+    """Let Liger's kernels compute the decoder's RMSNorm and SwiGLU, of this model alone; no weight changes. Replaced on
+    the modules: Liger's own patch replaces the model's `forward`, and with it the speech. Gain at full size: a step
+    takes 10 % less time (docs/PERFORMANCE.md). Only for hidden_act `silu`."""
     from liger_kernel.ops import LigerRMSNormFunction, LigerSiLUMulFunction
 
     decoder = model.model.language_model
@@ -2590,12 +2537,10 @@ def use_liger(model: SpeechMixin) -> None:
 def answer_batch(
     model: SpeechMixin, samples: Iterable[dict], pad_token_id: int, stop_ids: Sequence[int], max_new_tokens: int
 ) -> list[tuple[list[int], str]]:
-    """Greedy answers of any number of samples: per row the new ids, stop token included, and `eos` or `length`.
-
-    Prefill goes by groups (`prefill`), then all rows decode together, one token a step. Written out because `generate`
-    prefills all rows at once, under a mask that keeps sdpa from its fast kernels: 5.74 answers/s in place of 7.87 on
-    one H100, and 4 GiB more (docs/PERFORMANCE.md).
-    """
+    """Greedy answers of any number of samples: per row the new ids, stop token included, and `eos` or `length`. Prefill
+    goes by groups (`prefill`), then all rows decode together, one token a step. Written out because `generate` prefills
+    all rows at once, under a mask that keeps sdpa from its fast kernels: 5.74 answers/s in place of 7.87 on one H100,
+    and 4 GiB more (docs/PERFORMANCE.md)."""
     with torch.inference_mode():
         lengths, ids, positions, layers = prefill(model, samples, pad_token_id)
         if not lengths:
@@ -2636,15 +2581,10 @@ def answer_batch(
 def prefill(
     model: SpeechMixin, samples: Iterable[dict], pad_token_id: int
 ) -> tuple[list[int], torch.Tensor, torch.Tensor, list[tuple[torch.Tensor, torch.Tensor]]]:
-    """Compute the keys and values of prompts, in groups of at most PREFILL_TOKENS with their padding.
-
-    Padding is on the right, where causal attention never meets it, so that no mask is needed. The keys and values of
-    each row are then moved to end where those of the longest row end.
-
-    Returns:
-        Tokens of each prompt; the first token of each answer, int64 [B], and its position, int64 [B]; per decoder layer
-        keys and values [B, heads, longest prompt, head size], 0 in front of shorter prompts.
-    """
+    """Compute the keys and values of prompts, in groups of at most PREFILL_TOKENS with their padding. Padding is on the
+    right, where causal attention never meets it, so that no mask is needed; then the keys and values of each row are
+    moved to end where those of the longest end. Returns the tokens of each prompt; the first token of each answer and
+    its position, int64 [B]; per layer keys and values [B, heads, longest prompt, head size], 0 in front."""
     collate = VQACollator(pad_token_id)
     device = model.get_input_embeddings().weight.device  # with cached features the encoders are elsewhere
     lengths, first, positions, caches = [], [], [], []
@@ -2704,10 +2644,8 @@ def on_device(batch: dict, device: torch.device) -> dict[str, torch.Tensor]:
 def answer_with_halving(
     samples: Iterator[dict], size: int, may_halve: bool, answer: typing.Callable[[Iterable[dict]], list]
 ) -> tuple[list, int]:
-    """Answers of `samples`, `size` at a time; with `may_halve` in halves where torch is out of memory.
-
-    Returns the answers, and the size that fitted. Raises torch.OutOfMemoryError where halving is over or not wanted.
-    """
+    """Answers of `samples`, `size` at a time; with `may_halve` in halves where torch is out of memory. Returns the
+    answers, and the size that fitted. Raises torch.OutOfMemoryError where halving is over or not wanted."""
     answers = []
     while True:
         samples, attempt = itertools.tee(samples)  # what fails is gone through again
@@ -2745,7 +2683,6 @@ class ModelSettings:
     attn_implementation: str = "sdpa"
     audio_encoder: str | None = None
     load_in_4bit: bool = False
-    allow_pickle: bool = False  # never read; settings files keep their fields
     base_fingerprint: str | None = None
 
 
@@ -2795,14 +2732,16 @@ def load_settings(checkpoint: str | Path) -> dict:
         section = settings.get(part, {})
         if not isinstance(section, dict) or needed.get(part, set()) - section.keys():
             raise VQAError(f"{path}: no readable settings (section {part}); {advice}")
+    for part, kind in (("model", ModelSettings), ("input", InputSettings)):
+        for name, wanted in typing.get_type_hints(kind).items():
+            if not isinstance(settings[part].get(name, getattr(kind, name, "")), wanted):
+                raise VQAError(f"{path}: {part}.{name} is {settings[part][name]!r:.80}; {advice}")
     return settings
 
 
 def resolve_model_dir(name: str | Path, weights: bool = False, flag_name: str = "--model_name_or_path") -> Path:
     """The folder of a model: `name` itself, or the snapshot of a hub id (config and tokenizer; `weights` if asked).
-
-    VQAError, which names `flag_name`, where it is neither a folder nor a hub id that can be fetched.
-    """
+    VQAError, which names `flag_name`, where it is neither a folder nor a hub id that can be fetched."""
     if Path(name).is_dir():
         return Path(name)
     patterns = ["*.json", "*.txt", DIGESTS_FILE, *(["model.safetensors", "model-*.safetensors"] if weights else [])]
@@ -2825,9 +2764,7 @@ def load_config(model_name_or_path: str | Path) -> Qwen2VLConfig:
     quantization = stored.get("quantization_config") or {}
     method = quantization.get("quant_method", "bitsandbytes") if isinstance(quantization, dict) else quantization
     if method != "bitsandbytes":
-        raise VQAError(
-            f"{path}: quantization_config says {method!r}; this script reads 16-bit and bitsandbytes weights"
-        )
+        raise VQAError(f"{path}: quantization_config says {method!r}; this script reads 16 bits and bitsandbytes' 4")
     try:
         config = MODEL_CLASSES[stored["model_type"]].config_class.from_pretrained(path.parent)
     except Exception as error:  # whatever a value of the wrong kind runs into in there
@@ -2839,17 +2776,15 @@ def load_config(model_name_or_path: str | Path) -> Qwen2VLConfig:
 
 
 def load_tokenizer(model_name_or_path: str | Path) -> PreTrainedTokenizerBase:
-    """The tokenizer, with a pad token apart from EOS and with `<|audio_pad|>`; says so where it sets a pad token.
-
-    With PAD equal to EOS a mask by id hides the end of the answer, and a model is never taught to stop.
-    """
+    """The tokenizer, with a pad token apart from EOS and with `<|audio_pad|>`; says so where it sets a pad token. With
+    PAD equal to EOS a mask by id hides the end of the answer, and a model is never taught to stop."""
     path = resolve_model_dir(model_name_or_path)
     if (path / "tokenizer_config.json").is_file():
         read_config(path / "tokenizer_config.json")
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = first_line(error)
         raise VQAError(f"{path}: no readable tokenizer ({reason}); its tokenizer.json belongs there") from error
     if AUDIO_PAD not in tokenizer.get_vocab():
         tokenizer.add_special_tokens({"additional_special_tokens": [AUDIO_PAD]}, replace_extra_special_tokens=False)
@@ -2895,16 +2830,11 @@ def load_model(
 ) -> SpeechMixin:
     """The base model of a folder or hub id, frozen, in evaluation mode, with a row for every token id of `tokenizer`.
 
-    Args, beside those that are flags:
-        init: `pretrained`, or `random` for weights drawn from `seed` on `device` in `dtype`. Other devices and dtypes
-            draw other numbers, which `fingerprint` shows.
-        seed: of the random weights, and of the projector where a Whisper encoder is newly grafted on.
-        device: `meta` allocates nothing, and checks names and shapes of the 16-bit weights of a folder.
-        load_in_4bit: random weights go through a temporary folder, as large as the model.
-        allow_pickle: read pickled weights where there are no safetensors.
-        compute_dtype: of the computation, by autocast. None: `dtype`.
-
-    VQAError for no weights, or missing, unexpected or mis-shaped tensors.
+    `init` is `pretrained`, or `random` for weights drawn from `seed` on `device` in `dtype` (other devices and dtypes
+    draw other numbers, which `fingerprint` shows); `seed` also draws the projector beside a newly grafted Whisper
+    encoder. The device `meta` allocates nothing, and checks names and shapes of the 16-bit weights of a folder.
+    `allow_pickle` reads pickled weights where there are no safetensors. `compute_dtype` is that of autocast (None:
+    `dtype`). VQAError for no weights, or missing, unexpected or mis-shaped tensors.
     """
     check_attention(attn_implementation, compute_dtype or dtype)
     config = load_config(model_name_or_path)
@@ -2985,9 +2915,7 @@ def refuse_pickle(file: Path, base: str | Path, adapter: str | Path = "") -> Non
 
 def stored_keys(folder: Path, allow_pickle: bool = False) -> list[str]:
     """The keys of all tensors of a model folder, from the headers of its safetensors; none where pickles are read.
-
-    VQAError for pickles without `allow_pickle`, missing or truncated files, or two tensors for one parameter.
-    """
+    VQAError for pickles without `allow_pickle`, missing or truncated files, or two tensors for one parameter."""
     index = folder / "model.safetensors.index.json"
     files = sorted(folder.glob("model*.safetensors"))
     if not files and (pickles := sorted(folder.glob("pytorch_model*.bin"))):
@@ -3026,11 +2954,9 @@ def open_safetensors(file: Path):
 
 
 def current_name(key: str) -> str:
-    """The name in this model of a stored tensor, of a model or an adapter.
-
-    transformers 4 had no `model.language_model.` and a bare `visual.`; PEFT's names begin with `base_model.model.`, and
-    those of a live adapter have `.default` or `.modules_to_save`.
-    """
+    """The name in this model of a stored tensor, of a model or an adapter. transformers 4 had no
+    `model.language_model.` and a bare `visual.`; PEFT's names begin with `base_model.model.`, and those of a live
+    adapter have `.default` or `.modules_to_save`."""
     key = re.sub(r"\.modules_to_save(?:\.default)?(?=\.)|\.default(?=\.weight$)", "", key)
     key = key.removeprefix("base_model.model.")
     for pattern, name in KEY_MAPPING.items():
@@ -3206,10 +3132,8 @@ def refuse_misfits(
 
 
 def dequantise(model: SpeechMixin, dtype: torch.dtype, keep: str | None = None) -> None:
-    """Replace the layers in 4 bits by plain ones in `dtype`, but those whose names match `keep`.
-
-    transformers' `dequantize()` takes all of them, or none.
-    """
+    """Replace the layers in 4 bits by plain ones in `dtype`, but those whose names match `keep`. transformers'
+    `dequantize()` takes all of them, or none."""
     from bitsandbytes import functional
     from bitsandbytes import nn as quantised
 
@@ -3370,12 +3294,17 @@ def train_fully(
     return model
 
 
+def count_trainable(model: nn.Module) -> int:
+    """Parameters that are trained."""
+    return sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
 def print_trainable_parameters(model: SpeechMixin | PeftModel) -> None:
     """Print how many parameters are trained, of how many, in PEFT's words also where there is no adapter."""
     if isinstance(model, PeftModel):
         return model.print_trainable_parameters()
     total = sum(p.numel() for p in model.parameters())
-    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    trainable = count_trainable(model)
     print(f"trainable params: {trainable:,d} || all params: {total:,d} || trainable%: {100 * trainable / total:.4f}")
 
 
@@ -3420,11 +3349,8 @@ def trained_encoders(config: dict) -> dict[str, bool]:
 
 
 def read_adapter(path: Path, allow_pickle: bool = False) -> dict[str, torch.Tensor]:
-    """Every tensor of an adapter folder, by its stored key.
-
-    VQAError for no adapter, a truncated file, a pickle without `allow_pickle`, values that are not finite, or LoRA that
-    was never trained.
-    """
+    """Every tensor of an adapter folder, by its stored key. VQAError for no adapter, a truncated file, a pickle without
+    `allow_pickle`, values that are not finite, or LoRA that was never trained."""
     file = path / "adapter_model.safetensors"
     pickled = path / "adapter_model.bin"
     if not file.is_file() and pickled.is_file() and not allow_pickle:
@@ -3471,11 +3397,8 @@ def load_adapter(
     model: SpeechMixin, path: str | Path, *, allow_pickle: bool = False, dropout: float | None = None
 ) -> PeftModel:
     """`model`, changed in place, with the adapter of `path`, under transformers 4 or 5 names, and its dropout or
-    another.
-
-    Every tensor is accounted for: PEFT's own loader only warns of what is missing, and not of a missing projector.
-    VQAError as `read_adapter` and `check_base`, and for tensors that do not fit.
-    """
+    another. Every tensor is accounted for: PEFT's own loader only warns of what is missing, and not of a missing
+    projector. VQAError as `read_adapter` and `check_base`, and for tensors that do not fit."""
     path = Path(path)
     tensors = read_adapter(path, allow_pickle)
     config = read_adapter_config(path / "adapter_config.json")
@@ -3496,12 +3419,10 @@ def load_adapter(
 
 
 def merge_adapter(model: nn.Module) -> SpeechMixin:
-    """The base with the adapter merged into its weights, changed in place, one layer at a time.
-
-    `model` is a PeftModel, or its base with the adapter inside. W + alpha / r * B A is summed in float32 and rounded
-    once, to the dtype of W; PEFT's `merge_and_unload` adds the update in the dtype of the weight. What was trained in
-    full keeps the dtype that it was trained in, float32.
-    """
+    """The base with the adapter merged into its weights, changed in place, one layer at a time. `model` is a PeftModel,
+    or its base with the adapter inside. W + alpha / r * B A is summed in float32 and rounded once, to the dtype of W;
+    PEFT's `merge_and_unload` adds the update in the dtype of the weight. What was trained in full keeps the dtype that
+    it was trained in, float32."""
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     with torch.no_grad():
         for name, layer in list(base.named_modules()):
@@ -3527,14 +3448,9 @@ class Trained:
 
 
 def trained_settings(path: str | Path, device_type: str, changes: dict) -> tuple[dict, ModelSettings, InputSettings]:
-    """What training saved in `path` ({} for a base), and the settings to answer with, `changes` applied.
-
-    An adapter of other code, which has no settings, needs `prompt_layout` and `max_eval_frames` among the `changes`.
-
-    Raises:
-        VQAError: unreadable settings, a model that was trained with another instruction or layout, or an adapter whose
-            layout or base nobody says.
-    """
+    """What training saved in `path` ({} for a base), and the settings to answer with, `changes` applied. An adapter of
+    other code, which has no settings, needs `prompt_layout` and `max_eval_frames` among the `changes`. VQAError for
+    unreadable settings, another instruction or layout, or an adapter whose layout or base nobody says."""
     if unknown := changes.keys() - {f.name for kind in (ModelSettings, InputSettings) for f in fields(kind)}:
         raise TypeError(f"no fields of ModelSettings or InputSettings: {', '.join(sorted(unknown))}")
     folder = resolve_model_dir(path)
@@ -3554,7 +3470,10 @@ def trained_settings(path: str | Path, device_type: str, changes: dict) -> tuple
         raise VQAError(f"--prompt_layout {changes['prompt_layout']}: {path} was trained with {layout}; leave it out")
     if (folder / "adapter_config.json").is_file() and not settings:
         refuse_unsaid_layout(path, changes)
-        model = {"model_name_or_path": changes.get("model_name_or_path") or base_of_adapter(folder)}
+        base = read_config(folder / "adapter_config.json").get("base_model_name_or_path") or DEFAULT_MODEL
+        if not changes.get("model_name_or_path") and base != DEFAULT_MODEL and not Path(base).is_dir():
+            raise VQAError(f"{folder}: its base was {base}, no folder here; name the base with --model_name_or_path")
+        model = {"model_name_or_path": base}
     model = {"model_name_or_path": DEFAULT_MODEL, "dtype": "float32" if device_type == "cpu" else "bfloat16"} | model
     return settings, from_stored(ModelSettings, model | changes), from_stored(InputSettings, inputs | changes)
 
@@ -3567,14 +3486,6 @@ def refuse_unsaid_layout(path: str | Path, said: Iterable[str]) -> None:
             "must be given: chat and 8 for what the public SurgViVQA-Audio scripts trained, plain for the layout of "
             "the published stage-2 model"
         )
-
-
-def base_of_adapter(folder: Path) -> str:
-    """The base that an adapter of other code names, if it is here; VQAError where it names one that is not."""
-    base = read_config(folder / "adapter_config.json").get("base_model_name_or_path") or DEFAULT_MODEL
-    if base != DEFAULT_MODEL and not Path(base).is_dir():
-        raise VQAError(f"{folder}: its base was {base}, no folder here; name the base with --model_name_or_path")
-    return base
 
 
 def drawing_device(path: str | Path, model_settings: ModelSettings, device_type: str) -> str:
@@ -3600,19 +3511,15 @@ def load_trained(
 ) -> Trained:
     """Load a trained model: an adapter on its base, a fully trained or merged model, or a base alone.
 
-    Args:
-        path: folder that training or merging wrote, or folder or hub id of a base.
-        device: of inference. Random weights are drawn where training drew them.
-        dtype: of inference. None: what training computed in; without settings float32 on a CPU, else bfloat16.
-        base_dtype: of the base when the adapter is loaded. None: what training computed in, without adapter `dtype`.
-        merge: merge the adapter into the weights (summed in float32 and rounded once), unless the base is in 4 bits.
-        allow_pickle: read pickles.
-        changes: fields of ModelSettings and InputSettings that differ from the stored ones, such as
-            `model_name_or_path`, where the base lies now.
+    `path` is a folder that training or merging wrote, or folder or hub id of a base. `dtype` is that of inference
+    (None: what training computed in; without settings float32 on a CPU, else bfloat16), `base_dtype` that of the base
+    when the adapter is loaded (None: what training computed in, without adapter `dtype`). `merge` merges the adapter
+    into the weights (summed in float32 and rounded once), unless the base is in 4 bits. `changes` are fields of
+    ModelSettings and InputSettings that differ from the stored ones, such as `model_name_or_path`, where the base lies
+    now.
 
-    Raises:
-        VQAError: as the loaders, random weights that were drawn on a device which is not here, files that are not as
-            they were saved, or a base whose speech encoder makes another number of tokens than in training.
+    VQAError as the loaders, for random weights that were drawn on a device which is not here, files that are not as
+    they were saved, or a base whose speech encoder makes another number of tokens than in training.
     """
     device = torch.device(device)
     adapter = (Path(path) / "adapter_config.json").is_file()
@@ -3649,10 +3556,8 @@ def load_trained(
 
 
 def write_weights(model: SpeechMixin, folder: Path) -> None:
-    """Write safetensors shards and their index; of weights on a GPU, one shard at a time lies in RAM.
-
-    Not by `save_pretrained`, which after `key_mapping` gives the tensors transformers 4's names back.
-    """
+    """Write safetensors shards and their index; of weights on a GPU, one shard at a time lies in RAM. Not by
+    `save_pretrained`, which after `key_mapping` gives the tensors transformers 4's names back."""
     weights = dict(model.named_parameters())  # a tied head is listed once
     save_torch_state_dict(weights, folder, max_shard_size=SHARD_BYTES, metadata={"format": "pt"})
     for file in folder.glob("model*.safetensors"):
@@ -3743,20 +3648,14 @@ class FeatureStore:
         return {**self.__dict__, "model": None}
 
     def read(self, medium: tuple[Path, ...] | Path | None) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """What `read_features` gives; None: not kept.
-
-        VQAError where the file is damaged or gone.
-        """
+        """What `read_features` gives; None: not kept. VQAError where the file is damaged or gone."""
         file = self.files.get(medium)
         return file and read_features(file)
 
     def fill(self, sources: Sequence, allow_errors: bool = False) -> None:
-        """Encode what the clips and speech of `sources` lack here, and print how many that were.
-
-        `sources` are SurgicalVQADatasets, or have their `rows` and `cacheable_media`; None in these is not kept.
-        VQAError for media that cannot be read, which `allow_errors` skips (`read` then gives None for them), and for a
-        full disk.
-        """
+        """Encode what the clips and speech of `sources` lack here, and print how many that were. `sources` are
+        SurgicalVQADatasets, or have their `rows` and `cacheable_media`; None in these is not kept. VQAError for media
+        that cannot be read, which `allow_errors` skips (`read` then gives None for them), and for a full disk."""
         start = time.monotonic()
         depth = 2 * MAX_WORKERS
         recipes = feature_recipes(self.model, self.processor, self.silence)
@@ -3859,6 +3758,8 @@ def resolved_settings(
     model |= {"init_device": training_args.device.type}
     model |= {"dtype": str(training_args.compute_dtype).removeprefix("torch."), "base_fingerprint": base_fingerprint}
     trained_parts = {"decoder": model_args.train_decoder, **{name: given[f"train_{name}"] for name in ENCODERS}}
+    # Compiled layers draw dropout from other random numbers, and Liger's round otherwise.
+    trained_parts |= {name: given[name] for name in ("compile_layers", "use_liger_kernel", "speech_token_jitter")}
     lora = {name: given[f"lora_{name}"] for name in ("r", "alpha", "dropout")}
     packages = ["torch", "transformers", "peft", "accelerate", "pillow", "torchaudio", "av"]
     packages += ["bitsandbytes"] * model_args.load_in_4bit
@@ -3869,9 +3770,7 @@ def resolved_settings(
     return {
         "model": asdict(from_stored(ModelSettings, model)),
         "input": asdict(from_stored(InputSettings, given | {"encoder_tokens": processor.encoder_tokens})),
-        # Compiled layers draw dropout from other random numbers, and Liger's round otherwise.
-        "trained": trained_parts
-        | {name: given[name] for name in ("compile_layers", "use_liger_kernel", "speech_token_jitter")},
+        "trained": trained_parts,
         "lora": lora if model_args.train_decoder == "lora" else {},
         **origin,
         "tokens": {
@@ -3895,11 +3794,9 @@ class Interrupted(BaseException):
 
 
 class StopSignal:
-    """Takes SIGTERM, SIGINT and SIGHUP while the `with` lasts, but those that the caller ignores (as nohup does).
-
-    Until `deferred` is set, a signal raises Interrupted at once, with `idle_message`. After that it only sets `signum`
-    and prints `deferred_message`; the caller stops after its step or batch.
-    """
+    """Takes SIGTERM, SIGINT and SIGHUP while the `with` lasts, but those that the caller ignores (as nohup does). Until
+    `deferred` is set, a signal raises Interrupted at once, with `idle_message`. After that it only sets `signum` and
+    prints `deferred_message`; the caller stops after its step or batch."""
 
     def __init__(
         self,
@@ -3932,10 +3829,8 @@ class StopSignal:
 
 @contextlib.contextmanager
 def lock_folder(folder: str | Path):
-    """Hold `folder`, made if need be, for this process; VQAError where it cannot be, or where another run holds it.
-
-    The lock is one of lockf, which dies with the process: flock's would live on in loader workers of a killed run.
-    """
+    """Hold `folder`, made if need be, for this process; VQAError where it cannot be, or where another run holds it. The
+    lock is one of lockf, which dies with the process: flock's would live on in loader workers of a killed run."""
     try:
         Path(folder).mkdir(parents=True, exist_ok=True)
         opened = (Path(folder) / ".lock").open("w")
@@ -3972,8 +3867,7 @@ def read_digests(*folders: str | Path | None) -> set[bytes] | None:
     told = [(file, file.read_bytes()) for file in files if file.is_file()]
     if damaged := next((file for file, stored in told if not stored or len(stored) % DIGEST_BYTES), None):
         raise VQAError(f"{damaged}: is damaged; copy it again, or remove it to do without")
-    digests = {stored[i : i + DIGEST_BYTES] for _, stored in told for i in range(0, len(stored), DIGEST_BYTES)}
-    return digests if told else None
+    return {digest for _, stored in told for digest in split_digests(stored)} if told else None
 
 
 def write_digests(folder: Path, digests: Iterable[bytes] | None) -> None:
@@ -4033,11 +3927,9 @@ def checkpoints_of(folder: str | Path) -> dict[int, Path]:
 
 
 def find_checkpoint(args: VQATrainingArguments) -> Path | None:
-    """The checkpoint that --resume_from_checkpoint asks for; None: start at the beginning.
-
-    True takes the newest one that is complete, and names those skipped. VQAError where the named one is not
-    complete, none is, or the run would write among later checkpoints of another.
-    """
+    """The checkpoint that --resume_from_checkpoint asks for; None: start at the beginning. True takes the newest one
+    that is complete, and names those skipped. VQAError where the named one is not complete, none is, or the run would
+    write among later checkpoints of another."""
     wanted = args.resume_from_checkpoint
     existing = checkpoints_of(args.output_dir)
     if isinstance(wanted, str):
@@ -4075,10 +3967,8 @@ def find_checkpoint(args: VQATrainingArguments) -> Path | None:
 
 def refuse_other_settings(checkpoint: Path, settings: dict) -> None:
     """VQAError where a run would resume from a checkpoint of another model, input, LoRA shape, schedule or data; takes
-    over into `settings` which adapter the run started from.
-
-    The optimizer's state brings its learning rate along, so that another --learning_rate would be ignored.
-    """
+    over into `settings` which adapter the run started from. The optimizer's state brings its learning rate along, so
+    that another --learning_rate would be ignored."""
     stored = load_settings(checkpoint)
     # Defaults for settings files without these keys.
     once = dict.fromkeys((*ENCODERS, "compile_layers", "use_liger_kernel"), False)
@@ -4148,11 +4038,8 @@ class VQATrainer(Trainer):
         self.add_callback(self.guard)
 
     def train_safely(self, checkpoint: Path | None) -> None:
-        """Train, from `checkpoint` if given.
-
-        Interrupted: a signal stopped it, after a save. VQAError: memory or disk ran out, a loss or gradient was not
-        finite, or a checkpoint cannot be read.
-        """
+        """Train, from `checkpoint` if given. Interrupted: a signal stopped it, after a save. VQAError: memory or disk
+        ran out, a loss or gradient was not finite, or a checkpoint cannot be read."""
         self.guard.resume(checkpoint)
         self.stop_signal.deferred = True
         message = None
@@ -4236,11 +4123,9 @@ class VQATrainer(Trainer):
             raise VQAError(self.explain_save(error)) from error
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Write weights, tokenizer and settings: all that evaluation needs.
-
-        Not the Trainer's own: PEFT's `auto` would save 152,000 rows of embeddings with an adapter once a row was added,
-        and `training_args.bin` is a pickle that holds the hub's token.
-        """
+        """Write weights, tokenizer and settings: all that evaluation needs. Not the Trainer's own: PEFT's `auto` would
+        save 152,000 rows of embeddings with an adapter once a row was added, and `training_args.bin` is a pickle that
+        holds the hub's token."""
         self.saving = True
         folder = Path(output_dir or self.args.output_dir)
         folder.mkdir(parents=True, exist_ok=True)
@@ -4299,10 +4184,8 @@ class VQATrainer(Trainer):
         return super().prediction_step(model, inputs, *args, **kwargs)
 
     def evaluate(self, *args, **kwargs) -> dict[str, float]:
-        """The Trainer's; leaves the random states of training as they are, because it may be interrupted.
-
-        Free memory goes back before and after: the blocks of one phase do not fit the other, and would stay beside its.
-        """
+        """The Trainer's; leaves the random states of training as they are, because it may be interrupted. Free memory
+        goes back before and after: the blocks of one phase do not fit the other, and would stay beside its."""
         begin_phase()
         with torch.random.fork_rng():
             metrics = super().evaluate(*args, **kwargs)
@@ -4313,10 +4196,8 @@ class VQATrainer(Trainer):
     def evaluation_loop(self, *args, metric_key_prefix: str = "eval", **kwargs) -> EvalLoopOutput:
         """The Trainer's; with --eval_answers adds what the answers are worth to its metrics."""
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
-        if self.args.eval_answers:
-            output.metrics.update(
-                {f"{metric_key_prefix}_{name}": share for name, share in self.score_answers().items()}
-            )
+        shares = self.score_answers() if self.args.eval_answers else {}
+        output.metrics.update({f"{metric_key_prefix}_{name}": share for name, share in shares.items()})
         return output
 
     def score_answers(self) -> dict[str, float]:
@@ -4328,15 +4209,12 @@ class VQATrainer(Trainer):
         folder = Path(self.args.output_dir) / ANSWERS_DIR
         questions, file = folder / "questions.jsonl", folder / f"step-{self.state.global_step}.jsonl"
         names = ("id", "video_id", "question_type", "question", "short_answer")
+        known = [{name: getattr(row, name) for name in names} for row in rows]
         with self.naming_failed_saves():
             folder.mkdir(parents=True, exist_ok=True)
             for path, parts in ((questions, [{"answer": row.answer} for row in rows]), (file, answers)):
-                lines = [
-                    {**{name: getattr(row, name) for name in names}, **part}
-                    for row, part in zip(rows, parts, strict=True)
-                ]
-                text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
-                path.write_text(text, encoding="utf-8")
+                lines = [json.dumps(row | part, ensure_ascii=False) for row, part in zip(known, parts, strict=True)]
+                path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
         command = [sys.executable, SCORER, "--score_only", "--output_file", file, "--eval_data_path", questions]
         # A session of its own: Ctrl-C stops this process after its batch, and the scores belong to that.
         done = subprocess.run(command, capture_output=True, text=True, errors="replace", start_new_session=True)
@@ -4354,7 +4232,7 @@ class VQATrainer(Trainer):
         model = self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
         tokenizer = self.tokenizer
         decoding = tokenizer.pad_token_id, stop_token_ids(tokenizer), ANSWER_TOKENS
-        size = math.ceil(len(indices) / math.ceil(len(indices) / self.answers_at_once))  # batches of about one size
+        size = even_size(len(indices), self.answers_at_once)
 
         def heeding_signals(samples: Iterable[dict]) -> Iterator[dict]:
             for sample in samples:
@@ -4371,15 +4249,12 @@ class VQATrainer(Trainer):
         self.guard.heed_signal()  # of the last batch
         if fitting < size:
             self.answers_at_once = fitting
-        return [
-            {
-                "predicted_answer": tokenizer.decode(ids, skip_special_tokens=True).strip(),
-                "ground_truth": dataset.rows[index].answer,
-                "finish_reason": finish,
-                "n_tokens": len(ids),
-            }
-            for index, (ids, finish) in zip(indices, answers, strict=True)
-        ]
+        parts = []
+        for index, (ids, finish) in zip(indices, answers, strict=True):
+            text = tokenizer.decode(ids, skip_special_tokens=True).strip()
+            part = {"predicted_answer": text, "ground_truth": dataset.rows[index].answer}
+            parts.append(part | {"finish_reason": finish, "n_tokens": len(ids)})
+        return parts
 
     def floating_point_ops(self, inputs: dict) -> int:
         """The Trainer's figure; counts the parameters once, which for each batch takes longer than a small step."""
@@ -4412,6 +4287,11 @@ class GroupedByLength(LengthGroupedSampler):
     def set_epoch(self, epoch: int) -> None:
         """Called by the Trainer before each epoch."""
         self.generator.manual_seed(self.seed + epoch)
+
+
+def even_size(count: int, most: int) -> int:
+    """Rows in a batch where `count` go in batches of about one size, of at most `most`."""
+    return math.ceil(count / math.ceil(count / most))
 
 
 def spread_over_types(rows: Sequence[VQARow], count: int) -> list[int]:
@@ -4486,8 +4366,10 @@ class RunGuard(TrainerCallback):
         if args.early_stopping_patience:
             stored = state.stateful_callbacks.setdefault(type(stopping).__name__, stopping.state())
             stopping.early_stopping_patience_counter = stored["attributes"]["early_stopping_patience_counter"]
-        if args.eval_answers:
-            remove_later_answers(Path(args.output_dir) / ANSWERS_DIR, state.global_step)
+        for file in (Path(args.output_dir) / ANSWERS_DIR).glob("step-*.json*"):  # some may be of steps rolled back
+            number = file.name.removeprefix("step-").partition(".")[0]
+            if args.eval_answers and number.isdecimal() and int(number) > state.global_step:
+                file.unlink()
         if self.saved_step >= 0:
             trainer._tr_loss += self.unlogged_loss[0]
             trainer._globalstep_last_logged = self.unlogged_loss[1]
@@ -4495,7 +4377,7 @@ class RunGuard(TrainerCallback):
             trainer.model.offload_encoders()
         if self.evaluation_due:
             self.evaluation_due = False
-            keep_best(args, state, trainer.evaluate(), kwargs["lr_scheduler"])
+            keep_best(args, state, trainer.evaluate(), kwargs["lr_scheduler"], self.saved)
         stopped_early = stopping.early_stopping_patience_counter >= stopping.early_stopping_patience
         self.already_finished = control.should_training_stop = stopped_early or state.global_step >= state.max_steps
 
@@ -4563,20 +4445,12 @@ class RunGuard(TrainerCallback):
         control.should_training_stop |= bool(trainer.stop_signal.signum)
 
 
-def remove_later_answers(folder: Path, step: int) -> None:
-    """Delete the answers after `step` from ANSWERS_DIR: of what a run did after the save that it goes on from."""
-    for file in folder.glob("step-*.json*"):
-        number = file.name.removeprefix("step-").partition(".")[0]
-        if number.isdecimal() and int(number) > step:
-            file.unlink()
-
-
 def epoch_ends(state: TrainerState) -> bool:
     """Whether the Trainer leaves its epoch after this step, and does what is due at its end."""
     return float(state.epoch).is_integer() or state.global_step >= state.max_steps
 
 
-def keep_best(args: VQATrainingArguments, state: TrainerState, metrics: dict[str, float], scheduler) -> None:
+def keep_best(args: VQATrainingArguments, state: TrainerState, metrics: dict, scheduler, checkpoint: Path) -> None:
     """What the Trainer does with the `metrics` of an evaluation of its own: step a schedule that follows them, and note
     where they are the best so far."""
     if args.metric_for_best_model is None:
@@ -4587,7 +4461,7 @@ def keep_best(args: VQATrainingArguments, state: TrainerState, metrics: dict[str
     better = operator.gt if args.greater_is_better else operator.lt
     if state.best_metric is None or better(value, state.best_metric):
         state.best_metric, state.best_global_step = value, state.global_step
-        state.best_model_checkpoint = f"{args.output_dir}/checkpoint-{state.global_step}"
+        state.best_model_checkpoint = str(checkpoint)  # of this step, in --output_dir or elsewhere
 
 
 def begin_phase() -> None:
@@ -4609,7 +4483,6 @@ class PeakMemory(TrainerCallback):
             torch.cuda.reset_peak_memory_stats()
 
     on_step_end = partialmethod(_note, "training")
-    on_evaluate = partialmethod(_note, "evaluation")
     on_evaluate = partialmethod(_note, "evaluation")  # with --eval_answers
     on_save = partialmethod(_note, "saving")
 
@@ -4627,7 +4500,7 @@ class StopAtLoss(TrainerCallback):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# main
+# The plan: memory, tokens and steps
 # ----------------------------------------------------------------------------------------------------------------------
 
 
@@ -4647,119 +4520,92 @@ def estimate_memory(
     states: float = 8,
 ) -> dict[str, int]:
     """Bytes of GPU memory at the peak of training on batches of `tokens`, by what takes them; an estimate. `states` are
-    the optimizer's bytes a trained parameter (`optimizer_bytes`).
-
-    Counted are the tensors that a decoder layer keeps for its backward pass. In float32: both norms' inputs (2 h), and
-    what comes of them where the norms are trained (2 h). In `dtype`, that of the computation: queries and
-    attention output (2 h), keys and values (2 k), gate, up and their activation (3 f), LoRA's narrow outputs (7 r), and
-    the inputs of the linear layers: with dropout a copy each and a byte of mask (6 h + f); else the two that they share
-    and the product (2 h + f), or, where autocast casts float32 weights' inputs, one for each but the output's (5 h +
-    f). A compiled layer keeps its two inputs, queries, output, keys, values, gate and up (see
-    ACTIVATION_MEMORY_BUDGET), a recomputed one its input. Between layers values have the decoder's own dtype.
-
-    With --load_in_4bit a weight of the decoder's linear layers takes half a byte, and its scale 1 / 64 (absmax in 8
-    bits, and for 256 of those a float32); the largest is dequantised for its product.
-
-    Not counted: activations of trained encoders, and of frozen ones while they run; the logits at answer positions;
-    what --use_liger_kernel saves. `model` has its adapter, and may be on the meta device; with `cached_features` its
-    frozen encoders are off the GPU.
-    """
+    from `optimizer_bytes`. `model` has its adapter, and may be on the meta device; with `cached_features` its frozen
+    encoders are off the GPU. Not counted: activations of trained encoders, and of frozen ones while they run; the
+    logits at answer positions; what --use_liger_kernel saves."""
     text = model.config.text_config
     size = dtype.itemsize
+    count = text.num_hidden_layers
+    recomputed = math.ceil(count / every_n) if every_n else 0
+    layer = layer_activations(model, args, size)
+    stored = model.model.language_model.norm.weight.dtype.itemsize  # between layers values have the decoder's own dtype
+    kept = (count - recomputed) * layer + recomputed * stored * text.hidden_size + bool(recomputed) * layer
+    trainable = count_trainable(model)
+    packed = [layer.base_layer.weight for layer in model.modules() if isinstance(layer, LoraLayer)] * args.load_in_4bit
+    # On the meta device they have 16 bits or more.
+    sizes = [p.numel() * (2 if p.dtype == torch.uint8 else 1) for p in packed]
+    # A weight in 4 bits has a scale for each 64, in 8 bits, and for 256 of those a float32.
+    four_bits = round(sum(sizes) * (1 / 2 + 1 / 64 + 4 / (64 * 256))) - sum(p.nbytes for p in packed)
+    resting = [*model.model.visual.parameters(), *model.audio_encoder.parameters()] if cached_features else []
+    working = tokens * 6 * text.intermediate_size * size  # of the backward pass of one MLP
+    dequantised = size * max(sizes, default=0)  # one weight at a time, for its product
+    return {
+        "weights": sum(p.nbytes for p in model.parameters()) - sum(p.nbytes for p in resting) + four_bits,
+        "gradients and optimizer": round((4 + states + size % 4) * trainable),  # and autocast's copy, in 16 bits
+        "activations": tokens * kept + working + dequantised,
+    }
+
+
+def layer_activations(model: SpeechMixin, args: ModelArguments, size: int) -> int:
+    """Bytes a token that a decoder layer keeps for its backward pass; those of a value of the computation are `size`.
+
+    In float32 both norms' inputs, and what comes of them where the norms are trained. Then queries and attention
+    output, keys and values, gate, up and their activation, LoRA's narrow outputs, and the inputs of the linear layers:
+    with dropout a copy each and a byte of mask; else the two that they share and the product, or, where autocast casts
+    float32 weights' inputs, one for each but the output's. A compiled layer keeps its two inputs, queries, output,
+    keys, values, gate and up (see ACTIVATION_MEMORY_BUDGET).
+    """
+    text = model.config.text_config
     adapted = args.train_decoder == "lora"
     stored = model.model.language_model.norm.weight.dtype.itemsize
     h, f, r = text.hidden_size, text.intermediate_size, args.lora_r * adapted
     k = text.num_key_value_heads * h // text.num_attention_heads
     if args.compile_layers:
-        layer = 2 * stored * h + size * (2 * h + 2 * k + 2 * f + 7 * r)
-    else:
-        layer = 4 * (2 if adapted else 4) * h + size * (2 * h + 2 * k + 3 * f + 7 * r)
-        if adapted and args.lora_dropout:
-            layer += (size + 1) * (6 * h + f)
-        else:
-            layer += size * ((2 if stored == size else 5) * h + f)
-    count = text.num_hidden_layers
-    recomputed = math.ceil(count / every_n) if every_n else 0
-    kept = (count - recomputed) * layer + recomputed * stored * h + bool(recomputed) * layer
-    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    packed = [layer.base_layer.weight for layer in model.modules() if isinstance(layer, LoraLayer)] * args.load_in_4bit
-    # On the meta device they have 16 bits or more.
-    sizes = [p.numel() * (2 if p.dtype == torch.uint8 else 1) for p in packed]
-    four_bits = round(sum(sizes) * (1 / 2 + 1 / 64 + 4 / (64 * 256))) - sum(p.nbytes for p in packed)
-    resting = [*model.model.visual.parameters(), *model.audio_encoder.parameters()] if cached_features else []
-    return {
-        "weights": sum(p.nbytes for p in model.parameters()) - sum(p.nbytes for p in resting) + four_bits,
-        "gradients and optimizer": round((4 + states + size % 4) * trainable),  # and autocast's copy, in 16 bits
-        "activations": tokens * (kept + 6 * f * size)
-        + size * max(sizes, default=0),  # and what the backward pass of one MLP works with
-    }
+        return 2 * stored * h + size * (2 * h + 2 * k + 2 * f + 7 * r)
+    layer = 4 * (2 if adapted else 4) * h + size * (2 * h + 2 * k + 3 * f + 7 * r)
+    if adapted and args.lora_dropout:
+        return layer + (size + 1) * (6 * h + f)
+    return layer + size * ((2 if stored == size else 5) * h + f)
 
 
 def estimate_run(
-    model: SpeechMixin,
-    tokens: tuple[int, int],
-    model_args: ModelArguments,
-    data_args: DataArguments,
-    args: VQATrainingArguments,
-    every_n: int,
+    model: SpeechMixin, tokens: tuple[int, int], flags: SimpleNamespace, every_n: int
 ) -> dict[str, dict[str, int]]:
     """Bytes of GPU memory at the peaks of training, evaluation and --eval_answers, by what takes them; an estimate.
-
-    `tokens` are those of the longest sample to train on, and to evaluate on (0: there is none). Without gradients an
-    MLP works with four values of its own width and four of the hidden size a token; before it, those of the encoders
-    with three, and the vision encoder with two of its hidden size a patch, in blocks too small for the decoder. Answers
-    keep keys and values, of which one layer is there twice as it grows; prompts are read PREFILL_TOKENS at a time.
-    """
-    multiple, size = model_args.padding_multiple, args.compute_dtype.itemsize
-    longest, longest_asked = (math.ceil(count / multiple) * multiple for count in tokens)
-    states = optimizer_bytes(args.optim.value)
-    batch = args.per_device_train_batch_size * longest
-    settings = model_args, args.compute_dtype, bool(data_args.cache_features)
-    training = estimate_memory(model, batch, *settings, every_n, states)
+    `tokens` are those of the longest sample to train on, and to evaluate on (0: there is none)."""
+    size = flags.compute_dtype.itemsize
+    longest, longest_asked = (math.ceil(count / flags.padding_multiple) * flags.padding_multiple for count in tokens)
+    estimate = partial(estimate_memory, model, args=flags, dtype=flags.compute_dtype, every_n=every_n)
+    estimate = partial(estimate, cached_features=bool(flags.cache_features), states=optimizer_bytes(flags.optim.value))
+    training = estimate(tokens=flags.per_device_train_batch_size * longest)
     phases = {"training": training}
     if not longest_asked:
         return phases
     text = model.config.text_config
-    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    trainable = count_trainable(model)
     resting = {"weights": training["weights"], "optimizer": training["gradients and optimizer"] - 4 * trainable}
-    dequantised = estimate_memory(model, 0, *settings, every_n)["activations"]
+    dequantised = estimate(tokens=0)["activations"]
+    # Without gradients an MLP works with four values of its own width and four of the hidden size a token.
     token = 4 * (text.intermediate_size + text.hidden_size) * size
-    asked = args.per_device_eval_batch_size * longest_asked
+    asked = flags.per_device_eval_batch_size * longest_asked
     phases["evaluation"] = resting | {"activations": asked * token + dequantised}
-    if not data_args.cache_features:
+    if not flags.cache_features:
+        # Before the decoder runs, MLPs of the encoders work with three values of their own width, and the vision
+        # encoder with two of its hidden size a patch, in blocks too small for the decoder.
         vision, speech = model.config.vision_config, model.audio_encoder.config
-        positions = speech.max_source_positions * (data_args.input_mode != "text")
-        patches = vision.spatial_merge_size**2 * (longest_asked - positions * (data_args.audio_tokens == "full"))
+        positions = speech.max_source_positions * (flags.input_mode != "text")
+        patches = vision.spatial_merge_size**2 * (longest_asked - positions * (flags.audio_tokens == "full"))
         patch = int(3 * vision.mlp_ratio + 2) * vision.embed_dim
-        values = args.per_device_eval_batch_size * (patches * patch + 3 * positions * speech.encoder_ffn_dim)
+        values = flags.per_device_eval_batch_size * (patches * patch + 3 * positions * speech.encoder_ffn_dim)
         phases["evaluation"]["encoders"] = size * values
-    if args.eval_answers:
-        rows = math.ceil(args.eval_answers / math.ceil(args.eval_answers / ANSWERS_AT_ONCE))
+    if flags.eval_answers:
+        rows = even_size(flags.eval_answers, ANSWERS_AT_ONCE)
         read = max(longest_asked, min(PREFILL_TOKENS, rows * longest_asked))
         head = text.hidden_size // text.num_attention_heads
-        kept = 2 * head * text.num_key_value_heads * (text.num_hidden_layers + 2) * size
-        kept *= rows * (longest_asked + ANSWER_TOKENS)
+        kept = 2 * head * text.num_key_value_heads * size * rows * (longest_asked + ANSWER_TOKENS)
+        kept *= text.num_hidden_layers + 2  # one layer is there twice as it grows
         phases["answers"] = resting | {"activations": read * token + dequantised, "keys and values": kept}
     return phases
-
-
-def limit_gpu_memory(gib: float | None) -> None:
-    """Cap this process at `gib` GiB of GPU memory; None: no cap. VQAError without a GPU, or beyond its memory."""
-    if gib is None:
-        return
-    if not torch.cuda.is_available():
-        raise VQAError("--gpu_memory_limit_gib needs a CUDA GPU; leave it out here")
-    total = torch.cuda.get_device_properties(0).total_memory / GIB
-    if not 0 < gib <= total:
-        raise VQAError(f"--gpu_memory_limit_gib {gib}: this card has {total:.1f} GiB")
-    torch.cuda.set_per_process_memory_fraction(gib / total)
-
-
-def memory_limit(args: ModelArguments) -> float | None:
-    """GiB of GPU memory that a run may fill: of --gpu_memory_limit_gib, else of the card. None: neither is there."""
-    if args.gpu_memory_limit_gib is not None or not torch.cuda.is_available():
-        return args.gpu_memory_limit_gib
-    return torch.cuda.get_device_properties(0).total_memory / GIB - CUDA_CONTEXT_GIB
 
 
 def choose_recomputation(args: ModelArguments, estimate: typing.Callable[[int], dict[str, int]]) -> int:
@@ -4772,48 +4618,110 @@ def choose_recomputation(args: ModelArguments, estimate: typing.Callable[[int], 
     return every_n
 
 
-def check_compiler(device_type: str) -> None:
-    """VQAError where torch.compile would find no compiler that works, or not the headers of Python, which what it
-    compiles includes: of C on a GPU, for Triton's launchers, else of C++."""
-    variable, language, names = ("CC", "c", ("gcc", "clang")) if device_type == "cuda" else ("CXX", "c++", ("g++",))
-    compiler = os.environ.get(variable) or next(filter(shutil.which, names), names[0])
-    with tempfile.TemporaryDirectory() as folder:
-        headers = sysconfig.get_path("include", "posix_prefix")
-        command = [compiler, "-x", language, "-", "-I", headers, "-o", str(Path(folder) / "trial")]
-        program = "#include <Python.h>\nint main(void) { return 0; }\n"
-        try:
-            done = subprocess.run(command, input=program, capture_output=True, text=True, errors="replace")
-            failure = (done.stderr.strip() or f"exit status {done.returncode}") if done.returncode else ""
-        except OSError as error:
-            failure = str(error)
-    if failure:
-        raise VQAError(
-            f"--compile_layers: the compiler {compiler} does not work ({failure.splitlines()[0]}); fix it (Python.h "
-            f"is in the package python3-dev), name another in {variable}, or leave the flag out"
-        )
+def longest_sample(dataset: SurgicalVQADataset | None, **changes) -> int:
+    """Tokens of the longest sample of a dataset, or of its processor, with `changes`; 0 for no dataset."""
+    if dataset is None:
+        return 0
+    dataset = copy.copy(dataset)
+    dataset.processor = copy.copy(dataset.processor)
+    for name, value in changes.items():
+        setattr(dataset if hasattr(dataset, name) else dataset.processor, name, value)
+    return max(dataset.token_counts())
 
 
-def check_liger(device_type: str, needs_gpu: bool = True) -> None:
-    """VQAError where Liger's kernels, which are Triton's, cannot run: they take the package and, to run, a GPU."""
-    if device_type != "cuda" and needs_gpu:
-        raise VQAError("--use_liger_kernel needs a CUDA GPU, since its kernels are Triton's; leave the flag out")
-    module = "liger_kernel.ops" if device_type == "cuda" else "liger_kernel"  # the kernels may not load without a GPU
-    check_package("--use_liger_kernel", module, LIGER, "leave the flag out")
+def smaller_settings(flags: SimpleNamespace, most_frames: int) -> list[list[dict[str, object]]]:
+    """What may make a run fit: alternatives, from the least change to the greatest, of flags with their values. First
+    those that leave the result as it is, then fewer tokens, then coarser weights and states, then fewer frames."""
+
+    def halves(number: int) -> list[int]:
+        return [number >> shift for shift in range(1, number.bit_length())]
+
+    train, asked = flags.per_device_train_batch_size, flags.per_device_eval_batch_size
+    rows = train * flags.gradient_accumulation_steps
+    batches = [{"per_device_train_batch_size": n, "gradient_accumulation_steps": rows // n} for n in halves(train)]
+    frozen = not (flags.train_vision_tower or flags.train_audio_encoder)
+    return [
+        [{"checkpoint_every_n": 1}] * (flags.checkpoint_every_n != 1),
+        batches,
+        [{"per_device_eval_batch_size": n} for n in halves(asked)] * bool(flags.eval_data_path),
+        [{"eval_answers": n} for n in halves(min(flags.eval_answers, ANSWERS_AT_ONCE))],
+        [{"cache_features": "features"}] * (frozen and not flags.cache_features),
+        [{"audio_tokens": "speech"}] * (flags.audio_tokens != "speech" and flags.input_mode != "text"),
+        [{"frame_mode": "video"}] * (flags.frame_mode != "video"),
+        [{"load_in_4bit": True}] * (flags.train_decoder == "lora" and not flags.load_in_4bit),
+        [{"optim": OptimizerNames.ADAMW_BNB}] * (optimizer_bytes(flags.optim.value) == 8),
+        [{"max_train_frames": n} for n in halves(most_frames)],
+    ]
 
 
-def check_bitsandbytes(what: str) -> None:
-    """VQAError, which begins with `what` asks for it, where bitsandbytes is missing or of a version not tested."""
-    check_package(what, "bitsandbytes", BITSANDBYTES, "take 16-bit weights")
+def advise_to_fit(
+    limit: float,
+    model: SpeechMixin,
+    datasets: tuple[SurgicalVQADataset, SurgicalVQADataset | None],
+    flags: SimpleNamespace,
+) -> str:
+    """Flags with which the estimate is below `limit` bytes, none of which could be left out; or that there are none."""
+    length = cache(longest_sample)  # which reads the headers of all frames
+
+    def peak(chosen: list[dict[str, object]]) -> int:
+        changed = copy.copy(flags)
+        for settings in chosen:
+            vars(changed).update(settings)
+        inputs = {"audio_tokens": changed.audio_tokens, "frame_mode": changed.frame_mode}
+        tokens = length(datasets[0], **inputs, max_train_frames=changed.max_train_frames), length(datasets[1], **inputs)
+        phases = estimate_run(model, tokens, changed, changed.checkpoint_every_n)
+        return max(sum(parts.values()) for parts in phases.values())
+
+    options = smaller_settings(flags, max(len(datasets[0].media_of(i)[0]) for i in range(len(datasets[0]))))
+    chosen = [some[-1] if some else {} for some in options]
+    if peak(chosen) >= limit:
+        return "no flags of this script would make it fit: take a larger GPU, or a smaller model"
+    for index in reversed(range(len(options))):  # all at first; of each, the last ones first, the least that will do
+        smaller = ([*chosen[:index], settings, *chosen[index + 1 :]] for settings in ({}, *options[index]))
+        chosen = next(some for some in smaller if peak(some) < limit)
+    named = [f"--{n} {getattr(value, 'value', value)}" for settings in chosen for n, value in settings.items()]
+    return f"it would fit with {' '.join(named)} ({peak(chosen) / GIB:.1f} GiB)"
 
 
-def check_package(what: str, module: str, requirement: str, otherwise: str) -> None:
-    """VQAError where an optional package is missing, does not load or has a version not tested; `what` asks for it."""
-    try:
-        importlib.import_module(module)
-        require_version(requirement)
-    except Exception as error:  # a Triton, or native part, that does not fit raises what it likes
-        reason = first_line(error).rstrip(". ")
-        raise VQAError(f"{what}: {reason}; run `pip install '{requirement}'`, or {otherwise}") from error
+def plan(
+    model: SpeechMixin, datasets: tuple[SurgicalVQADataset, SurgicalVQADataset | None], flags: SimpleNamespace
+) -> int:
+    """--checkpoint_every_n as a number: every N-th layer is recomputed, 0: none. With --dry_run also prints tokens,
+    optimizer steps and memory, and raises a VQAError where that does not fit."""
+    counted = flags.dry_run or flags.checkpoint_every_n == "auto"
+    lengths = [sorted(dataset.token_counts()) if counted and dataset else [0] for dataset in datasets]
+    estimate = partial(estimate_run, model, (lengths[0][-1], lengths[1][-1]), flags)
+    every_n = choose_recomputation(flags, lambda n: estimate(n)["training"])
+    if not flags.dry_run:
+        return every_n
+    for name, counts in zip(("train", "eval"), lengths, strict=True):
+        if counts[-1]:
+            spread = f"min {counts[0]}, median {counts[len(counts) // 2]}, max {counts[-1]}"
+            print(f"{name}: {len(counts)} samples, tokens per sample: {spread}")
+    samples = len(datasets[0])
+    batches = math.ceil(samples / flags.per_device_train_batch_size)
+    per_epoch = math.ceil(batches / flags.gradient_accumulation_steps)
+    steps = flags.max_steps if flags.max_steps > 0 else math.ceil(flags.num_train_epochs * per_epoch)
+    print(f"steps: {steps} ({per_epoch} an epoch of {samples} samples)")
+    peaks = {}
+    for phase, parts in estimate(every_n).items():
+        peaks[phase] = sum(parts.values())
+        shares = ", ".join(f"{name} {size / GIB:.1f}" for name, size in parts.items())
+        print(f"memory: about {peaks[phase] / GIB:.1f} GiB of the GPU at the peak of {phase} ({shares})")
+    phase = max(peaks, key=peaks.get)
+    limit = memory_limit(flags)
+    if limit and peaks[phase] > limit * GIB:
+        asked = flags.gpu_memory_limit_gib is not None
+        what = f"--gpu_memory_limit_gib {limit:g}" if asked else f"the GPU, which has {limit:.1f} GiB"
+        flags.checkpoint_every_n = every_n
+        advice = advise_to_fit(FITTING_SHARE * limit * GIB, model, datasets, flags)
+        raise VQAError(f"{what}: does not hold the {peaks[phase] / GIB:.1f} GiB of {phase}; {advice}")
+    return every_n
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# main
+# ----------------------------------------------------------------------------------------------------------------------
 
 
 def prepare_data(args: DataArguments) -> tuple[list[VQARow], list[VQARow], list[str]]:
@@ -4887,10 +4795,8 @@ def build_model(
     tokenizer: PreTrainedTokenizerBase,
     device: torch.device | str,
 ) -> tuple[SpeechMixin, SpeechMixin | PeftModel, str]:
-    """The model, what is trained of it (the adapter around it, or itself), the base's fingerprint.
-
-    On the `meta` device nothing is allocated, and there is no fingerprint.
-    """
+    """The model, what is trained of it (the adapter around it, or itself), the base's fingerprint. On the `meta` device
+    nothing is allocated, and there is no fingerprint."""
     on_meta = str(device) == "meta"
     precision = "BF16" if training_args.bf16 else "FP32"
     model = load_base(args, training_args, tokenizer, device)
@@ -4943,117 +4849,6 @@ def build_datasets(
     return train, evaluation
 
 
-def longest_samples(
-    datasets: tuple[SurgicalVQADataset, SurgicalVQADataset | None], data_args: DataArguments
-) -> tuple[int, int]:
-    """Tokens of the longest sample to train on and to evaluate on (0: none), with the inputs of `data_args`."""
-    longest = []
-    for dataset in datasets:
-        if dataset:
-            dataset = copy.copy(dataset)
-            dataset.processor = copy.copy(dataset.processor)
-            for name in ("audio_tokens", "frame_mode"):
-                setattr(dataset.processor, name, getattr(data_args, name))
-            dataset.max_train_frames, dataset.max_eval_frames = data_args.max_train_frames, data_args.max_eval_frames
-        longest.append(max(dataset.token_counts()) if dataset else 0)
-    return tuple(longest)
-
-
-def smaller_settings(flags: SimpleNamespace, every_n: int, most_frames: int) -> list[list[dict[str, object]]]:
-    """What may make a run fit: alternatives, from the least change to the greatest, of flags with their values. First
-    those that leave the result as it is, then fewer tokens, then coarser weights and states, then fewer frames."""
-
-    def halves(number: int) -> list[int]:
-        return [number >> shift for shift in range(1, number.bit_length())]
-
-    train, asked = flags.per_device_train_batch_size, flags.per_device_eval_batch_size
-    rows = train * flags.gradient_accumulation_steps
-    batches = [{"per_device_train_batch_size": n, "gradient_accumulation_steps": rows // n} for n in halves(train)]
-    frozen = not (flags.train_vision_tower or flags.train_audio_encoder)
-    return [
-        [{"checkpoint_every_n": "1"}] * (every_n != 1),
-        batches,
-        [{"per_device_eval_batch_size": n} for n in halves(asked)] * bool(flags.eval_data_path),
-        [{"cache_features": "features"}] * (frozen and not flags.cache_features),
-        [{"audio_tokens": "speech"}] * (flags.audio_tokens != "speech" and flags.input_mode != "text"),
-        [{"frame_mode": "video"}] * (flags.frame_mode != "video"),
-        [{"load_in_4bit": True}] * (flags.train_decoder == "lora" and not flags.load_in_4bit),
-        [{"optim": OptimizerNames.ADAMW_BNB}] * (optimizer_bytes(flags.optim.value) == 8),
-        [{"max_train_frames": n} for n in halves(most_frames)],
-    ]
-
-
-def advise_to_fit(
-    limit: float,
-    model: SpeechMixin,
-    datasets: tuple[SurgicalVQADataset, SurgicalVQADataset | None],
-    arguments: tuple[ModelArguments, DataArguments, VQATrainingArguments],
-    every_n: int,
-) -> str:
-    """Flags with which the estimate is below `limit` bytes, none of which could be left out; or that there are none."""
-    flags = SimpleNamespace(**{**vars(arguments[2]), **vars(arguments[1]), **vars(arguments[0])})
-
-    def peak(chosen: list[dict[str, object]]) -> int:
-        changes = {name: value for settings in chosen for name, value in settings.items()}
-        changed = [copy.copy(part) for part in arguments]
-        for part, (name, value) in itertools.product(changed, changes.items()):
-            if name in vars(part):
-                setattr(part, name, value)
-        tokens = longest_samples(datasets, changed[1])
-        phases = estimate_run(model, tokens, *changed, int(changes.get("checkpoint_every_n", every_n)))
-        return max(sum(parts.values()) for parts in phases.values())
-
-    options = smaller_settings(flags, every_n, max(len(datasets[0].media_of(i)[0]) for i in range(len(datasets[0]))))
-    chosen = [some[-1] if some else {} for some in options]
-    if peak(chosen) >= limit:
-        return "no flags of this script would make it fit: take a larger GPU, or a smaller model"
-    for index in reversed(range(len(options))):  # all at first; of each, the last ones first, the least that will do
-        smaller = ([*chosen[:index], settings, *chosen[index + 1 :]] for settings in ({}, *options[index]))
-        chosen = next(some for some in smaller if peak(some) < limit)
-    named = [f"--{n} {getattr(value, 'value', value)}" for settings in chosen for n, value in settings.items()]
-    return f"it would fit with {' '.join(named)} ({peak(chosen) / GIB:.1f} GiB)"
-
-
-def plan(
-    model: SpeechMixin,
-    datasets: tuple[SurgicalVQADataset, SurgicalVQADataset | None],
-    model_args: ModelArguments,
-    data_args: DataArguments,
-    args: VQATrainingArguments,
-) -> int:
-    """--checkpoint_every_n as a number: every N-th layer is recomputed, 0: none.
-
-    With --dry_run also prints tokens, optimizer steps and memory, and raises a VQAError where that does not fit.
-    """
-    counted = data_args.dry_run or model_args.checkpoint_every_n == "auto"
-    lengths = [sorted(dataset.token_counts()) if counted and dataset else [0] for dataset in datasets]
-    arguments = model_args, data_args, args
-    estimate = partial(estimate_run, model, (lengths[0][-1], lengths[1][-1]), *arguments)
-    every_n = choose_recomputation(model_args, lambda n: estimate(n)["training"])
-    if not data_args.dry_run:
-        return every_n
-    for name, counts in zip(("train", "eval"), lengths, strict=True):
-        if counts[-1]:
-            spread = f"min {counts[0]}, median {counts[len(counts) // 2]}, max {counts[-1]}"
-            print(f"{name}: {len(counts)} samples, tokens per sample: {spread}")
-    samples = len(datasets[0])
-    per_epoch = max(1, math.ceil(math.ceil(samples / args.train_batch_size) / args.gradient_accumulation_steps))
-    steps = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * per_epoch)
-    print(f"steps: {steps} ({per_epoch} an epoch of {samples} samples)")
-    phases = estimate(every_n)
-    for phase, parts in phases.items():
-        shares = ", ".join(f"{name} {size / GIB:.1f}" for name, size in parts.items())
-        print(f"memory: about {sum(parts.values()) / GIB:.1f} GiB of the GPU at the peak of {phase} ({shares})")
-    phase, peak = max(((phase, sum(parts.values())) for phase, parts in phases.items()), key=operator.itemgetter(1))
-    limit = memory_limit(model_args)
-    if limit and peak > limit * GIB:
-        asked = model_args.gpu_memory_limit_gib is not None
-        what = f"--gpu_memory_limit_gib {limit:g}" if asked else f"the GPU, which has {limit:.1f} GiB"
-        advice = advise_to_fit(FITTING_SHARE * limit * GIB, model, datasets, arguments, every_n)
-        raise VQAError(f"{what}: does not hold the {peak / GIB:.1f} GiB of {phase}; {advice}")
-    return every_n
-
-
 def make_trainer(
     trained: SpeechMixin | PeftModel,
     datasets: tuple[SurgicalVQADataset, SurgicalVQADataset | None],
@@ -5102,17 +4897,19 @@ def finish(trainer: VQATrainer, memory: PeakMemory, target: StopAtLoss | None) -
 def name_final_step(args: VQATrainingArguments, state: TrainerState, early_stopping: EarlyStoppingCallback) -> str:
     """Which step the final model is from with --load_best_model_at_end, and why, in a line."""
     metric = "eval_" + args.metric_for_best_model.removeprefix("eval_")
-    evaluated = {entry["step"]: entry[metric] for entry in state.log_history if metric in entry}
+    end = f"training ended at step {state.global_step}"
+    misses = early_stopping.early_stopping_patience_counter
+    if misses >= early_stopping.early_stopping_patience:
+        count = f"{misses} evaluation{'s' * (misses > 1)}"
+        end = f"stopped early at step {state.global_step}, after {count} without improvement"
     if state.best_model_checkpoint is None:
-        return f"Final model: of step {state.global_step}, the last; no checkpoint was the best by {metric}"
+        return f"Final model: of step {state.global_step}, the last; no checkpoint was the best by {metric}; {end}"
     step = int(Path(state.best_model_checkpoint).name.removeprefix("checkpoint-"))
-    line = f"Final model: of step {step}, the best by {metric} = {evaluated[step]:.4g}"
+    value = next(entry[metric] for entry in state.log_history if entry["step"] == step and metric in entry)
+    line = f"Final model: of step {step}, the best by {metric} = {value:.4g}"
     if step != state.best_global_step:
         line += f" with a checkpoint (step {state.best_global_step} had {state.best_metric:.4g}, but was not saved)"
-    misses = early_stopping.early_stopping_patience_counter
-    if misses < early_stopping.early_stopping_patience:
-        return f"{line}; training ended at step {state.global_step}"
-    return f"{line}; stopped early at step {state.global_step}, after {misses} evaluations without improvement"
+    return f"{line}; {end}"
 
 
 def train(
@@ -5120,9 +4917,6 @@ def train(
 ) -> int:
     """The steps of `main` after the arguments; returns the exit status."""
     # 2. What is cheap to check: what the run resumes from, the files of the model
-    if data_args.check_data:
-        prepare_data(data_args)
-        return 0
     checkpoint = find_checkpoint(training_args)
     stored = load_settings(checkpoint) if checkpoint else {}
     if "started_from" in stored:
@@ -5130,18 +4924,20 @@ def train(
     data_args.prompt_layout = choose_layout(model_args.model_name_or_path, data_args.prompt_layout)
     tokenizer, config = check_model(model_args, training_args)
     processor = VQAProcessor(tokenizer, config, **{name: getattr(data_args, name) for name in PROCESSOR_FIELDS})
+    digests = read_digests(resolve_model_dir(model_args.model_name_or_path), model_args.adapter_path, checkpoint)
     settings_of = partial(resolved_settings, model_args, data_args, training_args, processor)
     if checkpoint:
         refuse_other_settings(checkpoint, settings_of(stored["model"].get("base_fingerprint")))
 
     # 3. Data, before any weight is loaded; model and datasets
     train_rows, eval_rows, skipped = prepare_data(data_args)
+    training_args.eval_answers = min(training_args.eval_answers, len(eval_rows))
     device = "meta" if data_args.dry_run else training_args.device
     model, trained, base_fingerprint = build_model(model_args, training_args, tokenizer, device)
     datasets = build_datasets(train_rows, eval_rows, processor, data_args, training_args.seed)
 
     # 4. The plan, which is all that --dry_run asks for
-    every_n = plan(model, datasets, model_args, data_args, training_args)
+    every_n = plan(model, datasets, together(model_args, data_args, training_args))
     if data_args.dry_run:
         return 0
     set_recomputation(model, every_n)
@@ -5166,8 +4962,7 @@ def train(
     callbacks = [memory, *([target] if target else [])]
     multiple = model_args.padding_multiple
     trainer = make_trainer(trained, datasets, settings, multiple, callbacks, training_args, stop_signal)
-    base_folder = resolve_model_dir(model_args.model_name_or_path)
-    trainer.digests |= read_digests(base_folder, model_args.adapter_path, checkpoint) or set()
+    trainer.digests |= digests or set()
     marker = Path(training_args.output_dir) / STARTED_FILE
     if model_args.adapter_path:
         marker.write_text(f"{model_args.adapter_path}\n", encoding="utf-8")
@@ -5190,7 +4985,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         limit_gpu_memory(model_args.gpu_memory_limit_gib)
     with contextlib.ExitStack() as stack:
         stop_signal = stack.enter_context(StopSignal())
-        if not (data_args.check_data or data_args.dry_run):
+        if data_args.check_data:
+            prepare_data(data_args)
+            return 0
+        if not data_args.dry_run:
             stack.enter_context(lock_folder(training_args.output_dir))
         return train(model_args, data_args, training_args, stop_signal)
 
@@ -5219,10 +5017,8 @@ def end_bars() -> None:
 
 
 def end_workers() -> None:
-    """Kill loader workers that outlived their loader (--dataloader_persistent_workers): they hold nothing.
-
-    As it exits, Python would send them a SIGTERM, which they ignore, and wait for them without end.
-    """
+    """Kill loader workers that outlived their loader (--dataloader_persistent_workers): they hold nothing. As it exits,
+    Python would send them a SIGTERM, which they ignore, and wait for them without end."""
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler takes a killed worker for a failure
     for worker in multiprocessing.active_children():
         worker.kill()

@@ -262,7 +262,30 @@ def test_the_best_of_a_run_to_the_end_is_named_and_a_better_step_that_was_not_sa
             assert line == f"Final model: of step 4, the best by eval_loss = {losses[4]:.4g}; training ended at step 8"
             assert same_tensors(weights_of(folder), weights_of(folder / "checkpoint-4"))
         else:
-            assert line == "Final model: of step 8, the last; no checkpoint was the best by eval_loss"
+            assert line.startswith("Final model: of step 8, the last; no checkpoint was the best by eval_loss")
+
+
+def test_a_stop_is_told_where_the_best_step_was_not_saved(train, flags, tmp_path, capsys):
+    """Nothing is learned, so that the first evaluation stays the best; saved is the second."""
+    idle = (*flags, "--eval_answers", "0", "--eval_steps", "1", "--save_steps", "2", "--learning_rate", "1e-30")
+    assert train(tmp_path, *idle, "--early_stopping_patience", "1") == 0
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("Final model")]
+    assert "step 2, the last" in line and "stopped early at step 2, after 1 evaluation " in line
+
+
+def test_an_evaluation_made_up_for_names_the_checkpoint_that_the_run_goes_on_from(train, flags, tmp_path):
+    """Also where that lies in another folder than --output_dir."""
+    short = (*flags, "--eval_answers", "0", "--max_steps", "4")
+    assert train(tmp_path / "one", *short) == 0
+    saved = tmp_path / "one/checkpoint-4"
+    state = json.loads((saved / "trainer_state.json").read_text())
+    state |= {"best_metric": None, "best_global_step": None, "best_model_checkpoint": None}
+    (saved / "trainer_state.json").write_text(json.dumps(state))
+    (saved / vqa.MANIFEST_FILE).unlink()
+    vqa.write_manifest(saved)
+    (saved / vqa.EVALUATION_DUE).touch()
+    assert train(tmp_path / "two", *short, "--resume_from_checkpoint", saved) == 0
+    assert state_of(tmp_path / "two")["best_model_checkpoint"] == str(saved)
 
 
 # ----------------------------------------------------------------------------------- answers change nothing in training
@@ -361,12 +384,12 @@ NO_STRATEGY = "--eval_strategy no --save_strategy no --load_best_model_at_end Tr
 @pytest.mark.parametrize(
     ("flags", "named"),
     [
-        (f"{STEPS} --early_stopping_patience 3", "--early_stopping_patience 3 needs --load_best_model_at_end True"),
+        (f"{STEPS} --early_stopping_patience 3", "--early_stopping_patience needs --load_best_model_at_end True"),
         (f"{NO_STRATEGY} --early_stopping_patience 3", "--load_best_model_at_end needs --eval_strategy"),
         (NO_STRATEGY, "--load_best_model_at_end needs --eval_strategy"),
         (
             f"{BEST} --early_stopping_threshold 0.1",
-            "--early_stopping_threshold does nothing without --early_stopping_p",
+            "--early_stopping_threshold needs --early_stopping_patience",
         ),
         (f"{BEST} --early_stopping_patience -1", "--early_stopping_patience -1: must be 0 (off) or more"),
         (f"{BEST} --early_stopping_patience 1 --early_stopping_threshold nan", "--early_stopping_threshold nan: must"),
@@ -390,7 +413,7 @@ def test_what_no_evaluation_can_decide_is_refused_before_the_data_are_read(argv,
 
 
 def test_answers_need_questions_and_the_script_that_scores_them(argv, tmp_path, monkeypatch):
-    assert "--eval_answers 2 needs --eval_data_path" in refusal(vqa.main, argv(tmp_path / "out", "--eval_answers", "2"))
+    assert "--eval_answers needs --eval_data_path" in refusal(vqa.main, argv(tmp_path / "out", "--eval_answers", "2"))
     monkeypatch.setattr(vqa, "SCORER", tmp_path / "evaluate_checkpoint.py")
     words = argv(tmp_path / "out", "--eval_answers", "2", "--eval_data_path", tmp_path / "nowhere.jsonl")
     message = refusal(vqa.main, words)

@@ -78,6 +78,21 @@ def test_every_optimizer_that_is_offered_is_counted():
         assert vqa.optimizer_bytes(optim) >= 0
 
 
+def test_no_more_answers_are_counted_than_there_are_rows(train, tmp_path, no_weights):
+    """The prompts of 32 rows, as many as are answered at a time, would take 0.03 GiB; of two they take 0.002."""
+    flags = (*EVAL_DATA[:2], "--per_device_train_batch_size", "1", "--per_device_eval_batch_size", "1", "--dry_run")
+    flags = (*flags, "--eval_answers", "1000", "--gpu_memory_limit_gib", "0.02", "--max_eval_frames", "1")
+    assert train(tmp_path, *flags, "--max_eval_samples", "2") == 0
+
+
+def test_fewer_answers_are_advised_where_they_alone_do_not_fit(train, tmp_path, no_weights):
+    flags = (*EVAL_DATA[:2], "--per_device_train_batch_size", "1", "--per_device_eval_batch_size", "1", "--dry_run")
+    flags = (*flags, "--eval_answers", "5", "--gpu_memory_limit_gib", "0.006")
+    message = refusal(train, tmp_path, *flags)
+    advised = re.search(r"it would fit with (.*) \(", message)[1].split()
+    assert "--eval_answers" in advised and train(tmp_path, *flags, *advised) == 0
+
+
 def test_evaluation_is_counted_at_its_own_batch_size(train, tmp_path, capsys, no_weights):
     """In float32 a token takes 4 x 4 (f + h) = 3072 bytes; the batch is that of the flag."""
     flags = (*EVAL_DATA[:2], "--per_device_eval_batch_size", "2000", "--max_eval_frames", "1")

@@ -10,7 +10,7 @@ from PIL import Image
 import evaluate_checkpoint as ev
 import merge_stage2_to_bf16 as merge
 import train_vqa as vqa
-from tests.conftest import EVAL_DATA, FIXTURES, TRAIN_DATA, edit_json, read_jsonl
+from tests.conftest import EVAL_DATA, FIXTURES, TRAIN_DATA, edit_json, read_jsonl, refusal
 
 ALL_SEEN = "seen in training, by content: of 5 rows the clip of 5, a frame of 5, the speech of 5, the wording of 5"
 
@@ -121,6 +121,21 @@ def test_damaged_digests_are_refused_by_name_before_weights_load(evaluate, check
     (checkpoint / vqa.DIGESTS_FILE).write_bytes(content)
     result = evaluate(checkpoint=checkpoint)
     assert result.status == 2 and f"{checkpoint / vqa.DIGESTS_FILE}: " in result.err
+
+
+def test_a_run_from_an_adapter_with_damaged_digests_is_refused_before_weights_load(
+    train, checkpoint, tmp_path, no_weights
+):
+    (checkpoint / vqa.DIGESTS_FILE).write_bytes(b"x" * 40)
+    message = refusal(train, tmp_path / "out", "--adapter_path", checkpoint)
+    assert message.startswith(f"{checkpoint / vqa.DIGESTS_FILE}: ") and "\n" not in message
+
+
+@pytest.mark.parametrize(("part", "change"), [("model", {"init_seed": "x"}), ("input", {"max_image_size": "big"})])
+def test_settings_of_a_wrong_kind_are_refused_by_name(train, checkpoint, tmp_path, no_weights, part, change):
+    edit_json(checkpoint / vqa.SETTINGS_FILE, **{part: change})
+    message = refusal(train, tmp_path / "out", "--adapter_path", checkpoint)
+    assert str(checkpoint / vqa.SETTINGS_FILE) in message and f"{part}.{next(iter(change))}" in message
 
 
 def test_digests_travel_with_every_save_and_tell_no_names(trained, tiny, tmp_path):
