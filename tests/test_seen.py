@@ -178,3 +178,16 @@ def test_rescoring_tells_the_same_of_the_rows_that_training_used(evaluate, check
 
 def test_a_base_without_its_adapter_is_not_told_of_missing_digests(evaluate, trained):
     assert not any(vqa.DIGESTS_FILE in line for line in headline(evaluate("--no_adapter")))
+
+
+def test_names_of_files_do_not_reach_an_answer(evaluate, data):
+    """The same bytes under other names of video, frames and speech: the same answers, and the same logits."""
+    plain = evaluate(name="plain")
+    as_another_data_set(data)
+    renamed = evaluate(data=data.eval_flags, name="renamed")
+    answers = [
+        {(row["video_id"][-3:], row["id"].removeprefix("new_")): row["predicted_answer"] for row in result.rows}
+        for result in (plain, renamed)
+    ]
+    assert len(answers[0]) == 5 and answers[0] == answers[1]
+    assert plain.summary["manifest"]["gates"] == renamed.summary["manifest"]["gates"]
