@@ -827,6 +827,18 @@ def seen_warnings(contents: Mapping[Key, Mapping[str, Iterable[bytes]]], seen: s
     return lines
 
 
+def shared_speech_warnings(contents: Mapping[Key, Mapping[str, Sequence[bytes]]]) -> list[str]:
+    """A line for rows whose recording, told by its bytes, also serves another wording; `contents` as in the above."""
+    words = defaultdict(set)
+    for row in contents.values():
+        for speech in row["speech"]:
+            words[speech].update(row["wording"])
+    if not (found := [key for key, row in contents.items() if any(len(words[speech]) > 1 for speech in row["speech"])]):
+        return []
+    what = f"{len(found)} of {len(contents)} rows play a recording whose bytes also serve a question in other words"
+    return [f"one recording for several questions: {what}, e.g. {key_text(found[0])}; see --audio_dir"]
+
+
 def overlap_warnings(annotations: Sequence[Row], train_rows: Sequence[Row]) -> list[str]:
     """Lines for evaluated rows whose frames, or ids within their video, also stand in the training file."""
 
@@ -991,33 +1003,37 @@ SEEING_ARMS = {
 }
 
 
-def pair_mismatched_audio(
-    annotations: Sequence[Row], samples: Mapping[Key, int | None], seed: int = 0
-) -> dict[Key, Key]:
-    """For each row, the row of another question type and question whose speech it gets instead of its own.
+def draw_nearest(key: Key, apart: Mapping[Key, int], seed: int) -> Key:
+    """The row that is least apart from the row `key`; a hash of seed and key picks among equal ones."""
+    least = min(apart.values())
+    nearest = sorted(other for other, by in apart.items() if by == least)
+    digest = hashlib.sha256(f"{seed}/{key_text(key)}".encode()).digest()
+    return nearest[int.from_bytes(digest[:8], "big") % len(nearest)]
 
-    It is one whose speech differs least from its own in `samples`, so that little is cut off or padded. A hash of seed
-    and key picks among equal ones, so the order of the rows does not matter. Rows whose speech cannot be read (None)
-    get and lend none. Raises InputError if a row has no such partner.
+
+def pair_mismatched_audio(
+    annotations: Sequence[Row], samples: Mapping[Key, int | None], contents: Mapping[Key, Any], seed: int = 0
+) -> dict[Key, Key]:
+    """For each row, the row of another question type, question and recording whose speech it gets instead of its own.
+
+    It is one whose speech differs least from its own in `samples`, so that little is cut off or padded; recordings are
+    told apart by their `contents`, whatever they are called. Rows whose speech cannot be read (None) get and lend none.
+    Raises InputError if a row has no such partner.
     """
     asked = {row_key(row): normalise(row["question"]) for row in annotations if samples[row_key(row)]}
-    in_order = sorted(asked, key=lambda key: (samples[key], key))
 
     @functools.cache
     def partners(kind: str, question: str) -> list[Key]:
-        return [key for key in in_order if key[2] != kind and asked[key] != question]
+        return [key for key in asked if key[2] != kind and asked[key] != question]
 
     pairs = {}
     for key, question in asked.items():
-        name = key_text(key)
-        apart = [abs(samples[other] - samples[key]) for other in partners(key[2], question)]
+        others = (other for other in partners(key[2], question) if contents[other] != contents[key])
+        apart = {other: abs(samples[other] - samples[key]) for other in others}
         if not apart:
-            what = f"{name} has no row of another question type to borrow speech from"
+            what = f"{key_text(key)} has no row of another question type to borrow another recording from"
             raise InputError(f"--arms mismatched_audio: {what}; evaluate more question types or drop the arm")
-        least = min(apart)
-        nearest = [other for other, by in zip(partners(key[2], question), apart, strict=True) if by == least]
-        digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
-        pairs[key] = nearest[int.from_bytes(digest[:8], "big") % len(nearest)]
+        pairs[key] = draw_nearest(key, apart, seed)
     return pairs
 
 
@@ -2181,7 +2197,8 @@ def read_data(
     if borrows:
         every = rows | lending
         samples = {key: row.speech_samples for key, row in every.items()}
-        pairs = pair_mismatched_audio([annotation_of(row) for row in every.values()], samples, args.seed)
+        recordings = {key: sha256_once(row.audio_path) for key, row in every.items() if row.speech_samples}
+        pairs = pair_mismatched_audio([annotation_of(row) for row in every.values()], samples, recordings, args.seed)
         speech_sources = {key: every[pairs[key]] for key in rows if key in pairs}
         rows_of["mismatched_audio"] = [
             dataclasses.replace(row, audio_path=speech_sources[key].audio_path) if key in speech_sources else row
@@ -2229,9 +2246,10 @@ def check_contents(args: argparse.Namespace, chosen: ModelChoice, rows: list[Any
     if too_many and not args.allow_empty_frames:
         raise InputError(f"{text}; replace them, or let them pass with --allow_empty_frames")
     seen = vqa.read_digests(vqa.resolve_model_dir(chosen.path))
-    lines = [text] if text else []
+    contents = {row_key(annotation_of(row)): row.contents for row in rows}
+    lines = [*([text] if text else []), *shared_speech_warnings(contents)]
     if seen is not None:
-        lines += seen_warnings({row_key(annotation_of(row)): row.contents for row in rows}, seen)
+        lines += seen_warnings(contents, seen)
     elif args.checkpoint_path and not args.no_adapter:  # of a base nobody asks
         what = "so clips, frames, speech and wording are not compared with those of training"
         lines.append(f"not known what training had: {chosen.path} has no {vqa.DIGESTS_FILE}, {what}")

@@ -5,9 +5,11 @@ audio tokens.
 """
 
 import multiprocessing
+import shutil
 import signal
 import wave
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -116,6 +118,20 @@ def test_a_deaf_model_that_counts_the_tokens_is_not_told_to_hear(deaf, world, ev
         own, other = (TOKENS[kinds.index(kind)] for kind in (row["question_type"], row["audio_of"].split("/")[2]))
         assert row["audio_padded_tokens"] == own - other and row["audio_padded_samples"] == 320 * (own - other)
         assert abs(own - other) == 7  # the neighbour
+
+
+def test_a_recording_under_another_types_name_is_not_borrowed_and_is_warned_of(evaluate, data):
+    own, other = data.audio / "fx-001_qa_000101_nbi_status.wav", data.audio / "fx-001_qa_000102_scope_motion_type.wav"
+    other.with_suffix(".mp3").unlink()
+    shutil.copy(own, other)
+    result = evaluate("--arms", "mismatched_audio", data=data.eval_flags)
+    assert result.status == 0, result.err
+    bytes_of = {row["id"] + row["video_id"]: Path(row["audio_file"]).read_bytes() for row in result.rows}
+    for row in read_jsonl(result.path.with_suffix(".mismatched_audio.jsonl")):
+        assert Path(row["audio_file"]).read_bytes() != bytes_of[row["id"] + row["video_id"]]
+    warned = "one recording for several questions: 2 of 5 rows"
+    assert any(line.startswith(warned) and "fx-001/qa_000101/nbi_status" in line for line in result.summary["headline"])
+    assert not any("one recording" in line for line in evaluate(name="plain").summary["headline"])
 
 
 @pytest.mark.parametrize("arm", ["mismatched_audio", "silent_audio"])

@@ -759,31 +759,40 @@ def test_arms_table():
 def test_mismatched_audio_borrows_from_another_type_whatever_the_order():
     rows = [make_row(n, kind) for n, kind in enumerate(["scope_motion", "scope_motion", "lesion_site", "nbi_status"])]
     samples = {ev.row_key(row): 16_000 for row in rows}
-    pairs = ev.pair_mismatched_audio(rows, samples, seed=0)
+    contents = {key: key for key in samples}
+    pairs = ev.pair_mismatched_audio(rows, samples, contents, seed=0)
     assert set(pairs) == {ev.row_key(row) for row in rows}
     assert all(key[2] != other[2] for key, other in pairs.items())
-    assert ev.pair_mismatched_audio(rows[::-1], samples, seed=0) == pairs
-    assert any(ev.pair_mismatched_audio(rows, samples, seed=seed) != pairs for seed in range(1, 9))
+    assert ev.pair_mismatched_audio(rows[::-1], samples, contents, seed=0) == pairs
+    assert any(ev.pair_mismatched_audio(rows, samples, contents, seed=seed) != pairs for seed in range(1, 9))
     same = ("Is it moving?", "is it moving", "Where?")  # and not the same words
     kinds = ("scope_motion", "flush_action", "lesion_site")
     rows = [make_row(n, kind, question=words) for n, (kind, words) in enumerate(zip(kinds, same, strict=True))]
     samples = {ev.row_key(row): 1000 * n + 1 for n, row in enumerate(rows)}
-    assert ev.pair_mismatched_audio(rows, samples)[ev.row_key(rows[0])] == ev.row_key(rows[2])
+    contents = {key: key for key in samples}
+    assert ev.pair_mismatched_audio(rows, samples, contents)[ev.row_key(rows[0])] == ev.row_key(rows[2])
     rows = [make_row(1), make_row(2)]
     with pytest.raises(ev.InputError, match="v1/q1/scope_motion"):  # which has nowhere to borrow from
-        ev.pair_mismatched_audio(rows, dict.fromkeys(map(ev.row_key, rows), 1))
+        ev.pair_mismatched_audio(rows, dict.fromkeys(map(ev.row_key, rows), 1), contents)
 
 
 def test_borrowed_speech_differs_least_in_length():
     kinds = ["scope_motion", "scope_motion", "lesion_site", "nbi_status", "flush_action"]
     rows = [make_row(n, kind) for n, kind in enumerate(kinds)]
     keys = [ev.row_key(row) for row in rows]
+    contents = {key: key for key in keys}
     samples = dict(zip(keys, (1000, 1001, 900, 1101, None), strict=True))  # None: speech that cannot be read
     for seed in range(9):
-        pairs = ev.pair_mismatched_audio(rows, samples, seed)
+        pairs = ev.pair_mismatched_audio(rows, samples, contents, seed)
         assert list(map(pairs.get, keys)) == [keys[2], keys[3], keys[0], keys[1], None]
     samples[keys[2]] = 899  # as far as the other
-    assert {ev.pair_mismatched_audio(rows, samples, seed)[keys[0]] for seed in range(20)} == {keys[2], keys[3]}
+    drawn = {ev.pair_mismatched_audio(rows, samples, contents, seed)[keys[0]] for seed in range(20)}
+    assert drawn == {keys[2], keys[3]}
+    contents[keys[2]] = contents[keys[0]]  # its own recording under another name
+    assert {ev.pair_mismatched_audio(rows, samples, contents, seed)[keys[0]] for seed in range(9)} == {keys[3]}
+    contents |= {keys[3]: keys[0], keys[4]: keys[0]}
+    with pytest.raises(ev.InputError, match=r"--arms mismatched_audio: v1/q0/scope_motion .* another recording"):
+        ev.pair_mismatched_audio(rows, samples, contents)
 
 
 @pytest.mark.parametrize(
