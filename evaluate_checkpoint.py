@@ -9,7 +9,7 @@ with the standard library alone:
     python evaluate_checkpoint.py --score_only --output_file X.jsonl --eval_data_path test_set/out_002-001.jsonl
     python evaluate_checkpoint.py --compare results/a.jsonl results/b.jsonl
 
-Does it hear, does it see? Add `--arms mismatched_audio,silent_audio,black_frames`.
+Does it hear, does it see? Add `--arms mismatched_audio,silent_audio,mismatched_frames,black_frames`.
 `X.jsonl` gets one row a sample, `X.summary.json` the figures. docs/EVAL_STRATEGY.md explains every figure.
 Exit status: 0 all rows answered, 1 some rows failed (they count as wrong), 2 nothing was measured, 143, 130 or 129
 stopped by SIGTERM, SIGINT or SIGHUP (the same command continues).
@@ -57,7 +57,10 @@ REFUSED_FLAGS = {
     "--allow_missing_audio": "silence in place of missing speech measures no hearing; --allow_errors counts such a row "
     "as wrong, --arms silent_audio measures silence",
 }
-ARMS = (*INPUT_MODES, "mismatched_audio", "silent_audio", "black_frames", "shuffled_frames", "first_frame")
+ARMS = (
+    *(*INPUT_MODES, "mismatched_audio", "silent_audio"),
+    *("mismatched_frames", "black_frames", "shuffled_frames", "first_frame"),
+)
 SAMPLE_RATE = 16_000  # Hz, of the speech that the model gets; repeated from train_vqa.py
 Z95 = 1.959963984540054  # 97.5 % quantile of the standard normal distribution
 SIGNIFICANCE = 0.05
@@ -992,15 +995,12 @@ def summarise(
 # Arms: the same rows with the speech or the frames taken away
 # ---------------------------------------------------------------------------------------------------------------------
 
-# Arms that test an ability, and their words in the verdict: on hearing both, on seeing the first that was asked for.
-# `text` is in neither table: it removes the speech but gives the question in words.
+# Arms that test an ability, and their words in the verdict, which takes both: what is another row's may be told by more
+# than its content, and silence and black frames are new to a model, or have an answer of their own. `text` is in
+# neither table: it removes the speech but gives the question in words.
 HEARING_ARMS = {"mismatched_audio": "another question's speech", "silent_audio": "silence in place of speech"}
 NEXT_TO_NOTHING = 0.01  # of what other frames change: speech that changes less hardly reaches the answers
-SEEING_ARMS = {
-    "black_frames": "black frames",
-    "shuffled_frames": "the frames in another order",
-    "first_frame": "the first frame alone",
-}
+SEEING_ARMS = {"mismatched_frames": "the frames of another answer", "black_frames": "black frames"}
 
 
 def draw_nearest(key: Key, apart: Mapping[Key, int], seed: int) -> Key:
@@ -1037,6 +1037,28 @@ def pair_mismatched_audio(
     return pairs
 
 
+def pair_mismatched_frames(
+    annotations: Sequence[Row], clips: Mapping[Key, tuple[Any, int, tuple[int, int]]], seed: int = 0
+) -> dict[Key, Key]:
+    """For each row that has one, the row of its question type with another gold answer whose clip it gets.
+
+    `clips`: of each row whose frames can be read their content, number, and (width, height). A borrowed clip has other
+    content and as many frames, of the nearest size, so that the prompt keeps its tokens where it can.
+    """
+    gold = {row_key(row): normalise(row["short_answer"]) for row in annotations if row_key(row) in clips}
+    alike = defaultdict(list)  # by question type and number of frames
+    for key in gold:
+        alike[key[2], clips[key][1]].append(key)
+    pairs = {}
+    for key, answer in gold.items():
+        content, n, size = clips[key]
+        others = (other for other in alike[key[2], n] if gold[other] != answer and clips[other][0] != content)
+        apart = {other: sum(abs(a - b) for a, b in zip(size, clips[other][2], strict=True)) for other in others}
+        if apart:
+            pairs[key] = draw_nearest(key, apart, seed)
+    return pairs
+
+
 def summarise_borrowing(rows: Iterable[Row]) -> Row:
     """How many rows of `mismatched_audio` borrowed speech, how many had it cut or padded, and by how many seconds:
     [least, median, most], None where there are none."""
@@ -1061,6 +1083,16 @@ def borrowing_sentence(arms: Row) -> str | None:
     return f"Of {borrowed['n']} borrowed recordings {', '.join(said)}, so that each row keeps its number of tokens."
 
 
+def left_out_sentence(arms: Row) -> str | None:
+    """How many rows had no frames to borrow, from the summary's `arms`."""
+    part = arms.get("mismatched_frames", {})
+    if not (n := len(part.get("left_out", ()))):
+        return None
+    rows = n + part["metrics"]["choice"]["n"]
+    why = "no clip of their question type has another gold answer and as many frames"
+    return f"In mismatched_frames {n} of {rows} rows are left out: {why}."
+
+
 def leaked_words(prompt: str, question: str, constant_prompt: str) -> list[str]:
     """Words of the question, sorted, that its prompt holds more often than the prompt without any question does."""
 
@@ -1072,16 +1104,19 @@ def leaked_words(prompt: str, question: str, constant_prompt: str) -> list[str]:
 
 
 def summarise_arms(main_arm: str, rows_of: Mapping[str, Sequence[Scored]], files: Mapping[str, str]) -> Row:
-    """Per arm: file, metrics, finish, and by metric `versus`, the comparison with the main arm (None of itself)."""
+    """Per arm: file, metrics, finish, `left_out` (rows of the main arm that it lacks), and by metric `versus`, the
+    comparison with the main arm over the arm's rows (None of itself)."""
+    main = {row.key: row for row in rows_of[main_arm]}
     return {
         arm: {
             "file": files[arm],
+            "left_out": sorted(map(key_text, main.keys() - {row.key for row in rows})),
             "n_errors": finish_counts(rows)["error"],
             "metrics": accuracies(rows),
             "finish": finish_counts(rows),
             "versus": None
             if arm == main_arm
-            else {metric: paired_comparison(rows_of[main_arm], rows, metric) for metric in METRICS},
+            else {metric: paired_comparison([main[row.key] for row in rows], rows, metric) for metric in METRICS},
         }
         for arm, rows in rows_of.items()
     }
@@ -1090,23 +1125,21 @@ def summarise_arms(main_arm: str, rows_of: Mapping[str, Sequence[Scored]], files
 def arm_sentences(arms: Row) -> list[str]:
     """Does it hear? Does it see? One sentence each with the figures it rests on, from `summarise_arms`.
 
-    Hearing takes a loss in both arms: another question may be told by more than its sound, and silence is new to it.
+    "Yes" takes a loss in both arms of an ability.
     """
     main_arm = next((arm for arm, part in arms.items() if not part["versus"]), None)
     sentences = []
     for verb, candidates in (("hear", HEARING_ARMS), ("see", SEEING_ARMS)):
         pairs = {arm: arms[arm]["versus"]["choice"] for arm in candidates if arms.get(arm, {}).get("versus")}
         if not pairs:
-            wanted = " and ".join(candidates) if verb == "hear" else f"one of {', '.join(candidates)}"
             deaf = verb == "hear" and main_arm == "text"
-            why = "in text mode the model gets no speech" if deaf else f"add {wanted} to --arms"
+            why = "in text mode the model gets no speech" if deaf else f"add {' and '.join(candidates)} to --arms"
             sentences.append(f"Does it {verb}? Not tested: {why}.")
             continue
-        lacking = [arm for arm in candidates if arm not in pairs] if verb == "hear" else []
-        used = pairs if verb == "hear" else dict([next(iter(pairs.items()))])
-        if any(pair["difference"] >= 0 for pair in used.values()):
+        lacking = [arm for arm in candidates if arm not in pairs]
+        if any(pair["difference"] >= 0 for pair in pairs.values()):
             verdict = "There is no sign of it"
-        elif any(pair["p"] >= SIGNIFICANCE for pair in used.values()):
+        elif any(pair["p"] >= SIGNIFICANCE for pair in pairs.values()):
             verdict = "It may, but these rows are too few to tell"
         else:
             verdict = f"It may, and {lacking[0]} would tell: add it to --arms" if lacking else "Yes"
@@ -1114,7 +1147,7 @@ def arm_sentences(arms: Row) -> list[str]:
             f"with {candidates[arm]}, choice goes from {_show(pair['accuracy_a'])} % to {_show(pair['accuracy_b'])} % "
             f"(difference {_points(pair['difference'])} points, 95 % {_points(*pair['ci95'])}; "
             f"p {_p_text(pair['p'])}; n {pair['n']})"
-            for arm, pair in used.items()
+            for arm, pair in pairs.items()
         )
         sentences.append(f"Does it {verb}? {verdict}: {figures}.")
     return sentences
@@ -1223,7 +1256,7 @@ def comparison_table(pairs: Row) -> Table:
 
 def render_arms(arms: Row) -> str:
     """The table of the arms, and the sentences on it."""
-    sentences = [borrowing_sentence(arms), *arm_sentences(arms)]
+    sentences = [borrowing_sentence(arms), left_out_sentence(arms), *arm_sentences(arms)]
     return "\n".join([render_table(*arms_table(arms)), *map(_wrap, filter(None, sentences))])
 
 
@@ -1515,8 +1548,10 @@ def rescore_arms(old: Row, n: int, annotations: Sequence[Row], rows_path: str) -
     main_arm = next((arm for arm, part in old.items() if not part["versus"]), None)
     files = {arm: arm_path(rows_path, arm, main_arm) for arm in old}
     there = {arm: path for arm, path in files.items() if path.is_file()}
-    asked = annotations[:n]
-    rows_of = {arm: score_rows(asked, match_predictions(annotations, path)) for arm, path in there.items()}
+    rows_of = {}
+    for arm, path in there.items():
+        asked = (row for row in annotations[:n] if key_text(row_key(row)) not in old[arm].get("left_out", ()))
+        rows_of[arm] = score_rows(list(asked), match_predictions(annotations, path))
     new = summarise_arms(main_arm, rows_of, {arm: path.name for arm, path in files.items()})
     kept = ", ".join(f"{arm} ({files[arm].name})" for arm in old if arm not in new)
     notes = [f"not rescored, for want of the file; figures as the run gave them: {kept}"] if kept else []
@@ -1785,7 +1820,11 @@ CONTENT_ARMS = {
 }
 # Arms that choose or order frames. Their functions also work on lists of paths, so that cached features can be used.
 ORDER_ARMS = {"first_frame": lambda frames, seed: frames[:1], "shuffled_frames": shuffled_frames}
-SEEDED_ARMS = ("mismatched_audio", "shuffled_frames")  # rows of these made with another --seed are not mixed
+SEEDED_ARMS = (
+    "mismatched_audio",
+    "mismatched_frames",
+    "shuffled_frames",
+)  # rows of these made with another --seed are not mixed
 
 
 class ArmInputs:
@@ -1794,13 +1833,13 @@ class ArmInputs:
     Args:
         arm: one of ARMS.
         dataset: SurgicalVQADataset for generation; its processor has the arm's input mode, and its rows the speech
-            that the arm plays.
+            that the arm plays and the frames that it shows.
         seed: of shuffled frames.
-        speech_sources: for rows that play another row's speech at the length of their own, that row.
+        sources: for rows that show another row's frames, or play its speech at the length of their own, that row.
     """
 
-    def __init__(self, arm: str, dataset: Any, seed: int = 0, speech_sources: Mapping[Key, Any] | None = None):
-        self.arm, self.dataset, self.seed, self.speech_sources = arm, dataset, seed, speech_sources or {}
+    def __init__(self, arm: str, dataset: Any, seed: int = 0, sources: Mapping[Key, Any] | None = None):
+        self.arm, self.dataset, self.seed, self.sources = arm, dataset, seed, sources or {}
         self.rows, self.processor = dataset.rows, dataset.processor
         self.keys = [row_key(annotation_of(row)) for row in self.rows]
         self.feature_store: Any = None  # train_vqa's FeatureStore, once it is filled
@@ -1830,7 +1869,8 @@ class ArmInputs:
         clip = self.clip(index) if with_frames else ()
         frames = [vqa.load_frame(path, self.processor.max_image_size) for path in clip]
         speech = vqa.load_speech(speech) if speech and with_speech else None
-        return frames, of_length(speech, row.speech_samples) if self.keys[index] in self.speech_sources else speech
+        fit = self.arm == "mismatched_audio" and self.keys[index] in self.sources
+        return frames, of_length(speech, row.speech_samples) if fit else speech
 
     def sample(self, index: int) -> Row | str:
         """Model inputs of a row without a batch dimension, or what is wrong with its media; threads may call it."""
@@ -1868,11 +1908,14 @@ class ArmInputs:
     def origin(self, index: int) -> Row:
         """What a row of the output file says of the inputs of its answer.
 
-        Of borrowed speech: whose, and by how many samples and tokens it was padded; negative: cut.
+        Of borrowed frames and speech: whose, and by how many samples and tokens speech was padded; negative: cut.
         """
         _, speech = self.dataset.media_of(index)
         how = {"input_mode": self.processor.input_mode, "audio_file": speech and str(speech)}
-        if source := self.speech_sources.get(self.keys[index]):
+        source = self.sources.get(self.keys[index])
+        if source and self.arm == "mismatched_frames":
+            how["frames_of"] = key_text(row_key(annotation_of(source)))
+        elif source:
             own, theirs, tokens = self.rows[index].speech_samples, source.speech_samples, self.processor.speech_tokens
             how["audio_of"] = key_text(row_key(annotation_of(source)))
             how["audio_padded_samples"] = own - theirs
@@ -2098,8 +2141,9 @@ def answer_and_score(args: argparse.Namespace, stop: Any) -> int:
     check_weights(chosen, device)
 
     # 2. Data: everything is found and decoded once before the weights load
-    rows_of, speech_sources, of_data = read_data(args, modes, chosen)
-    annotations = [annotation_of(row) for row in rows_of[main_arm]]
+    rows_of, sources, of_data = read_data(args, modes, chosen)
+    asked = {arm: [annotation_of(row) for row in rows] for arm, rows in rows_of.items()}
+    annotations = asked[main_arm]
 
     # 3. Model
     trained = load_chosen_model(chosen, device)
@@ -2108,7 +2152,7 @@ def answer_and_score(args: argparse.Namespace, stop: Any) -> int:
     for arm, mode in modes.items():
         processor = trained.processor.with_mode(mode)
         data = vqa.SurgicalVQADataset(rows_of[arm], processor, max_eval_frames=limit, is_eval=True, with_answer=False)
-        arms[arm] = ArmInputs(arm, data, args.seed, speech_sources if arm == "mismatched_audio" else {})
+        arms[arm] = ArmInputs(arm, data, args.seed, sources.get(arm))
 
     # 4. Gates
     moved = pass_gates(trained.model, arms)
@@ -2118,7 +2162,7 @@ def answer_and_score(args: argparse.Namespace, stop: Any) -> int:
     start = time.monotonic()
     done, answered = answer_arms(args, trained, arms, settings, stop)
     seconds = time.monotonic() - start
-    scored = {arm: score_rows(annotations, done[arm]) for arm in arms}
+    scored = {arm: score_rows(asked[arm], done[arm]) for arm in arms}
     peak = torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else None
 
     # 6. Figures
@@ -2161,10 +2205,10 @@ def choose_arms(args: argparse.Namespace, mode: str) -> dict[str, str]:
 
 def read_data(
     args: argparse.Namespace, modes: Mapping[str, str], chosen: ModelChoice
-) -> tuple[dict[str, list[Any]], dict[Key, Any], Row]:
+) -> tuple[dict[str, list[Any]], dict[str, dict[Key, Any]], Row]:
     """Read the question files, and find and decode the media of every arm.
 
-    Returns each arm's VQARows, for `mismatched_audio` the row whose speech a row plays, and `training` and
+    Returns each arm's VQARows, for arms that borrow the row whose speech or frames a row gets, and `training` and
     `data_warnings` of the manifest. Raises VQAError for missing or broken media unless --allow_errors, for too many
     frames that show nothing unless --allow_empty_frames, and where one speech file would serve different questions.
     """
@@ -2172,41 +2216,80 @@ def read_data(
     every = {row_key(annotation_of(row)): row for row in vqa.read_rows(args.eval_data_path)}
     rows = dict(itertools.islice(every.items(), args.limit or None))
     training = read_training(args, [annotation_of(row) for row in rows.values()])
-    borrows = "mismatched_audio" in modes
-    # Speech is borrowed from the complete file: a larger --limit later leaves the pairs as they are.
-    lending = {key: dataclasses.replace(row, frames=()) for key, row in every.items() if borrows and key not in rows}
-    needed = [*rows.values(), *lending.values()]
+    # Borrowed is from the complete file: a larger --limit later leaves the pairs as they are.
+    others = [
+        row
+        for key, row in every.items()
+        if key not in rows and modes.keys() & {"mismatched_audio", "mismatched_frames"}
+    ]
+    if "mismatched_frames" not in modes:
+        others = [dataclasses.replace(row, frames=()) for row in others]
+    needed = [*rows.values(), *others]
     audio_dir = args.audio_dir if set(modes.values()) != {"text"} else None
     problems = vqa.find_media(needed, args.frames_dir, audio_dir, args.allow_symlinks, **chosen.patterns)
     vqa.raise_problems(vqa.find_shared_media(needed))
     problems += vqa.check_media(needed)
-    evaluated = {row.line for row in rows.values()}
-    problems = [problem for problem in problems if evaluated.intersection(problem.lines)]
     max_eval_frames = chosen.inputs.max_eval_frames
     if chosen.inputs.frame_mode == "video":
         bad = {line for problem in problems for line in problem.lines}
-        good = [row for row in rows.values() if row.line not in bad]
+        good = [row for row in needed if row.frames and row.line not in bad]
         problems += vqa.find_mixed_sizes(good, chosen.inputs.max_image_size, max_eval_frames)
+    bad = {line for problem in problems for line in problem.lines}
+    evaluated = {row.line for row in rows.values()}
+    problems = [problem for problem in problems if evaluated.intersection(problem.lines)]
     if not args.allow_errors:
         vqa.raise_problems(problems)
     for problem in problems:
         print(f"{problem} (--allow_errors: counted as wrong)", file=sys.stderr)
     data_warnings = check_contents(args, chosen, list(rows.values()))
-    rows_of = {arm: list(rows.values()) for arm in modes}
-    speech_sources = {}
-    if borrows:
-        every = rows | lending
-        samples = {key: row.speech_samples for key, row in every.items()}
-        recordings = {key: sha256_once(row.audio_path) for key, row in every.items() if row.speech_samples}
-        pairs = pair_mismatched_audio([annotation_of(row) for row in every.values()], samples, recordings, args.seed)
-        speech_sources = {key: every[pairs[key]] for key in rows if key in pairs}
-        rows_of["mismatched_audio"] = [
-            dataclasses.replace(row, audio_path=speech_sources[key].audio_path) if key in speech_sources else row
-            for key, row in rows.items()
-        ]
+    sources = {}
+    if "mismatched_audio" in modes:
+        sources["mismatched_audio"] = speech_lenders(needed, args.seed)
+    if "mismatched_frames" in modes:
+        sound = [row for row in needed if row.line not in bad]
+        sources["mismatched_frames"] = frame_lenders(sound, chosen.inputs.max_image_size, args.seed)
+    rows_of = {arm: arm_rows(arm, rows, sources.get(arm)) for arm in modes}
     if max_eval_frames and any(len(row.frames) > max_eval_frames for row in rows.values()):
         print(f"   Using {max_eval_frames} frames (evenly sampled) to reduce eval memory")
-    return rows_of, speech_sources, {"training": training, "data_warnings": data_warnings}
+    return rows_of, sources, {"training": training, "data_warnings": data_warnings}
+
+
+def speech_lenders(rows: Sequence[Any], seed: int) -> dict[Key, Any]:
+    """For VQARows whose speech can be read, those whose speech they get in `mismatched_audio`."""
+    by_key = {row_key(annotation_of(row)): row for row in rows}
+    samples = {key: row.speech_samples for key, row in by_key.items()}
+    recordings = {key: sha256_once(row.audio_path) for key, row in by_key.items() if row.speech_samples}
+    pairs = pair_mismatched_audio(list(map(annotation_of, rows)), samples, recordings, seed)
+    return {key: by_key[other] for key, other in pairs.items()}
+
+
+def frame_lenders(rows: Sequence[Any], max_image_size: int, seed: int) -> dict[Key, Any]:
+    """For VQARows whose media passed, those whose frames they get in `mismatched_frames`, where there are any."""
+    by_key = {row_key(annotation_of(row)): row for row in rows}
+    size_of = functools.cache(lambda path: vqa.fit_size(vqa.upright_size(path), max_image_size))
+    clips = {key: (row.contents["clip"], len(row.frames), size_of(row.frame_paths[0])) for key, row in by_key.items()}
+    pairs = pair_mismatched_frames(list(map(annotation_of, rows)), clips, seed)
+    return {key: by_key[other] for key, other in pairs.items()}
+
+
+def arm_rows(arm: str, rows: Mapping[Key, Any], sources: Mapping[Key, Any] | None) -> list[Any]:
+    """The VQARows of an arm, with what they borrow. Raises InputError where no row of `mismatched_frames` has a source:
+    those without are left out of it."""
+    if arm == "mismatched_audio":
+        rows = {
+            key: dataclasses.replace(row, audio_path=sources[key].audio_path) if key in sources else row
+            for key, row in rows.items()
+        }
+    if arm == "mismatched_frames":
+        rows = {
+            key: dataclasses.replace(row, frames=sources[key].frames, frame_paths=sources[key].frame_paths)
+            for key, row in rows.items()
+            if key in sources
+        }
+    if not rows:
+        what = "no row has a clip of its question type with another gold answer to borrow"
+        raise InputError(f"--arms {arm}: {what}; evaluate rows of more answers or drop the arm")
+    return list(rows.values())
 
 
 def read_training(args: argparse.Namespace, annotations: list[Row]) -> Row | None:
@@ -2279,10 +2362,10 @@ def answer_arms(
         for arm, inputs in arms.items():
             answered += answer_arm(trained.model, inputs, files[arm], args, stop)
             if stop.signum:
-                there = sum(key in file.done for file in files.values() for key in inputs.keys)
-                if there < len(inputs.keys) * len(arms):
+                there = [key in files[arm].done for arm, inputs in arms.items() for key in inputs.keys]
+                if not all(there):
                     again = "the same command" + " without --overwrite" * args.overwrite
-                    text = f"{there} of {len(inputs.keys) * len(arms)} rows are answered; {again} continues"
+                    text = f"{sum(there)} of {len(there)} rows are answered; {again} continues"
                     raise vqa.Interrupted(stop.signum, text)
     return {arm: file.done for arm, file in files.items()}, answered
 
@@ -2488,7 +2571,7 @@ def build_parser() -> argparse.ArgumentParser:
     answers("--max_new_tokens", type=_at_least(1), default=32, help="tokens after which an answer is cut")
     answers("--arms", type=_arm_list, help=f"comma-separated, of {', '.join(ARMS)}; all: those that fit the input "
             "mode. None: the input mode alone")
-    answers("--seed", type=int, default=0, help="for borrowed speech, shuffled frames and --init random")
+    answers("--seed", type=int, default=0, help="for borrowed speech and frames, shuffled frames and --init random")
 
     parser.add_argument("--score_only", **switch, help="score the predictions in --output_file; no model")
     parser.add_argument("--compare", nargs=2, metavar=("A", "B"), help="two files of rows or predictions; print "

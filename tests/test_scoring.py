@@ -704,7 +704,7 @@ def test_arm_sentences():
     hear, see = ev.arm_sentences(arms_of(5, audio=5, mismatched_audio=2))
     assert hear.startswith("Does it hear? It may, but these rows are too few to tell: ")
     assert "p = 0.250; n 5" in hear
-    assert "Not tested" in see and "black_frames, shuffled_frames, first_frame" in see
+    assert see == "Does it see? Not tested: add mismatched_frames and black_frames to --arms."
 
 
 @pytest.mark.parametrize(
@@ -720,6 +720,33 @@ def test_arm_sentences():
 )
 def test_hearing_takes_a_loss_by_other_speech_and_by_silence(right, verdict):
     assert ev.arm_sentences(arms_of(20, audio=20, **right))[0].startswith(f"Does it hear? {verdict}")
+
+
+@pytest.mark.parametrize(
+    ("right", "verdict"),
+    [
+        ({"mismatched_frames": 20, "black_frames": 0}, "There is no sign of it: "),  # it says "I cannot tell" to black
+        ({"black_frames": 0}, "It may, and mismatched_frames would tell: add it to --arms: with black frames"),
+        ({"mismatched_frames": 0}, "It may, and black_frames would tell: add it to --arms: with the frames of another"),
+        ({"mismatched_frames": 18, "black_frames": 0}, "It may, but these rows are too few to tell: "),
+        ({"mismatched_frames": 0, "black_frames": 10}, "Yes: with the frames of another answer, choice goes from 100"),
+        ({"shuffled_frames": 0, "first_frame": 0}, "Not tested: "),
+    ],
+)
+def test_seeing_takes_a_loss_by_frames_of_another_answer_and_by_black_ones(right, verdict):
+    assert ev.arm_sentences(arms_of(20, audio=20, **right))[1].startswith(f"Does it see? {verdict}")
+
+
+def test_rows_that_borrow_no_frames_are_left_out_of_the_comparison_and_counted():
+    rows = balanced_rows(20)
+    texts = [row["answer"] for row in rows]
+    rows_of = {"audio": scored(rows, texts), "mismatched_frames": scored(rows[:15], ["x"] * 15)}
+    arms = ev.summarise_arms("audio", rows_of, FILES)
+    part = arms["mismatched_frames"]
+    assert sorted(part["left_out"]) == sorted(ev.key_text(ev.row_key(row)) for row in rows[15:])
+    assert (part["versus"]["choice"]["n"], part["versus"]["choice"]["only_a"]) == (15, 15)
+    assert arms["audio"]["left_out"] == []
+    assert "In mismatched_frames 5 of 20 rows are left out" in " ".join(ev.render_arms(arms).split())
 
 
 def test_what_was_done_to_borrowed_speech_is_told():
@@ -793,6 +820,24 @@ def test_borrowed_speech_differs_least_in_length():
     contents |= {keys[3]: keys[0], keys[4]: keys[0]}
     with pytest.raises(ev.InputError, match=r"--arms mismatched_audio: v1/q0/scope_motion .* another recording"):
         ev.pair_mismatched_audio(rows, samples, contents)
+
+
+def test_borrowed_frames_are_of_another_answer_of_the_nearest_size_whatever_the_order():
+    golds = ["yes", "no", "no", "no", "no", "yes"]
+    rows = [make_row(n, "scope_motion", gold) for n, gold in enumerate(golds)]
+    rows += [make_row(6, "lighting_mode", "NBI"), make_row(7, "lighting_mode", "NBI"), make_row(8, "flush_action")]
+    keys = [ev.row_key(row) for row in rows]
+    clips = {key: (key, 8, (64, 48)) for key in keys[:-1]}  # the last has frames that cannot be read
+    clips[keys[1]] = clips[keys[0]]  # the same clip, of another answer: it shows nothing else
+    clips[keys[2]] = (keys[2], 6, (64, 48))
+    clips[keys[3]] = (keys[3], 8, (64, 40))
+    clips[keys[4]] = (keys[4], 8, (48, 48))
+    pairs = ev.pair_mismatched_frames(rows, clips)
+    assert (pairs[keys[0]], pairs[keys[1]]) == (keys[3], keys[5])
+    assert pairs.keys() == {keys[n] for n in (0, 1, 3, 4, 5)}  # one answer a type, or no clip of its length: none
+    assert ev.pair_mismatched_frames(rows[::-1], clips) == pairs
+    clips[keys[4]] = (keys[4], 8, (72, 48))  # as far as the other
+    assert {ev.pair_mismatched_frames(rows, clips, seed)[keys[0]] for seed in range(20)} == {keys[3], keys[4]}
 
 
 @pytest.mark.parametrize(
