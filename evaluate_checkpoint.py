@@ -1603,11 +1603,12 @@ def read_run(path: str) -> Row | None:
 
 
 def unlike_warnings(paths: Sequence[str], sides: Sequence[Mapping[Key, Row]]) -> list[str]:
-    """Lines for what else than the model differs between two files: wording of the questions, settings of the runs."""
+    """Lines for what else than the model differs between two files: wording, media, settings of the runs."""
     lines = []
-    a, b = ({key: normalise(row["question"]) for key, row in side.items() if row.get("question")} for side in sides)
-    if other := [key for key in a.keys() & b.keys() if a[key] != b[key]]:
-        lines.append(f"{len(other)} of {len(sides[0])} rows have other questions in B, e.g. {key_text(min(other))}")
+    for name, read, what in (("question", normalise, "questions"), ("media_sha256", str, "frames or speech")):
+        a, b = ({key: read(row[name]) for key, row in side.items() if row.get(name)} for side in sides)
+        if other := [key for key in a.keys() & b.keys() if a[key] != b[key]]:
+            lines.append(f"{len(other)} of {len(sides[0])} rows have other {what} in B, e.g. {key_text(min(other))}")
     runs = [read_run(path) for path in paths]
     if absent := [f"{path}.run.json" for path, run in zip(paths, runs, strict=True) if run is None]:
         return [*lines, f"without {' and '.join(absent)} nothing tells whether A and B were asked alike"]

@@ -389,6 +389,11 @@ def test_compare_says_what_else_than_the_model_differs(run, tmp_path):
     rows = [output_row(annotation(n)) for n in range(2)]
     write_jsonl(b, [rows[0], {**rows[1], "question": "Moving?"}])
     assert warnings_of(run("--compare", a, b))[0] == "1 of 2 rows have other questions in B, e.g. v1/q1/scope_motion"
+    write_jsonl(a, [{**row, "media_sha256": "1" * 64} for row in rows])
+    write_jsonl(b, [{**rows[0], "media_sha256": "1" * 64}, {**rows[1], "media_sha256": "2" * 64}])
+    assert warnings_of(run("--compare", a, b))[0].startswith(
+        "1 of 2 rows have other frames or speech in B, e.g. v1/q1/"
+    )
     Path(f"{b}.run.json").write_text("{")
     assert error_line(run("--compare", a, b)).startswith(f"{b}.run.json: ")
 
