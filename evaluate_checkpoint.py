@@ -937,16 +937,22 @@ def type_figures(group: Sequence[Scored], majority: Mapping[str, str] | None) ->
 
 
 def summarise(
-    annotations: Sequence[Row], rows: Sequence[Scored], *, arms: Row | None = None, manifest: Row | None = None
+    annotations: Sequence[Row],
+    rows: Sequence[Scored],
+    *,
+    arms: Row | None = None,
+    manifest: Row | None = None,
+    provenance: Sequence[str] = (),
 ) -> Row:
     """The content of X.summary.json. `rows` are the scored `annotations`; `arms` comes from `summarise_arms`.
 
-    `training` (from `compare_with_training`) and `data_warnings` of the manifest tell what needs the data.
+    `training` (from `compare_with_training`) and `data_warnings` of the manifest tell what needs the data;
+    `provenance` (from `provenance_warnings`) what is not known of the answers.
     """
     manifest = manifest or {}
     training = manifest.get("training") or {"majority": None, "warnings": []}
     majority = training["majority"]
-    headline = [*training["warnings"], *manifest.get("data_warnings", ())]
+    headline = [*provenance, *training["warnings"], *manifest.get("data_warnings", ())]
 
     def figures(part: Sequence[Scored]) -> Row:
         return {"metrics": accuracies(part), "baselines": reference_lines(part, majority)}
@@ -1122,12 +1128,17 @@ def summarise_arms(main_arm: str, rows_of: Mapping[str, Sequence[Scored]], files
     }
 
 
+def main_arm_of(arms: Row) -> str | None:
+    """The arm of a summary that the others are compared with; None where there are no arms."""
+    return next((arm for arm, part in arms.items() if not part["versus"]), None)
+
+
 def arm_sentences(arms: Row) -> list[str]:
     """Does it hear? Does it see? One sentence each with the figures it rests on, from `summarise_arms`.
 
     "Yes" takes a loss in both arms of an ability.
     """
-    main_arm = next((arm for arm, part in arms.items() if not part["versus"]), None)
+    main_arm = main_arm_of(arms)
     sentences = []
     for verb, candidates in (("hear", HEARING_ARMS), ("see", SEEING_ARMS)):
         pairs = {arm: arms[arm]["versus"]["choice"] for arm in candidates if arms.get(arm, {}).get("versus")}
@@ -1536,16 +1547,30 @@ def score_only(args: argparse.Namespace) -> int:
         record["training"] = compare_with_training(annotations, read_annotations(args.train_data_path))
     elif generated and "training" not in record and record["flags"].get("train_data_path"):
         notes.append("no training majority: an older version wrote the summary; give --train_data_path")
-    summary = summarise(annotations, rows, arms=arms, manifest=record)
+    provenance = provenance_warnings(args.output_file, arms)
+    summary = summarise(annotations, rows, arms=arms, manifest=record, provenance=provenance)
     summary["warnings"] += notes
     write_json(target, (old if generated else {}) | summary)
     print(render_summary(summary), f"\nSummary: {target}", sep="\n")
     return 1 if summary["n_errors"] or any(part["n_errors"] for part in arms.values()) else 0
 
 
+def provenance_warnings(rows_path: str, arms: Row) -> list[str]:
+    """Lines for rows that no run is known to have made, or that are not those that the run of `arms` wrote."""
+    main_arm, run_file = main_arm_of(arms), Path(f"{rows_path}.run.json")
+    if not run_file.is_file():
+        return [f"nothing tells how these answers were made: there is no {run_file}"]
+    files = {arm_path(rows_path, arm, main_arm): part["sha256"] for arm, part in arms.items() if part.get("sha256")}
+    if not files:
+        why = f"{summary_path(rows_path).name} has no sha256 of them"
+        return [f"nothing tells whether these answers are those that the run wrote: {why}"]
+    edited = ", ".join(path.name for path, known in files.items() if path.is_file() and sha256_file(path) != known)
+    return [f"edited since the run wrote them, so the figures are not the run's: {edited}"] if edited else []
+
+
 def rescore_arms(old: Row, n: int, annotations: Sequence[Row], rows_path: str) -> tuple[Row, list[str]]:
     """A summary's arms, their first `n` rows scored again, and a line for those that keep theirs, having no file."""
-    main_arm = next((arm for arm, part in old.items() if not part["versus"]), None)
+    main_arm = main_arm_of(old)
     files = {arm: arm_path(rows_path, arm, main_arm) for arm in old}
     there = {arm: path for arm, path in files.items() if path.is_file()}
     rows_of = {}
@@ -2173,6 +2198,8 @@ def answer_and_score(args: argparse.Namespace, stop: Any) -> int:
     record["runtime"] = {"seconds": seconds, "rows_answered": answered, "peak_gpu_memory_gib": peak}
     record["runtime"]["batch_size"] = {arm: inputs.batch_size for arm, inputs in arms.items()}
     in_arms = summarise_arms(main_arm, scored, {arm: path.name for arm, path in files.items()})
+    for arm, path in files.items():
+        in_arms[arm]["sha256"] = sha256_file(path)
     if "mismatched_audio" in in_arms:
         in_arms["mismatched_audio"]["borrowed"] = summarise_borrowing(done["mismatched_audio"].values())
     summary = summarise(annotations, scored[main_arm], arms=in_arms, manifest=record)
@@ -2523,7 +2550,8 @@ def build_parser() -> argparse.ArgumentParser:
          "one that the checkpoint was trained on, if it is still there and unchanged; with --score_only what the run "
          "kept of it")
     data("--output_file", help="X.jsonl, one row a sample; the figures go to X.summary.json. With --score_only: the "
-         "existing predictions; X.summary.json keeps what it says of the run that made them")
+         "existing predictions; X.summary.json keeps what it says of the run that made them, and a warning tells if "
+         "none is known or if they were edited since")
     data("--limit", "--max_eval_samples", type=_at_least(0), default=0, help="evaluate the first N rows. 0: all; with "
          "--score_only as many as the run")
     data("--overwrite", **switch, help="start again where --output_file holds rows; without it, rows of the same run "
