@@ -35,7 +35,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 SIDES = ("old", "new")
 MODES, FRAME_MODES, AUDIO_TOKENS = ("audio", "audio_text", "text"), ("images", "video"), ("full", "speech")
-ARMS = "audio,text,audio_text,mismatched_audio,silent_audio,mismatched_frames,black_frames,shuffled_frames,first_frame"
+ARMS = "audio,text,audio_text,mismatched_audio,silent_audio,black_frames,shuffled_frames,first_frame"
 SCRIPTS = ("train_vqa.py", "evaluate_checkpoint.py", "merge_stage2_to_bf16.py")
 TENSORS = (
     *("input_ids", "labels", "mm_token_type_ids", "position_ids", "attention_mask", "pixel_values"),
