@@ -2175,9 +2175,9 @@ def answer_and_score(args: argparse.Namespace, stop: Any) -> int:
     trained = load_chosen_model(chosen, device)
     limit = chosen.inputs.max_eval_frames
     arms = {}
-    for arm, mode in modes.items():
-        processor = trained.processor.with_mode(mode)
-        data = vqa.SurgicalVQADataset(rows_of[arm], processor, max_eval_frames=limit, is_eval=True, with_answer=False)
+    for arm, rows in rows_of.items():
+        processor = trained.processor.with_mode(modes[arm])
+        data = vqa.SurgicalVQADataset(rows, processor, max_eval_frames=limit, is_eval=True, with_answer=False)
         arms[arm] = ArmInputs(arm, data, args.seed, sources.get(arm))
 
     # 4. Gates
@@ -2192,14 +2192,13 @@ def answer_and_score(args: argparse.Namespace, stop: Any) -> int:
     peak = torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else None
 
     # 6. Figures
-    record = run_record(args, chosen, arms[main_arm], settings[main_arm], device) | of_data
-    record["gates"] = moved
+    record = run_record(args, chosen, arms[main_arm], settings[main_arm], device) | of_data | {"gates": moved}
     record["frames"] = frames_that_differ(chosen.trained_frames, limit, (len(row["frames"]) for row in annotations))
     record["runtime"] = {"seconds": seconds, "rows_answered": answered, "peak_gpu_memory_gib": peak}
     record["runtime"]["batch_size"] = {arm: inputs.batch_size for arm, inputs in arms.items()}
     in_arms = summarise_arms(main_arm, scored, {arm: path.name for arm, path in files.items()})
-    for arm, path in files.items():
-        in_arms[arm]["sha256"] = sha256_file(path)
+    for arm, part in in_arms.items():
+        part["sha256"] = sha256_file(files[arm])
     if "mismatched_audio" in in_arms:
         in_arms["mismatched_audio"]["borrowed"] = summarise_borrowing(done["mismatched_audio"].values())
     summary = summarise(annotations, scored[main_arm], arms=in_arms, manifest=record)
@@ -2207,7 +2206,7 @@ def answer_and_score(args: argparse.Namespace, stop: Any) -> int:
     print(render_summary(summary))
     memory = "" if peak is None else f", peak GPU memory {peak:.1f} GiB"
     print(f"\nAnswered {answered} rows in {seconds:.1f} s ({answered / seconds:.2f} samples/s{memory})")
-    print(*(f"Rows: {path}" for path in files.values()), f"Summary: {target}", sep="\n")
+    print(*(f"Rows: {files[arm]}" for arm in arms), f"Summary: {target}", sep="\n")
     if stop.signum:
         raise vqa.Interrupted(stop.signum, f"all rows are answered, and {target} is complete")
     return 1 if any(row.prediction is None for part in scored.values() for row in part) else 0
@@ -2277,6 +2276,12 @@ def read_data(
         sound = [row for row in needed if row.line not in bad]
         sources["mismatched_frames"] = frame_lenders(sound, chosen.inputs.max_image_size, args.seed)
     rows_of = {arm: arm_rows(arm, rows, sources.get(arm)) for arm in modes}
+    if "mismatched_frames" in modes and not rows_of["mismatched_frames"]:
+        what = "--arms mismatched_frames: no row has a clip of its question type with another gold answer to borrow"
+        if args.arms != ["all"]:
+            raise InputError(f"{what}; evaluate rows of more answers or drop the arm")
+        print(_wrap(f"{what}; left out of all"))
+        del rows_of["mismatched_frames"]
     if max_eval_frames and any(len(row.frames) > max_eval_frames for row in rows.values()):
         print(f"   Using {max_eval_frames} frames (evenly sampled) to reduce eval memory")
     return rows_of, sources, {"training": training, "data_warnings": data_warnings}
@@ -2301,8 +2306,7 @@ def frame_lenders(rows: Sequence[Any], max_image_size: int, seed: int) -> dict[K
 
 
 def arm_rows(arm: str, rows: Mapping[Key, Any], sources: Mapping[Key, Any] | None) -> list[Any]:
-    """The VQARows of an arm, with what they borrow. Raises InputError where no row of `mismatched_frames` has a source:
-    those without are left out of it."""
+    """The VQARows of an arm, with what they borrow; those that have no source are left out of `mismatched_frames`."""
     if arm == "mismatched_audio":
         rows = {
             key: dataclasses.replace(row, audio_path=sources[key].audio_path) if key in sources else row
@@ -2314,9 +2318,6 @@ def arm_rows(arm: str, rows: Mapping[Key, Any], sources: Mapping[Key, Any] | Non
             for key, row in rows.items()
             if key in sources
         }
-    if not rows:
-        what = "no row has a clip of its question type with another gold answer to borrow"
-        raise InputError(f"--arms {arm}: {what}; evaluate rows of more answers or drop the arm")
     return list(rows.values())
 
 
@@ -2599,7 +2600,7 @@ def build_parser() -> argparse.ArgumentParser:
             f"for, up to {AUTO_BATCH_SIZE}, halved where they do not fit; without a GPU {CPU_BATCH_SIZE}")
     answers("--max_new_tokens", type=_at_least(1), default=32, help="tokens after which an answer is cut")
     answers("--arms", type=_arm_list, help=f"comma-separated, of {', '.join(ARMS)}; all: those that fit the input "
-            "mode. None: the input mode alone")
+            "mode and the data. None: the input mode alone")
     answers("--seed", type=int, default=0, help="for borrowed speech and frames, shuffled frames and --init random")
 
     parser.add_argument("--score_only", **switch, help="score the predictions in --output_file; no model")

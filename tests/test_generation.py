@@ -632,10 +632,14 @@ def test_mismatched_frames_shows_a_clip_of_another_answer(evaluate, tmp_path, mo
     assert other.status == 2 and "seed (0 then, 1 now)" in other.err
 
 
-def test_rows_of_one_answer_a_type_have_no_frames_to_borrow(evaluate, data, no_weights):
+def test_rows_of_one_answer_a_type_have_no_frames_to_borrow(evaluate, data, no_weights, monkeypatch):
     data.rewrite(lambda rows: [row for row in rows if row["video_id"] == "fx-001"])
     result = evaluate("--arms", "mismatched_frames", data=data.eval_flags)
     assert result.status == 2 and "--arms mismatched_frames: no row has a clip" in result.err
+    monkeypatch.undo()
+    result = evaluate("--arms", "all", "--limit", 1, data=data.eval_flags)
+    assert list(result.summary["arms"]) == [arm for arm in ev.ARMS if arm != "mismatched_frames"]
+    assert "--arms mismatched_frames: no row has a clip" in result.out
 
 
 def test_other_frames_than_in_training_are_in_the_headline(evaluate, checkpoint):

@@ -1,7 +1,7 @@
-"""Does a verdict on hearing come from what is heard? And does training leave a count of tokens that names a question?
+"""Do verdicts come from what is heard and seen? And does training leave a count of tokens that names a question?
 
-A deaf model that counts is the counterexample: `--audio_tokens speech` gives each of its questions another number of
-audio tokens.
+The counterexamples: a deaf model that counts (`--audio_tokens speech` gives each of its questions another number of
+audio tokens), and a blind one that knows black frames.
 """
 
 import multiprocessing
