@@ -1846,11 +1846,9 @@ CONTENT_ARMS = {
 }
 # Arms that choose or order frames. Their functions also work on lists of paths, so that cached features can be used.
 ORDER_ARMS = {"first_frame": lambda frames, seed: frames[:1], "shuffled_frames": shuffled_frames}
-SEEDED_ARMS = (
-    "mismatched_audio",
-    "mismatched_frames",
-    "shuffled_frames",
-)  # rows of these made with another --seed are not mixed
+# What an arm's rows take over from another row, and the arms whose rows are not mixed with those of another --seed.
+BORROWED = {"mismatched_audio": ("audio_path",), "mismatched_frames": ("frames", "frame_paths")}
+SEEDED_ARMS = (*BORROWED, "shuffled_frames")
 
 
 class ArmInputs:
@@ -2243,12 +2241,8 @@ def read_data(
     every = {row_key(annotation_of(row)): row for row in vqa.read_rows(args.eval_data_path)}
     rows = dict(itertools.islice(every.items(), args.limit or None))
     training = read_training(args, [annotation_of(row) for row in rows.values()])
-    # Borrowed is from the complete file: a larger --limit later leaves the pairs as they are.
-    others = [
-        row
-        for key, row in every.items()
-        if key not in rows and modes.keys() & {"mismatched_audio", "mismatched_frames"}
-    ]
+    # Rows borrow from the complete file: a larger --limit later leaves the pairs as they are.
+    others = [row for key, row in every.items() if key not in rows] if modes.keys() & BORROWED.keys() else []
     if "mismatched_frames" not in modes:
         others = [dataclasses.replace(row, frames=()) for row in others]
     needed = [*rows.values(), *others]
@@ -2275,7 +2269,7 @@ def read_data(
     if "mismatched_frames" in modes:
         sound = [row for row in needed if row.line not in bad]
         sources["mismatched_frames"] = frame_lenders(sound, chosen.inputs.max_image_size, args.seed)
-    rows_of = {arm: arm_rows(arm, rows, sources.get(arm)) for arm in modes}
+    rows_of = {arm: arm_rows(arm, rows, sources.get(arm, {})) for arm in modes}
     if "mismatched_frames" in modes and not rows_of["mismatched_frames"]:
         what = "--arms mismatched_frames: no row has a clip of its question type with another gold answer to borrow"
         if args.arms != ["all"]:
@@ -2305,20 +2299,14 @@ def frame_lenders(rows: Sequence[Any], max_image_size: int, seed: int) -> dict[K
     return {key: by_key[other] for key, other in pairs.items()}
 
 
-def arm_rows(arm: str, rows: Mapping[Key, Any], sources: Mapping[Key, Any] | None) -> list[Any]:
-    """The VQARows of an arm, with what they borrow; those that have no source are left out of `mismatched_frames`."""
-    if arm == "mismatched_audio":
-        rows = {
-            key: dataclasses.replace(row, audio_path=sources[key].audio_path) if key in sources else row
-            for key, row in rows.items()
-        }
-    if arm == "mismatched_frames":
-        rows = {
-            key: dataclasses.replace(row, frames=sources[key].frames, frame_paths=sources[key].frame_paths)
-            for key, row in rows.items()
-            if key in sources
-        }
-    return list(rows.values())
+def arm_rows(arm: str, rows: Mapping[Key, Any], sources: Mapping[Key, Any]) -> list[Any]:
+    """The VQARows of an arm, with what they borrow; those without a source are left out of `mismatched_frames`."""
+    lent = {
+        key: {name: getattr(sources[key], name) for name in BORROWED[arm]} if key in sources else {} for key in rows
+    }
+    return [
+        dataclasses.replace(row, **lent[key]) for key, row in rows.items() if lent[key] or arm != "mismatched_frames"
+    ]
 
 
 def read_training(args: argparse.Namespace, annotations: list[Row]) -> Row | None:
