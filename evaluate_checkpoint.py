@@ -9,7 +9,7 @@ with the standard library alone:
     python evaluate_checkpoint.py --score_only --output_file X.jsonl --eval_data_path test_set/out_002-001.jsonl
     python evaluate_checkpoint.py --compare results/a.jsonl results/b.jsonl
 
-Does it hear, does it see? Add `--arms mismatched_audio,silent_audio,black_frames`.
+Does it hear, does it see? Add `--arms mismatched_audio,silent_audio,mismatched_frames,black_frames`.
 `X.jsonl` gets one row a sample, `X.summary.json` the figures. docs/EVAL_STRATEGY.md explains every figure.
 Exit status: 0 all rows answered, 1 some rows failed (they count as wrong), 2 nothing was measured, 143, 130 or 129
 stopped by SIGTERM, SIGINT or SIGHUP (the same command continues).
@@ -57,7 +57,10 @@ REFUSED_FLAGS = {
     "--allow_missing_audio": "silence in place of missing speech measures no hearing; --allow_errors counts such a row "
     "as wrong, --arms silent_audio measures silence",
 }
-ARMS = (*INPUT_MODES, "mismatched_audio", "silent_audio", "black_frames", "shuffled_frames", "first_frame")
+ARMS = (
+    *(*INPUT_MODES, "mismatched_audio", "silent_audio"),
+    *("mismatched_frames", "black_frames", "shuffled_frames", "first_frame"),
+)
 SAMPLE_RATE = 16_000  # Hz, of the speech that the model gets; repeated from train_vqa.py
 Z95 = 1.959963984540054  # 97.5 % quantile of the standard normal distribution
 SIGNIFICANCE = 0.05
@@ -827,6 +830,18 @@ def seen_warnings(contents: Mapping[Key, Mapping[str, Iterable[bytes]]], seen: s
     return lines
 
 
+def shared_speech_warnings(contents: Mapping[Key, Mapping[str, Sequence[bytes]]]) -> list[str]:
+    """A line for rows whose recording, told by its bytes, also serves another wording; `contents` as in the above."""
+    words = defaultdict(set)
+    for row in contents.values():
+        for speech in row["speech"]:
+            words[speech].update(row["wording"])
+    if not (found := [key for key, row in contents.items() if any(len(words[speech]) > 1 for speech in row["speech"])]):
+        return []
+    what = f"{len(found)} of {len(contents)} rows play a recording whose bytes also serve a question in other words"
+    return [f"one recording for several questions: {what}, e.g. {key_text(found[0])}; see --audio_dir"]
+
+
 def overlap_warnings(annotations: Sequence[Row], train_rows: Sequence[Row]) -> list[str]:
     """Lines for evaluated rows whose frames, or ids within their video, also stand in the training file."""
 
@@ -922,16 +937,22 @@ def type_figures(group: Sequence[Scored], majority: Mapping[str, str] | None) ->
 
 
 def summarise(
-    annotations: Sequence[Row], rows: Sequence[Scored], *, arms: Row | None = None, manifest: Row | None = None
+    annotations: Sequence[Row],
+    rows: Sequence[Scored],
+    *,
+    arms: Row | None = None,
+    manifest: Row | None = None,
+    provenance: Sequence[str] = (),
 ) -> Row:
     """The content of X.summary.json. `rows` are the scored `annotations`; `arms` comes from `summarise_arms`.
 
-    `training` (from `compare_with_training`) and `data_warnings` of the manifest tell what needs the data.
+    `training` (from `compare_with_training`) and `data_warnings` of the manifest tell what needs the data;
+    `provenance` (from `provenance_warnings`) what is not known of the answers.
     """
     manifest = manifest or {}
     training = manifest.get("training") or {"majority": None, "warnings": []}
     majority = training["majority"]
-    headline = [*training["warnings"], *manifest.get("data_warnings", ())]
+    headline = [*provenance, *training["warnings"], *manifest.get("data_warnings", ())]
 
     def figures(part: Sequence[Scored]) -> Row:
         return {"metrics": accuracies(part), "baselines": reference_lines(part, majority)}
@@ -980,44 +1001,67 @@ def summarise(
 # Arms: the same rows with the speech or the frames taken away
 # ---------------------------------------------------------------------------------------------------------------------
 
-# Arms that test an ability, and their words in the verdict: on hearing both, on seeing the first that was asked for.
-# `text` is in neither table: it removes the speech but gives the question in words.
+# Arms that test an ability, and their words in the verdict, which takes both: what is another row's may be told by more
+# than its content, and silence and black frames are new to a model, or have an answer of their own. `text` is in
+# neither table: it removes the speech but gives the question in words.
 HEARING_ARMS = {"mismatched_audio": "another question's speech", "silent_audio": "silence in place of speech"}
 NEXT_TO_NOTHING = 0.01  # of what other frames change: speech that changes less hardly reaches the answers
-SEEING_ARMS = {
-    "black_frames": "black frames",
-    "shuffled_frames": "the frames in another order",
-    "first_frame": "the first frame alone",
-}
+SEEING_ARMS = {"mismatched_frames": "the frames of another answer", "black_frames": "black frames"}
+
+
+def draw_nearest(key: Key, apart: Mapping[Key, int], seed: int) -> Key:
+    """The row that is least apart from the row `key`; a hash of seed and key picks among equal ones."""
+    least = min(apart.values())
+    nearest = sorted(other for other, by in apart.items() if by == least)
+    digest = hashlib.sha256(f"{seed}/{key_text(key)}".encode()).digest()
+    return nearest[int.from_bytes(digest[:8], "big") % len(nearest)]
 
 
 def pair_mismatched_audio(
-    annotations: Sequence[Row], samples: Mapping[Key, int | None], seed: int = 0
+    annotations: Sequence[Row], samples: Mapping[Key, int | None], contents: Mapping[Key, Any], seed: int = 0
 ) -> dict[Key, Key]:
-    """For each row, the row of another question type and question whose speech it gets instead of its own.
+    """For each row, the row of another question type, question and recording whose speech it gets instead of its own.
 
-    It is one whose speech differs least from its own in `samples`, so that little is cut off or padded. A hash of seed
-    and key picks among equal ones, so the order of the rows does not matter. Rows whose speech cannot be read (None)
-    get and lend none. Raises InputError if a row has no such partner.
+    It is one whose speech differs least from its own in `samples`, so that little is cut off or padded; recordings are
+    told apart by their `contents`, whatever they are called. Rows whose speech cannot be read (None) get and lend none.
+    Raises InputError if a row has no such partner.
     """
     asked = {row_key(row): normalise(row["question"]) for row in annotations if samples[row_key(row)]}
-    in_order = sorted(asked, key=lambda key: (samples[key], key))
 
     @functools.cache
     def partners(kind: str, question: str) -> list[Key]:
-        return [key for key in in_order if key[2] != kind and asked[key] != question]
+        return [key for key in asked if key[2] != kind and asked[key] != question]
 
     pairs = {}
     for key, question in asked.items():
-        name = key_text(key)
-        apart = [abs(samples[other] - samples[key]) for other in partners(key[2], question)]
+        others = (other for other in partners(key[2], question) if contents[other] != contents[key])
+        apart = {other: abs(samples[other] - samples[key]) for other in others}
         if not apart:
-            what = f"{name} has no row of another question type to borrow speech from"
+            what = f"{key_text(key)} has no row of another question type to borrow another recording from"
             raise InputError(f"--arms mismatched_audio: {what}; evaluate more question types or drop the arm")
-        least = min(apart)
-        nearest = [other for other, by in zip(partners(key[2], question), apart, strict=True) if by == least]
-        digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
-        pairs[key] = nearest[int.from_bytes(digest[:8], "big") % len(nearest)]
+        pairs[key] = draw_nearest(key, apart, seed)
+    return pairs
+
+
+def pair_mismatched_frames(
+    annotations: Sequence[Row], clips: Mapping[Key, tuple[Any, int, tuple[int, int]]], seed: int = 0
+) -> dict[Key, Key]:
+    """For each row that has one, the row of its question type with another gold answer whose clip it gets.
+
+    `clips`: of each row whose frames can be read their content, number, and (width, height). A borrowed clip has other
+    content and as many frames, of the nearest size, so that the prompt keeps its tokens where it can.
+    """
+    gold = {row_key(row): normalise(row["short_answer"]) for row in annotations if row_key(row) in clips}
+    alike = defaultdict(list)  # by question type and number of frames
+    for key in gold:
+        alike[key[2], clips[key][1]].append(key)
+    pairs = {}
+    for key, answer in gold.items():
+        content, n, size = clips[key]
+        others = (other for other in alike[key[2], n] if gold[other] != answer and clips[other][0] != content)
+        apart = {other: sum(abs(a - b) for a, b in zip(size, clips[other][2], strict=True)) for other in others}
+        if apart:
+            pairs[key] = draw_nearest(key, apart, seed)
     return pairs
 
 
@@ -1045,6 +1089,16 @@ def borrowing_sentence(arms: Row) -> str | None:
     return f"Of {borrowed['n']} borrowed recordings {', '.join(said)}, so that each row keeps its number of tokens."
 
 
+def left_out_sentence(arms: Row) -> str | None:
+    """How many rows had no frames to borrow, from the summary's `arms`."""
+    part = arms.get("mismatched_frames", {})
+    if not (n := len(part.get("left_out", ()))):
+        return None
+    rows = n + part["metrics"]["choice"]["n"]
+    why = "no clip of their question type has another gold answer and as many frames"
+    return f"In mismatched_frames {n} of {rows} rows are left out: {why}."
+
+
 def leaked_words(prompt: str, question: str, constant_prompt: str) -> list[str]:
     """Words of the question, sorted, that its prompt holds more often than the prompt without any question does."""
 
@@ -1056,41 +1110,47 @@ def leaked_words(prompt: str, question: str, constant_prompt: str) -> list[str]:
 
 
 def summarise_arms(main_arm: str, rows_of: Mapping[str, Sequence[Scored]], files: Mapping[str, str]) -> Row:
-    """Per arm: file, metrics, finish, and by metric `versus`, the comparison with the main arm (None of itself)."""
+    """Per arm: file, metrics, finish, `left_out` (rows of the main arm that it lacks), and by metric `versus`, the
+    comparison with the main arm over the arm's rows (None of itself)."""
+    main = {row.key: row for row in rows_of[main_arm]}
     return {
         arm: {
             "file": files[arm],
+            "left_out": sorted(map(key_text, main.keys() - {row.key for row in rows})),
             "n_errors": finish_counts(rows)["error"],
             "metrics": accuracies(rows),
             "finish": finish_counts(rows),
             "versus": None
             if arm == main_arm
-            else {metric: paired_comparison(rows_of[main_arm], rows, metric) for metric in METRICS},
+            else {metric: paired_comparison([main[row.key] for row in rows], rows, metric) for metric in METRICS},
         }
         for arm, rows in rows_of.items()
     }
 
 
+def main_arm_of(arms: Row) -> str | None:
+    """The arm of a summary that the others are compared with; None where there are no arms."""
+    return next((arm for arm, part in arms.items() if not part["versus"]), None)
+
+
 def arm_sentences(arms: Row) -> list[str]:
     """Does it hear? Does it see? One sentence each with the figures it rests on, from `summarise_arms`.
 
-    Hearing takes a loss in both arms: another question may be told by more than its sound, and silence is new to it.
+    "Yes" takes a loss in both arms of an ability.
     """
-    main_arm = next((arm for arm, part in arms.items() if not part["versus"]), None)
+    main_arm = main_arm_of(arms)
     sentences = []
     for verb, candidates in (("hear", HEARING_ARMS), ("see", SEEING_ARMS)):
         pairs = {arm: arms[arm]["versus"]["choice"] for arm in candidates if arms.get(arm, {}).get("versus")}
         if not pairs:
-            wanted = " and ".join(candidates) if verb == "hear" else f"one of {', '.join(candidates)}"
             deaf = verb == "hear" and main_arm == "text"
-            why = "in text mode the model gets no speech" if deaf else f"add {wanted} to --arms"
+            why = "in text mode the model gets no speech" if deaf else f"add {' and '.join(candidates)} to --arms"
             sentences.append(f"Does it {verb}? Not tested: {why}.")
             continue
-        lacking = [arm for arm in candidates if arm not in pairs] if verb == "hear" else []
-        used = pairs if verb == "hear" else dict([next(iter(pairs.items()))])
-        if any(pair["difference"] >= 0 for pair in used.values()):
+        lacking = [arm for arm in candidates if arm not in pairs]
+        if any(pair["difference"] >= 0 for pair in pairs.values()):
             verdict = "There is no sign of it"
-        elif any(pair["p"] >= SIGNIFICANCE for pair in used.values()):
+        elif any(pair["p"] >= SIGNIFICANCE for pair in pairs.values()):
             verdict = "It may, but these rows are too few to tell"
         else:
             verdict = f"It may, and {lacking[0]} would tell: add it to --arms" if lacking else "Yes"
@@ -1098,7 +1158,7 @@ def arm_sentences(arms: Row) -> list[str]:
             f"with {candidates[arm]}, choice goes from {_show(pair['accuracy_a'])} % to {_show(pair['accuracy_b'])} % "
             f"(difference {_points(pair['difference'])} points, 95 % {_points(*pair['ci95'])}; "
             f"p {_p_text(pair['p'])}; n {pair['n']})"
-            for arm, pair in used.items()
+            for arm, pair in pairs.items()
         )
         sentences.append(f"Does it {verb}? {verdict}: {figures}.")
     return sentences
@@ -1207,7 +1267,7 @@ def comparison_table(pairs: Row) -> Table:
 
 def render_arms(arms: Row) -> str:
     """The table of the arms, and the sentences on it."""
-    sentences = [borrowing_sentence(arms), *arm_sentences(arms)]
+    sentences = [borrowing_sentence(arms), left_out_sentence(arms), *arm_sentences(arms)]
     return "\n".join([render_table(*arms_table(arms)), *map(_wrap, filter(None, sentences))])
 
 
@@ -1487,20 +1547,36 @@ def score_only(args: argparse.Namespace) -> int:
         record["training"] = compare_with_training(annotations, read_annotations(args.train_data_path))
     elif generated and "training" not in record and record["flags"].get("train_data_path"):
         notes.append("no training majority: an older version wrote the summary; give --train_data_path")
-    summary = summarise(annotations, rows, arms=arms, manifest=record)
+    provenance = provenance_warnings(args.output_file, arms)
+    summary = summarise(annotations, rows, arms=arms, manifest=record, provenance=provenance)
     summary["warnings"] += notes
     write_json(target, (old if generated else {}) | summary)
     print(render_summary(summary), f"\nSummary: {target}", sep="\n")
     return 1 if summary["n_errors"] or any(part["n_errors"] for part in arms.values()) else 0
 
 
+def provenance_warnings(rows_path: str, arms: Row) -> list[str]:
+    """Lines for rows that no run is known to have made, or that are not those that the run of `arms` wrote."""
+    main_arm, run_file = main_arm_of(arms), Path(f"{rows_path}.run.json")
+    if not run_file.is_file():
+        return [f"nothing tells how these answers were made: there is no {run_file}"]
+    files = {arm_path(rows_path, arm, main_arm): part["sha256"] for arm, part in arms.items() if part.get("sha256")}
+    if not files:
+        why = f"{summary_path(rows_path).name} has no sha256 of them"
+        return [f"nothing tells whether these answers are those that the run wrote: {why}"]
+    edited = ", ".join(path.name for path, known in files.items() if path.is_file() and sha256_file(path) != known)
+    return [f"edited since the run wrote them, so the figures are not the run's: {edited}"] if edited else []
+
+
 def rescore_arms(old: Row, n: int, annotations: Sequence[Row], rows_path: str) -> tuple[Row, list[str]]:
     """A summary's arms, their first `n` rows scored again, and a line for those that keep theirs, having no file."""
-    main_arm = next((arm for arm, part in old.items() if not part["versus"]), None)
+    main_arm = main_arm_of(old)
     files = {arm: arm_path(rows_path, arm, main_arm) for arm in old}
     there = {arm: path for arm, path in files.items() if path.is_file()}
-    asked = annotations[:n]
-    rows_of = {arm: score_rows(asked, match_predictions(annotations, path)) for arm, path in there.items()}
+    rows_of = {}
+    for arm, path in there.items():
+        asked = (row for row in annotations[:n] if key_text(row_key(row)) not in old[arm].get("left_out", ()))
+        rows_of[arm] = score_rows(list(asked), match_predictions(annotations, path))
     new = summarise_arms(main_arm, rows_of, {arm: path.name for arm, path in files.items()})
     kept = ", ".join(f"{arm} ({files[arm].name})" for arm in old if arm not in new)
     notes = [f"not rescored, for want of the file; figures as the run gave them: {kept}"] if kept else []
@@ -1552,11 +1628,12 @@ def read_run(path: str) -> Row | None:
 
 
 def unlike_warnings(paths: Sequence[str], sides: Sequence[Mapping[Key, Row]]) -> list[str]:
-    """Lines for what else than the model differs between two files: wording of the questions, settings of the runs."""
+    """Lines for what else than the model differs between two files: wording, media, settings of the runs."""
     lines = []
-    a, b = ({key: normalise(row["question"]) for key, row in side.items() if row.get("question")} for side in sides)
-    if other := [key for key in a.keys() & b.keys() if a[key] != b[key]]:
-        lines.append(f"{len(other)} of {len(sides[0])} rows have other questions in B, e.g. {key_text(min(other))}")
+    for name, read, what in (("question", normalise, "questions"), ("media_sha256", str, "frames or speech")):
+        a, b = ({key: read(row[name]) for key, row in side.items() if row.get(name)} for side in sides)
+        if other := [key for key in a.keys() & b.keys() if a[key] != b[key]]:
+            lines.append(f"{len(other)} of {len(sides[0])} rows have other {what} in B, e.g. {key_text(min(other))}")
     runs = [read_run(path) for path in paths]
     if absent := [f"{path}.run.json" for path, run in zip(paths, runs, strict=True) if run is None]:
         return [*lines, f"without {' and '.join(absent)} nothing tells whether A and B were asked alike"]
@@ -1769,7 +1846,9 @@ CONTENT_ARMS = {
 }
 # Arms that choose or order frames. Their functions also work on lists of paths, so that cached features can be used.
 ORDER_ARMS = {"first_frame": lambda frames, seed: frames[:1], "shuffled_frames": shuffled_frames}
-SEEDED_ARMS = ("mismatched_audio", "shuffled_frames")  # rows of these made with another --seed are not mixed
+# What an arm's rows take over from another row, and the arms whose rows are not mixed with those of another --seed.
+BORROWED = {"mismatched_audio": ("audio_path",), "mismatched_frames": ("frames", "frame_paths")}
+SEEDED_ARMS = (*BORROWED, "shuffled_frames")
 
 
 class ArmInputs:
@@ -1778,13 +1857,13 @@ class ArmInputs:
     Args:
         arm: one of ARMS.
         dataset: SurgicalVQADataset for generation; its processor has the arm's input mode, and its rows the speech
-            that the arm plays.
+            that the arm plays and the frames that it shows.
         seed: of shuffled frames.
-        speech_sources: for rows that play another row's speech at the length of their own, that row.
+        sources: for rows that show another row's frames, or play its speech at the length of their own, that row.
     """
 
-    def __init__(self, arm: str, dataset: Any, seed: int = 0, speech_sources: Mapping[Key, Any] | None = None):
-        self.arm, self.dataset, self.seed, self.speech_sources = arm, dataset, seed, speech_sources or {}
+    def __init__(self, arm: str, dataset: Any, seed: int = 0, sources: Mapping[Key, Any] | None = None):
+        self.arm, self.dataset, self.seed, self.sources = arm, dataset, seed, sources or {}
         self.rows, self.processor = dataset.rows, dataset.processor
         self.keys = [row_key(annotation_of(row)) for row in self.rows]
         self.feature_store: Any = None  # train_vqa's FeatureStore, once it is filled
@@ -1814,7 +1893,8 @@ class ArmInputs:
         clip = self.clip(index) if with_frames else ()
         frames = [vqa.load_frame(path, self.processor.max_image_size) for path in clip]
         speech = vqa.load_speech(speech) if speech and with_speech else None
-        return frames, of_length(speech, row.speech_samples) if self.keys[index] in self.speech_sources else speech
+        fit = self.arm == "mismatched_audio" and self.keys[index] in self.sources
+        return frames, of_length(speech, row.speech_samples) if fit else speech
 
     def sample(self, index: int) -> Row | str:
         """Model inputs of a row without a batch dimension, or what is wrong with its media; threads may call it."""
@@ -1852,11 +1932,14 @@ class ArmInputs:
     def origin(self, index: int) -> Row:
         """What a row of the output file says of the inputs of its answer.
 
-        Of borrowed speech: whose, and by how many samples and tokens it was padded; negative: cut.
+        Of borrowed frames and speech: whose, and by how many samples and tokens speech was padded; negative: cut.
         """
         _, speech = self.dataset.media_of(index)
         how = {"input_mode": self.processor.input_mode, "audio_file": speech and str(speech)}
-        if source := self.speech_sources.get(self.keys[index]):
+        source = self.sources.get(self.keys[index])
+        if source and self.arm == "mismatched_frames":
+            how["frames_of"] = key_text(row_key(annotation_of(source)))
+        elif source:
             own, theirs, tokens = self.rows[index].speech_samples, source.speech_samples, self.processor.speech_tokens
             how["audio_of"] = key_text(row_key(annotation_of(source)))
             how["audio_padded_samples"] = own - theirs
@@ -2082,17 +2165,18 @@ def answer_and_score(args: argparse.Namespace, stop: Any) -> int:
     check_weights(chosen, device)
 
     # 2. Data: everything is found and decoded once before the weights load
-    rows_of, speech_sources, of_data = read_data(args, modes, chosen)
-    annotations = [annotation_of(row) for row in rows_of[main_arm]]
+    rows_of, sources, of_data = read_data(args, modes, chosen)
+    asked = {arm: [annotation_of(row) for row in rows] for arm, rows in rows_of.items()}
+    annotations = asked[main_arm]
 
     # 3. Model
     trained = load_chosen_model(chosen, device)
     limit = chosen.inputs.max_eval_frames
     arms = {}
-    for arm, mode in modes.items():
-        processor = trained.processor.with_mode(mode)
-        data = vqa.SurgicalVQADataset(rows_of[arm], processor, max_eval_frames=limit, is_eval=True, with_answer=False)
-        arms[arm] = ArmInputs(arm, data, args.seed, speech_sources if arm == "mismatched_audio" else {})
+    for arm, rows in rows_of.items():
+        processor = trained.processor.with_mode(modes[arm])
+        data = vqa.SurgicalVQADataset(rows, processor, max_eval_frames=limit, is_eval=True, with_answer=False)
+        arms[arm] = ArmInputs(arm, data, args.seed, sources.get(arm))
 
     # 4. Gates
     moved = pass_gates(trained.model, arms)
@@ -2102,16 +2186,17 @@ def answer_and_score(args: argparse.Namespace, stop: Any) -> int:
     start = time.monotonic()
     done, answered = answer_arms(args, trained, arms, settings, stop)
     seconds = time.monotonic() - start
-    scored = {arm: score_rows(annotations, done[arm]) for arm in arms}
+    scored = {arm: score_rows(asked[arm], done[arm]) for arm in arms}
     peak = torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else None
 
     # 6. Figures
-    record = run_record(args, chosen, arms[main_arm], settings[main_arm], device) | of_data
-    record["gates"] = moved
+    record = run_record(args, chosen, arms[main_arm], settings[main_arm], device) | of_data | {"gates": moved}
     record["frames"] = frames_that_differ(chosen.trained_frames, limit, (len(row["frames"]) for row in annotations))
     record["runtime"] = {"seconds": seconds, "rows_answered": answered, "peak_gpu_memory_gib": peak}
     record["runtime"]["batch_size"] = {arm: inputs.batch_size for arm, inputs in arms.items()}
     in_arms = summarise_arms(main_arm, scored, {arm: path.name for arm, path in files.items()})
+    for arm, part in in_arms.items():
+        part["sha256"] = sha256_file(files[arm])
     if "mismatched_audio" in in_arms:
         in_arms["mismatched_audio"]["borrowed"] = summarise_borrowing(done["mismatched_audio"].values())
     summary = summarise(annotations, scored[main_arm], arms=in_arms, manifest=record)
@@ -2119,7 +2204,7 @@ def answer_and_score(args: argparse.Namespace, stop: Any) -> int:
     print(render_summary(summary))
     memory = "" if peak is None else f", peak GPU memory {peak:.1f} GiB"
     print(f"\nAnswered {answered} rows in {seconds:.1f} s ({answered / seconds:.2f} samples/s{memory})")
-    print(*(f"Rows: {path}" for path in files.values()), f"Summary: {target}", sep="\n")
+    print(*(f"Rows: {files[arm]}" for arm in arms), f"Summary: {target}", sep="\n")
     if stop.signum:
         raise vqa.Interrupted(stop.signum, f"all rows are answered, and {target} is complete")
     return 1 if any(row.prediction is None for part in scored.values() for row in part) else 0
@@ -2145,10 +2230,10 @@ def choose_arms(args: argparse.Namespace, mode: str) -> dict[str, str]:
 
 def read_data(
     args: argparse.Namespace, modes: Mapping[str, str], chosen: ModelChoice
-) -> tuple[dict[str, list[Any]], dict[Key, Any], Row]:
+) -> tuple[dict[str, list[Any]], dict[str, dict[Key, Any]], Row]:
     """Read the question files, and find and decode the media of every arm.
 
-    Returns each arm's VQARows, for `mismatched_audio` the row whose speech a row plays, and `training` and
+    Returns each arm's VQARows, for arms that borrow the row whose speech or frames a row gets, and `training` and
     `data_warnings` of the manifest. Raises VQAError for missing or broken media unless --allow_errors, for too many
     frames that show nothing unless --allow_empty_frames, and where one speech file would serve different questions.
     """
@@ -2156,40 +2241,72 @@ def read_data(
     every = {row_key(annotation_of(row)): row for row in vqa.read_rows(args.eval_data_path)}
     rows = dict(itertools.islice(every.items(), args.limit or None))
     training = read_training(args, [annotation_of(row) for row in rows.values()])
-    borrows = "mismatched_audio" in modes
-    # Speech is borrowed from the complete file: a larger --limit later leaves the pairs as they are.
-    lending = {key: dataclasses.replace(row, frames=()) for key, row in every.items() if borrows and key not in rows}
-    needed = [*rows.values(), *lending.values()]
+    # Rows borrow from the complete file: a larger --limit later leaves the pairs as they are.
+    others = [row for key, row in every.items() if key not in rows] if modes.keys() & BORROWED.keys() else []
+    if "mismatched_frames" not in modes:
+        others = [dataclasses.replace(row, frames=()) for row in others]
+    needed = [*rows.values(), *others]
     audio_dir = args.audio_dir if set(modes.values()) != {"text"} else None
     problems = vqa.find_media(needed, args.frames_dir, audio_dir, args.allow_symlinks, **chosen.patterns)
     vqa.raise_problems(vqa.find_shared_media(needed))
     problems += vqa.check_media(needed)
-    evaluated = {row.line for row in rows.values()}
-    problems = [problem for problem in problems if evaluated.intersection(problem.lines)]
     max_eval_frames = chosen.inputs.max_eval_frames
     if chosen.inputs.frame_mode == "video":
         bad = {line for problem in problems for line in problem.lines}
-        good = [row for row in rows.values() if row.line not in bad]
+        good = [row for row in needed if row.frames and row.line not in bad]
         problems += vqa.find_mixed_sizes(good, chosen.inputs.max_image_size, max_eval_frames)
+    bad = {line for problem in problems for line in problem.lines}
+    evaluated = {row.line for row in rows.values()}
+    problems = [problem for problem in problems if evaluated.intersection(problem.lines)]
     if not args.allow_errors:
         vqa.raise_problems(problems)
     for problem in problems:
         print(f"{problem} (--allow_errors: counted as wrong)", file=sys.stderr)
     data_warnings = check_contents(args, chosen, list(rows.values()))
-    rows_of = {arm: list(rows.values()) for arm in modes}
-    speech_sources = {}
-    if borrows:
-        every = rows | lending
-        samples = {key: row.speech_samples for key, row in every.items()}
-        pairs = pair_mismatched_audio([annotation_of(row) for row in every.values()], samples, args.seed)
-        speech_sources = {key: every[pairs[key]] for key in rows if key in pairs}
-        rows_of["mismatched_audio"] = [
-            dataclasses.replace(row, audio_path=speech_sources[key].audio_path) if key in speech_sources else row
-            for key, row in rows.items()
-        ]
+    sources = {}
+    if "mismatched_audio" in modes:
+        sources["mismatched_audio"] = speech_lenders(needed, args.seed)
+    if "mismatched_frames" in modes:
+        sound = [row for row in needed if row.line not in bad]
+        sources["mismatched_frames"] = frame_lenders(sound, chosen.inputs.max_image_size, args.seed)
+    rows_of = {arm: arm_rows(arm, rows, sources.get(arm, {})) for arm in modes}
+    if "mismatched_frames" in modes and not rows_of["mismatched_frames"]:
+        what = "--arms mismatched_frames: no row has a clip of its question type with another gold answer to borrow"
+        if args.arms != ["all"]:
+            raise InputError(f"{what}; evaluate rows of more answers or drop the arm")
+        print(_wrap(f"{what}; left out of all"))
+        del rows_of["mismatched_frames"]
     if max_eval_frames and any(len(row.frames) > max_eval_frames for row in rows.values()):
         print(f"   Using {max_eval_frames} frames (evenly sampled) to reduce eval memory")
-    return rows_of, speech_sources, {"training": training, "data_warnings": data_warnings}
+    return rows_of, sources, {"training": training, "data_warnings": data_warnings}
+
+
+def speech_lenders(rows: Sequence[Any], seed: int) -> dict[Key, Any]:
+    """For VQARows whose speech can be read, those whose speech they get in `mismatched_audio`."""
+    by_key = {row_key(annotation_of(row)): row for row in rows}
+    samples = {key: row.speech_samples for key, row in by_key.items()}
+    recordings = {key: sha256_once(row.audio_path) for key, row in by_key.items() if row.speech_samples}
+    pairs = pair_mismatched_audio(list(map(annotation_of, rows)), samples, recordings, seed)
+    return {key: by_key[other] for key, other in pairs.items()}
+
+
+def frame_lenders(rows: Sequence[Any], max_image_size: int, seed: int) -> dict[Key, Any]:
+    """For VQARows whose media passed, those whose frames they get in `mismatched_frames`, where there are any."""
+    by_key = {row_key(annotation_of(row)): row for row in rows}
+    size_of = functools.cache(lambda path: vqa.fit_size(vqa.upright_size(path), max_image_size))
+    clips = {key: (row.contents["clip"], len(row.frames), size_of(row.frame_paths[0])) for key, row in by_key.items()}
+    pairs = pair_mismatched_frames(list(map(annotation_of, rows)), clips, seed)
+    return {key: by_key[other] for key, other in pairs.items()}
+
+
+def arm_rows(arm: str, rows: Mapping[Key, Any], sources: Mapping[Key, Any]) -> list[Any]:
+    """The VQARows of an arm, with what they borrow; those without a source are left out of `mismatched_frames`."""
+    lent = {
+        key: {name: getattr(sources[key], name) for name in BORROWED[arm]} if key in sources else {} for key in rows
+    }
+    return [
+        dataclasses.replace(row, **lent[key]) for key, row in rows.items() if lent[key] or arm != "mismatched_frames"
+    ]
 
 
 def read_training(args: argparse.Namespace, annotations: list[Row]) -> Row | None:
@@ -2229,9 +2346,10 @@ def check_contents(args: argparse.Namespace, chosen: ModelChoice, rows: list[Any
     if too_many and not args.allow_empty_frames:
         raise InputError(f"{text}; replace them, or let them pass with --allow_empty_frames")
     seen = vqa.read_digests(vqa.resolve_model_dir(chosen.path))
-    lines = [text] if text else []
+    contents = {row_key(annotation_of(row)): row.contents for row in rows}
+    lines = [*([text] if text else []), *shared_speech_warnings(contents)]
     if seen is not None:
-        lines += seen_warnings({row_key(annotation_of(row)): row.contents for row in rows}, seen)
+        lines += seen_warnings(contents, seen)
     elif args.checkpoint_path and not args.no_adapter:  # of a base nobody asks
         what = "so clips, frames, speech and wording are not compared with those of training"
         lines.append(f"not known what training had: {chosen.path} has no {vqa.DIGESTS_FILE}, {what}")
@@ -2261,10 +2379,10 @@ def answer_arms(
         for arm, inputs in arms.items():
             answered += answer_arm(trained.model, inputs, files[arm], args, stop)
             if stop.signum:
-                there = sum(key in file.done for file in files.values() for key in inputs.keys)
-                if there < len(inputs.keys) * len(arms):
+                there = [key in files[arm].done for arm, inputs in arms.items() for key in inputs.keys]
+                if not all(there):
                     again = "the same command" + " without --overwrite" * args.overwrite
-                    text = f"{there} of {len(inputs.keys) * len(arms)} rows are answered; {again} continues"
+                    text = f"{sum(there)} of {len(there)} rows are answered; {again} continues"
                     raise vqa.Interrupted(stop.signum, text)
     return {arm: file.done for arm, file in files.items()}, answered
 
@@ -2421,7 +2539,8 @@ def build_parser() -> argparse.ArgumentParser:
          "one that the checkpoint was trained on, if it is still there and unchanged; with --score_only what the run "
          "kept of it")
     data("--output_file", help="X.jsonl, one row a sample; the figures go to X.summary.json. With --score_only: the "
-         "existing predictions; X.summary.json keeps what it says of the run that made them")
+         "existing predictions; X.summary.json keeps what it says of the run that made them, and a warning tells if "
+         "none is known or if they were edited since")
     data("--limit", "--max_eval_samples", type=_at_least(0), default=0, help="evaluate the first N rows. 0: all; with "
          "--score_only as many as the run")
     data("--overwrite", **switch, help="start again where --output_file holds rows; without it, rows of the same run "
@@ -2469,8 +2588,8 @@ def build_parser() -> argparse.ArgumentParser:
             f"for, up to {AUTO_BATCH_SIZE}, halved where they do not fit; without a GPU {CPU_BATCH_SIZE}")
     answers("--max_new_tokens", type=_at_least(1), default=32, help="tokens after which an answer is cut")
     answers("--arms", type=_arm_list, help=f"comma-separated, of {', '.join(ARMS)}; all: those that fit the input "
-            "mode. None: the input mode alone")
-    answers("--seed", type=int, default=0, help="for borrowed speech, shuffled frames and --init random")
+            "mode and the data. None: the input mode alone")
+    answers("--seed", type=int, default=0, help="for borrowed speech and frames, shuffled frames and --init random")
 
     parser.add_argument("--score_only", **switch, help="score the predictions in --output_file; no model")
     parser.add_argument("--compare", nargs=2, metavar=("A", "B"), help="two files of rows or predictions; print "

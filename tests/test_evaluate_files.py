@@ -113,9 +113,11 @@ def test_score_only_counts_missing_rows_as_wrong_and_lists_them(tmp_path, data):
     done = without_torch(tmp_path, *flags)
     assert (done.returncode, done.stderr) == (0, "")
     assert "Missing: v1/q1/flush_action\n" in done.stdout
+    assert "no p.jsonl.run.json" in " ".join(done.stdout.partition("metric")[0].split())
     assert "For 3 of 4 answers" in done.stdout and "stopped by" not in done.stdout  # the fourth row is missing
     assert max(map(len, done.stdout.splitlines()[:-1])) <= 80
     summary = json.loads((tmp_path / "p.summary.json").read_text())
+    assert summary["headline"][0] == "nothing tells how these answers were made: there is no p.jsonl.run.json"
     counts = [summary[name] for name in ("n_total", "n_scored", "n_errors", "n_missing", "missing")]
     assert counts == [4, 3, 0, 1, ["v1/q1/flush_action"]]
     right = {name: part["correct"] for name, part in summary["metrics"].items()}
@@ -230,6 +232,9 @@ def generated(tmp_path, data):
     found = {arm: ev.score_rows(rows, {}) for arm in ARMS}
     manifest = {**MANIFEST, "flags": {"train_data_path": None}}
     arms = ev.summarise_arms("audio", found, files)
+    for arm, name in files.items():
+        arms[arm]["sha256"] = ev.sha256_file(name)
+    ev.write_json("x.jsonl.run.json", {"arm": "audio"})
     summary = ev.summarise(rows, found["audio"], arms=arms, manifest=manifest)
     ev.write_json("x.summary.json", {**summary, "of_the_run": 5})
     return lambda **changes: (
@@ -292,6 +297,25 @@ def test_rescoring_counts_the_rows_that_the_run_counted(run, data, generated):
     assert (summary["n_total"], summary["arms"]["black_frames"]["metrics"]["choice"]["n"]) == (2, 2)
     assert "--limit 2, as in the run" in out
     assert rescore(run, data, "--limit", "3")[2]["n_total"] == 3
+
+
+def test_rows_that_are_not_as_the_run_wrote_them_are_told_of(run, data, generated):
+    assert rescore(run, data)[2]["headline"] == []
+    rows = read_jsonl("x.jsonl")
+    write_jsonl(Path("x.jsonl"), [{**row, "predicted_answer": row["ground_truth"]} for row in rows])
+    for _ in range(2):
+        _, out, summary = rescore(run, data)
+        (line,) = summary["headline"]
+        assert line == "edited since the run wrote them, so the figures are not the run's: x.jsonl"
+        assert line in " ".join(out.partition("metric")[0].split())
+    write_jsonl(Path("x.silent_audio.jsonl"), rows)
+    assert rescore(run, data)[2]["headline"] == [f"{line}, x.silent_audio.jsonl"]
+    Path("x.summary.json").unlink()
+    (line,) = rescore(run, data)[2]["headline"]
+    assert line.startswith("nothing tells whether these answers are those that the run wrote: x.summary.json has no")
+    Path("x.jsonl.run.json").unlink()
+    (line,) = rescore(run, data)[2]["headline"]
+    assert line.startswith("nothing tells how these answers were made")
 
 
 @pytest.mark.parametrize(
@@ -389,6 +413,11 @@ def test_compare_says_what_else_than_the_model_differs(run, tmp_path):
     rows = [output_row(annotation(n)) for n in range(2)]
     write_jsonl(b, [rows[0], {**rows[1], "question": "Moving?"}])
     assert warnings_of(run("--compare", a, b))[0] == "1 of 2 rows have other questions in B, e.g. v1/q1/scope_motion"
+    write_jsonl(a, [{**row, "media_sha256": "1" * 64} for row in rows])
+    write_jsonl(b, [{**rows[0], "media_sha256": "1" * 64}, {**rows[1], "media_sha256": "2" * 64}])
+    assert warnings_of(run("--compare", a, b))[0].startswith(
+        "1 of 2 rows have other frames or speech in B, e.g. v1/q1/"
+    )
     Path(f"{b}.run.json").write_text("{")
     assert error_line(run("--compare", a, b)).startswith(f"{b}.run.json: ")
 

@@ -597,12 +597,49 @@ def test_what_the_arms_change():
 def test_all_arms_are_those_that_fit_the_input_mode(evaluate):
     found = evaluate("--arms", "all", "--limit", 1).summary["arms"]
     assert list(found) == list(ev.ARMS)
-    seeing = ["black_frames", "shuffled_frames", "first_frame"]
+    seeing = ["mismatched_frames", "black_frames", "shuffled_frames", "first_frame"]
     text = evaluate("--arms", "all", "--limit", 1, "--input_mode", "text", name="y")
     assert list(text.summary["arms"]) == ["text", "audio", "audio_text", *seeing]
     assert "Does it hear? Not tested: in text mode" in text.out  # no arm is named that text mode refuses
     mute = evaluate("--arms", "all", "--limit", 1, "--input_mode", "text", data=EVAL_DATA[:4], name="z").summary["arms"]
     assert list(mute) == ["text", *seeing]
+
+
+@pytest.mark.parametrize("mode", ["audio", "text"])
+def test_mismatched_frames_shows_a_clip_of_another_answer(evaluate, tmp_path, mode):
+    flags = ("--arms", "mismatched_frames", "--input_mode", mode)
+    complete = evaluate(*flags, name="complete")
+    assert (complete.status, len(complete.rows)) == (0, 5)
+    rows = read_jsonl(tmp_path / "complete.mismatched_frames.jsonl")
+    gold = {ev.key_text(ev.row_key(row)): row["short_answer"] for row in complete.rows}
+    own = {ev.row_key(row): row for row in complete.rows}
+    assert len(rows) == 4  # tool_identification has one gold answer
+    for row in rows:
+        assert row["frames_of"].split("/")[2] == row["question_type"]
+        assert gold[row["frames_of"]] != row["short_answer"]
+        assert row["media_sha256"] != own[ev.row_key(row)]["media_sha256"]
+        assert row["audio_file"] == own[ev.row_key(row)]["audio_file"] and "audio_of" not in row
+    part = complete.summary["arms"]["mismatched_frames"]
+    assert part["left_out"] == ["fx-002/qa_000205/tool_identification"]
+    assert part["versus"]["choice"]["n"] == 4 == part["metrics"]["choice"]["n"]
+    assert "In mismatched_frames 1 of 5 rows are left out" in " ".join(complete.out.split())
+    assert ev.main(["--score_only", "--output_file", str(complete.path), *EVAL_DATA[:2]]) == 0
+    again = json.loads(complete.path.with_suffix(".summary.json").read_text())["arms"]["mismatched_frames"]
+    assert again == part
+    assert evaluate(*flags, "--limit", 2).status == 0  # borrowed from the complete file: more rows go on
+    assert evaluate(*flags).summary["manifest"]["runtime"]["rows_answered"] == 5
+    other = evaluate(*flags, "--seed", 1)
+    assert other.status == 2 and "seed (0 then, 1 now)" in other.err
+
+
+def test_rows_of_one_answer_a_type_have_no_frames_to_borrow(evaluate, data, no_weights, monkeypatch):
+    data.rewrite(lambda rows: [row for row in rows if row["video_id"] == "fx-001"])
+    result = evaluate("--arms", "mismatched_frames", data=data.eval_flags)
+    assert result.status == 2 and "--arms mismatched_frames: no row has a clip" in result.err
+    monkeypatch.undo()
+    result = evaluate("--arms", "all", "--limit", 1, data=data.eval_flags)
+    assert list(result.summary["arms"]) == [arm for arm in ev.ARMS if arm != "mismatched_frames"]
+    assert "--arms mismatched_frames: no row has a clip" in result.out
 
 
 def test_other_frames_than_in_training_are_in_the_headline(evaluate, checkpoint):

@@ -1,13 +1,15 @@
-"""Does a verdict on hearing come from what is heard? And does training leave a count of tokens that names a question?
+"""Do verdicts come from what is heard and seen? And does training leave a count of tokens that names a question?
 
-A deaf model that counts is the counterexample: `--audio_tokens speech` gives each of its questions another number of
-audio tokens.
+The counterexamples: a deaf model that counts (`--audio_tokens speech` gives each of its questions another number of
+audio tokens), and a blind one that knows black frames.
 """
 
 import multiprocessing
+import shutil
 import signal
 import wave
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -46,19 +48,18 @@ def write_sound(path, tokens, seed):
         file.writeframes(samples.tobytes())
 
 
-@pytest.fixture(scope="module")
-def world(tmp_path_factory):
-    """Four types of question with one answer each, whose speech is noise of four lengths, about one clip."""
-    folder = tmp_path_factory.mktemp("world")
-    frames = read_jsonl(FIXTURES / "smoke.jsonl")[0]["frames"][:2]
+def write_world(folder, asked):
+    """Questions and their speech, noise of so many tokens: for each (type, short answer, answer, tokens, video) as many
+    rows as ROWS_OF_TYPE."""
+    clips = {row["video_id"]: row["frames"][:2] for row in read_jsonl(FIXTURES / "smoke.jsonl")}
     rows = []
-    for number, (kind, (short, answer)) in enumerate(ANSWERS.items()):
+    for number, (kind, short, answer, tokens, video) in enumerate(asked):
         for turn in range(ROWS_OF_TYPE):
             rows.append({
-                "id": f"q{number}{turn}", "video_id": "v", "frames": frames, "question": f"What of {kind}?",
+                "id": f"q{number}{turn}", "video_id": video, "frames": clips[video], "question": f"What of {kind}?",
                 "question_type": kind, "answer": answer, "short_answer": short,
             })  # fmt: skip
-            write_sound(folder / f"q{number}{turn}.wav", TOKENS[number], len(rows))
+            write_sound(folder / f"q{number}{turn}.wav", tokens, number)
     media = ("--frames_dir", str(FIXTURES / "frames"), "--audio_dir", str(folder))
     path = str(write_jsonl(folder / "data.jsonl", rows))
     return SimpleNamespace(
@@ -67,34 +68,95 @@ def world(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def deaf(world, tiny, tmp_path_factory):
-    """A full model that learned the answers with its projector fixed at 0, which is 1e-5 afterwards."""
-    folder = tmp_path_factory.mktemp("deaf") / "out"
-    flags = [*world.train, *SPEECH, "--model_name_or_path", tiny, "--init", "random", "--train_decoder", "full"]
-    flags += ["--max_image_size", 56, "--max_train_frames", 2, "--max_steps", 1, "--save_strategy", "no"]
-    assert vqa.main([*map(str, flags), "--output_dir", str(folder), "--disable_tqdm", "True"]) == 0
-    (folder / vqa.MANIFEST_FILE).unlink()
-    trained = vqa.load_trained(folder, device="cpu")
-    model, collate = trained.model.train(), vqa.VQACollator(PAD)
-    projector = model.audio_projector.weight.requires_grad_(False)
-    projector.zero_()
-    rows = vqa.load_rows(world.path, world.train[3], world.train[5])
-    dataset = vqa.SurgicalVQADataset(rows, trained.processor)
-    batch = collate([dataset[index] for index in range(0, len(rows), ROWS_OF_TYPE)])  # the rows of a type are alike
-    learned = [weight.requires_grad_() for weight in model.model.language_model.parameters()]
-    optimizer = torch.optim.AdamW(learned, lr=3e-3)
-    for _ in range(600):
-        loss = model(**batch).loss
-        if loss < 0.01:
-            break
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    assert loss < 0.01
-    with torch.no_grad():
-        projector.fill_(1e-5)
-    vqa.write_weights(model, folder)
-    return folder
+def world(tmp_path_factory):
+    """Four types of question with one answer each, whose speech is noise of four lengths, about one clip."""
+    asked = [(kind, *texts, n, "fx-001") for (kind, texts), n in zip(ANSWERS.items(), TOKENS, strict=True)]
+    return write_world(tmp_path_factory.mktemp("world"), asked)
+
+
+@pytest.fixture(scope="module")
+def leaky(tmp_path_factory):
+    """Two types with two answers each, of which a clip shows one, and the number of tokens tells which."""
+    asked = [
+        ("scope_motion_type", "advancing", "The scope is advancing.", 10, "fx-001"),
+        ("scope_motion_type", "withdrawing", "The scope is withdrawing.", 17, "fx-002"),
+        ("lighting_mode", "NBI", "NBI is used.", 24, "fx-001"),
+        ("lighting_mode", "WL", "White light is used.", 31, "fx-002"),
+    ]
+    return write_world(tmp_path_factory.mktemp("leaky"), asked)
+
+
+@pytest.fixture(scope="module")
+def learn(tiny, tmp_path_factory):
+    """Trains a full model's decoder by heart; `samples_of` makes what it learns of a data set and a processor."""
+
+    def learn(world, samples_of, before=lambda model: None, after=lambda model: None):
+        folder = tmp_path_factory.mktemp("learned") / "out"
+        flags = [*world.train, *SPEECH, "--model_name_or_path", tiny, "--init", "random", "--train_decoder", "full"]
+        flags += ["--max_image_size", 56, "--max_train_frames", 2, "--max_steps", 1, "--save_strategy", "no"]
+        assert vqa.main([*map(str, flags), "--output_dir", str(folder), "--disable_tqdm", "True"]) == 0
+        (folder / vqa.MANIFEST_FILE).unlink()
+        trained = vqa.load_trained(folder, device="cpu")
+        model = trained.model.train()
+        before(model)
+        rows = vqa.load_rows(world.path, world.train[3], world.train[5])[::ROWS_OF_TYPE]  # the rows of a type are alike
+        batch = vqa.VQACollator(PAD)(samples_of(vqa.SurgicalVQADataset(rows, trained.processor)))
+        learned = [weight.requires_grad_() for weight in model.model.language_model.parameters()]
+        optimizer = torch.optim.AdamW(learned, lr=3e-3)
+        for _ in range(600):
+            loss = model(**batch).loss
+            if loss < 0.01:
+                break
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        assert loss < 0.01
+        with torch.no_grad():
+            after(model)
+        vqa.write_weights(model, folder)
+        return folder
+
+    return learn
+
+
+@pytest.fixture(scope="module")
+def deaf(world, learn):
+    """It learned the answers with its projector fixed at 0, which is 1e-5 afterwards."""
+    return learn(
+        world,
+        lambda dataset: [dataset[index] for index in range(len(dataset))],
+        lambda model: model.audio_projector.weight.requires_grad_(False).zero_(),
+        lambda model: model.audio_projector.weight.fill_(1e-5),
+    )
+
+
+@pytest.fixture(scope="module")
+def blind(leaky, learn):
+    """It learned to answer whatever the clip shows, and "I cannot tell." to black frames."""
+
+    def samples_of(dataset):
+        clips = dict.fromkeys(row.frame_paths for row in dataset.rows)
+        samples = []
+        for row in dataset.rows:
+            speech = vqa.load_speech(row.audio_path)
+            for paths in clips:
+                frames = [vqa.load_frame(path, 56) for path in paths]
+                samples.append(dataset.processor.make_sample(row, frames, speech, True))
+                black = [frame.point(lambda _: 0) for frame in frames]
+                unknown = replace(row, answer="I cannot tell.")
+                samples.append(dataset.processor.make_sample(unknown, black, speech, True))
+        return samples
+
+    return learn(leaky, samples_of)
+
+
+def test_a_blind_model_that_knows_black_frames_is_not_told_to_see(blind, leaky, evaluate):
+    arms = ("--arms", "mismatched_frames,black_frames")
+    result = evaluate(*arms, "--max_new_tokens", 16, checkpoint=blind, data=leaky.eval)
+    assert result.status == 0
+    right = {arm: part["metrics"]["choice"]["correct"] for arm, part in result.summary["arms"].items()}
+    assert right == {"audio": 16, "mismatched_frames": 16, "black_frames": 0}
+    assert "Does it see? There is no sign of it: with the frames of another answer" in " ".join(result.out.split())
 
 
 def test_a_deaf_model_that_counts_the_tokens_is_not_told_to_hear(deaf, world, evaluate):
@@ -116,6 +178,20 @@ def test_a_deaf_model_that_counts_the_tokens_is_not_told_to_hear(deaf, world, ev
         own, other = (TOKENS[kinds.index(kind)] for kind in (row["question_type"], row["audio_of"].split("/")[2]))
         assert row["audio_padded_tokens"] == own - other and row["audio_padded_samples"] == 320 * (own - other)
         assert abs(own - other) == 7  # the neighbour
+
+
+def test_a_recording_under_another_types_name_is_not_borrowed_and_is_warned_of(evaluate, data):
+    own, other = data.audio / "fx-001_qa_000101_nbi_status.wav", data.audio / "fx-001_qa_000102_scope_motion_type.wav"
+    other.with_suffix(".mp3").unlink()
+    shutil.copy(own, other)
+    result = evaluate("--arms", "mismatched_audio", data=data.eval_flags)
+    assert result.status == 0, result.err
+    bytes_of = {row["id"] + row["video_id"]: Path(row["audio_file"]).read_bytes() for row in result.rows}
+    for row in read_jsonl(result.path.with_suffix(".mismatched_audio.jsonl")):
+        assert Path(row["audio_file"]).read_bytes() != bytes_of[row["id"] + row["video_id"]]
+    warned = "one recording for several questions: 2 of 5 rows"
+    assert any(line.startswith(warned) and "fx-001/qa_000101/nbi_status" in line for line in result.summary["headline"])
+    assert not any("one recording" in line for line in evaluate(name="plain").summary["headline"])
 
 
 @pytest.mark.parametrize("arm", ["mismatched_audio", "silent_audio"])

@@ -704,7 +704,7 @@ def test_arm_sentences():
     hear, see = ev.arm_sentences(arms_of(5, audio=5, mismatched_audio=2))
     assert hear.startswith("Does it hear? It may, but these rows are too few to tell: ")
     assert "p = 0.250; n 5" in hear
-    assert "Not tested" in see and "black_frames, shuffled_frames, first_frame" in see
+    assert see == "Does it see? Not tested: add mismatched_frames and black_frames to --arms."
 
 
 @pytest.mark.parametrize(
@@ -720,6 +720,33 @@ def test_arm_sentences():
 )
 def test_hearing_takes_a_loss_by_other_speech_and_by_silence(right, verdict):
     assert ev.arm_sentences(arms_of(20, audio=20, **right))[0].startswith(f"Does it hear? {verdict}")
+
+
+@pytest.mark.parametrize(
+    ("right", "verdict"),
+    [
+        ({"mismatched_frames": 20, "black_frames": 0}, "There is no sign of it: "),  # it says "I cannot tell" to black
+        ({"black_frames": 0}, "It may, and mismatched_frames would tell: add it to --arms: with black frames"),
+        ({"mismatched_frames": 0}, "It may, and black_frames would tell: add it to --arms: with the frames of another"),
+        ({"mismatched_frames": 18, "black_frames": 0}, "It may, but these rows are too few to tell: "),
+        ({"mismatched_frames": 0, "black_frames": 10}, "Yes: with the frames of another answer, choice goes from 100"),
+        ({"shuffled_frames": 0, "first_frame": 0}, "Not tested: "),
+    ],
+)
+def test_seeing_takes_a_loss_by_frames_of_another_answer_and_by_black_ones(right, verdict):
+    assert ev.arm_sentences(arms_of(20, audio=20, **right))[1].startswith(f"Does it see? {verdict}")
+
+
+def test_rows_that_borrow_no_frames_are_left_out_of_the_comparison_and_counted():
+    rows = balanced_rows(20)
+    texts = [row["answer"] for row in rows]
+    rows_of = {"audio": scored(rows, texts), "mismatched_frames": scored(rows[:15], ["x"] * 15)}
+    arms = ev.summarise_arms("audio", rows_of, FILES)
+    part = arms["mismatched_frames"]
+    assert sorted(part["left_out"]) == sorted(ev.key_text(ev.row_key(row)) for row in rows[15:])
+    assert (part["versus"]["choice"]["n"], part["versus"]["choice"]["only_a"]) == (15, 15)
+    assert arms["audio"]["left_out"] == []
+    assert "In mismatched_frames 5 of 20 rows are left out" in " ".join(ev.render_arms(arms).split())
 
 
 def test_what_was_done_to_borrowed_speech_is_told():
@@ -759,31 +786,58 @@ def test_arms_table():
 def test_mismatched_audio_borrows_from_another_type_whatever_the_order():
     rows = [make_row(n, kind) for n, kind in enumerate(["scope_motion", "scope_motion", "lesion_site", "nbi_status"])]
     samples = {ev.row_key(row): 16_000 for row in rows}
-    pairs = ev.pair_mismatched_audio(rows, samples, seed=0)
+    contents = {key: key for key in samples}
+    pairs = ev.pair_mismatched_audio(rows, samples, contents, seed=0)
     assert set(pairs) == {ev.row_key(row) for row in rows}
     assert all(key[2] != other[2] for key, other in pairs.items())
-    assert ev.pair_mismatched_audio(rows[::-1], samples, seed=0) == pairs
-    assert any(ev.pair_mismatched_audio(rows, samples, seed=seed) != pairs for seed in range(1, 9))
+    assert ev.pair_mismatched_audio(rows[::-1], samples, contents, seed=0) == pairs
+    assert any(ev.pair_mismatched_audio(rows, samples, contents, seed=seed) != pairs for seed in range(1, 9))
     same = ("Is it moving?", "is it moving", "Where?")  # and not the same words
     kinds = ("scope_motion", "flush_action", "lesion_site")
     rows = [make_row(n, kind, question=words) for n, (kind, words) in enumerate(zip(kinds, same, strict=True))]
     samples = {ev.row_key(row): 1000 * n + 1 for n, row in enumerate(rows)}
-    assert ev.pair_mismatched_audio(rows, samples)[ev.row_key(rows[0])] == ev.row_key(rows[2])
+    contents = {key: key for key in samples}
+    assert ev.pair_mismatched_audio(rows, samples, contents)[ev.row_key(rows[0])] == ev.row_key(rows[2])
     rows = [make_row(1), make_row(2)]
     with pytest.raises(ev.InputError, match="v1/q1/scope_motion"):  # which has nowhere to borrow from
-        ev.pair_mismatched_audio(rows, dict.fromkeys(map(ev.row_key, rows), 1))
+        ev.pair_mismatched_audio(rows, dict.fromkeys(map(ev.row_key, rows), 1), contents)
 
 
 def test_borrowed_speech_differs_least_in_length():
     kinds = ["scope_motion", "scope_motion", "lesion_site", "nbi_status", "flush_action"]
     rows = [make_row(n, kind) for n, kind in enumerate(kinds)]
     keys = [ev.row_key(row) for row in rows]
+    contents = {key: key for key in keys}
     samples = dict(zip(keys, (1000, 1001, 900, 1101, None), strict=True))  # None: speech that cannot be read
     for seed in range(9):
-        pairs = ev.pair_mismatched_audio(rows, samples, seed)
+        pairs = ev.pair_mismatched_audio(rows, samples, contents, seed)
         assert list(map(pairs.get, keys)) == [keys[2], keys[3], keys[0], keys[1], None]
     samples[keys[2]] = 899  # as far as the other
-    assert {ev.pair_mismatched_audio(rows, samples, seed)[keys[0]] for seed in range(20)} == {keys[2], keys[3]}
+    drawn = {ev.pair_mismatched_audio(rows, samples, contents, seed)[keys[0]] for seed in range(20)}
+    assert drawn == {keys[2], keys[3]}
+    contents[keys[2]] = contents[keys[0]]  # its own recording under another name
+    assert {ev.pair_mismatched_audio(rows, samples, contents, seed)[keys[0]] for seed in range(9)} == {keys[3]}
+    contents |= {keys[3]: keys[0], keys[4]: keys[0]}
+    with pytest.raises(ev.InputError, match=r"--arms mismatched_audio: v1/q0/scope_motion .* another recording"):
+        ev.pair_mismatched_audio(rows, samples, contents)
+
+
+def test_borrowed_frames_are_of_another_answer_of_the_nearest_size_whatever_the_order():
+    golds = ["yes", "no", "no", "no", "no", "yes"]
+    rows = [make_row(n, "scope_motion", gold) for n, gold in enumerate(golds)]
+    rows += [make_row(6, "lighting_mode", "NBI"), make_row(7, "lighting_mode", "NBI"), make_row(8, "flush_action")]
+    keys = [ev.row_key(row) for row in rows]
+    clips = {key: (key, 8, (64, 48)) for key in keys[:-1]}  # the last has frames that cannot be read
+    clips[keys[1]] = clips[keys[0]]  # the same clip, of another answer: it shows nothing else
+    clips[keys[2]] = (keys[2], 6, (64, 48))
+    clips[keys[3]] = (keys[3], 8, (64, 40))
+    clips[keys[4]] = (keys[4], 8, (48, 48))
+    pairs = ev.pair_mismatched_frames(rows, clips)
+    assert (pairs[keys[0]], pairs[keys[1]]) == (keys[3], keys[5])
+    assert pairs.keys() == {keys[n] for n in (0, 1, 3, 4, 5)}  # one answer a type, or no clip of its length: none
+    assert ev.pair_mismatched_frames(rows[::-1], clips) == pairs
+    clips[keys[4]] = (keys[4], 8, (72, 48))  # as far as the other
+    assert {ev.pair_mismatched_frames(rows, clips, seed)[keys[0]] for seed in range(20)} == {keys[3], keys[4]}
 
 
 @pytest.mark.parametrize(
