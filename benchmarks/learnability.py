@@ -760,7 +760,7 @@ def train_naively(argv: Sequence[str]) -> None:
     vqa.run(lambda: vqa.main(argv))
 
 
-ARM_GROUPS = ("mismatched_audio,silent_audio", "black_frames,shuffled_frames", "first_frame,text")
+ARM_GROUPS = ("mismatched_audio,silent_audio", "mismatched_frames,black_frames,shuffled_frames", "first_frame,text")
 
 
 def evaluations(args: argparse.Namespace) -> dict[str, list[str]]:
