@@ -24,6 +24,7 @@ import traceback
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -209,7 +210,11 @@ def read_progress(folder: Path):
     def check(drawn: tuple[str, bytes]) -> None:
         for name, content in files.items():
             (folder / name).write_text(json.dumps(content))
-        refusing(lambda path: vqa.RunGuard(None).resume(path.parent), folder / drawn[0], drawn[1])
+        refusing(
+            lambda path: vqa.RunGuard(SimpleNamespace(args=SimpleNamespace())).resume(path.parent),
+            folder / drawn[0],
+            drawn[1],
+        )
 
     return st.one_of(*(st.tuples(st.just(name), contents(content)) for name, content in files.items())), check
 

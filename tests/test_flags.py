@@ -46,7 +46,7 @@ def offline(tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "offline")
     yield
     if WANDB:
-        importlib.import_module("wandb").teardown()
+        importlib.import_module("wandb").finish()
 
 
 @pytest.fixture(scope="module")
