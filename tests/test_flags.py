@@ -3,7 +3,10 @@
 import importlib
 import importlib.util
 import json
+import os
 import shlex
+import subprocess
+import sys
 from dataclasses import fields
 from types import SimpleNamespace
 
@@ -14,7 +17,7 @@ from transformers.optimization import SchedulerType
 from transformers.utils import logging as transformers_logging
 
 import train_vqa as vqa
-from tests.conftest import EVAL_DATA, FIXTURES, read_jsonl, refusal, same_tensors, weights_of, write_jsonl
+from tests.conftest import EVAL_DATA, FIXTURES, ROOT, read_jsonl, refusal, same_tensors, weights_of, write_jsonl
 
 WANDB = importlib.util.find_spec("wandb") is not None
 REPORTER = "wandb" if WANDB else "none"  # the one value that a machine without that package cannot have
@@ -39,14 +42,14 @@ LAUNCH_LINES = {
 EVALUATED = {"src/train_vqa.py": [10, 20], "train_with_eval_FINAL.sh": [10, 20], "train_multivideo_overnight.sh": [8]}
 
 
-@pytest.fixture()
-def offline(tmp_path, monkeypatch):
-    """W&B writes into a folder of the test, whose run ends with it."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("WANDB_MODE", "offline")
-    yield
-    if WANDB:
-        importlib.import_module("wandb").finish()
+@pytest.fixture(scope="module")
+def offline(tmp_path_factory):
+    """The folder that W&B writes into: it takes its settings once a process."""
+    folder = tmp_path_factory.mktemp("offline")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setenv("WANDB_MODE", "offline")
+        yield folder
 
 
 @pytest.fixture(scope="module")
@@ -58,26 +61,40 @@ def with_weights(tiny, base, tokenizer, tmp_path_factory):
     return folder
 
 
+@pytest.fixture()
+def no_data(monkeypatch):
+    """Fails the test where data would be read."""
+    monkeypatch.setattr(vqa, "prepare_data", lambda *args: pytest.fail("data were read"))
+
+
+@pytest.mark.skipif(not WANDB, reason="the package wandb is not installed")
+def test_wandb_without_a_login_is_refused_before_data_are_read(argv, tmp_path):
+    """In a process of its own: W&B remembers how it was asked. The data do not exist."""
+    kept = {name: value for name, value in os.environ.items() if name not in ("WANDB_API_KEY", "WANDB_MODE")}
+    line = [*argv(tmp_path, "--report_to", "wandb"), "--train_data_path", str(tmp_path / "none.jsonl")]
+    command = [sys.executable, str(ROOT / "train_vqa.py"), *map(str, line)]
+    done = subprocess.run(command, env={**kept, "HOME": str(tmp_path)}, capture_output=True, text=True)
+    assert done.returncode == 1 and "--report_to wandb: " in done.stderr and "wandb login" in done.stderr
+    assert "Traceback" not in done.stderr and "none.jsonl" not in done.stderr
+
+
 @pytest.mark.parametrize("name", LAUNCH_LINES)
 def test_the_public_launch_lines_train(name, with_weights, tmp_path, offline):
     row = read_jsonl(FIXTURES / "smoke.jsonl")[0]
     rows = write_jsonl(tmp_path / "rows.jsonl", [row | {"frames": row["frames"][:1]}])
     paths = {"frames": FIXTURES / "frames", "audio": FIXTURES / "audio", "rows": rows, "out": tmp_path / "out"}
     line = shlex.split(LAUNCH_LINES[name].format(**paths))
+    earlier = len(list(offline.glob("wandb/offline-run-*")))
     assert vqa.main([*line, "--model_name_or_path", str(with_weights)]) == 0
     history = json.loads((tmp_path / "out" / "trainer_state.json").read_text())["log_history"]
     assert [entry["step"] for entry in history if "eval_loss" in entry] == EVALUATED[name]
     assert vqa.find_damage(tmp_path / "out") is None
-    assert not WANDB or list(tmp_path.glob("wandb/offline-run-*"))
+    if WANDB:
+        importlib.import_module("wandb").finish()
+        assert len(list(offline.glob("wandb/offline-run-*"))) == earlier + 1
 
 
 # ------------------------------------------------------------------------------------------- names, and what is refused
-
-
-@pytest.fixture()
-def no_data(monkeypatch):
-    """Fails the test where data would be read."""
-    monkeypatch.setattr(vqa, "prepare_data", lambda *args: pytest.fail("data were read"))
 
 
 def test_flags_of_the_public_project_and_of_transformers_4_are_answered_with_ours(train, tmp_path, no_data):
@@ -159,15 +176,6 @@ def test_a_misspelt_flag_is_told_its_nearest_neighbour(flag, near, train, tmp_pa
     with pytest.raises(SystemExit) as stop:
         train(tmp_path, flag, "1")
     assert stop.value.code == 2 and near in capsys.readouterr().err.splitlines()[-1].split("; ")[1]
-
-
-@pytest.mark.skipif(not WANDB, reason="the package wandb is not installed")
-def test_wandb_without_a_login_is_refused_before_data_are_read(train, tmp_path, monkeypatch, no_data):
-    for name in ("WANDB_API_KEY", "WANDB_MODE"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("HOME", str(tmp_path))
-    message = refusal(train, tmp_path, "--report_to", "wandb")
-    assert message.startswith("--report_to wandb: ") and "wandb login" in message and "\n" not in message
 
 
 # ---------------------------------------------------------------------------------------------- each flag that is taken
