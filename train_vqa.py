@@ -566,7 +566,8 @@ class DataArguments:
     speech_token_jitter: int = flag(
         0,
         "With --audio_tokens speech: in training each row gets 0 to N outputs for the silence behind its speech, drawn "
-        "anew each epoch, else the number of tokens may name the question. None in evaluation. 50: up to 1 s. 0: none.",
+        "anew each epoch, else the number of tokens may name the question. None in evaluation. 0: none. Speech of one "
+        "voice: 50, up to 1 s.",
     )
     frame_mode: str = flag(
         "images",
@@ -4537,11 +4538,12 @@ def estimate_memory(
     # A weight in 4 bits has a scale for each 64, in 8 bits, and for 256 of those a float32.
     four_bits = round(sum(sizes) * (1 / 2 + 1 / 64 + 4 / (64 * 256))) - sum(p.nbytes for p in packed)
     resting = [*model.model.visual.parameters(), *model.audio_encoder.parameters()] if cached_features else []
+    copied = size if size < 4 else 0  # autocast keeps a copy of float32 weights in the dtype of the computation
     working = tokens * 6 * text.intermediate_size * size  # of the backward pass of one MLP
     dequantised = size * max(sizes, default=0)  # one weight at a time, for its product
     return {
         "weights": sum(p.nbytes for p in model.parameters()) - sum(p.nbytes for p in resting) + four_bits,
-        "gradients and optimizer": round((4 + states + size % 4) * trainable),  # and autocast's copy, in 16 bits
+        "gradients and optimizer": round((4 + states + copied) * trainable),
         "activations": tokens * kept + working + dequantised,
     }
 

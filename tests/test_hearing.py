@@ -150,12 +150,16 @@ def blind(leaky, learn):
     return learn(leaky, samples_of)
 
 
+def right_answers(result):
+    """By arm, how many rows are right by `choice`."""
+    return {arm: part["metrics"]["choice"]["correct"] for arm, part in result.summary["arms"].items()}
+
+
 def test_a_blind_model_that_knows_black_frames_is_not_told_to_see(blind, leaky, evaluate):
     arms = ("--arms", "mismatched_frames,black_frames")
     result = evaluate(*arms, "--max_new_tokens", 16, checkpoint=blind, data=leaky.eval)
     assert result.status == 0
-    right = {arm: part["metrics"]["choice"]["correct"] for arm, part in result.summary["arms"].items()}
-    assert right == {"audio": 16, "mismatched_frames": 16, "black_frames": 0}
+    assert right_answers(result) == {"audio": 16, "mismatched_frames": 16, "black_frames": 0}
     assert "Does it see? There is no sign of it: with the frames of another answer" in " ".join(result.out.split())
 
 
@@ -163,8 +167,7 @@ def test_a_deaf_model_that_counts_the_tokens_is_not_told_to_hear(deaf, world, ev
     arms = ("--arms", "mismatched_audio,silent_audio")
     result = evaluate(*arms, "--max_new_tokens", 16, checkpoint=deaf, data=world.eval)
     assert result.status == 0
-    right = {arm: part["metrics"]["choice"]["correct"] for arm, part in result.summary["arms"].items()}
-    assert right == {"audio": 16, "mismatched_audio": 16, "silent_audio": 16}
+    assert right_answers(result) == {"audio": 16, "mismatched_audio": 16, "silent_audio": 16}
     report = " ".join(result.out.split())
     assert "Does it hear? There is no sign of it: " in report
     assert any("speech hardly reaches the answers" in line for line in result.summary["warnings"])
