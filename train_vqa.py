@@ -66,7 +66,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import torchaudio.transforms
-from huggingface_hub import save_torch_state_dict, snapshot_download
+from huggingface_hub import snapshot_download, split_torch_state_dict_into_shards
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
@@ -77,6 +77,9 @@ from PIL import __version__ as PIL_VERSION
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
 from tqdm.auto import tqdm
 from transformers import (
     AttentionInterface,
@@ -296,7 +299,7 @@ MANIFEST_FILE = "manifest.json"  # sizes and hashes of all other files of a chec
 PROGRESS_FILE = "vqa_progress.json"  # what the loss log has so far
 EVALUATION_DUE = "evaluation_due"  # marker file: a signal interrupted the evaluation after this save
 # What a run resumes from, beside the adapter or the full model.
-RESUME_FILES = (SETTINGS_FILE, PROGRESS_FILE, "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json")
+RESUME_FILES = (SETTINGS_FILE, PROGRESS_FILE, "scheduler.pt", "trainer_state.json")
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 MAX_PROBLEMS_SHOWN = 20
 # FFmpeg has one log for the process, which PyAV's `Capture` sorts by the thread that decodes. Errors only: good files
@@ -874,7 +877,7 @@ def refuse_surroundings(flags: SimpleNamespace, args: VQATrainingArguments) -> N
         return
     if by_bitsandbytes and args.device.type == "cpu":
         raise VQAError(f"--optim {args.optim.value}: bitsandbytes' optimizers need a GPU; leave the flag out")
-    if (count := max(args.n_gpu, args.world_size)) > 1:
+    if (count := args.n_gpu) > 1:  # HACK
         raise VQAError(
             f"{count} GPUs are to be used, and this script trains on one: start it by itself (not by torchrun or "
             "accelerate), with CUDA_VISIBLE_DEVICES=0"
@@ -3295,6 +3298,58 @@ def train_fully(
     return model
 
 
+def shard(model: SpeechMixin, args: VQATrainingArguments) -> None:
+    """Spread what `train_fully` trains over all ranks (FSDP2): weights, gradients and the optimizer's states. A part is
+    gathered while it computes, in the dtype of the computation; gradients are summed in float32. Frozen encoders stay
+    whole on every rank."""
+    policy = MixedPrecisionPolicy(cast_forward_inputs=False)
+    if args.compute_dtype != torch.float32:
+        policy = MixedPrecisionPolicy(args.compute_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    options = {
+        "mesh": init_device_mesh(args.device.type, (args.world_size,)),
+        "mp_policy": policy,
+        "ignored_params": {weight for weight in model.parameters() if not weight.requires_grad},
+    }
+    parts = [*model.model.language_model.layers]
+    parts += [*model.model.visual.blocks] * model.trains_vision + [*model.audio_encoder.layers] * model.trains_audio
+    ends = [model.get_input_embeddings(), model.get_output_embeddings()]
+    if ends[0].weight is not ends[1].weight:
+        parts += ends
+    for part in [*parts, model]:
+        fully_shard(part, **options)
+    weights = dict(model.named_parameters())
+
+    def split(_, state_dict, *args):
+        for name in state_dict:
+            state_dict[name] = part_of(state_dict[name], weights[name])
+
+    model.register_load_state_dict_pre_hook(split)
+
+
+class Sharded(nn.Module):
+    """A model after `shard`, as the Trainer's `model_wrapped`: of a model that is wrapped already it makes no DDP."""
+
+    def __init__(self, model: SpeechMixin):
+        super().__init__()
+        self.module = model
+
+    def forward(self, **inputs) -> CausalLMOutputWithPast:
+        """That of the model."""
+        return self.module(**inputs)
+
+
+def part_of(whole: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """The part of `whole` that this rank holds of a sharded `weight`, of the same shape; all of it for another."""
+    if not isinstance(weight, DTensor):
+        return whole
+    return distribute_tensor(whole, weight.device_mesh, weight.placements, src_data_rank=None)
+
+
+def gathered(tensor: torch.Tensor) -> torch.Tensor:
+    """All of `tensor`, of which each rank may hold a part; all ranks must call this."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
 def count_trainable(model: nn.Module) -> int:
     """Parameters that are trained."""
     return sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -3556,13 +3611,25 @@ def load_trained(
     return Trained(model, model.processor, settings, identity, merged)
 
 
-def write_weights(model: SpeechMixin, folder: Path) -> None:
-    """Write safetensors shards and their index; of weights on a GPU, one shard at a time lies in RAM. Not by
-    `save_pretrained`, which after `key_mapping` gives the tensors transformers 4's names back."""
+def write_weights(model: SpeechMixin, folder: Path, writing: bool = True) -> None:
+    """Write safetensors shards and their index; one shard at a time lies in RAM. All ranks of a sharded model call
+    this, one of them `writing`. Not by `save_pretrained`, which after `key_mapping` gives the tensors transformers 4's
+    names back."""
     weights = dict(model.named_parameters())  # a tied head is listed once
-    save_torch_state_dict(weights, folder, max_shard_size=SHARD_BYTES, metadata={"format": "pt"})
-    for file in folder.glob("model*.safetensors"):
-        file.chmod(folder.stat().st_mode & 0o666)  # safetensors makes files that only their owner may read
+    shapes = {name: torch.empty(weight.shape, dtype=weight.dtype, device="meta") for name, weight in weights.items()}
+    files = split_torch_state_dict_into_shards(shapes, max_shard_size=SHARD_BYTES)
+    for name, keys in files.filename_to_tensors.items():
+        tensors = {}
+        for key in keys:
+            whole = gathered(weights[key].detach())
+            if writing:
+                tensors[key] = whole.cpu().contiguous()
+        if writing:
+            save_file(tensors, folder / name, metadata={"format": "pt"})
+            (folder / name).chmod(folder.stat().st_mode & 0o666)  # safetensors makes files that only their owner may read
+    if writing and files.is_sharded:
+        index = {"metadata": files.metadata, "weight_map": files.tensor_to_filename}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
 def write_config_and_tokenizer(
@@ -4035,6 +4102,9 @@ class VQATrainer(Trainer):
         if self.args.early_stopping_patience:
             self.add_callback(self.early_stopping)
         self.answers_at_once = ANSWERS_AT_ONCE
+        if isinstance(self.model, FSDPModule):
+            self.accelerator.prepare_model(self.model, device_placement=False, evaluation_mode=True)  # autocast
+            self.model_wrapped = Sharded(self.model)
         self.guard = RunGuard(self)
         self.add_callback(self.guard)
 
@@ -4129,6 +4199,11 @@ class VQATrainer(Trainer):
         holds the hub's token."""
         self.saving = True
         folder = Path(output_dir or self.args.output_dir)
+        if not self.args.should_save:
+            if isinstance(self.model, FSDPModule):
+                write_weights(self.model, folder, False)
+            torch.distributed.is_initialized() and torch.distributed.barrier()
+            return
         folder.mkdir(parents=True, exist_ok=True)
         for name in (MANIFEST_FILE, EVALUATION_DUE):  # of an earlier save of this step
             (folder / name).unlink(missing_ok=True)
@@ -4141,12 +4216,42 @@ class VQATrainer(Trainer):
             write_config_and_tokenizer(self.model, self.tokenizer, base, folder)
         (folder / SETTINGS_FILE).write_text(json.dumps(self.settings, indent=2) + "\n", encoding="utf-8")
         write_digests(folder, self.digests)
+        torch.distributed.is_initialized() and torch.distributed.barrier()
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        """The Trainer's; of a sharded model each rank writes its own part of the optimizer's state."""
+        if not isinstance(self.model, FSDPModule):
+            return super()._save_optimizer_and_scheduler(output_dir)
+        state = self.optimizer.state_dict()
+        for index, values in state["state"].items():  # not changed themselves: they are the optimizer's own
+            own = {name: v.to_local() for name, v in values.items() if isinstance(v, DTensor)}
+            state["state"][index] = values | own
+        torch.save(state, Path(output_dir) / f"optimizer_{self.args.process_index}.pt")
+        if self.args.should_save:
+            torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / "scheduler.pt")
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """The Trainer's; of a sharded model"""
+        files = sorted(Path(checkpoint or "").glob("optimizer_*.pt"), key=lambda path: int(path.stem[10:]))
+        if not checkpoint or not files:
+            return super()._load_optimizer_and_scheduler(checkpoint)
+        parts = [torch.load(file, map_location="cpu", mmap=True, weights_only=True) for file in files]
+        state = parts[0]
+        weights = [weight for group in self.optimizer.param_groups for weight in group["params"]]
+        for index, values in state["state"].items():
+            for name in [name for name, value in values.items() if value.ndim]:
+                whole = torch.cat([part["state"][index][name] for part in parts])
+                values[name] = part_of(whole, weights[index])
+        self.optimizer.load_state_dict(state)
+        self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint) / "scheduler.pt", weights_only=True))
 
     def save_final(self) -> None:
         """Save the model that training ends with: aside, then moved in, its config and manifest last."""
         root = Path(self.args.output_dir)
         part = Path(self.args.output_dir) / "tmp-final"
         last = ("adapter_config.json", "config.json", MANIFEST_FILE)  # without these it is not taken for a model
+        if not self.args.should_save:
+            return self.save_model(str(part))
         shutil.rmtree(part, ignore_errors=True)
         try:
             with self.naming_failed_saves():
@@ -4386,7 +4491,7 @@ class RunGuard(TrainerCallback):
         """Loss and gradients must be finite; they are read from the GPU once a step, and waited for."""
         batches = self.trainer.batches
         values = [loss.detach().float() for *_, loss in batches]
-        values.append(nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None]))
+        values.append(gathered(nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])))
         values = torch.stack([value.to(values[0]) for value in values]).tolist()
         if all(map(math.isfinite, values)):
             self.stepping = True
@@ -4432,9 +4537,13 @@ class RunGuard(TrainerCallback):
         folder = root / f"checkpoint-{state.global_step}"
         progress = {"step": state.global_step, "tr_loss": trainer._tr_loss.item(), "evaluate": self.evaluation_due}
         progress["last_logged"] = trainer._globalstep_last_logged
-        (folder / PROGRESS_FILE).write_text(json.dumps(progress) + "\n", encoding="utf-8")
-        write_manifest(folder)
-        sync(root)
+        if args.process_index == 0:  # HACK
+            (folder / PROGRESS_FILE).write_text(json.dumps(progress) + "\n", encoding="utf-8")
+        torch.distributed.is_initialized() and torch.distributed.barrier()
+        if args.process_index == 0:
+            write_manifest(folder)
+            sync(root)
+        torch.distributed.is_initialized() and torch.distributed.barrier()
         self.saved, self.saved_step, trainer.saving = folder, state.global_step, False
         if trainer.total_limit and trainer.total_limit > 0:
             earlier = [path for step, path in checkpoints_of(root).items() if step <= state.global_step]
@@ -4942,6 +5051,8 @@ def train(
     every_n = plan(model, datasets, together(model_args, data_args, training_args))
     if data_args.dry_run:
         return 0
+    if training_args.world_size > 1 and model_args.train_decoder == "full":
+        shard(model, training_args)
     set_recomputation(model, every_n)
     if model_args.compile_layers:
         compile_decoder(model)
@@ -4991,7 +5102,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             prepare_data(data_args)
             return 0
         if not data_args.dry_run:
-            stack.enter_context(lock_folder(training_args.output_dir))
+            if training_args.process_index == 0:  # HACK
+                stack.enter_context(lock_folder(training_args.output_dir))
         return train(model_args, data_args, training_args, stop_signal)
 
 
