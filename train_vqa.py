@@ -3314,7 +3314,9 @@ def shard(model: SpeechMixin, args: VQATrainingArguments) -> None:
     parts += [*model.model.visual.blocks] * model.trains_vision + [*model.audio_encoder.layers] * model.trains_audio
     ends = [model.get_input_embeddings(), model.get_output_embeddings()]
     if ends[0].weight is not ends[1].weight:
-        parts += ends
+        parts.append(ends[1])
+        # In float32, and what layers add to it: as on one GPU, where autocast leaves the embeddings alone.
+        fully_shard(ends[0], **options | {"mp_policy": MixedPrecisionPolicy()})
     for part in [*parts, model]:
         fully_shard(part, **options)
     weights = dict(model.named_parameters())
@@ -3343,6 +3345,22 @@ def part_of(whole: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     if not isinstance(weight, DTensor):
         return whole
     return distribute_tensor(whole, weight.device_mesh, weight.placements, src_data_rank=None)
+
+
+@contextlib.contextmanager
+def gathered_weights(model: nn.Module) -> Iterator[None]:
+    """Let each rank hold all weights of a sharded model, in the dtype of the computation, so that it computes without
+    the others; of another model nothing changes."""
+    parts = [part for part in model.modules() if isinstance(part, FSDPModule)]  # the model itself is the first
+    for part in parts:
+        part.set_reshard_after_forward(False, recurse=False)
+        part.unshard()
+    try:
+        yield
+    finally:
+        for part in parts:
+            part.set_reshard_after_forward(part is not parts[0], recurse=False)
+            part.reshard()
 
 
 def gathered(tensor: torch.Tensor) -> torch.Tensor:
@@ -3988,6 +4006,25 @@ def refuse_damage(folder: str | Path) -> None:
         raise VQAError(f"{folder}: {damage}; take a complete checkpoint-N")
 
 
+def check_room(model: nn.Module, args: VQATrainingArguments, state: TrainerState, kept: int) -> None:
+    """Print what the checkpoints of a run from `state` on, and its final model, take on the disk; VQAError where they do
+    not fit. `kept` checkpoints stay until the next one is complete, those that are there included."""
+    weights = sum(weight.nbytes for weight in model.parameters())
+    states = round(optimizer_bytes(args.optim.value) * count_trainable(model)) * (not args.save_only_model)
+    steps = state.max_steps - state.global_step
+    saves = {"no": 0, "steps": math.ceil(steps / state.save_steps)}.get(args.save_strategy.value, math.inf)
+    count = max(0, min(saves, kept + 1 - len(checkpoints_of(args.output_dir))))
+    needed, free = count * (weights + states) + weights, shutil.disk_usage(args.output_dir).free
+    what = f"a checkpoint takes {(weights + states) / 1e9:.1f} GB, the final model {weights / 1e9:.1f} GB"
+    print(f"   On disk {what}; {free / 1e9:.1f} GB are free")
+    if needed > free:
+        raise VQAError(
+            f"--output_dir {args.output_dir}: {what}, and a new checkpoint is complete before an old one is removed: "
+            f"that takes {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free; make room, or save less often "
+            "(--save_strategy no: the final model alone)"
+        )
+
+
 def checkpoints_of(folder: str | Path) -> dict[int, Path]:
     """The `checkpoint-N` folders of a run by N, newest first, complete or not."""
     found = {int(p.name[11:]): p for p in Path(folder).glob("checkpoint-*") if re.fullmatch(r"\d+", p.name[11:])}
@@ -4045,7 +4082,7 @@ def refuse_other_settings(checkpoint: Path, settings: dict) -> None:
     stored["input"] = {"prompt_layout": "plain"} | stored["input"]
     fixed = {part: settings[part].keys() - {"max_eval_frames"} for part in ("model", "input", "trained", "lora")}
     fixed["training"] = {"learning_rate", "lr_scheduler_type", "optim", "weight_decay", "seed"}
-    fixed["training"] |= {"per_device_train_batch_size", "gradient_accumulation_steps"}
+    fixed["training"] |= {"per_device_train_batch_size"}  # HACK
     fixed["data"] = {"train_data_path", "max_train_samples", "audio_pattern", "frame_pattern"}
     if stored.get("training", {}).get("metric_for_best_model"):  # the best value so far is one of this metric
         fixed["training"] |= {"metric_for_best_model", "greater_is_better"}
@@ -4103,8 +4140,8 @@ class VQATrainer(Trainer):
             self.add_callback(self.early_stopping)
         self.answers_at_once = ANSWERS_AT_ONCE
         if isinstance(self.model, FSDPModule):
-            self.accelerator.prepare_model(self.model, device_placement=False, evaluation_mode=True)  # autocast
             self.model_wrapped = Sharded(self.model)
+            self.total_limit = self.total_limit or 1
         self.guard = RunGuard(self)
         self.add_callback(self.guard)
 
@@ -4231,10 +4268,12 @@ class VQATrainer(Trainer):
             torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / "scheduler.pt")
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        """The Trainer's; of a sharded model"""
+        """The Trainer's; the state of a sharded model comes from the parts of all ranks, as many as there were, and this
+        one takes its own."""
         files = sorted(Path(checkpoint or "").glob("optimizer_*.pt"), key=lambda path: int(path.stem[10:]))
-        if not checkpoint or not files:
+        if not checkpoint or not (files or isinstance(self.model, FSDPModule)):
             return super()._load_optimizer_and_scheduler(checkpoint)
+        files = files or [Path(checkpoint) / "optimizer.pt"]
         parts = [torch.load(file, map_location="cpu", mmap=True, weights_only=True) for file in files]
         state = parts[0]
         weights = [weight for group in self.optimizer.param_groups for weight in group["params"]]
@@ -4350,7 +4389,7 @@ class VQATrainer(Trainer):
             return answer_batch(model, heeding_signals(samples), *decoding)
 
         samples = ahead(dataset.__getitem__, indices, 2 * size)
-        with contextlib.closing(samples), plain_layers(model), self.accelerator.autocast():
+        with gathered_weights(model), contextlib.closing(samples), plain_layers(model), self.accelerator.autocast():
             answers, fitting = answer_with_halving(samples, size, True, answer)
         self.guard.heed_signal()  # of the last batch
         if fitting < size:
@@ -4469,6 +4508,11 @@ class RunGuard(TrainerCallback):
     def on_train_begin(self, args, state, control, **kwargs):
         """Take up the loss log, and the evaluation that was cut short, where the checkpoint left them."""
         trainer, stopping = self.trainer, self.trainer.early_stopping
+        if isinstance(trainer.model, FSDPModule) and args.should_save:
+            best = args.load_best_model_at_end
+            check_room(trainer.model, args, state, trainer.total_limit + best)
+        if isinstance(trainer.model, FSDPModule):  # autocast, which the Trainer's own call would bring with DDP
+            trainer.accelerator.prepare_model(trainer.model, device_placement=False, evaluation_mode=True)
         if args.early_stopping_patience:
             stored = state.stateful_callbacks.setdefault(type(stopping).__name__, stopping.state())
             stopping.early_stopping_patience_counter = stored["attributes"]["early_stopping_patience_counter"]
