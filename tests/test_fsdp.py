@@ -47,7 +47,7 @@ def save_wide_model(tiny: Path, folder: Path) -> None:
     vqa.shard(vqa.train_fully(model, torch.float32), args)
     vqa.SHARD_BYTES = SMALL_SHARD
     folder.mkdir(exist_ok=True)
-    write = lambda: vqa.write_weights(model, folder, args.should_save)  # noqa: E731
+    write = lambda: vqa.write_weights(model, folder if args.should_save else None)  # noqa: E731
     write()  # the first call of each library takes memory of its own
     grown = peak_of(write)
     if args.should_save:
