@@ -3670,6 +3670,7 @@ def write_weights(model: SpeechMixin, folder: Path | None) -> None:
             tensors[key] = whole_of(weights[key].detach())
             tensors[key] = tensors[key].cpu().contiguous() if folder else None
         if folder:
+            (folder / name).unlink(missing_ok=True)  # of an earlier save, which others may share
             save_file(tensors, folder / name, metadata={"format": "pt"})
             (folder / name).chmod(folder.stat().st_mode & 0o666)  # else only their owner may read them
     if folder and files.is_sharded:
@@ -4089,6 +4090,15 @@ def sync(path: Path) -> None:
         os.close(handle)
 
 
+def share_files(files: Iterable[Path], folder: Path) -> None:
+    """Have `files` in `folder` too, without a copy where the disk can do that."""
+    for file in files:
+        try:
+            os.link(file, folder / file.name)
+        except OSError:
+            shutil.copyfile(file, folder / file.name)
+
+
 def sha256_of(path: Path) -> str:
     """The sha256 of a file, as hex."""
     with path.open("rb") as file:
@@ -4112,10 +4122,13 @@ def write_digests(folder: Path, digests: Iterable[bytes] | None) -> None:
 
 def write_manifest(folder: Path) -> None:
     """Write the sizes and hashes of the files of `folder` beside them, once all of them have reached the disk."""
-    files = {}
-    for path in sorted(folder.iterdir()):
+    paths = sorted(folder.iterdir())
+    for path in paths:
         sync(path)
-        files[path.name] = {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
+    files = {
+        path.name: {"bytes": path.stat().st_size, "sha256": digest}
+        for path, digest in zip(paths, ahead(sha256_of, paths, MAX_WORKERS), strict=True)
+    }
     (folder / MANIFEST_FILE).write_text(json.dumps({"files": files}, indent=2) + "\n", encoding="utf-8")
     sync(folder / MANIFEST_FILE)
     sync(folder)
@@ -4137,15 +4150,15 @@ def find_damage(folder: str | Path, needed: Sequence[str] = ()) -> str | None:
         weights = {path.name for path in folder.iterdir() if path.suffix in (".bin", ".pt", ".safetensors")}
         if weights - stated.keys():
             return f"{min(weights - stated.keys())} is not of this checkpoint; remove it"
-    for name, (size, digest) in stated.items():
+    for name, (size, _) in stated.items():
         path = folder / name
         if Path(name).name != name or not path.is_file():
             return f"{name} is missing"
         if path.stat().st_size != size:
             return f"{name} has {path.stat().st_size} bytes, not {size}"
-        if sha256_of(path) != digest:
-            return f"{name} has changed since it was saved"
-    return None
+    found = ahead(sha256_of, [folder / name for name in stated], MAX_WORKERS)
+    changed = [name for name, digest in zip(stated, found, strict=True) if digest != stated[name][1]]
+    return f"{changed[0]} has changed since it was saved" if changed else None
 
 
 def refuse_damage(folder: str | Path) -> None:
@@ -4155,15 +4168,16 @@ def refuse_damage(folder: str | Path) -> None:
 
 
 def check_room(model: nn.Module, args: VQATrainingArguments, state: TrainerState, kept: int) -> None:
-    """Print what the checkpoints of a run from `state` on, and its final model, take on disk; VQAError where they do not
+    """Print what a checkpoint of a run takes on disk; VQAError where all that it will write from `state` on does not
     fit. `kept` checkpoints stay until the next one is complete, those that are there included."""
     weights = sum(weight.nbytes for weight in model.parameters())
     states = round(optimizer_bytes(args.optim.value) * count_trainable(model)) * (not args.save_only_model)
     steps = state.max_steps - state.global_step
     saves = {"no": 0, "steps": math.ceil(steps / state.save_steps)}.get(args.save_strategy.value, math.inf)
     count = max(0, min(saves, kept + 1 - len(checkpoints_of(args.output_dir))))
-    needed, free = count * (weights + states) + weights, shutil.disk_usage(args.output_dir).free
-    what = f"a checkpoint takes {(weights + states) / 1e9:.1f} GB, the final model {weights / 1e9:.1f} GB"
+    last = weights * (args.save_strategy in ("no", "best"))  # else it shares the weights of a checkpoint
+    needed, free = count * (weights + states) + last, shutil.disk_usage(args.output_dir).free
+    what = f"a checkpoint takes {(weights + states) / 1e9:.1f} GB, a model alone {weights / 1e9:.1f} GB"
     print(f"   On disk {what}; {free / 1e9:.1f} GB are free")
     if needed > free:
         raise VQAError(
@@ -4384,13 +4398,15 @@ class VQATrainer(Trainer):
             self.stop_signal.follow(error)
             raise VQAError(self.explain_save(error)) from error
 
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Write weights, tokenizer and settings: all that evaluation needs. Not the Trainer's own: PEFT's `auto` would
-        save 152,000 rows of embeddings with an adapter once a row was added, and `training_args.bin` is a pickle that
-        holds the hub's token."""
+    def save_model(
+        self, output_dir: str | None = None, _internal_call: bool = False, source: Path | None = None
+    ) -> None:
+        """Write weights, tokenizer and settings: all that evaluation needs. Of a full model whose weights are in the
+        folder `source`, these are shared. Not the Trainer's own: PEFT's `auto` would save 152,000 rows of embeddings
+        with an adapter once a row was added, and `training_args.bin` is a pickle that holds the hub's token."""
         self.saving = True
         if not self.args.should_save:
-            return write_weights(self.model, None) if self.sharded else None
+            return write_weights(self.model, None) if self.sharded and not source else None
         folder = Path(output_dir or self.args.output_dir)
         folder.mkdir(parents=True, exist_ok=True)
         for name in (MANIFEST_FILE, EVALUATION_DUE):  # of an earlier save of this step
@@ -4399,7 +4415,10 @@ class VQATrainer(Trainer):
             self.model.save_pretrained(folder, save_embedding_layers=False)
             self.tokenizer.save_pretrained(folder)
         else:
-            write_weights(self.model, folder)
+            if source:
+                share_files(source.glob("model*.safetensors*"), folder)
+            else:
+                write_weights(self.model, folder)
             base = resolve_model_dir(self.settings["model"]["model_name_or_path"])
             write_config_and_tokenizer(self.model, self.tokenizer, base, folder)
         (folder / SETTINGS_FILE).write_text(json.dumps(self.settings, indent=2) + "\n", encoding="utf-8")
@@ -4440,12 +4459,15 @@ class VQATrainer(Trainer):
         root = Path(self.args.output_dir)
         part = Path(self.args.output_dir) / "tmp-final"
         last = ("adapter_config.json", "config.json", MANIFEST_FILE)  # without these it is not taken for a model
+        best = self.state.best_model_checkpoint if self.args.load_best_model_at_end else None
+        source = Path(best) if best else self.guard.saved if self.guard.saved_step == self.state.global_step else None
+        source = source if source and source.parent == root else None  # others may be on another disk, or change
         if not self.args.should_save:
-            return self.save_model()
+            return self.save_model(source=source)
         shutil.rmtree(part, ignore_errors=True)
         try:
             with self.naming_failed_saves():
-                self.save_model(str(part))
+                self.save_model(str(part), source=source)
                 self.state.save_to_json(str(part / "trainer_state.json"))
                 write_manifest(part)
                 stale = [path.name for path in root.glob("model*.safetensors*")]
