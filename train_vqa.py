@@ -3351,7 +3351,7 @@ def shard(model: SpeechMixin, args: VQATrainingArguments) -> None:
 
     def split(_, state_dict, *args):
         for name in state_dict:
-            state_dict[name] = part_of(state_dict[name], weights[name])
+            state_dict[name] = part_of(state_dict[name], weights.get(name))
 
     model.register_load_state_dict_pre_hook(split)
 
@@ -3368,7 +3368,7 @@ class Sharded(nn.Module):
         return self.module(**inputs)
 
 
-def part_of(whole: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+def part_of(whole: torch.Tensor, weight: torch.Tensor | None) -> torch.Tensor:
     """The part of `whole` that this rank holds of a sharded `weight`, of the same shape; all of it for another."""
     if not isinstance(weight, DTensor):
         return whole
