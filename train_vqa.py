@@ -3983,6 +3983,26 @@ def resolved_settings(
     }
 
 
+def refuse_other_batch(checkpoint: Path, stored: dict, training: dict) -> None:
+    """VQAError where a step of a run on another number of ranks would not have as many rows as before; with the flags
+    that make it so."""
+    names = ("per_device_train_batch_size", "gradient_accumulation_steps", "ranks")
+    before, now = ([1 if of.get(name) is None else of[name] for name in names] for of in (stored, training))
+    rows, ranks = math.prod(before), now[2]
+    if rows == math.prod(now):
+        return
+    advice = f"take a number of GPUs by which {rows} can be divided"
+    if rows % ranks == 0:
+        each = rows // ranks
+        size = next(size for size in range(min(before[0], each), 0, -1) if each % size == 0)
+        advice = f"set --{names[0]} {size} --{names[1]} {each // size}"
+    said = " x ".join(map(str, before))
+    raise VQAError(
+        f"{checkpoint}: was trained with {rows} rows a step ({said}: batch, accumulation, GPUs), and this run would have "
+        f"{math.prod(now)} on {ranks} GPU{'s' * (ranks > 1)}; {advice}"
+    )
+
+
 class Interrupted(BaseException):
     """The run was asked to stop by the signal `signum`; its text says what is saved."""
 
@@ -4244,7 +4264,10 @@ def refuse_other_settings(checkpoint: Path, settings: dict) -> None:
     stored["input"] = {"prompt_layout": "plain"} | stored["input"]
     fixed = {part: settings[part].keys() - {"max_eval_frames"} for part in ("model", "input", "trained", "lora")}
     fixed["training"] = {"learning_rate", "lr_scheduler_type", "optim", "weight_decay", "seed"}
-    fixed["training"] |= {"per_device_train_batch_size", "gradient_accumulation_steps"}
+    if stored.get("training", {}).get("ranks", 1) == settings["training"]["ranks"]:
+        fixed["training"] |= {"per_device_train_batch_size", "gradient_accumulation_steps"}
+    else:
+        refuse_other_batch(checkpoint, stored.get("training", {}), settings["training"])
     fixed["data"] = {"train_data_path", "max_train_samples", "audio_pattern", "frame_pattern"}
     if stored.get("training", {}).get("metric_for_best_model"):  # the best value so far is one of this metric
         fixed["training"] |= {"metric_for_best_model", "greater_is_better"}
@@ -4497,9 +4520,11 @@ class VQATrainer(Trainer):
         return loss
 
     def prediction_step(self, model: nn.Module, inputs: dict, *args, **kwargs):
-        """The Trainer's; keeps the row indices and the token count of the batch."""
+        """The mean loss of the batch; keeps its row indices and token count. Not the Trainer's, which divides by the
+        labels of all ranks: several would log another mean than one."""
         self.batches = [(inputs.pop("row_indices", []), inputs["input_ids"].shape[1], None)]
-        return super().prediction_step(model, inputs, *args, **kwargs)
+        with torch.no_grad():
+            return model(**inputs).loss, None, None
 
     def evaluate(self, *args, **kwargs) -> dict[str, float]:
         """The Trainer's; leaves the random states of training as they are, because it may be interrupted. Free memory
