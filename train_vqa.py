@@ -496,7 +496,8 @@ class ModelArguments:
     train_decoder: str = flag(
         "lora",
         "lora: adapters on the decoder's linear layers. full: full fine-tuning of the decoder, its embeddings "
-        "and its head, in float32 (16 bytes a parameter with Adam); what is saved is then a full model.",
+        "and its head, in float32 (16 bytes a parameter with Adam, which several GPUs share); what is saved is then a "
+        "full model.",
         list(DECODER_TRAINING),
     )
     train_vision_tower: bool = flag(False, "Train Qwen2-VL's vision encoder in full, in float32. False: frozen.")
@@ -3328,8 +3329,9 @@ def train_fully(
 
 def shard(model: SpeechMixin, args: VQATrainingArguments) -> None:
     """Spread what `train_fully` trains over all ranks (FSDP2): weights, gradients and the optimizer's states. A part is
-    gathered while it computes, in the dtype of the computation; gradients are summed in float32. Frozen encoders stay
-    whole on every rank."""
+    gathered while it computes, in the dtype of the computation; gradients are summed in float32, after each batch.
+    Frozen encoders stay whole on every rank. By torch itself and before the Trainer has the model: accelerate knows no
+    FSDP on a CPU, and holds the whole model beside its parts until all are made."""
     policy = MixedPrecisionPolicy(cast_forward_inputs=False)
     if args.compute_dtype != torch.float32:
         policy = MixedPrecisionPolicy(args.compute_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
@@ -4293,9 +4295,11 @@ class VQATrainer(Trainer):
     """Trainer whose checkpoints hold the adapter (or without one the full model), the tokenizer and the settings.
 
     `RunGuard`, its callback, completes them. A run that ended early and resumed from its last checkpoint has the same
-    weights, bit for bit on the CPU, as one that did not. Of the Trainer's private parts three are used, each where no
+    weights, bit for bit on the CPU, as one that did not. Of the Trainer's private parts five are used, each where no
     public one serves: `_save_checkpoint`, after a step that a signal or full memory cut off, for which no hook is left;
-    `_tr_loss` and `_globalstep_last_logged`, so that the logged loss continues where the checkpoint left it.
+    `_tr_loss` and `_globalstep_last_logged`, so that the logged loss continues where the checkpoint left it;
+    `_save_optimizer_and_scheduler` and `_load_optimizer_and_scheduler`, which know no model after `shard`: accelerate's
+    way to one, which does not work on a CPU, writes a second copy of the weights, and a pickle beside the states.
 
     `settings` are from `resolved_settings`, `stop_signal` says when to stop. The tokenizer is saved with every
     checkpoint; as `processing_class` it would overwrite the model's stop tokens.
