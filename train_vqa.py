@@ -48,6 +48,7 @@ import sysconfig
 import tempfile
 import threading
 import time
+import traceback
 import typing
 import warnings
 import zlib
@@ -942,6 +943,86 @@ def check_package(what: str, module: str, requirement: str, otherwise: str) -> N
     except Exception as error:  # a Triton, or native part, that does not fit raises what it likes
         reason = first_line(error).rstrip(". ")
         raise VQAError(f"{what}: {reason}; run `pip install '{requirement}'`, or {otherwise}") from error
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Several ranks: the processes that torchrun or accelerate starts
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def rank() -> int:
+    """The number of this process among those that a launcher started, from 0."""
+    return int(os.environ.get("RANK", 0))
+
+
+def world_size() -> int:
+    """How many processes a launcher started, on all hosts; 1 without one."""
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
+@cache
+def ranks_store() -> torch.distributed.Store:
+    """The launcher's key-value store, through which ranks wait for each other without a limit of time."""
+    store, _, _ = next(torch.distributed.rendezvous("env://"))
+    return torch.distributed.PrefixStore("vqa", store)
+
+
+MEETINGS = itertools.count()
+
+
+def meet(stop: "StopSignal | None" = None) -> bool:
+    """Wait until every rank has called this as often as this one; False where a signal to `stop` ended the wait. The
+    launcher ends who waits for a rank that failed. VQAError where the store is gone."""
+    if world_size() == 1:
+        return True
+    number = next(MEETINGS)
+    names = [f"{number}/{other}" for other in range(world_size())]
+    try:
+        ranks_store().set(names[rank()], "here")
+        while not ranks_store().check(names):
+            if stop and stop.signum:
+                return False
+            time.sleep(0.05)
+    except torch.distributed.DistError as error:
+        raise VQAError(f"the store of the ranks is gone ({first_line(error)}); run the same command again") from error
+    return True
+
+
+def first_to_fail() -> bool:
+    """Whether no other rank has failed before: the first says why, the others, which the launcher ends, nothing."""
+    if world_size() == 1:
+        return True
+    try:
+        return ranks_store().add("failed", 1) == 1
+    except torch.distributed.DistError:
+        return True
+
+
+def silence() -> typing.TextIO:
+    """Let nothing more appear of what this process prints, nor of what C++ does in it, but tracebacks of errors that
+    end it, and what goes to the stream that is returned."""
+    errors = os.fdopen(os.dup(2), "w", buffering=1)
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    for stream in (1, 2):
+        os.dup2(nowhere, stream)
+    sys.excepthook = lambda *error: traceback.print_exception(*error, file=errors)
+    return errors
+
+
+def own_device() -> torch.device:
+    """The GPU of this process, by its LOCAL_RANK, now the current one; else the CPU. VQAError where the launcher
+    started more processes here than there are GPUs."""
+    device = torch.accelerator.current_accelerator(check_available=True)
+    if device is None:
+        return torch.device("cpu")
+    if "LOCAL_RANK" in os.environ:
+        here, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.accelerator.device_count()
+        if here > gpus:
+            raise VQAError(f"{here} processes were started here, where {gpus} GPUs are: use --nproc_per_node {gpus}")
+        # With its index, because the threads that load weights have GPU 0 as the current one.
+        device = torch.device(device.type, int(os.environ["LOCAL_RANK"]))
+        torch.accelerator.set_device_index(device.index)
+    return device
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -3533,6 +3614,7 @@ def load_trained(
     base = model_settings.model_name_or_path
     tokenizer = load_tokenizer(path if own_tokenizer else base)
     options = {name: getattr(model_settings, name) for name in BASE_FIELDS}
+    drawn_on = device if drawn_on == device.type else drawn_on
     options |= {"seed": model_settings.init_seed, "dtype": base_dtype, "device": drawn_on}
     model = load_model(base, tokenizer, allow_pickle=allow_pickle, **options)
     identity = fingerprint(model)
@@ -3654,7 +3736,8 @@ class FeatureStore:
         return file and read_features(file)
 
     def fill(self, sources: Sequence, allow_errors: bool = False) -> None:
-        """Encode what the clips and speech of `sources` lack here, and print how many that were. `sources` are
+        """Encode what the clips and speech of `sources` lack here, and print how many that were; several ranks share it
+        out. `sources` are
         SurgicalVQADatasets, or have their `rows` and `cacheable_media`; None in these is not kept. VQAError for media
         that cannot be read, which `allow_errors` skips (`read` then gives None for them), and for a full disk."""
         start = time.monotonic()
@@ -3688,10 +3771,12 @@ class FeatureStore:
         file_of = dict(zip(media, ahead(partial(attempt, name), media, depth), strict=True))
         unique = {file: medium for medium, file in file_of.items() if file}  # media of one content are one file
         lacking = [medium for file, medium in unique.items() if not file.exists()]
-        bar = tqdm(total=len(lacking), desc="Caching features", unit="file", disable=not lacking)
+        meet()  # every rank has seen the same files lacking
+        own = lacking[rank() :: world_size()]
+        bar = tqdm(total=len(own), desc="Caching features", unit="file", disable=not own)
         try:
-            with bar, contextlib.closing(ahead(partial(attempt, decode), lacking, depth)) as decoded:
-                for medium, inputs in zip(lacking, decoded, strict=True):
+            with bar, contextlib.closing(ahead(partial(attempt, decode), own, depth)) as decoded:
+                for medium, inputs in zip(own, decoded, strict=True):
                     bar.update()
                     if inputs is not None:
                         self.encode(medium, inputs, file_of[medium])
@@ -3701,6 +3786,7 @@ class FeatureStore:
                 f"--cache_features {self.folder}: could not be written ({first_line(error)}), {free:,} bytes are free; "
                 "make room and start again: what is written is kept"
             ) from error
+        meet()
         self.files |= {medium: file for medium, file in file_of.items() if file and file.exists()}
         speech, new = (sum(isinstance(medium, Path) for medium in part) for part in (unique.values(), lacking))
         print(
