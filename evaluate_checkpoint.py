@@ -2709,19 +2709,22 @@ def follow(argv: Sequence[str] | None) -> int:
     """What another rank than 0 does: its share of the answers, in silence; it prints only what fails in that."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback while torch is imported
     load_libraries()
-    errors = vqa.silence()
-    try:
-        args = parse_checked(argv)
-    except SystemExit as end:
-        if end.code:
-            time.sleep(60)  # until the launcher ends it: rank 0 ends likewise, and says why
-        raise
-    try:
-        return 0 if args.compare or args.score_only else generate(args)
-    except (InputError, OSError) as error:
-        if vqa.first_to_fail():
-            print(message_of(error, args), file=errors)
-        return 2
+    with vqa.silent():
+        try:
+            args = parse_checked(argv)
+        except SystemExit as end:
+            if end.code:
+                time.sleep(60)  # until the launcher ends it: rank 0 ends likewise, and says why
+            raise
+        if args.compare or args.score_only:
+            return 0
+        try:
+            return generate(args)
+        except (InputError, OSError) as error:
+            message = message_of(error, args)
+    if vqa.first_to_fail():
+        print(message, file=sys.stderr)
+    return 2
 
 
 def message_of(error: Exception, args: argparse.Namespace) -> str:

@@ -48,7 +48,6 @@ import sysconfig
 import tempfile
 import threading
 import time
-import traceback
 import typing
 import warnings
 import zlib
@@ -998,15 +997,19 @@ def first_to_fail() -> bool:
         return True
 
 
-def silence() -> typing.TextIO:
-    """Let nothing more appear of what this process prints, nor of what C++ does in it, but tracebacks of errors that
-    end it, and what goes to the stream that is returned."""
-    errors = os.fdopen(os.dup(2), "w", buffering=1)
+@contextlib.contextmanager
+def silent() -> Iterator[None]:
+    """Let nothing appear of what this process prints while the `with` lasts, nor of what C++ prints in it."""
+    kept = os.dup(1), os.dup(2)
     nowhere = os.open(os.devnull, os.O_WRONLY)
     for stream in (1, 2):
         os.dup2(nowhere, stream)
-    sys.excepthook = lambda *error: traceback.print_exception(*error, file=errors)
-    return errors
+    try:
+        yield
+    finally:
+        sys.stdout.flush(), sys.stderr.flush()
+        for stream, copied in zip((1, 2), kept, strict=True):
+            os.dup2(copied, stream)
 
 
 def own_device() -> torch.device:
