@@ -2195,7 +2195,7 @@ def generate(args: argparse.Namespace) -> int:
         with stop:
             return answer_and_score(args, stop)
     except vqa.Interrupted as stopped:
-        if not vqa.rank() and vqa.first_to_fail():
+        if not vqa.rank() and vqa.is_first_to_fail():
             print(f"\n{stopped}", file=sys.stderr)
         return 128 + stopped.signum
     except vqa.VQAError as error:
@@ -2722,7 +2722,7 @@ def follow(argv: Sequence[str] | None) -> int:
             return generate(args)
         except (InputError, OSError) as error:
             message = message_of(error, args)
-    if vqa.first_to_fail():
+    if vqa.is_first_to_fail():
         print(message, file=sys.stderr)
     return 2
 
@@ -2749,7 +2749,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("\nStopped by SIGINT: run the same command again", file=sys.stderr)
         return 128 + signal.SIGINT
     except (InputError, OSError) as error:
-        if "vqa" not in globals() or vqa.first_to_fail():
+        if "vqa" not in globals() or vqa.is_first_to_fail():
             print(message_of(error, args), file=sys.stderr)
         return 2
 

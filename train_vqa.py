@@ -48,6 +48,7 @@ import sysconfig
 import tempfile
 import threading
 import time
+import traceback
 import typing
 import warnings
 import zlib
@@ -55,6 +56,7 @@ from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import MISSING, asdict, dataclass, field, fields, make_dataclass
+from datetime import timedelta
 from functools import cache, lru_cache, partial, partialmethod
 from pathlib import Path
 from types import SimpleNamespace
@@ -64,6 +66,7 @@ import av
 import av.logging
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 import torchaudio.transforms
 from huggingface_hub import save_torch_state_dict, snapshot_download
@@ -296,8 +299,10 @@ MANIFEST_FILE = "manifest.json"  # sizes and hashes of all other files of a chec
 PROGRESS_FILE = "vqa_progress.json"  # what the loss log has so far
 EVALUATION_DUE = "evaluation_due"  # marker file: a signal interrupted the evaluation after this save
 # What a run resumes from, beside the adapter or the full model.
-RESUME_FILES = (SETTINGS_FILE, PROGRESS_FILE, "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json")
+RESUME_FILES = (SETTINGS_FILE, PROGRESS_FILE, "optimizer.pt", "scheduler.pt", "trainer_state.json")
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+FOLLOW_SECONDS = 1800  # that a rank waits for one that failed before it, and may be saving
+BROKEN_SECONDS = 10  # that it waits, where what the ranks share broke, to learn whether another one was killed
 MAX_PROBLEMS_SHOWN = 20
 # FFmpeg has one log for the process, which PyAV's `Capture` sorts by the thread that decodes. Errors only: good files
 # have warnings too. Repeated lines stay: of two threads with equal damage one would hear nothing.
@@ -306,6 +311,8 @@ av.logging.set_skip_repeated(False)
 
 # PEFT reads a deprecated attribute of the model.
 warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
+# accelerate passes DDP an argument that torch 2.13 names anew.
+warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated", category=FutureWarning)
 
 
 class VQAError(ValueError):
@@ -339,9 +346,10 @@ def flag(default, explanation: str, choices: Sequence[str] | None = None):
 
 # Flags of transformers' TrainingArguments that training does not take, and why.
 NOT_OFFERED = {
-    "average_tokens_across_devices ddp_backend ddp_broadcast_buffers ddp_bucket_cap_mb ddp_find_unused_parameters "
-    "ddp_static_graph ddp_timeout deepspeed fsdp fsdp_config local_rank log_level_replica log_on_each_node "
-    "parallelism_config save_on_each_node": "training is one process on one GPU",
+    "average_tokens_across_devices": "it stays on, since each answer token weighs the same, on whichever GPU it is",
+    "deepspeed fsdp fsdp_config parallelism_config": "several GPUs are used by torchrun alone",
+    "ddp_backend ddp_broadcast_buffers ddp_bucket_cap_mb ddp_find_unused_parameters ddp_static_graph ddp_timeout "
+    "local_rank log_level_replica log_on_each_node save_on_each_node": "torchrun and this script decide it",
     "batch_eval_metrics do_predict eval_do_concat_batches eval_use_gather_object include_for_metrics "
     "prediction_loss_only": "an evaluation in training keeps no logits; evaluate_checkpoint.py asks for answers",
     "activation_checkpointing activation_checkpointing_kwargs gradient_checkpointing gradient_checkpointing_kwargs": (
@@ -377,6 +385,8 @@ SET_HERE = {
     "prediction_loss_only": True,  # the logits of an evaluation, [B, T, 152064] a step, do not fit beside the model
     "label_names": ["labels"],
     "use_liger_kernel": False,
+    "ddp_broadcast_buffers": False,  # no buffer changes
+    "log_level_replica": "error",  # rank 0 speaks for all
 }
 # Flags of the public SurgViVQA-Audio, of transformers 4 and of merge_stage2_to_bf16.py, and what does the same here.
 REFUSED_FLAGS = {
@@ -412,6 +422,7 @@ READ_WITH = (
     ("greater_is_better", "--metric_for_best_model", lambda flags: flags.metric_for_best_model),
     ("early_stopping_patience", "--load_best_model_at_end True", lambda flags: flags.load_best_model_at_end),
     ("early_stopping_threshold", "--early_stopping_patience", lambda flags: flags.early_stopping_patience),
+    ("num_gpus", "--dry_run", lambda flags: flags.dry_run),
     (
         "speech_token_jitter",
         "--audio_tokens speech, and an --input_mode with speech",
@@ -428,7 +439,7 @@ NUMBER_RULES = (
     ("max_train_frames max_train_samples max_eval_samples", lambda n: n >= 1, "at least 1; leave it out for all"),
     (
         "max_image_size lora_r lora_alpha per_device_train_batch_size per_device_eval_batch_size save_total_limit "
-        "gradient_accumulation_steps eval_accumulation_steps dataloader_prefetch_factor",
+        "gradient_accumulation_steps eval_accumulation_steps dataloader_prefetch_factor num_gpus",
         lambda n: n >= 1,
         "at least 1",
     ),
@@ -594,6 +605,7 @@ class DataArguments:
     )
     check_data: bool = flag(False, "Decode the data, report what is wrong, and exit; needs no --output_dir or model.")
     dry_run: bool = flag(False, "Read the data, count parameters, tokens, steps and memory without weights, and exit.")
+    num_gpus: int = flag(1, "With --dry_run: how many GPUs to plan for. Training takes those that torchrun names.")
     target_train_loss: float | None = flag(
         None, "Stop once the logged loss is below this; exit status 1 if it never is. None: train to the end."
     )
@@ -692,7 +704,8 @@ def parse_arguments(argv: Sequence[str]) -> tuple[ModelArguments, DataArguments,
         print("No accelerator found: training on the CPU (use_cpu).")
         argv = [*argv, "--use_cpu", "True"]
     elif "--dataloader_num_workers" not in given:
-        argv = [*argv, "--dataloader_num_workers", str(min(MAX_WORKERS, os.cpu_count()))]
+        cores = os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        argv = [*argv, "--dataloader_num_workers", str(min(MAX_WORKERS, max(1, cores)))]
     try:
         model_args, data_args, training_args = parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
     except (ValueError, ImportError) as error:  # TrainingArguments' own cross-checks, and packages that a flag needs
@@ -709,6 +722,8 @@ def parse_arguments(argv: Sequence[str]) -> tuple[ModelArguments, DataArguments,
     refuse_unmeasured(flags)
     refuse_surroundings(flags, training_args)
     data_args.max_eval_frames = data_args.max_eval_frames or None
+    data_args.num_gpus = max(data_args.num_gpus, training_args.world_size)
+    training_args.ddp_find_unused_parameters = data_args.input_mode == "text"  # which leaves the projector idle
     if not counts_speech(flags):
         data_args.speech_token_jitter = 0
     return model_args, data_args, training_args
@@ -847,8 +862,11 @@ def refuse_unmeasured(flags: SimpleNamespace) -> None:
 
 
 def refuse_surroundings(flags: SimpleNamespace, args: VQATrainingArguments) -> None:
-    """VQAError where this machine lacks what the flags ask for, or training would not be one process on one GPU.
+    """VQAError where this machine lacks what the flags ask for, or one process would get several GPUs.
     --dry_run needs the packages too, but no GPU: it may plan for another machine's."""
+    for name in ("check_data", "dry_run"):
+        if getattr(flags, name) and args.world_size > 1:
+            raise VQAError(f"--{name} takes one process: start it by `python`; --dry_run plans for --num_gpus N")
     if flags.check_data:
         return
     if flags.checkpoint_every_n == "auto" and memory_limit(flags) is None:
@@ -874,10 +892,10 @@ def refuse_surroundings(flags: SimpleNamespace, args: VQATrainingArguments) -> N
         return
     if by_bitsandbytes and args.device.type == "cpu":
         raise VQAError(f"--optim {args.optim.value}: bitsandbytes' optimizers need a GPU; leave the flag out")
-    if (count := max(args.n_gpu, args.world_size)) > 1:
+    if args.n_gpu > 1:
         raise VQAError(
-            f"{count} GPUs are to be used, and this script trains on one: start it by itself (not by torchrun or "
-            "accelerate), with CUDA_VISIBLE_DEVICES=0"
+            f"{args.n_gpu} GPUs are visible: to train on all of them, start `torchrun --nproc_per_node {args.n_gpu} "
+            "train_vqa.py` with the same flags; to train on one, put CUDA_VISIBLE_DEVICES=0 before the command"
         )
 
 
@@ -887,7 +905,7 @@ def limit_gpu_memory(gib: float | None) -> None:
         return
     if not torch.cuda.is_available():
         raise VQAError("--gpu_memory_limit_gib needs a CUDA GPU; leave it out here")
-    total = torch.cuda.get_device_properties(0).total_memory / GIB
+    total = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory / GIB
     if not 0 < gib <= total:
         raise VQAError(f"--gpu_memory_limit_gib {gib}: this card has {total:.1f} GiB")
     torch.cuda.set_per_process_memory_fraction(gib / total)
@@ -897,7 +915,7 @@ def memory_limit(args: ModelArguments) -> float | None:
     """GiB of GPU memory that a run may fill: of --gpu_memory_limit_gib, else of the card. None: neither is there."""
     if args.gpu_memory_limit_gib is not None or not torch.cuda.is_available():
         return args.gpu_memory_limit_gib
-    return torch.cuda.get_device_properties(0).total_memory / GIB - CUDA_CONTEXT_GIB
+    return torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory / GIB - CUDA_CONTEXT_GIB
 
 
 def check_compiler(device_type: str) -> None:
@@ -942,90 +960,6 @@ def check_package(what: str, module: str, requirement: str, otherwise: str) -> N
     except Exception as error:  # a Triton, or native part, that does not fit raises what it likes
         reason = first_line(error).rstrip(". ")
         raise VQAError(f"{what}: {reason}; run `pip install '{requirement}'`, or {otherwise}") from error
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Several ranks: the processes that torchrun or accelerate starts
-# ----------------------------------------------------------------------------------------------------------------------
-
-
-def rank() -> int:
-    """The number of this process among those that a launcher started, from 0."""
-    return int(os.environ.get("RANK", 0))
-
-
-def world_size() -> int:
-    """How many processes a launcher started, on all hosts; 1 without one."""
-    return int(os.environ.get("WORLD_SIZE", 1))
-
-
-@cache
-def ranks_store() -> torch.distributed.Store:
-    """The launcher's key-value store, through which ranks wait for each other without a limit of time."""
-    store, _, _ = next(torch.distributed.rendezvous("env://"))
-    return torch.distributed.PrefixStore("vqa", store)
-
-
-MEETINGS = itertools.count()
-
-
-def meet(stop: "StopSignal | None" = None) -> bool:
-    """Wait until every rank has called this as often as this one; False where a signal to `stop` ended the wait. The
-    launcher ends who waits for a rank that failed. VQAError where the store is gone."""
-    if world_size() == 1:
-        return True
-    number = next(MEETINGS)
-    names = [f"{number}/{other}" for other in range(world_size())]
-    try:
-        ranks_store().set(names[rank()], "here")
-        while not ranks_store().check(names):
-            if stop and stop.signum:
-                return False
-            time.sleep(0.05)
-    except torch.distributed.DistError as error:
-        raise VQAError(f"the store of the ranks is gone ({first_line(error)}); run the same command again") from error
-    return True
-
-
-def first_to_fail() -> bool:
-    """Whether no other rank has failed before: the first says why, the others, which the launcher ends, nothing."""
-    if world_size() == 1:
-        return True
-    try:
-        return ranks_store().add("failed", 1) == 1
-    except torch.distributed.DistError:
-        return True
-
-
-@contextlib.contextmanager
-def silent() -> Iterator[None]:
-    """Let nothing appear of what this process prints while the `with` lasts, nor of what C++ prints in it."""
-    kept = os.dup(1), os.dup(2)
-    nowhere = os.open(os.devnull, os.O_WRONLY)
-    for stream in (1, 2):
-        os.dup2(nowhere, stream)
-    try:
-        yield
-    finally:
-        sys.stdout.flush(), sys.stderr.flush()
-        for stream, copied in zip((1, 2), kept, strict=True):
-            os.dup2(copied, stream)
-
-
-def own_device() -> torch.device:
-    """The GPU of this process, by its LOCAL_RANK, now the current one; else the CPU. VQAError where the launcher
-    started more processes here than there are GPUs."""
-    device = torch.accelerator.current_accelerator(check_available=True)
-    if device is None:
-        return torch.device("cpu")
-    if "LOCAL_RANK" in os.environ:
-        here, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.accelerator.device_count()
-        if here > gpus:
-            raise VQAError(f"{here} processes were started here, where {gpus} GPUs are: use --nproc_per_node {gpus}")
-        # With its index, because the threads that load weights have GPU 0 as the current one.
-        device = torch.device(device.type, int(os.environ["LOCAL_RANK"]))
-        torch.accelerator.set_device_index(device.index)
-    return device
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -2142,7 +2076,8 @@ class SurgicalVQADataset(torch.utils.data.Dataset):
     `frames_dir` and, outside text mode, `audio_dir`. A clip has at most `max_eval_frames` frames with `is_eval`, else
     `max_train_frames`; None: all. `with_answer` False is for generation; `with_index` adds `row_indices`, so that the
     Trainer can name a sample. Up to `speech_token_jitter` tokens of silence follow the speech, drawn by `seed`, the
-    epoch and the row. `epoch` is in shared memory, so that loader workers which outlive an epoch see it change.
+    epoch and the row. `epoch` is in shared memory, so that loader workers which outlive an epoch see it change. The
+    index ~i is row i with nothing to learn, of which `Filled` has use.
     """
 
     def __init__(
@@ -2180,6 +2115,9 @@ class SurgicalVQADataset(torch.utils.data.Dataset):
         return len(self.rows)
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        if index < 0:
+            sample = self[~index]
+            return sample | {"labels": torch.full_like(sample["labels"], IGNORE_INDEX), "row_indices": []}
         row, (clip, speech_path) = self.rows[index], self.media_of(index)
         silence = self.silence_behind(index)
         if self.feature_store:
@@ -3667,6 +3605,152 @@ def write_config_and_tokenizer(
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# Several ranks: the processes that torchrun starts, one for each GPU
+# ----------------------------------------------------------------------------------------------------------------------
+
+ALONE = SimpleNamespace(world_size=1, process_index=0)  # in place of TrainingArguments, for a process by itself
+
+
+def rank() -> int:
+    """The number of this process among those that torchrun started, from 0."""
+    return int(os.environ.get("RANK", 0))
+
+
+def world_size() -> int:
+    """How many processes torchrun started, on all hosts; 1 without it."""
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def is_other_rank() -> bool:
+    """Whether torchrun started this process as another than rank 0, which speaks for all."""
+    return "LOCAL_RANK" in os.environ and rank() > 0
+
+
+def silence_other_ranks() -> None:
+    """Let ranks but the first print nothing; `run` lets their errors through."""
+    if is_other_rank():
+        sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115
+        transformers_logging.set_verbosity_error()
+
+
+@cache
+def cpu_group() -> dist.ProcessGroup:
+    """The ranks' group for flags and objects, for which no GPU has to stop. It waits for days: rank 0 may decode data
+    or write a model. Where a rank ends, torchrun ends the others."""
+    return dist.new_group(backend="gloo", timeout=timedelta(days=30))
+
+
+def gather(args: TrainingArguments, value) -> list:
+    """`value` of each rank, in order, on all of them; all wait for the last one."""
+    values = [value] * args.world_size
+    if args.world_size > 1:
+        dist.all_gather_object(values, value, group=cpu_group())
+    return values
+
+
+def by_first(args: TrainingArguments, function: typing.Callable, *rest):
+    """What `function(*rest)` returns on rank 0, on all ranks, which wait for it."""
+    result = [function(*rest) if args.process_index == 0 else None]
+    if args.world_size > 1:
+        dist.broadcast_object_list(result, src=0, group=cpu_group())
+    return result[0]
+
+
+@cache
+def ranks_store() -> dist.Store:
+    """torchrun's key-value store, which outlives every rank."""
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    store = dist.TCPStore(address, port, is_master=False, timeout=timedelta(seconds=10))
+    return dist.PrefixStore(f"vqa/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+
+
+MEETINGS = itertools.count()
+
+
+def meet(stop: "StopSignal | None" = None) -> bool:
+    """Wait, without a group and without a limit of time, until every rank has called this as often as this one; False
+    where a signal to `stop` ended the wait. Where a rank ends, torchrun ends the others. VQAError where the store is
+    gone."""
+    if world_size() == 1:
+        return True
+    number = next(MEETINGS)
+    names = [f"{number}/{other}" for other in range(world_size())]
+    try:
+        ranks_store().set(names[rank()], "here")
+        while not ranks_store().check(names):
+            if stop and stop.signum:
+                return False
+            time.sleep(0.05)
+    except dist.DistError as error:
+        raise VQAError(f"torchrun's store is gone ({first_line(error)}); run the same command again") from error
+    return True
+
+
+@cache
+def is_first_to_fail() -> bool:
+    """Whether this rank is the first to end with an error, which is the one to say so. Before the ranks have met, all
+    end with the same error, since all have the same flags."""
+    if not (dist.is_initialized() or ranks_store.cache_info().currsize):
+        return not is_other_rank()
+    try:
+        return ranks_store().add("failed", 1) == 1
+    except dist.DistError:  # whoever held the store has ended before
+        return False
+
+
+@contextlib.contextmanager
+def silent() -> Iterator[None]:
+    """Let nothing appear of what this process prints while the `with` lasts, nor of what C++ prints in it."""
+    kept = os.dup(1), os.dup(2)
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    for stream in (1, 2):
+        os.dup2(nowhere, stream)
+    try:
+        yield
+    finally:
+        sys.stdout.flush(), sys.stderr.flush()
+        for stream, copied in zip((1, 2), kept, strict=True):
+            os.dup2(copied, stream)
+
+
+def own_device() -> torch.device:
+    """The GPU of this process, by its LOCAL_RANK, now the current one; else the CPU. VQAError where the launcher
+    started more processes here than there are GPUs."""
+    device = torch.accelerator.current_accelerator(check_available=True)
+    if device is None:
+        return torch.device("cpu")
+    if "LOCAL_RANK" in os.environ:
+        here, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.accelerator.device_count()
+        if here > gpus:
+            raise VQAError(f"{here} processes were started here, where {gpus} GPUs are: use --nproc_per_node {gpus}")
+        # With its index, because the threads that load weights have GPU 0 as the current one.
+        device = torch.device(device.type, int(os.environ["LOCAL_RANK"]))
+        torch.accelerator.set_device_index(device.index)
+    return device
+
+
+class Filled(torch.utils.data.Sampler):
+    """`sampler` and, up to a multiple of `multiple` indices, its last index i as ~i, from which nothing is learned. The
+    ranks need as many batches each; left to itself, accelerate fills them with rows that then count twice."""
+
+    def __init__(self, sampler: torch.utils.data.Sampler, multiple: int):
+        self.sampler, self.multiple = sampler, multiple
+
+    def __len__(self) -> int:
+        return math.ceil(len(self.sampler) / self.multiple) * self.multiple
+
+    def __iter__(self) -> Iterator[int]:
+        for index in self.sampler:
+            yield index
+        yield from [~index] * (len(self) - len(self.sampler))
+
+    def set_epoch(self, epoch: int) -> None:
+        """Called by the Trainer before each epoch."""
+        if hasattr(self.sampler, "set_epoch"):
+            self.sampler.set_epoch(epoch)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # Feature cache
 # ----------------------------------------------------------------------------------------------------------------------
 
@@ -3739,10 +3823,10 @@ class FeatureStore:
         return file and read_features(file)
 
     def fill(self, sources: Sequence, allow_errors: bool = False) -> None:
-        """Encode what the clips and speech of `sources` lack here, and print how many that were; several ranks share it
-        out. `sources` are
+        """Encode what the clips and speech of `sources` lack here, and print how many that were. `sources` are
         SurgicalVQADatasets, or have their `rows` and `cacheable_media`; None in these is not kept. VQAError for media
-        that cannot be read, which `allow_errors` skips (`read` then gives None for them), and for a full disk."""
+        that cannot be read, which `allow_errors` skips (`read` then gives None for them), and for a full disk. Several
+        ranks, which have the same sources, share the work."""
         start = time.monotonic()
         depth = 2 * MAX_WORKERS
         recipes = feature_recipes(self.model, self.processor, self.silence)
@@ -3870,9 +3954,29 @@ def resolved_settings(
         },
         "data": {k: v for k, v in asdict(data_args).items() if k.endswith(RECORDED)},
         "skipped": list(skipped),
-        "training": json.loads(training_args.to_json_string()),
+        "training": json.loads(training_args.to_json_string()) | {"ranks": training_args.world_size},
         "versions": {name: importlib.metadata.version(name) for name in packages},
     }
+
+
+def refuse_other_batch(checkpoint: Path, stored: dict, training: dict) -> None:
+    """VQAError where a step of a run on another number of ranks would not have as many rows as before; with the flags
+    that make it so."""
+    names = ("per_device_train_batch_size", "gradient_accumulation_steps", "ranks")
+    before, now = ([1 if of.get(name) is None else of[name] for name in names] for of in (stored, training))
+    rows, ranks = math.prod(before), now[2]
+    if rows == math.prod(now):
+        return
+    advice = f"take a number of GPUs by which {rows} can be divided"
+    if rows % ranks == 0:
+        each = rows // ranks
+        size = next(size for size in range(min(before[0], each), 0, -1) if each % size == 0)
+        advice = f"set --{names[0]} {size} --{names[1]} {each // size}"
+    said = " x ".join(map(str, before))
+    raise VQAError(
+        f"{checkpoint}: was trained with {rows} rows a step ({said}: batch, accumulation, GPUs), and this run would have "
+        f"{math.prod(now)} on {ranks} GPU{'s' * (ranks > 1)}; {advice}"
+    )
 
 
 class Interrupted(BaseException):
@@ -3886,17 +3990,21 @@ class Interrupted(BaseException):
 class StopSignal:
     """Takes SIGTERM, SIGINT and SIGHUP while the `with` lasts, but those that the caller ignores (as nohup does). Until
     `deferred` is set, a signal raises Interrupted at once, with `idle_message`. After that it only sets `signum` and
-    prints `deferred_message`; the caller stops after its step or batch."""
+    prints `deferred_message`; the caller stops after its step or batch. With several ranks in `args` it only sets
+    `received`, and `signum` follows from `agree`."""
 
     def __init__(
         self,
         deferred_message: str = "finishing the step and saving",
         idle_message: str = "nothing had been trained yet",
+        args: TrainingArguments = ALONE,
     ):
         self.deferred_message = deferred_message
         self.idle_message = idle_message
+        self.args = args
         self.deferred = False
-        self.signum: int | None = None
+        self.signum: int | None = None  # at which to stop
+        self.received: int | None = None
         self.before = {}  # signal -> the handler that was there
 
     def __enter__(self) -> "StopSignal":
@@ -3910,11 +4018,44 @@ class StopSignal:
             signal.signal(number, handler)
 
     def _handle(self, signum: int, _frame) -> None:
-        self.signum = self.signum or signum
+        self.received = self.received or signum
         if not self.deferred:
             raise Interrupted(signum, self.idle_message)
-        # print is not safe in a handler
+        if self.args.world_size == 1:
+            self.signum = self.received
+            self.announce(signum)
+
+    def announce(self, signum: int) -> None:
+        """Print what follows from a signal; print itself is not safe in a handler."""
         os.write(2, f"\n{signal.Signals(signum).name}: {self.deferred_message}\n".encode())
+
+    def agree(self) -> int | None:
+        """`signum`, for which one signal to any rank is enough. All ranks call this at the same points of their way,
+        and so all stop at the same one."""
+        if self.args.world_size > 1 and not self.signum:
+            highest = torch.tensor(self.received or 0)
+            dist.all_reduce(highest, dist.ReduceOp.MAX, group=cpu_group())
+            self.signum = int(highest) or None
+            if self.signum and self.args.process_index == 0:
+                self.announce(self.signum)
+        return self.signum
+
+    def follow(self, error: Exception) -> None:
+        """After an error: where another rank failed before, wait for the SIGTERM that torchrun then sends, and end
+        without a word (SystemExit). A rank that was killed says nothing itself, but breaks the operation that the
+        others share, which raises a RuntimeError; torchrun's signal comes within seconds."""
+        if self.args.world_size == 1:
+            return
+        self.deferred = True
+        if self.signum:  # torchrun's signal is a second one
+            self.received = None
+        shared = isinstance(error, RuntimeError) and not accelerate.utils.memory.should_reduce_batch_size(error)
+        patience = FOLLOW_SECONDS if not is_first_to_fail() else BROKEN_SECONDS if shared else 0
+        deadline = time.monotonic() + patience
+        while not self.received and time.monotonic() < deadline:
+            time.sleep(0.1)
+        if patience and (self.received or not is_first_to_fail()):
+            raise SystemExit(128 + (self.received or signal.SIGTERM))
 
 
 @contextlib.contextmanager
@@ -4067,7 +4208,10 @@ def refuse_other_settings(checkpoint: Path, settings: dict) -> None:
     stored["input"] = {"prompt_layout": "plain"} | stored["input"]
     fixed = {part: settings[part].keys() - {"max_eval_frames"} for part in ("model", "input", "trained", "lora")}
     fixed["training"] = {"learning_rate", "lr_scheduler_type", "optim", "weight_decay", "seed"}
-    fixed["training"] |= {"per_device_train_batch_size", "gradient_accumulation_steps"}
+    if stored.get("training", {}).get("ranks", 1) == settings["training"]["ranks"]:
+        fixed["training"] |= {"per_device_train_batch_size", "gradient_accumulation_steps"}
+    else:
+        refuse_other_batch(checkpoint, stored.get("training", {}), settings["training"])
     fixed["data"] = {"train_data_path", "max_train_samples", "audio_pattern", "frame_pattern"}
     if stored.get("training", {}).get("metric_for_best_model"):  # the best value so far is one of this metric
         fixed["training"] |= {"metric_for_best_model", "greater_is_better"}
@@ -4140,9 +4284,11 @@ class VQATrainer(Trainer):
         except VQAError:
             raise
         except Exception as error:
+            self.stop_signal.follow(error)
             message = self.explain(error, checkpoint)
         if message and "out of memory" in message:  # outside of `except`, so that the failed step's tensors are gone
             accelerate.utils.memory.clear_device_cache(garbage_collection=True)
+            self.args.distributed_state = None  # other ranks wait for this one, which has what they have, and saves it
             message += "; " + self.save_last_step()
         if message:
             raise VQAError(message)
@@ -4161,7 +4307,7 @@ class VQATrainer(Trainer):
             if guard.saved_step != step:
                 self._save_checkpoint(self.model, None)
                 guard.on_save(self.args, self.state, self.control)
-            elif guard.evaluation_due:  # what is saved stays as it is
+            elif guard.evaluation_due and self.args.should_save:  # what is saved stays as it is
                 (guard.saved / EVALUATION_DUE).touch()
         advice = "continue with --resume_from_checkpoint True"
         if self.args.save_only_model:
@@ -4210,6 +4356,7 @@ class VQATrainer(Trainer):
         try:
             yield
         except (RuntimeError, OSError, SafetensorError) as error:
+            self.stop_signal.follow(error)
             raise VQAError(self.explain_save(error)) from error
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
@@ -4217,6 +4364,8 @@ class VQATrainer(Trainer):
         save 152,000 rows of embeddings with an adapter once a row was added, and `training_args.bin` is a pickle that
         holds the hub's token."""
         self.saving = True
+        if not self.args.should_save:
+            return
         folder = Path(output_dir or self.args.output_dir)
         folder.mkdir(parents=True, exist_ok=True)
         for name in (MANIFEST_FILE, EVALUATION_DUE):  # of an earlier save of this step
@@ -4269,15 +4418,17 @@ class VQATrainer(Trainer):
         return loss
 
     def prediction_step(self, model: nn.Module, inputs: dict, *args, **kwargs):
-        """The Trainer's; keeps the row indices and the token count of the batch."""
+        """The mean loss of the batch; keeps its row indices and token count. Not the Trainer's, which divides by the
+        labels of all ranks: several would log another mean than one."""
         self.batches = [(inputs.pop("row_indices", []), inputs["input_ids"].shape[1], None)]
-        return super().prediction_step(model, inputs, *args, **kwargs)
+        with torch.no_grad():
+            return model(**inputs).loss, None, None
 
     def evaluate(self, *args, **kwargs) -> dict[str, float]:
         """The Trainer's; leaves the random states of training as they are, because it may be interrupted. Free memory
         goes back before and after: the blocks of one phase do not fit the other, and would stay beside its."""
         begin_phase()
-        with torch.random.fork_rng():
+        with torch.random.fork_rng([torch.cuda.current_device()] if torch.cuda.is_available() else []):
             metrics = super().evaluate(*args, **kwargs)
         begin_phase()
         self.batches = []
@@ -4294,8 +4445,18 @@ class VQATrainer(Trainer):
         """Answer --eval_answers rows with the current weights, write them to ANSWERS_DIR, and let SCORER judge them by
         the rules of evaluation; returns the shares that ANSWER_METRICS names. Interrupted after a signal."""
         indices = spread_over_types(self.eval_dataset.rows, self.args.eval_answers)
+        ranks = self.args.world_size
+        share, dealt = indices[self.args.process_index :: ranks], []
+        with contextlib.suppress(Interrupted):
+            dealt = self.answer_rows(share) if share else []
+        self.guard.heed_signal()
+        dealt = gather(self.args, dealt)
+        answers = [dealt[place % ranks][place // ranks] for place in range(len(indices))]
+        return by_first(self.args, self.score, indices, answers)
+
+    def score(self, indices: Sequence[int], answers: Sequence[dict]) -> dict[str, float]:
+        """Write the answers to the rows at `indices`, and judge them: see `score_answers`."""
         rows = [self.eval_dataset.rows[index] for index in indices]
-        answers = self.answer_rows(indices)
         folder = Path(self.args.output_dir) / ANSWERS_DIR
         questions, file = folder / "questions.jsonl", folder / f"step-{self.state.global_step}.jsonl"
         names = ("id", "video_id", "question_type", "question", "short_answer")
@@ -4324,9 +4485,13 @@ class VQATrainer(Trainer):
         decoding = tokenizer.pad_token_id, stop_token_ids(tokenizer), ANSWER_TOKENS
         size = even_size(len(indices), self.answers_at_once)
 
+        def heed_signal() -> None:  # of this rank: the ranks' batches differ in number
+            if self.stop_signal.received:
+                raise Interrupted(self.stop_signal.received)
+
         def heeding_signals(samples: Iterable[dict]) -> Iterator[dict]:
             for sample in samples:
-                self.guard.heed_signal()
+                heed_signal()
                 self.batches = [(sample["row_indices"], len(sample["input_ids"]), None)]  # for `explain`
                 yield sample
 
@@ -4336,7 +4501,6 @@ class VQATrainer(Trainer):
         samples = ahead(dataset.__getitem__, indices, 2 * size)
         with contextlib.closing(samples), plain_layers(model), self.accelerator.autocast():
             answers, fitting = answer_with_halving(samples, size, True, answer)
-        self.guard.heed_signal()  # of the last batch
         if fitting < size:
             self.answers_at_once = fitting
         parts = []
@@ -4358,13 +4522,20 @@ class VQATrainer(Trainer):
         if self.grouped:
             args = self.args
             seed = args.seed if args.data_seed is None else args.data_seed
-            rows = args.train_batch_size * args.gradient_accumulation_steps
+            rows = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
             loader.set_sampler(GroupedByLength(rows, self.train_dataset.token_counts(), seed))
-        return loader
+        return self.fill(loader)
 
     def get_eval_dataloader(self, *args, **kwargs):
         """The Trainer's, for evaluation."""
-        return let_workers_ignore_signals(super().get_eval_dataloader(*args, **kwargs))
+        return self.fill(let_workers_ignore_signals(super().get_eval_dataloader(*args, **kwargs)))
+
+    def fill(self, loader: torch.utils.data.DataLoader) -> torch.utils.data.DataLoader:
+        """`loader`, which with several ranks is accelerate's, `Filled` so that it has as many batches for each."""
+        if self.args.world_size > 1:
+            batches = loader.batch_sampler.batch_sampler  # of all ranks
+            loader.set_sampler(Filled(batches.sampler, batches.batch_size * self.args.world_size))
+        return loader
 
 
 class GroupedByLength(LengthGroupedSampler):
@@ -4432,7 +4603,9 @@ class RunGuard(TrainerCallback):
             stored = json.loads((checkpoint / PROGRESS_FILE).read_text(encoding="utf-8"))
             self.saved, self.saved_step = checkpoint, int(stored["step"])
             self.evaluation_due = bool(stored["evaluate"]) or (checkpoint / EVALUATION_DUE).exists()
-            self.unlogged_loss = float(stored["tr_loss"]), int(stored["last_logged"])
+            losses, ranks = np.atleast_1d(stored["tr_loss"]), self.trainer.args.world_size
+            own = losses[self.trainer.args.process_index] if len(losses) == ranks else losses.mean()
+            self.unlogged_loss = float(own), int(stored["last_logged"])
             if TrainerState.load_from_json(str(checkpoint / "trainer_state.json")).global_step != self.saved_step:
                 raise ValueError("its files are of different steps")
         except Exception as error:  # of a damaged file
@@ -4458,8 +4631,10 @@ class RunGuard(TrainerCallback):
             stopping.early_stopping_patience_counter = stored["attributes"]["early_stopping_patience_counter"]
         for file in (Path(args.output_dir) / ANSWERS_DIR).glob("step-*.json*"):  # some may be of steps rolled back
             number = file.name.removeprefix("step-").partition(".")[0]
-            if args.eval_answers and number.isdecimal() and int(number) > state.global_step:
+            if args.eval_answers and args.should_save and number.isdecimal() and int(number) > state.global_step:
                 file.unlink()
+        if args.world_size > 1:  # each its own dropout; a checkpoint's random states are read later
+            set_seed(args.seed + args.process_index)
         if self.saved_step >= 0:
             trainer._tr_loss += self.unlogged_loss[0]
             trainer._globalstep_last_logged = self.unlogged_loss[1]
@@ -4484,8 +4659,13 @@ class RunGuard(TrainerCallback):
         what = f"the loss is {values[bad[0]]}" if bad else "the gradient is not finite"
         dataset = self.trainer.train_dataset
         rows = [dataset.rows[index] for i in bad or range(len(batches)) for index in batches[i][0]]
+        found = [(bool(bad), what, [f"{row.key} ({row.where})" for row in rows])]
+        if not math.isfinite(values[-1]):  # which is the same on all ranks, but maybe the loss of one alone
+            found = gather(args, *found)
+        found = [one for one in found if one[0]] or found
+        named = ", ".join(itertools.chain.from_iterable(names for *_, names in found))
         raise VQAError(
-            f"step {state.global_step + 1}: {what} with {', '.join(f'{row.key} ({row.where})' for row in rows)}; "
+            f"step {state.global_step + 1}: {found[0][1]} with {named}; "
             f"stopped before the optimizer step; {self.last_checkpoint()}; look at these samples, or start another run "
             "with a lower --learning_rate"
         )
@@ -4494,7 +4674,7 @@ class RunGuard(TrainerCallback):
         """After a signal: save and stop; where the epoch ends with this step, what is due then comes first."""
         self.stepping = False
         self.trainer.batches = []
-        if self.trainer.stop_signal.signum:
+        if self.trainer.stop_signal.agree():
             control.should_training_stop = True
             control.should_save |= not epoch_ends(state)
 
@@ -4511,20 +4691,26 @@ class RunGuard(TrainerCallback):
 
     def heed_signal(self) -> None:
         """After a signal an evaluation ends at once; it is made up for when the run is resumed."""
-        if self.trainer.stop_signal.signum:
-            raise Interrupted(self.trainer.stop_signal.signum)
+        if signum := self.trainer.stop_signal.agree():
+            raise Interrupted(signum)
 
     def on_save(self, args, state, control, **kwargs):
-        """Complete the checkpoint, its manifest last; then those beyond --save_total_limit go, but for the best."""
+        """Complete the checkpoint, once all ranks have written their part of it."""
         trainer = self.trainer
-        root = Path(args.output_dir)
-        folder = root / f"checkpoint-{state.global_step}"
-        progress = {"step": state.global_step, "tr_loss": trainer._tr_loss.item(), "evaluate": self.evaluation_due}
-        progress["last_logged"] = trainer._globalstep_last_logged
+        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        progress = {"step": state.global_step, "tr_loss": gather(args, trainer._tr_loss.item())}
+        progress |= {"evaluate": self.evaluation_due, "last_logged": trainer._globalstep_last_logged}
+        by_first(args, self.complete, folder, progress)
+        self.saved, self.saved_step, trainer.saving = folder, state.global_step, False
+        control.should_training_stop |= bool(trainer.stop_signal.agree())
+
+    def complete(self, folder: Path, progress: dict) -> None:
+        """Write the last files of a checkpoint, its manifest at the end; then those beyond --save_total_limit go, but
+        for the best."""
+        trainer, root, state = self.trainer, folder.parent, self.trainer.state
         (folder / PROGRESS_FILE).write_text(json.dumps(progress) + "\n", encoding="utf-8")
         write_manifest(folder)
         sync(root)
-        self.saved, self.saved_step, trainer.saving = folder, state.global_step, False
         if trainer.total_limit and trainer.total_limit > 0:
             earlier = [path for step, path in checkpoints_of(root).items() if step <= state.global_step]
             complete = [path for path in earlier if (path / MANIFEST_FILE).is_file()]  # newest first
@@ -4532,7 +4718,6 @@ class RunGuard(TrainerCallback):
                 if old.name != Path(state.best_model_checkpoint or "").name:
                     (old / MANIFEST_FILE).unlink()  # a deletion cut short leaves nothing that looks complete
                     shutil.rmtree(old)
-        control.should_training_stop |= bool(trainer.stop_signal.signum)
 
 
 def epoch_ends(state: TrainerState) -> bool:
@@ -4628,6 +4813,7 @@ def estimate_memory(
     four_bits = round(sum(sizes) * (1 / 2 + 1 / 64 + 4 / (64 * 256))) - sum(p.nbytes for p in packed)
     resting = [*model.model.visual.parameters(), *model.audio_encoder.parameters()] if cached_features else []
     copied = size if size < 4 else 0  # autocast keeps a copy of float32 weights in the dtype of the computation
+    copied += 4 * (args.num_gpus > 1)  # the gradients once more, in the buckets that the GPUs exchange
     working = tokens * 6 * text.intermediate_size * size  # of the backward pass of one MLP
     dequantised = size * max(sizes, default=0)  # one weight at a time, for its product
     return {
@@ -4791,14 +4977,15 @@ def plan(
             print(f"{name}: {len(counts)} samples, tokens per sample: {spread}")
     samples = len(datasets[0])
     batches = math.ceil(samples / flags.per_device_train_batch_size)
-    per_epoch = math.ceil(batches / flags.gradient_accumulation_steps)
+    per_epoch = math.ceil(batches / (flags.gradient_accumulation_steps * flags.num_gpus))
     steps = flags.max_steps if flags.max_steps > 0 else math.ceil(flags.num_train_epochs * per_epoch)
-    print(f"steps: {steps} ({per_epoch} an epoch of {samples} samples)")
+    gpu, on_gpus = ("each GPU", f" on {flags.num_gpus} GPUs") if flags.num_gpus > 1 else ("the GPU", "")
+    print(f"steps: {steps} ({per_epoch} an epoch of {samples} samples{on_gpus})")
     peaks = {}
     for phase, parts in estimate(every_n).items():
         peaks[phase] = sum(parts.values())
         shares = ", ".join(f"{name} {size / GIB:.1f}" for name, size in parts.items())
-        print(f"memory: about {peaks[phase] / GIB:.1f} GiB of the GPU at the peak of {phase} ({shares})")
+        print(f"memory: about {peaks[phase] / GIB:.1f} GiB of {gpu} at the peak of {phase} ({shares})")
     phase = max(peaks, key=peaks.get)
     limit = memory_limit(flags)
     if limit and peaks[phase] > limit * GIB:
@@ -4967,14 +5154,16 @@ def make_trainer(
 def finish(trainer: VQATrainer, memory: PeakMemory, target: StopAtLoss | None) -> int:
     """Save what training ended with, evaluate it where no evaluation was asked for before; returns the exit status."""
     args, stop_signal = trainer.args, trainer.stop_signal
-    trainer.save_final()
-    if not stop_signal.signum and trainer.eval_dataset is not None and args.eval_strategy == "no":
+    by_first(args, trainer.save_final)
+    if not stop_signal.agree() and trainer.eval_dataset is not None and args.eval_strategy == "no":
         with contextlib.suppress(Interrupted):
             print(trainer.evaluate())
-    if stop_signal.signum:
+    if stop_signal.agree():
         raise Interrupted(stop_signal.signum, f"training had ended, and {args.output_dir} is complete")
     if memory.gib:
-        print("Peak GPU memory: " + ", ".join(f"{phase} {gib:.1f} GiB" for phase, gib in memory.gib.items()))
+        each = gather(args, memory.gib)
+        peaks = {phase: max(one[phase] for one in each) for phase in memory.gib}
+        print("Peak GPU memory: " + ", ".join(f"{phase} {gib:.1f} GiB" for phase, gib in peaks.items()))
     if args.load_best_model_at_end:
         print(name_final_step(args, trainer.state, trainer.early_stopping))
     what = "adapter, projector" if isinstance(trainer.model, PeftModel) else "the full model"
@@ -5008,12 +5197,12 @@ def train(
 ) -> int:
     """The steps of `main` after the arguments; returns the exit status."""
     # 2. What is cheap to check: what the run resumes from, the files of the model
-    checkpoint = find_checkpoint(training_args)
+    checkpoint = by_first(training_args, find_checkpoint, training_args)
     stored = load_settings(checkpoint) if checkpoint else {}
     if "started_from" in stored:
         model_args.base_seed = stored["model"]["init_seed"]
     data_args.prompt_layout = choose_layout(model_args.model_name_or_path, data_args.prompt_layout)
-    tokenizer, config = check_model(model_args, training_args)
+    tokenizer, config = by_first(training_args, check_model, model_args, training_args)
     processor = VQAProcessor(tokenizer, config, **{name: getattr(data_args, name) for name in PROCESSOR_FIELDS})
     digests = read_digests(resolve_model_dir(model_args.model_name_or_path), model_args.adapter_path, checkpoint)
     settings_of = partial(resolved_settings, model_args, data_args, training_args, processor)
@@ -5021,7 +5210,7 @@ def train(
         refuse_other_settings(checkpoint, settings_of(stored["model"].get("base_fingerprint")))
 
     # 3. Data, before any weight is loaded; model and datasets
-    train_rows, eval_rows, skipped = prepare_data(data_args)
+    train_rows, eval_rows, skipped = by_first(training_args, prepare_data, data_args)
     training_args.eval_answers = min(training_args.eval_answers, len(eval_rows))
     device = "meta" if data_args.dry_run else training_args.device
     model, trained, base_fingerprint = build_model(model_args, training_args, tokenizer, device)
@@ -5054,11 +5243,12 @@ def train(
     multiple = model_args.padding_multiple
     trainer = make_trainer(trained, datasets, settings, multiple, callbacks, training_args, stop_signal)
     trainer.digests |= digests or set()
-    marker = Path(training_args.output_dir) / STARTED_FILE
-    if model_args.adapter_path:
-        marker.write_text(f"{model_args.adapter_path}\n", encoding="utf-8")
-    elif not checkpoint and marker.is_file():
-        marker.unlink()
+    if training_args.should_save:
+        marker = Path(training_args.output_dir) / STARTED_FILE
+        if model_args.adapter_path:
+            marker.write_text(f"{model_args.adapter_path}\n", encoding="utf-8")
+        elif not checkpoint:
+            marker.unlink(missing_ok=True)
     trainer.train_safely(checkpoint)
 
     # 6. Results
@@ -5071,33 +5261,54 @@ def main(argv: Sequence[str] | None = None) -> int:
     # Else a batch that is longer than all before makes the allocator give back and ask anew for most of its memory.
     if "PYTORCH_ALLOC_CONF" not in os.environ:
         os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+    silence_other_ranks()
     model_args, data_args, training_args = parse_arguments(sys.argv[1:] if argv is None else list(argv))
     if not data_args.dry_run:  # which may plan for another card
         limit_gpu_memory(model_args.gpu_memory_limit_gib)
     with contextlib.ExitStack() as stack:
-        stop_signal = stack.enter_context(StopSignal())
+        stop_signal = stack.enter_context(StopSignal(args=training_args))
         if data_args.check_data:
             prepare_data(data_args)
             return 0
-        if not data_args.dry_run:
+        if not data_args.dry_run and training_args.should_save:
             stack.enter_context(lock_folder(training_args.output_dir))
-        return train(model_args, data_args, training_args, stop_signal)
+        try:
+            return train(model_args, data_args, training_args, stop_signal)
+        except Exception as error:
+            stop_signal.follow(error)
+            raise
 
 
 def run(entry) -> None:
-    """Exit with the status of `entry()`; a VQAError becomes its text and status 1, without a traceback."""
+    """Exit with the status of `entry()`; a VQAError becomes its text and status 1, without a traceback. Of several
+    ranks the first that fails says so, and rank 0 says what stopped them."""
+    failed = False
     try:
         status = entry()
-    except VQAError as error:
-        end_bars()
-        print("\n".join(f"error: {line}" for line in str(error).splitlines()), file=sys.stderr)
-        status = 1
     except Interrupted as stop:
         end_bars()
         print(stop, file=sys.stderr)
         status = 128 + stop.signum
+    except SystemExit as end:
+        failed, status = True, end.code
+    except Exception as error:
+        failed, status = True, 1
+        if is_first_to_fail():
+            if is_other_rank():
+                sys.stderr = sys.__stderr__
+            end_bars()
+            if not isinstance(error, VQAError):
+                traceback.print_exc()
+            else:
+                print("\n".join(f"error: {line}" for line in str(error).splitlines()), file=sys.stderr)
     finally:
         end_workers()
+    if dist.is_initialized():
+        if failed:  # an exit by Python would wait for operations that the other ranks will never end
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(status)
+        dist.destroy_process_group()
     sys.exit(status)
 
 

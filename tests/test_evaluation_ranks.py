@@ -30,7 +30,12 @@ class Launch:
         env = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(self.store.port), "WORLD_SIZE": str(count)}
         env["TORCHELASTIC_USE_AGENT_STORE"] = "True"
         self.ranks = [
-            Script("evaluate_checkpoint.py", flags, dict(limits).get(rank), env={**env, "RANK": str(rank)})
+            Script(
+                "evaluate_checkpoint.py",
+                flags,
+                dict(limits).get(rank),
+                env={**env, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            )
             for rank in range(count)
         ]
 

@@ -227,7 +227,7 @@ DAMAGES = {
 def test_a_damaged_checkpoint_is_passed_over_by_name(copied, argv, capsys, damage):
     """Each file of it, in turn."""
     folder = copied(2, 4)
-    names = [*vqa.RESUME_FILES, "adapter_config.json", "adapter_model.safetensors", vqa.MANIFEST_FILE]
+    names = [*vqa.RESUME_FILES, "rng_state.pth", "adapter_config.json", "adapter_model.safetensors", vqa.MANIFEST_FILE]
     for name in names[: len(vqa.RESUME_FILES)] if damage == "never saved" else names:
         arguments = vqa.parse_arguments(argv(folder, *RUN, *RESUME))[2]
         for number in (4, 2):
