@@ -3974,8 +3974,8 @@ def refuse_other_batch(checkpoint: Path, stored: dict, training: dict) -> None:
         advice = f"set --{names[0]} {size} --{names[1]} {each // size}"
     said = " x ".join(map(str, before))
     raise VQAError(
-        f"{checkpoint}: was trained with {rows} rows a step ({said}: batch, accumulation, GPUs), and this run would have "
-        f"{math.prod(now)} on {ranks} GPU{'s' * (ranks > 1)}; {advice}"
+        f"{checkpoint}: was trained with {rows} rows a step ({said}: batch, accumulation, GPUs), and this run would "
+        f"have {math.prod(now)} on {ranks} GPU{'s' * (ranks > 1)}; {advice}"
     )
 
 
@@ -5297,10 +5297,12 @@ def run(entry) -> None:
             if is_other_rank():
                 sys.stderr = sys.__stderr__
             end_bars()
-            if not isinstance(error, VQAError):
-                traceback.print_exc()
-            else:
-                print("\n".join(f"error: {line}" for line in str(error).splitlines()), file=sys.stderr)
+            known = isinstance(error, VQAError)
+            lines = [f"error: {line}" for line in str(error).splitlines()] if known else [traceback.format_exc()]
+            print(*lines, sep="\n", file=sys.stderr)
+            if report := os.environ.get("TORCHELASTIC_ERROR_FILE"):  # with which torchrun ends what it says itself
+                said = {"message": "\n".join(lines), "timestamp": int(time.time())}
+                Path(report).write_text(json.dumps(said), encoding="utf-8")
     finally:
         end_workers()
     if dist.is_initialized():

@@ -8,6 +8,7 @@
 #   bash train_with_eval_FINAL.sh --help            this text; all flags: python train_vqa.py --help, once installed
 #
 # Environment: MODEL TRAIN_DATA EVAL_DATA FRAMES_DIR AUDIO_DIR EVAL_AUDIO_DIR OUTPUT_DIR RESULTS PYTHON
+#   NUM_GPUS: on how many GPUs to train and evaluate, by torchrun; 1 if not set
 set -euo pipefail
 shopt -s inherit_errexit  # or an install that fails inside $(find_python) would pass
 
@@ -122,8 +123,28 @@ supervise() {
     if [ "$status" != 0 ]; then exit "$status"; fi
 }
 
+# torchrun without its own report: the last line is that of the rank which failed, and the status is its status.
+torchrun='
+import logging, signal, sys
+from torch.distributed import run
+from torch.distributed.elastic.multiprocessing.api import SignalException
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+logging.disable(logging.CRITICAL)
+stopped = 128 + signal.SIGTERM  # by which torchrun ends the other ranks
+try:
+    run.main(sys.argv[1:])
+except SignalException as stop:
+    sys.exit(128 + stop.sigval)
+except ChildFailedError as failed:
+    ends = {rank: failure.exitcode for rank, failure in failed.failures.items()}
+    rank = next((rank for rank, end in ends.items() if end not in (stopped, -signal.SIGTERM)), min(ends))
+    if ends[rank] < 0:
+        print(f"error: rank {rank} was killed by {signal.Signals(-ends[rank]).name}", file=sys.stderr)
+    sys.exit(ends[rank] if ends[rank] > 0 else 128 - ends[rank])
+'
+
 for flag in "$@"; do
-    case $flag in -h | --help) exec sed -n '2,10s/^# \{0,1\}//p' "${BASH_SOURCE[0]}" ;; esac
+    case $flag in -h | --help) exec sed -n '2,11s/^# \{0,1\}//p' "${BASH_SOURCE[0]}" ;; esac
 done
 
 case ${1-} in
@@ -188,6 +209,16 @@ flags=(
     "${settings[@]}" ${given[@]+"${given[@]}"}
 )
 python=$(find_python "$here/requirements.txt")
+gpus=${NUM_GPUS:-1}
+case $gpus in *[!0-9]* | 0*) echo "error: NUM_GPUS: $gpus: must be a number from 1 on" >&2 && exit 1 ;; esac
+start=("$python")
+if [ "$gpus" = 1 ]; then
+    :
+elif switched_on --dry_run "${flags[@]}"; then
+    flags+=(--num_gpus "$gpus")
+elif ! switched_on --check_data "${flags[@]}"; then
+    start+=(-c "$torchrun" --standalone --nproc_per_node "$gpus")
+fi
 results=${RESULTS:-results/eval_out.jsonl}
 # Before hours of training. Evaluation starts $results anew, so what is there must be of this checkpoint.
 output=$(flag_value --output_dir "" "${flags[@]}")
@@ -202,7 +233,7 @@ try:
 except ev.InputError as error:
     sys.exit("error: " + str(error).replace("--output_file", "RESULTS"))
 PY
-supervise "$python" "$here/train_vqa.py" "${flags[@]}"
+supervise "${start[@]}" "$here/train_vqa.py" "${flags[@]}"
 
 if switched_on --dry_run "${flags[@]}" || switched_on --check_data "${flags[@]}"; then exit; fi
 
@@ -215,7 +246,7 @@ if switched_on --skip_bad_samples "${flags[@]}"; then
 else
     evaluation+=(--train_data_path "$(flag_value --train_data_path "" "${flags[@]}")")
 fi
-supervise "$python" "$here/evaluate_checkpoint.py" \
+supervise "${start[@]}" "$here/evaluate_checkpoint.py" \
     --checkpoint_path "$output" \
     --eval_data_path "$(flag_value --eval_data_path "" "${flags[@]}")" \
     --frames_dir "$(flag_value --frames_dir "" "${flags[@]}")" \

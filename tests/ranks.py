@@ -1,4 +1,4 @@
-"""Run as `torchrun ... tests/ranks.py FILE`: trains once for each list of flags in the JSON file, in one group of ranks."""
+"""`torchrun ... tests/ranks.py FILE` trains once for each list of flags in a JSON file, all in one group of ranks."""
 
 import json
 import sys

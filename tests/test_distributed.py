@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import train_vqa as vqa
-from tests.conftest import EVAL_DATA, FIXTURES, ROOT, SMALL, TRAIN_DATA, weights_of
+from tests.conftest import EVAL_DATA, ROOT, weights_of
 
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
 
