@@ -24,6 +24,7 @@ import dataclasses
 import difflib
 import fcntl
 import functools
+import glob
 import hashlib
 import importlib.metadata
 import itertools
@@ -1351,21 +1352,24 @@ def _writing(path: Path, content: bytes, advice: str) -> Iterator[None]:
         raise InputError(f"{path}: {what}; {advice}") from error
 
 
-def write_json(path: str | Path, content: Row) -> None:
+def replace_file(path: Path, content: bytes) -> None:
     """Replace a file: a reader, or a crash, finds the old or the new one complete. InputError if the disk is full."""
-    path = Path(path)
-    data = json.dumps(content, indent=2, allow_nan=False).encode() + b"\n"
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
-        with _writing(path, data, "make room and run the same command again; no row is lost"):
+        with _writing(path, content, "make room and run the same command again; no row is lost"):
             with open(draft, "wb") as file:
-                file.write(data)
+                file.write(content)
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(draft, path)
     finally:
         draft.unlink(missing_ok=True)
+
+
+def write_json(path: str | Path, content: Row) -> None:
+    """`replace_file` with an object as JSON."""
+    replace_file(Path(path), json.dumps(content, indent=2, allow_nan=False).encode() + b"\n")
 
 
 def read_beside(path: Path, fields: Mapping[str, type], advice: str) -> Row | None:
@@ -1436,11 +1440,17 @@ def check_same_run(path: Path, settings: Row, complete: bool = True) -> None:
         raise InputError(f"{path}: its rows come from another run; {'; '.join(differing)}. {again.capitalize()}")
 
 
+def complete_lines(content: bytes) -> bytes:
+    """The lines of a rows file. A row is written with its newline in one go: what lacks one is incomplete."""
+    return content[: content.rfind(b"\n") + 1]
+
+
 class RowFile(contextlib.AbstractContextManager):
     """A rows file that a killed run can be resumed from: for one writer, each row flushed as it comes.
 
     `done` maps key -> row, of earlier runs too; `repaired`: bytes of a truncated last line that were cut. `settings`
-    (from `run_settings`) are kept in X.jsonl.run.json. Raises InputError for rows made with others or without it, and
+    (from `run_settings`) are kept in X.jsonl.run.json. Where several ranks answer, this is the file of rank 0, which
+    takes in those of the others (`PartFile`). Raises InputError for rows made with other settings or without them, and
     for a second writer.
     """
 
@@ -1453,22 +1463,49 @@ class RowFile(contextlib.AbstractContextManager):
             lock_rows(self.path, self._file)
             if overwrite:  # before the companion changes: a run killed in between leaves no rows under a new one
                 self._file.truncate(0)
+                for part in self.parts():
+                    part.unlink()
             content = self.path.read_bytes()
-            if content:
+            if content or self.parts():
                 check_same_run(self.path, settings)
             else:
                 write_json(self.companion, settings)
-            # A row is written with its newline in one go: what lacks one is incomplete, and is done again.
-            complete = content.rfind(b"\n") + 1
+            complete = len(complete_lines(content))
             self._file.truncate(complete)
             self.repaired = len(content) - complete
             self.done = read_answer_rows(self.path)
+            self.take_in()
             self._closing = closing.pop_all()
+
+    def parts(self) -> list[Path]:
+        """The files of other ranks that are not taken in yet."""
+        return sorted(self.path.parent.glob(f"{glob.escape(self.path.name)}.rank-*"))
+
+    def take_in(self) -> None:
+        """Move the rows of other ranks here. A kill meanwhile leaves some in both files: they are taken once."""
+        for part in self.parts():
+            with open(part, "rb+") as file:
+                file.truncate(len(complete_lines(file.read())))
+            for key, row in read_answer_rows(part).items():
+                if key not in self.done:
+                    self.append(row)
+            part.unlink()
+
+    def put_in_order(self, keys: Iterable[Key]) -> None:
+        """Have the rows stand in the order of `keys`, others behind them: the file that one uninterrupted process
+        writes. InputError where the disk has no room for the file twice."""
+        place = {key: number for number, key in enumerate(keys)}
+        ordered = sorted(self.done, key=lambda key: place.get(key, len(place)))
+        if ordered == list(self.done):
+            return
+        self.done = {key: self.done[key] for key in ordered}
+        content = b"".join(json.dumps(row, allow_nan=False).encode() + b"\n" for row in self.done.values())
+        replace_file(self.path, content)
 
     def append(self, row: Row) -> None:
         """Add a row at the end, completely or not at all; it survives a kill. InputError where the disk is full."""
         line = json.dumps(row, allow_nan=False).encode() + b"\n"
-        size = self.path.stat().st_size
+        size = os.fstat(self._file.fileno()).st_size
         advice = f"the {len(self.done)} rows before it are kept; make room, then the same command continues"
         with _writing(self.path, line, advice):
             try:
@@ -1482,6 +1519,17 @@ class RowFile(contextlib.AbstractContextManager):
 
     def __exit__(self, *exc: object) -> None:
         self._closing.close()
+
+
+class PartFile(RowFile):
+    """The rows of rank `rank`, not 0, in X.jsonl.rank-1 beside X.jsonl; `done` has those of X.jsonl too."""
+
+    def __init__(self, path: Path, rank: int):
+        self.done = {row_key(row): row for row in map(json.loads, complete_lines(path.read_bytes()).splitlines())}
+        self.path = path.with_name(f"{path.name}.rank-{rank}")
+        with contextlib.ExitStack() as closing:
+            self._file = closing.enter_context(open(self.path, "ab"))
+            self._closing = closing.pop_all()
 
 
 def sha256_file(path: str | Path) -> str:
@@ -1869,6 +1917,16 @@ class ArmInputs:
         self.feature_store: Any = None  # train_vqa's FeatureStore, once it is filled
         self.batch_size: int | None = None  # rows answered at a time; `answer_arm` sets it
 
+    @functools.cached_property
+    def lengths(self) -> list[float]:
+        """`length` of every row."""
+        return list(map(self.length, range(len(self.rows))))
+
+    @functools.cached_property
+    def order(self) -> list[int]:
+        """The rows in the order in which they are answered: the longest prompts first, equal ones as in the data."""
+        return sorted(range(len(self.rows)), key=lambda index: -self.lengths[index])
+
     def clip(self, index: int) -> tuple[Path, ...]:
         """The files of the frames that a row shows, in the arm's order."""
         frames, _ = self.dataset.media_of(index)
@@ -2064,31 +2122,31 @@ def choose_batch_size(model: Any, longest: int, max_new_tokens: int, limit_gib: 
     return int(min(AUTO_BATCH_SIZE, max(1, (USABLE_MEMORY * total - weights - prefilling) // row)))
 
 
-def answer_arm(model: Any, inputs: ArmInputs, file: RowFile, args: argparse.Namespace, stop: Any = None) -> int:
-    """Answer the rows that `file` lacks, batch by batch, and append them; returns how many.
+def answer_arm(model: Any, inputs: ArmInputs, file: RowFile, args: argparse.Namespace, stop: Any = None) -> None:
+    """Answer those rows of this rank that `file` lacks, batch by batch, and append them.
 
-    Ends after the batch during which a signal came to `stop` (train_vqa's StopSignal; None: there is none).
-    Batches are fixed slices of the data, the longest prompts first, answered complete even where a killed run left only
-    part of one to do: so a resumed run computes exactly what an uninterrupted one does.
+    Ends after the batch during which a signal came to `stop` (train_vqa's StopSignal; None: there is none). The rows
+    are dealt out in turn, the longest prompts first, so that every rank has as much to do. Batches are fixed slices of
+    a rank's rows, answered complete even where a killed run left only part of one to do: so a resumed run of as many
+    ranks computes exactly what an uninterrupted one does.
     """
     from tqdm.auto import tqdm
 
-    keys = inputs.keys
-    lengths = [inputs.length(index) for index in range(len(keys))]
-    order = sorted(range(len(keys)), key=lambda index: -lengths[index])  # of equal ones, in the order of the data
+    keys, ranks = inputs.keys, vqa.world_size()
+    own = inputs.order[vqa.rank() :: ranks]
     size = args.batch_size
     auto = args.batch_size == "auto"
     if auto:
-        known = [length for length in lengths if length < math.inf]
+        known = [length for length in inputs.lengths if length < math.inf]
         size = choose_batch_size(model, max(known, default=1), args.max_new_tokens, args.gpu_memory_limit_gib)
-    slices = [order[i : i + size] for i in range(0, len(order), size)]
+    slices = [own[i : i + size] for i in range(0, len(own), size)]
     slices = [part for part in slices if any(keys[index] not in file.done for index in part)]
     tokenizer = copy.deepcopy(inputs.processor.tokenizer)  # the other one is busy in the threads below
     decoding = tokenizer.pad_token_id, vqa.stop_token_ids(tokenizer), args.max_new_tokens
     decoded = vqa.ahead(inputs.sample, itertools.chain(*slices), 2 * size)
-    answered = 0
-    already = sum(key in file.done for key in keys)
-    with contextlib.closing(decoded), tqdm(total=len(keys), initial=already, desc=inputs.arm, unit="row") as bar:
+    already = sum(keys[index] in file.done for index in own)
+    title = inputs.arm + f", rank 0 of {ranks}" * (ranks > 1)
+    with contextlib.closing(decoded), tqdm(total=len(own), initial=already, desc=title, unit="row") as bar:
         for part in slices:
             # Two iterators over one slice: prefill begins while the rest of it is still being decoded.
             samples, again = itertools.tee(itertools.islice(decoded, len(part)))
@@ -2107,12 +2165,10 @@ def answer_arm(model: Any, inputs: ArmInputs, file: RowFile, args: argparse.Name
                 if error:
                     how["error"] = error
                 file.append(answer_row(annotation_of(inputs.rows[index]), text, **how))
-                answered += 1
                 bar.update()
             inputs.batch_size = size
             if stop and stop.signum:
                 break
-    return answered
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -2131,14 +2187,16 @@ def generate(args: argparse.Namespace) -> int:
 
     A signal ends it after the batch under way, with 128 + its number. Raises InputError for what the user can fix.
     """
-    check_output(args)
+    if not int(os.environ.get("RANK", 0)):  # which has the file locked before the others begin
+        check_output(args)
     load_libraries()
     stop = vqa.StopSignal("finishing the batch", "no row was answered; run the same command again")
     try:
         with stop:
             return answer_and_score(args, stop)
     except vqa.Interrupted as stopped:
-        print(f"\n{stopped}", file=sys.stderr)
+        if not vqa.rank() and vqa.is_first_to_fail():
+            print(f"\n{stopped}", file=sys.stderr)
         return 128 + stopped.signum
     except vqa.VQAError as error:
         raise InputError(str(error)) from error
@@ -2153,8 +2211,10 @@ def answer_and_score(args: argparse.Namespace, stop: Any) -> int:
     # 1. The model, and the arms
     sha256_once.cache_clear()
     target = summary_path(args.output_file)
+    if vqa.rank():
+        vqa.meet()  # rank 0 has checked everything up to the weights
+    device = vqa.own_device()
     vqa.limit_gpu_memory(args.gpu_memory_limit_gib or None)
-    device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     chosen = choose_model(args, device)
     modes = choose_arms(args, chosen.inputs.input_mode)
     main_arm, *_ = modes
@@ -2166,6 +2226,8 @@ def answer_and_score(args: argparse.Namespace, stop: Any) -> int:
 
     # 2. Data: everything is found and decoded once before the weights load
     rows_of, sources, of_data = read_data(args, modes, chosen)
+    if not vqa.rank():
+        vqa.meet()
     asked = {arm: [annotation_of(row) for row in rows] for arm, rows in rows_of.items()}
     annotations = asked[main_arm]
 
@@ -2183,9 +2245,9 @@ def answer_and_score(args: argparse.Namespace, stop: Any) -> int:
 
     # 5. Answers
     settings = {arm: run_settings(args, chosen, inputs, trained.base_fingerprint) for arm, inputs in arms.items()}
-    start = time.monotonic()
-    done, answered = answer_arms(args, trained, arms, settings, stop)
-    seconds = time.monotonic() - start
+    done, answered, seconds = answer_arms(args, trained, arms, settings, stop)
+    if vqa.rank():
+        return 0
     scored = {arm: score_rows(asked[arm], done[arm]) for arm in arms}
     peak = torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else None
 
@@ -2193,6 +2255,7 @@ def answer_and_score(args: argparse.Namespace, stop: Any) -> int:
     record = run_record(args, chosen, arms[main_arm], settings[main_arm], device) | of_data | {"gates": moved}
     record["frames"] = frames_that_differ(chosen.trained_frames, limit, (len(row["frames"]) for row in annotations))
     record["runtime"] = {"seconds": seconds, "rows_answered": answered, "peak_gpu_memory_gib": peak}
+    record["runtime"]["world_size"] = vqa.world_size()
     record["runtime"]["batch_size"] = {arm: inputs.batch_size for arm, inputs in arms.items()}
     in_arms = summarise_arms(main_arm, scored, {arm: path.name for arm, path in files.items()})
     for arm, part in in_arms.items():
@@ -2358,18 +2421,24 @@ def check_contents(args: argparse.Namespace, chosen: ModelChoice, rows: list[Any
 
 def answer_arms(
     args: argparse.Namespace, trained: Any, arms: Mapping[str, ArmInputs], settings: Mapping[str, Row], stop: Any
-) -> tuple[dict[str, dict[Key, Row]], int]:
-    """Each arm's rows as its file has them, and how many were answered now; Interrupted where a signal left some."""
+) -> tuple[dict[str, dict[Key, Row]], int, float]:
+    """Each arm's rows as its file has them, how many were answered now, and in how many seconds; Interrupted where a
+    signal left some. Of several ranks, rank 0 gets the rows of all."""
     main_arm, *_ = arms
     target = summary_path(args.output_file)
-    answered = 0
+    rank = vqa.rank()
     with contextlib.ExitStack() as stack:  # all of them first, so that none is refused after hours of answering another
         files = {}
-        for arm, inputs in arms.items():
+        for arm, inputs in arms.items() if not rank else ():
             path = arm_path(args.output_file, arm, main_arm)
             files[arm] = stack.enter_context(RowFile(path, settings[arm], overwrite=args.overwrite))
             check_same_media(inputs, files[arm])
-        target.unlink(missing_ok=True)  # the figures of fewer rows, or of other ones
+        if not rank:
+            target.unlink(missing_ok=True)  # the figures of fewer rows, or of other ones
+        vqa.meet()
+        for arm in arms if rank else ():
+            files[arm] = stack.enter_context(PartFile(arm_path(args.output_file, arm, main_arm), rank))
+        start, before = time.monotonic(), sum(len(file.done) for file in files.values())
         if args.cache_features:  # after the gates, whose changed frames and speech are encoded as they come
             store = vqa.FeatureStore(args.cache_features, trained.model, trained.processor)
             store.fill(list(arms.values()), args.allow_errors)
@@ -2377,14 +2446,21 @@ def answer_arms(
                 inputs.feature_store = store
         stop.deferred = True
         for arm, inputs in arms.items():
-            answered += answer_arm(trained.model, inputs, files[arm], args, stop)
-            if stop.signum:
-                there = [key in files[arm].done for arm, inputs in arms.items() for key in inputs.keys]
-                if not all(there):
-                    again = "the same command" + " without --overwrite" * args.overwrite
-                    text = f"{sum(there)} of {len(there)} rows are answered; {again} continues"
-                    raise vqa.Interrupted(stop.signum, text)
-    return {arm: file.done for arm, file in files.items()}, answered
+            if not stop.signum:
+                answer_arm(trained.model, inputs, files[arm], args, stop)
+        if vqa.meet(stop) and not rank:
+            for arm, inputs in arms.items():
+                files[arm].take_in()
+                files[arm].put_in_order(inputs.keys[index] for index in inputs.order)
+        there = [key in files[arm].done for arm, inputs in arms.items() for key in inputs.keys]
+        if stop.signum and not all(there):
+            parts = [part for file in files.values() for part in file.parts()]
+            n = sum(there) + sum(part.read_bytes().count(b"\n") for part in parts)
+            again = "the same command" + " without --overwrite" * args.overwrite
+            text = f"{'at least ' * bool(parts)}{n} of {len(there)} rows are answered; {again} continues"
+            raise vqa.Interrupted(stop.signum, text)
+        answered = sum(len(file.done) for file in files.values()) - before
+    return {arm: file.done for arm, file in files.items()}, answered, time.monotonic() - start
 
 
 def check_same_media(inputs: ArmInputs, file: RowFile) -> None:
@@ -2613,8 +2689,8 @@ def parse_arguments(parser: argparse.ArgumentParser, argv: Sequence[str]) -> arg
     return args
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line and return the exit status. Errors of input are one line on stderr and status 2."""
+def parse_checked(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The flags; those that are missing, or have no effect in the mode asked for, end the process with status 2."""
     parser = build_parser()
     args = parse_arguments(parser, sys.argv[1:] if argv is None else argv)
     needed = ["eval_data_path", "output_file"] + ["frames_dir"] * (not args.score_only)
@@ -2626,6 +2702,45 @@ def main(argv: Sequence[str] | None = None) -> int:
     idle = [name for name, value in vars(args).items() if value != parser.get_default(name) and name not in used]
     if mode and idle:
         parser.error(f"{', '.join(f'--{name}' for name in idle)}: no effect with --{mode}; leave it out")
+    return args
+
+
+def follow(argv: Sequence[str] | None) -> int:
+    """What another rank than 0 does: its share of the answers, in silence; it prints only what fails in that."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback while torch is imported
+    load_libraries()
+    with vqa.silent():
+        try:
+            args = parse_checked(argv)
+        except SystemExit as end:
+            if end.code:
+                time.sleep(60)  # until the launcher ends it: rank 0 ends likewise, and says why
+            raise
+        if args.compare or args.score_only:
+            return 0
+        try:
+            return generate(args)
+        except (InputError, OSError) as error:
+            message = message_of(error, args)
+    if vqa.is_first_to_fail():
+        print(message, file=sys.stderr)
+    return 2
+
+
+def message_of(error: Exception, args: argparse.Namespace) -> str:
+    """An error of input as it is printed."""
+    message = str(error)
+    if isinstance(error, OSError) and error.filename:
+        flags = [f" (--{name})" for name, value in vars(args).items() if value == error.filename]
+        message = f"{error.filename}{''.join(flags)}: {error.strerror}"
+    return "\n".join(f"{Path(__file__).name}: error: {line}" for line in message.splitlines())
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line and return the exit status. Errors of input are one line on stderr and status 2."""
+    if int(os.environ.get("RANK", 0)):
+        return follow(argv)
+    args = parse_checked(argv)
     try:
         if args.compare:
             return compare(args.compare, args.eval_data_path)
@@ -2634,12 +2749,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("\nStopped by SIGINT: run the same command again", file=sys.stderr)
         return 128 + signal.SIGINT
     except (InputError, OSError) as error:
-        message = str(error)
-        if isinstance(error, OSError) and error.filename:
-            flags = [f" (--{name})" for name, value in vars(args).items() if value == error.filename]
-            message = f"{error.filename}{''.join(flags)}: {error.strerror}"
-    print("\n".join(f"{parser.prog}: error: {line}" for line in message.splitlines()), file=sys.stderr)
-    return 2
+        if "vqa" not in globals() or vqa.is_first_to_fail():
+            print(message_of(error, args), file=sys.stderr)
+        return 2
 
 
 if __name__ == "__main__":

@@ -3636,6 +3636,7 @@ def load_trained(
     base = model_settings.model_name_or_path
     tokenizer = load_tokenizer(path if own_tokenizer else base)
     options = {name: getattr(model_settings, name) for name in BASE_FIELDS}
+    drawn_on = device if drawn_on == device.type else drawn_on
     options |= {"seed": model_settings.init_seed, "dtype": base_dtype, "device": drawn_on}
     model = load_model(base, tokenizer, allow_pickle=allow_pickle, **options)
     identity = fingerprint(model)
@@ -3703,9 +3704,19 @@ def write_config_and_tokenizer(
 ALONE = SimpleNamespace(world_size=1, process_index=0)  # in place of TrainingArguments, for a process by itself
 
 
+def rank() -> int:
+    """The number of this process among those that torchrun started, from 0."""
+    return int(os.environ.get("RANK", 0))
+
+
+def world_size() -> int:
+    """How many processes torchrun started, on all hosts; 1 without it."""
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
 def is_other_rank() -> bool:
     """Whether torchrun started this process as another than rank 0, which speaks for all."""
-    return "LOCAL_RANK" in os.environ and int(os.environ.get("RANK", 0)) > 0
+    return "LOCAL_RANK" in os.environ and rank() > 0
 
 
 def silence_other_ranks() -> None:
@@ -3739,17 +3750,76 @@ def by_first(args: TrainingArguments, function: typing.Callable, *rest):
 
 
 @cache
-def is_first_to_fail() -> bool:
-    """Whether this rank is the first to end with an error, which is the one to say so. Before the ranks have a group
-    all end with the same error, since all have the same flags."""
-    if not dist.is_initialized():
-        return not is_other_rank()
+def ranks_store() -> dist.Store:
+    """torchrun's key-value store, which outlives every rank."""
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    store = dist.TCPStore(address, port, is_master=False, timeout=timedelta(seconds=10))
+    return dist.PrefixStore(f"vqa/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+
+
+MEETINGS = itertools.count()
+
+
+def meet(stop: "StopSignal | None" = None) -> bool:
+    """Wait, without a group and without a limit of time, until every rank has called this as often as this one; False
+    where a signal to `stop` ended the wait. Where a rank ends, torchrun ends the others. VQAError where the store is
+    gone."""
+    if world_size() == 1:
+        return True
+    number = next(MEETINGS)
+    names = [f"{number}/{other}" for other in range(world_size())]
     try:
-        store = dist.TCPStore(address, port, is_master=False, timeout=timedelta(seconds=10))
-        return store.add(f"vqa_failed_{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", 1) == 1
+        ranks_store().set(names[rank()], "here")
+        while not ranks_store().check(names):
+            if stop and stop.signum:
+                return False
+            time.sleep(0.05)
+    except dist.DistError as error:
+        raise VQAError(f"torchrun's store is gone ({first_line(error)}); run the same command again") from error
+    return True
+
+
+@cache
+def is_first_to_fail() -> bool:
+    """Whether this rank is the first to end with an error, which is the one to say so. Before the ranks have met, all
+    end with the same error, since all have the same flags."""
+    if not (dist.is_initialized() or ranks_store.cache_info().currsize):
+        return not is_other_rank()
+    try:
+        return ranks_store().add("failed", 1) == 1
     except dist.DistError:  # whoever held the store has ended before
         return False
+
+
+@contextlib.contextmanager
+def silent() -> Iterator[None]:
+    """Let nothing appear of what this process prints while the `with` lasts, nor of what C++ prints in it."""
+    kept = os.dup(1), os.dup(2)
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    for stream in (1, 2):
+        os.dup2(nowhere, stream)
+    try:
+        yield
+    finally:
+        sys.stdout.flush(), sys.stderr.flush()
+        for stream, copied in zip((1, 2), kept, strict=True):
+            os.dup2(copied, stream)
+
+
+def own_device() -> torch.device:
+    """The GPU of this process, by its LOCAL_RANK, now the current one; else the CPU. VQAError where the launcher
+    started more processes here than there are GPUs."""
+    device = torch.accelerator.current_accelerator(check_available=True)
+    if device is None:
+        return torch.device("cpu")
+    if "LOCAL_RANK" in os.environ:
+        here, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.accelerator.device_count()
+        if here > gpus:
+            raise VQAError(f"{here} processes were started here, where {gpus} GPUs are: use --nproc_per_node {gpus}")
+        # With its index, because the threads that load weights have GPU 0 as the current one.
+        device = torch.device(device.type, int(os.environ["LOCAL_RANK"]))
+        torch.accelerator.set_device_index(device.index)
+    return device
 
 
 class Filled(torch.utils.data.Sampler):
@@ -3845,13 +3915,15 @@ class FeatureStore:
         file = self.files.get(medium)
         return file and read_features(file)
 
-    def fill(self, sources: Sequence, allow_errors: bool = False, args: TrainingArguments = ALONE) -> None:
+    def fill(self, sources: Sequence, allow_errors: bool = False) -> None:
         """Encode what the clips and speech of `sources` lack here, and print how many that were. `sources` are
         SurgicalVQADatasets, or have their `rows` and `cacheable_media`; None in these is not kept. VQAError for media
-        that cannot be read, which `allow_errors` skips (`read` then gives None for them), and for a full disk. The
-        ranks of `args`, which have the same sources, share the work."""
+        that cannot be read, which `allow_errors` skips (`read` then gives None for them), and for a full disk. Several
+        ranks, which have the same sources, share the work."""
         start = time.monotonic()
         depth = 2 * MAX_WORKERS
+        recipes = feature_recipes(self.model, self.processor, self.silence)
+        digest_of = cache(sha256_of)
 
         def attempt(step: typing.Callable, medium):
             try:
@@ -3863,20 +3935,10 @@ class FeatureStore:
                     raise VQAError(f"{error.filename}: cannot be read ({error.strerror})") from error
                 raise
 
-        def find() -> tuple[dict, dict, list]:
-            recipes = feature_recipes(self.model, self.processor, self.silence)
-            digest_of = cache(sha256_of)
-
-            def name(medium) -> Path:
-                kind, paths = ("speech", (medium,)) if isinstance(medium, Path) else ("vision", medium)
-                content = json.dumps([recipes[kind], [digest_of(path) for path in paths]])
-                return self.folder / f"{kind}-{hashlib.sha256(content.encode()).hexdigest()}.safetensors"
-
-            every = (source.cacheable_media(index) for source in sources for index in range(len(source.rows)))
-            media = list(dict.fromkeys(medium for both in every for medium in both if medium))
-            file_of = dict(zip(media, ahead(partial(attempt, name), media, depth), strict=True))
-            unique = {file: medium for medium, file in file_of.items() if file}  # media of one content are one file
-            return file_of, unique, [medium for file, medium in unique.items() if not file.exists()]
+        def name(medium) -> Path:
+            kind, paths = ("speech", (medium,)) if isinstance(medium, Path) else ("vision", medium)
+            content = json.dumps([recipes[kind], [digest_of(path) for path in paths]])
+            return self.folder / f"{kind}-{hashlib.sha256(content.encode()).hexdigest()}.safetensors"
 
         def decode(medium) -> tuple[torch.Tensor, ...]:
             if isinstance(medium, Path):
@@ -3884,12 +3946,17 @@ class FeatureStore:
             frames = [load_frame(path, self.processor.max_image_size) for path in medium]
             return self.processor.patches_of(frames, f"beside {medium[0]}")
 
-        file_of, unique, lacking = by_first(args, find)
-        share = lacking[args.process_index :: args.world_size]
-        bar = tqdm(total=len(share), desc="Caching features", unit="file", disable=not lacking)
+        every = (source.cacheable_media(index) for source in sources for index in range(len(source.rows)))
+        media = list(dict.fromkeys(medium for both in every for medium in both if medium))
+        file_of = dict(zip(media, ahead(partial(attempt, name), media, depth), strict=True))
+        unique = {file: medium for medium, file in file_of.items() if file}  # media of one content are one file
+        lacking = [medium for file, medium in unique.items() if not file.exists()]
+        meet()  # every rank has seen the same files lacking
+        own = lacking[rank() :: world_size()]
+        bar = tqdm(total=len(own), desc="Caching features", unit="file", disable=not own)
         try:
-            with bar, contextlib.closing(ahead(partial(attempt, decode), share, depth)) as decoded:
-                for medium, inputs in zip(share, decoded, strict=True):
+            with bar, contextlib.closing(ahead(partial(attempt, decode), own, depth)) as decoded:
+                for medium, inputs in zip(own, decoded, strict=True):
                     bar.update()
                     if inputs is not None:
                         self.encode(medium, inputs, file_of[medium])
@@ -3899,7 +3966,7 @@ class FeatureStore:
                 f"--cache_features {self.folder}: could not be written ({first_line(error)}), {free:,} bytes are free; "
                 "make room and start again: what is written is kept"
             ) from error
-        gather(args, None)  # until all have written theirs
+        meet()
         self.files |= {medium: file for medium, file in file_of.items() if file and file.exists()}
         speech, new = (sum(isinstance(medium, Path) for medium in part) for part in (unique.values(), lacking))
         print(
@@ -5359,7 +5426,7 @@ def train(
         use_liger(model)
     if data_args.cache_features:
         store = FeatureStore(data_args.cache_features, model, processor, data_args.speech_token_jitter)
-        store.fill([dataset for dataset in datasets if dataset], args=training_args)
+        store.fill([dataset for dataset in datasets if dataset])
         for dataset in filter(None, datasets):
             dataset.feature_store = store
 

@@ -10,7 +10,7 @@ import sys
 import threading
 import time
 
-from tqdm import tqdm
+import tqdm.auto
 
 from tests.conftest import ROOT
 
@@ -49,10 +49,11 @@ def default_signals():
 class Script:
     """A script of this project, run as `python script flags` would, but in a fork, which has torch already.
 
-    No file grows beyond `file_limit` bytes; as a line that starts with `stop_at` is printed it gets a SIGTERM.
+    No file grows beyond `file_limit` bytes; as a line that starts with `stop_at` is printed it gets a SIGTERM; `env` is
+    added to its environment.
     """
 
-    def __init__(self, name, flags, file_limit=None, stop_at=None):
+    def __init__(self, name, flags, file_limit=None, stop_at=None, env=()):
         self.status, self.printed = None, b""
         self.reader, writer = os.pipe()  # no file, which `file_limit` would keep short
         os.set_blocking(self.reader, False)
@@ -63,8 +64,10 @@ class Script:
         status = 99
         try:
             os.setsid()
+            os.environ.update(env)
             default_signals()
-            tqdm.set_lock(threading.RLock())  # its own is shared with forks, and one that is stopped may hold it
+            for bars in (tqdm.tqdm, tqdm.auto.tqdm):  # forks share their own lock, and one that is stopped may hold it
+                bars.set_lock(threading.RLock())
             os.dup2(writer, 1), os.dup2(writer, 2)
             sys.stdout, sys.stderr = (os.fdopen(fd, "w", buffering=1, closefd=False) for fd in (1, 2))
             if file_limit:
