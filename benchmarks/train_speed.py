@@ -294,7 +294,7 @@ def run_ours(clock: Clock, flags: list[str]) -> tuple[int, int]:
     choose, chosen = vqa.choose_recomputation, []
     with (
         patch.object(vqa, "VQATrainer", counting(vqa.VQATrainer, clock)),
-        patch.object(vqa.FeatureStore, "fill", lambda store, *args: clock.fill(store, *args)),
+        patch.object(vqa.FeatureStore, "fill", lambda store, *args, **named: clock.fill(store, *args, **named)),
         patch.object(vqa, "choose_recomputation", lambda *args: chosen.append(choose(*args)) or chosen[-1]),
     ):
         if vqa.main(flags):
