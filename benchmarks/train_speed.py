@@ -19,6 +19,11 @@ recomputed (6 N T if all are). Attention, the encoders and LoRA are not counted.
 
 The flags of a design may begin with names from `training_changes.py`: `--design "logits=@all_logits --lora_dropout 0"`.
 `--one_process` runs all designs in one process, which saves their start: for runs of a few steps each.
+
+`--num_gpus N` starts each design by torchrun. Samples, tokens and TFLOP/s are then those of all GPUs, the ceiling is N
+times one GPU's, and times and peaks are the first rank's; `ranks` in the output has those of all. With `--profile` each
+rank writes its step. Its NCCL kernels take as long as the exchange and the wait for the slower rank together: the
+rank that waits least shows the exchange.
 """
 
 import argparse
@@ -57,6 +62,7 @@ from benchmarks.speed_common import (
 from benchmarks.training_changes import CHANGES
 
 SEED = "seed"
+RANK, RANKS = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1)))
 FILL = vqa.FeatureStore.fill
 GPU_WORK = ("kernel", "gpu_memcpy", "gpu_memset")
 FAST = "--audio_tokens speech --frame_mode video"
@@ -121,6 +127,7 @@ class Clock(TrainerCallback):
         counted = self.steps[self.warmup : last]
         seconds = counted[-1]["end"] - self.steps[self.warmup - 1]["end"]
         total = {name: sum(step[name] for step in counted) for name in ("tokens", "samples", "waited")}
+        total |= {name: total[name] * RANKS for name in ("tokens", "samples")}  # ranks have batches of one size
         result = {"steps": len(counted), "seconds": seconds, "samples_per_second": total["samples"] / seconds}
         result |= {"tokens_per_second": total["tokens"] / seconds, "waiting_for_data": total["waited"] / seconds}
         result["tokens_per_sample"] = total["tokens"] / total["samples"]
@@ -143,7 +150,7 @@ def kernel_table(profiler: torch.profiler.profile) -> str:
         "compiled": ("triton_",),
         "dropout": ("dropout", "masked_scale"),
     }
-    kinds |= {"copies and casts": ("memcpy", "copy", "direct_copy")}
+    kinds |= {"copies and casts": ("memcpy", "copy", "direct_copy"), "exchange between GPUs": ("nccl",)}
     kernels = [event for event in profiler.key_averages() if event.device_type != torch.autograd.DeviceType.CPU]
     rows = [(event.key, event.self_device_time_total / 1e3, event.count) for event in kernels]
     rows.sort(key=lambda row: -row[1])
@@ -287,7 +294,7 @@ def run_ours(clock: Clock, flags: list[str]) -> tuple[int, int]:
     choose, chosen = vqa.choose_recomputation, []
     with (
         patch.object(vqa, "VQATrainer", counting(vqa.VQATrainer, clock)),
-        patch.object(vqa.FeatureStore, "fill", lambda store, *args: clock.fill(store, *args)),
+        patch.object(vqa.FeatureStore, "fill", lambda store, *args, **named: clock.fill(store, *args, **named)),
         patch.object(vqa, "choose_recomputation", lambda *args: chosen.append(choose(*args)) or chosen[-1]),
     ):
         if vqa.main(flags):
@@ -303,7 +310,8 @@ def flops_factor(layers: int, every_n: int) -> float:
 def measure(args: argparse.Namespace, name: str, design: str) -> None:
     """Train with the flags of `design`; writes the figures, or the error, to `args.output`."""
     vqa.set_seed(0)
-    clock = Clock(args.warmup, args.output.with_suffix(".profile.txt") if args.profile else None)
+    output = rank_file(args.output, RANK)
+    clock = Clock(args.warmup, output.with_suffix(".profile.txt") if args.profile else None)
     words = shlex.split(design)
     flags = shlex.split(args.flags) + [word for word in words if not word.startswith("@")]
     try:
@@ -325,7 +333,12 @@ def measure(args: argparse.Namespace, name: str, design: str) -> None:
         if not isinstance(error, (torch.OutOfMemoryError, vqa.VQAError)):
             traceback.print_exc()
         result = {"failed": f"{type(error).__name__}: {error}".splitlines()[0][:300]}
-    args.output.write_text(json.dumps({"design": name, "flags": design, **result}))
+    output.write_text(json.dumps({"design": name, "flags": design, **result}))
+
+
+def rank_file(output: Path, rank: int) -> Path:
+    """Where a rank writes its figures: the first to `output`."""
+    return output.with_suffix(f".rank{rank}{output.suffix}") if rank else output
 
 
 def table(results: list[dict], ceiling: float) -> str:
@@ -369,6 +382,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--flags", default="", help="more flags of train_vqa.py for all designs")
     parser.add_argument("--gpu_memory_limit_gib", type=float, help="hard limit for each process (none)")
     parser.add_argument("--profile", action="store_true", help="also profile one step and write its table and trace")
+    parser.add_argument("--num_gpus", type=int, default=1, help="GPUs of this host that train a design together (1)")
     parser.add_argument("--one_process", action="store_true", help="all designs in this process, one after the other")
     parser.add_argument(
         "--output", type=Path, default=Path("train_speed.json"), help="file for the figures as JSON (train_speed.json)"
@@ -379,6 +393,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     unknown = sorted({word for word in words if word.startswith("@")} - {f"@{name}" for name in CHANGES})
     if unknown:
         parser.error(f"--design: {', '.join(unknown)}: not among {', '.join(f'@{name}' for name in CHANGES)}")
+    if args.num_gpus > 1 and (args.one_process or SEED in args.designs.split(",")):
+        parser.error("--num_gpus: neither --one_process nor the design seed runs on several GPUs")
     return args
 
 
@@ -405,12 +421,14 @@ def main(argv: list[str] | None = None) -> None:
         if args.gpu_memory_limit_gib:
             flags += ["--gpu_memory_limit_gib", str(args.gpu_memory_limit_gib)]
         flags += shlex.split(args.flags)
-        ceiling = matmul_ceiling()
+        ceiling = matmul_ceiling() * args.num_gpus
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         for name, design in designs.items():
             part = args.output.with_suffix(f".{name}.json")
-            part.unlink(missing_ok=True)
+            parts = [rank_file(part, rank) for rank in range(args.num_gpus)]
+            for file in parts:
+                file.unlink(missing_ok=True)
             start, status = time.perf_counter(), 0
             if args.one_process:
                 measure(argparse.Namespace(**{**vars(args), "output": part, "flags": shlex.join(flags)}), name, design)
@@ -421,11 +439,15 @@ def main(argv: list[str] | None = None) -> None:
                 if torch.cuda.is_available():
                     torch.cuda.empty_cache()
             else:
-                child = [sys.executable, __file__, *argv, "--child", f"{name}={design}", "--output", str(part)]
+                launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(args.num_gpus)]
+                child = [sys.executable, *(launcher if args.num_gpus > 1 else ()), __file__]
+                child += [*argv, "--child", f"{name}={design}", "--output", str(part)]
                 child += ["--flags=" + shlex.join(flags)]
                 status = subprocess.run(child).returncode
             crashed = {"design": name, "flags": design, "failed": f"exit status {status}"}
             results.append(json.loads(part.read_text()) if part.is_file() else crashed)
+            if args.num_gpus > 1:
+                results[-1]["ranks"] = [json.loads(file.read_text()) for file in parts if file.is_file()]
             results[-1]["process_seconds"] = time.perf_counter() - start
             report = {"machine": machine(), "ceiling_tflops": ceiling, "argv": argv, "results": results}
             args.output.write_text(json.dumps(report, indent=2) + "\n")
