@@ -2524,6 +2524,7 @@ def compile_decoder(model: SpeechMixin) -> None:
     checkpointing around it into the graph. Gain at full size: 1.38 x, and 0.7 x the memory (docs/PERFORMANCE.md)."""
     torch._functorch.config.activation_memory_budget = ACTIVATION_MEMORY_BUDGET
     torch._dynamo.config.specialize_float = True  # else a layer is traced twice, and the trace not kept on disk
+    torch._dynamo.config.optimize_ddp = False  # it would cut a layer at DDP's buckets, and then keep more activations
     for layer in model.model.language_model.layers:
         # The plain forward: some versions of transformers wrap their own checkpointing around it.
         plain = getattr(type(layer).forward, "__wrapped__", type(layer).forward)
@@ -2903,7 +2904,7 @@ def load_model(
 
 def draw_model(config: Qwen2VLConfig, seed: int, device: torch.device, load_in_4bit: bool, **options) -> SpeechMixin:
     """A model with random weights; in 4 bits it goes through a temporary folder, as large as the model."""
-    with torch.random.fork_rng(), device:
+    with torch.random.fork_rng([device] if device.type == "cuda" else []), device:  # of no other GPU
         torch.manual_seed(seed)
         model = MODEL_CLASSES[config.model_type]._from_config(config, **options)
     if not load_in_4bit or device.type == "meta":

@@ -334,6 +334,8 @@ def measure(args: argparse.Namespace, name: str, design: str) -> None:
             traceback.print_exc()
         result = {"failed": f"{type(error).__name__}: {error}".splitlines()[0][:300]}
     output.write_text(json.dumps({"design": name, "flags": design, **result}))
+    if RANKS > 1 and "failed" in result:  # the other ranks wait for this one, until torchrun ends them
+        os._exit(1)
 
 
 def rank_file(output: Path, rank: int) -> Path:
