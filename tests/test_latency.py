@@ -135,7 +135,8 @@ def test_a_gpu_is_waited_for_in_no_part_that_becomes_a_cuda_graph(tokenizer, tin
     with torch.inference_mode():
         patches = of(3 * 16, 588, dtype=torch.uint8), of(3 * 16, 2), of(4, dtype=torch.int32)
         assert single.encode(*patches, 16).shape == (3 * 4, 64)
-        assert model.encode_audio(of(1, 80, 400, dtype=torch.float32), None).shape == (200, 64)
+        mel = of(1, vqa.audio_config_of(model.config).num_mel_bins, 400, dtype=torch.float32)
+        assert model.encode_audio(mel, None).shape == (200, 64)
         state, logits = single.prefill(of(1, 128, 64, dtype=torch.bfloat16), of(3, 1, 128), of(3))
         assert single.step(state, 512).shape == (3,) and logits.shape == (512,)
 
