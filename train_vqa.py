@@ -2054,8 +2054,9 @@ def read_media(processor: VQAProcessor, frames: Sequence, speech: np.ndarray | s
     frame, decoded side by side. `frames` and `speech` are as `SpeechMixin.answer` takes them."""
 
     def hear() -> tuple[torch.Tensor, torch.Tensor]:
-        from_file = isinstance(speech, str | Path)
-        return processor.log_mel(load_speech(Path(speech)) if from_file else speech, "given to answer()")
+        if isinstance(speech, str | Path):
+            return processor.log_mel(load_speech(Path(speech)), speech)
+        return processor.log_mel(speech, "given to answer()")
 
     def cut(frame) -> tuple[np.ndarray, tuple[int, int, int]]:
         if isinstance(frame, tuple):
@@ -2493,21 +2494,19 @@ class SpeechMixin:
         text = processor.tokenizer.decode(ids, skip_special_tokens=True).strip()
         return Answer(text, len(ids), ids[-1] in stops, log_probs, ids, parts)
 
-    def warm_up(self, frames: Sequence, question: str | None = None, max_new_tokens: int = 64) -> None:
-        """Ask about `frames` with noise of each length of prompt that speech makes, or with the `question` in text
-        mode, so that no later question of such lengths waits for a CUDA graph; says so in a line. Without a GPU there
-        is nothing to do."""
+    def warm_up(self, frames: Sequence, max_new_tokens: int = 64) -> None:
+        """Ask about `frames` with speech of each length that makes another prompt, so that no later question about
+        frames of this size and number waits for a CUDA graph; says so in a line. Without a GPU there are no graphs."""
         if self.device.type != "cuda":
             return
         start, processor = time.perf_counter(), self.processor
-        longest = processor.encoder_tokens
+        longest, words = processor.encoder_tokens, None if processor.input_mode == "audio" else "?"
         tokens = [longest] if processor.audio_tokens == "full" else range(1, longest + PROMPT_BUCKET, PROMPT_BUCKET)
         spoken = [np.ones(min(n, longest) * SAMPLES_PER_TOKEN, np.float32) for n in tokens]
-        if processor.input_mode == "text":
-            spoken = [None]
+        spoken = [None] if processor.input_mode == "text" else spoken
         print(f"   Warming up for {len(spoken)} lengths of prompts ...", end="", flush=True)
         for speech in spoken:
-            self.answer(frames, speech, question, max_new_tokens)
+            self.answer(frames, speech, words, max_new_tokens)
         print(f" {time.perf_counter() - start:.0f} s", flush=True)
 
 
