@@ -114,7 +114,7 @@ from transformers.training_args import OptimizerNames
 from transformers.utils import is_flash_attn_2_available
 from transformers.utils import logging as transformers_logging
 from transformers.utils.versions import require_version
-from transformers.vision_utils import get_vision_position_ids
+from transformers.vision_utils import get_vision_attention_seqlens, get_vision_position_ids
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Constants
@@ -259,6 +259,9 @@ PREFILL_TOKENS = 16384  # prompts read at a time: enough to fill a GPU, and what
 # --eval_answers: a token keeps 57 kB at full size, so that 32 rows of 2,700 tokens take 5 GB; answers are cut as by
 # evaluate_checkpoint.py's default.
 ANSWERS_AT_ONCE, ANSWER_TOKENS = 32, 32
+# One question at a time: its prompt is padded to a multiple of the first, the keys are read to one of the second. Each
+# length that occurs takes a CUDA graph; for speech of up to 1,500 tokens these are 12 and 4.
+PROMPT_BUCKET, KEYS_BUCKET = 128, 512
 ANSWERS_DIR = "eval_answers"  # in --output_dir: step-N.jsonl with the rows, step-N.summary.json with their scores
 ANSWER_METRICS = ("choice", "contains", "stopped")  # each logged as eval_...
 SCORER = Path(__file__).resolve().with_name("evaluate_checkpoint.py")  # run, not imported: it imports this file
@@ -279,6 +282,7 @@ FOUR_BIT_KEY = re.compile(r"(.+)\.((?:nested_)?(?:absmax|quant_map)|quant_state\
 KEY_MAPPING = {r"^visual\.": "model.visual.", r"^model\.(?!language_model\.|visual\.)": "model.language_model."}
 # "flash" in the name: transformers then hands over all frames of a batch in one call.
 FRAME_ATTENTION = "sdpa_frames_by_the_flash_interface"
+QUESTION_ATTENTION = "sdpa_one_question"
 RECOMPUTE = partial(torch.utils.checkpoint.checkpoint, use_reentrant=False)
 
 SHARD_BYTES = 5 * 10**9  # a file of weights
@@ -1509,10 +1513,10 @@ def what_is(data: bytes) -> tuple[str, str | None]:
     return tuple(next(found, ("in no format that is known", None)))
 
 
-def decode_frame(path: Path, checking: bool = False) -> Image.Image:
-    """A decoded frame in full size, RGB, upright (EXIF orientation applied). `checking` looks for more damage, and may
-    give a smaller frame in grey, which takes less time. VQAError for a file that is no JPEG, PNG or WebP, is damaged,
-    or is too large or too thin for the model."""
+def decode_frame(path: Path, checking: bool = False, damage: bool = False) -> Image.Image:
+    """A decoded frame in full size, RGB, upright (EXIF orientation applied). `damage` looks for more of it, `checking`
+    too, but may give a smaller frame in grey, which takes less time. VQAError for a file that is no JPEG, PNG or WebP,
+    is damaged, or is too large or too thin for the model."""
 
     def refuse(what: str, advice: str = "replace it or remove the row") -> typing.NoReturn:
         raise VQAError(f"frame {path} {what}; {advice}")
@@ -1534,8 +1538,8 @@ def decode_frame(path: Path, checking: bool = False) -> Image.Image:
             if checking:
                 image.draft("L", (1, 1))  # an eighth of each side, and only of a JPEG
             image.load()
-            if checking and kind == "a JPEG image" and (damage := jpeg_damage(data)):
-                refuse(f"is damaged (FFmpeg: {damage})")
+            if (checking or damage) and kind == "a JPEG image" and (found := jpeg_damage(data)):
+                refuse(f"is damaged (FFmpeg: {found})")
             if (turn := TURNS.get(orientation(image))) is not None:  # one of them is 0
                 image = image.transpose(turn)
             if image.mode.startswith("I"):  # 16 bits of grey; Pillow would cut off all above 255
@@ -1955,11 +1959,13 @@ class VQAProcessor:
             sample["position_ids"] = mrope_positions(sample["mm_token_type_ids"], grid, self.merge_size)
         return sample
 
-    def patches_of(self, frames: Sequence[Image.Image], source: str = "") -> tuple[torch.Tensor, torch.Tensor]:
-        """Patches, uint8 [patches, 3 * patch * patch], and their grid int64 [frames, 3]; in video mode those of
-        `pair_frames`, or VQAError, which names `source`, where the frames differ in size. The model scales the patches:
-        see `scale_pixels`."""
-        cut = [self.cut_patches(frame) for frame in frames]
+    def patches_of(
+        self, frames: Sequence[Image.Image | tuple[np.ndarray, tuple[int, int, int]]], source: str = ""
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Patches, uint8 [patches, 3 * patch * patch], and their grid int64 [frames, 3], of frames or of what
+        `cut_patches` made of them; in video mode those of `pair_frames`, or VQAError, which names `source`, where the
+        frames differ in size. The model scales the patches: see `scale_pixels`."""
+        cut = [frame if isinstance(frame, tuple) else self.cut_patches(frame) for frame in frames]
         pixels = torch.from_numpy(np.concatenate([p for p, _ in cut]))
         grid = torch.tensor([g for _, g in cut])
         if self.frame_mode == "video":
@@ -2069,6 +2075,25 @@ def mel_of(processor: VQAProcessor, path: Path, version: tuple) -> tuple[torch.T
     """What `log_mel` makes of a speech file, which many rows and epochs share; it is decoded once a process. `version`
     is from `version_of`, so that a file that was replaced is decoded anew."""
     return processor.log_mel(load_speech(path), path)
+
+
+def read_media(processor: VQAProcessor, frames: Sequence, speech: np.ndarray | str | Path | None) -> Iterator:
+    """What `log_mel` makes of the speech of one question, where there is any, then what `cut_patches` makes of each
+    frame, decoded side by side. `frames` and `speech` are as `SpeechMixin.answer` takes them."""
+
+    def hear() -> tuple[torch.Tensor, torch.Tensor]:
+        if isinstance(speech, str | Path):
+            return processor.log_mel(load_speech(Path(speech)), speech)
+        return processor.log_mel(speech, "given to answer()")
+
+    def cut(frame) -> tuple[np.ndarray, tuple[int, int, int]]:
+        if isinstance(frame, tuple):
+            return frame
+        frame = decode_frame(Path(frame), damage=True) if isinstance(frame, str | Path) else frame
+        return processor.cut_patches(shrink(frame, processor.max_image_size))
+
+    jobs = [*([] if speech is None else [hear]), *(partial(cut, frame) for frame in frames)]
+    return ahead(lambda job: job(), jobs, len(jobs), MAX_WORKERS + 1)
 
 
 def select_frames(frames: Sequence, limit: int | None) -> Sequence:
@@ -2278,6 +2303,16 @@ class Answer:
     n_tokens: int  # the stop token included
     stopped: bool  # by a stop token; False: cut off at the limit
     log_probs: dict[str, float] = field(default_factory=dict)  # natural logarithms, of the candidates asked for
+    ids: list[int] = field(default_factory=list)  # of the tokens, the stop token included
+    # ms, one part after the other: `media` until the last frame is decoded and cut, `first_token` from then on,
+    # `decode` of the others, `candidates`; and the `total`
+    ms: dict[str, float] = field(default_factory=dict, compare=False)
+
+    @property
+    def shares(self) -> dict[str, float]:
+        """The probability of each candidate, divided by that of all of them."""
+        shares = torch.tensor(list(self.log_probs.values()), dtype=torch.float64).softmax(0)
+        return dict(zip(self.log_probs, shares.tolist(), strict=True))
 
 
 class SpeechMixin:
@@ -2288,6 +2323,7 @@ class SpeechMixin:
 
     accepts_loss_kwargs = True  # the Trainer then passes num_items_in_batch, and accumulation weighs tokens alike
     processor: "VQAProcessor | None" = None  # `load_trained` sets it, and `answer` needs it
+    one_question: "OneQuestion | None" = None  # made by the first `answer`
 
     def __init__(self, config: Qwen2VLConfig):
         super().__init__(config)
@@ -2313,19 +2349,19 @@ class SpeechMixin:
         self.audio_encoder.train(mode and self.trains_audio)
         return self
 
-    def encode_vision(self, pixel_values: torch.Tensor, grid: torch.Tensor) -> torch.Tensor:
-        """What the vision encoder makes of patches, uint8 or scaled, and their grid int64 [n, 3]: [tokens, hidden]."""
+    def encode_vision(self, pixel_values: torch.Tensor, grid: torch.Tensor | None, **layout) -> torch.Tensor:
+        """What the vision encoder makes of patches, uint8 or scaled, and their grid int64 [n, 3]: [tokens, hidden]. The
+        `layout` (`position_ids`, `cu_seqlens`, `max_seqlen`) is computed from the grid, unless it is given."""
         visual = self.model.visual
         vision = self.config.vision_config
         if pixel_values.dtype == torch.uint8:
             width = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
             pixel_values = scale_pixels(pixel_values, width, visual.dtype)
-        if (grid == grid[0]).all():  # transformers would lay out one frame after the other
+        if not layout and (grid == grid[0]).all():  # transformers would lay out one frame after the other
             positions = get_vision_position_ids(grid[:1], vision.spatial_merge_size).repeat(len(grid), 1)
-        else:
-            positions = get_vision_position_ids(grid, vision.spatial_merge_size)
+            layout = {"position_ids": positions}
         with torch.set_grad_enabled(self.trains_vision and torch.is_grad_enabled()):
-            return visual(pixel_values.to(visual.dtype), grid_thw=grid, position_ids=positions).pooler_output
+            return visual(pixel_values.to(visual.dtype), grid_thw=grid, **layout).pooler_output
 
     def encode_audio(self, input_features: torch.Tensor, audio_lengths: torch.Tensor | None) -> torch.Tensor:
         """What the speech encoder makes of speech [B, mel, frames]: the first `audio_lengths` int64 [B] outputs of
@@ -2433,58 +2469,247 @@ class SpeechMixin:
         count = len(answer_at) if num_items_in_batch is None else num_items_in_batch
         return CausalLMOutputWithPast(loss=total / count)
 
-    def prepare_inputs_for_generation(self, *args, is_first_iteration: bool = False, **kwargs) -> dict:
-        """That of the parent class, without frames and speech after the first step: they are read with the prompt."""
-        inputs = super().prepare_inputs_for_generation(*args, is_first_iteration=is_first_iteration, **kwargs)
-        if not is_first_iteration and kwargs.get("use_cache", True):
-            inputs = {name: value for name, value in inputs.items() if not name.endswith("_features")}
-        return inputs
-
     @torch.inference_mode()
     def answer(
         self,
-        frames: Sequence[Image.Image],
-        speech: np.ndarray | None = None,
+        frames: Sequence[Image.Image | str | Path | tuple],
+        speech: np.ndarray | str | Path | None = None,
         question: str | None = None,
         max_new_tokens: int = 64,
         candidates: Sequence[str] = (),
     ) -> Answer:
         """Answer one question about a clip, spoken or in words, greedily.
 
-        All `frames` (RGB, in order in time) are shown, scaled down to the size that training had. `speech` is float32
-        [n] at 16 kHz, from `load_speech`; without it the `question` in words is asked; with both, both. Answers are cut
-        off at `max_new_tokens` (evaluate_checkpoint.py: 32). Of `candidates` the log-probability, stop token included,
-        is computed as well. VQAError for neither speech nor question, and for speech longer than the encoder's window.
+        All `frames` (in order in time: files, RGB images, or what `VQAProcessor.cut_patches` gives) are shown, scaled
+        down to the size that training had. `speech` is a file, or float32 [n] at 16 kHz from `load_speech`; without it
+        the `question` in words is asked; with both, both. Answers are cut off at `max_new_tokens`
+        (evaluate_checkpoint.py: 32). Of `candidates` the log-probability, stop token included, is computed as well.
+        VQAError for neither speech nor question, no frame, files that cannot be decoded, and speech longer than the
+        encoder's window.
+
+        Files are decoded in threads, and the speech is encoded meanwhile. On a GPU everything runs as CUDA graphs (see
+        `OneQuestion`), so that the weights must stay where they are after the first question.
         """
         if speech is None and question is None:
             raise VQAError("answer() needs speech, a question in words, or both")
-        mode = "text" if speech is None else "audio" if question is None else "audio_text"
-        processor = self.processor.with_mode(mode)
-        speech_features = None
-        tokenizer = processor.tokenizer
-        collate = VQACollator(tokenizer.pad_token_id)
-        pixels, grid = processor.patches_of([shrink(frame, processor.max_image_size) for frame in frames])
-        vision_features = self.encode_vision(pixels.to(self.device), grid.to(self.device)), grid
+        if not frames:
+            raise VQAError("answer() needs at least one frame")
+        times = [time.perf_counter()]
+        processor = self.processor.with_mode(
+            "text" if speech is None else "audio" if question is None else "audio_text"
+        )
+        single = self.one_question = self.one_question or OneQuestion(self)
+
+        media, heard, tokens = read_media(processor, frames, speech), None, 0
         if speech is not None:
-            mel, lengths = processor.log_mel(speech, "given to answer()")
-            speech_features = self.encode_audio(mel.to(self.device), lengths.to(self.device))
+            mel, tokens = next(media)
+            heard = single.hear(mel)[:tokens]
+        pixels, grid = processor.patches_of(list(media), "given to answer()")
+        times.append(time.perf_counter())
+        seen = single.see(pixels, grid)
+        counts = (grid.prod(-1) // processor.merge_size**2).tolist()
+        sample = processor.build(question or "", counts, int(tokens), None)
+        sample["position_ids"] = mrope_positions(sample["mm_token_type_ids"], grid, processor.merge_size)
+        spoken = [processor.text_ids("", candidate)[-1] for candidate in candidates]
+        if behind := len(processor.tokenize(processor.layout.after_answer)):  # the stop token ends an answer
+            spoken = [ids[:-behind] for ids in spoken]
+        ids = [single.read(sample, seen, heard, max(max_new_tokens, sum(map(len, spoken))))]
+        times.append(time.perf_counter())
+        stops = stop_token_ids(processor.tokenizer)
+        while len(ids) < max_new_tokens and ids[-1] not in stops:
+            ids.append(single.next())
+        times.append(time.perf_counter())
+        log_probs = dict(zip(candidates, single.score(spoken), strict=True)) if candidates else {}
+        times.append(time.perf_counter())
+        ms = [1000 * (after - before) for before, after in itertools.pairwise(times)]
+        parts = dict(zip(("media", "first_token", "decode", "candidates"), ms, strict=True), total=sum(ms))
+        text = processor.tokenizer.decode(ids, skip_special_tokens=True).strip()
+        return Answer(text, len(ids), ids[-1] in stops, log_probs, ids, parts)
 
-        def batch(answer: str | None) -> dict[str, torch.Tensor]:
-            row = VQARow("answer()", 1, "", "", (), question or "", "", answer or "", "")
-            sample = processor.make_sample(row, (), None, answer is not None, vision_features, speech_features)
-            behind = len(processor.tokenize(processor.layout.after_answer))  # the stop token ends an answer
-            sample["labels"][len(sample["labels"]) - behind :] = IGNORE_INDEX
-            return {name: value.to(self.device) for name, value in collate([sample]).items()}
+    def warm_up(self, frames: Sequence, max_new_tokens: int = 64) -> None:
+        """Ask about `frames` with speech of each length that makes another prompt, so that no later question about
+        frames of this size and number waits for a CUDA graph; says so in a line. Without a GPU there are no graphs."""
+        if self.device.type != "cuda":
+            return
+        start, processor = time.perf_counter(), self.processor
+        longest, words = processor.encoder_tokens, None if processor.input_mode == "audio" else "?"
+        tokens = [longest] if processor.audio_tokens == "full" else range(1, longest + PROMPT_BUCKET, PROMPT_BUCKET)
+        spoken = [np.ones(min(n, longest) * SAMPLES_PER_TOKEN, np.float32) for n in tokens]
+        spoken = [None] if processor.input_mode == "text" else spoken
+        print(f"   Warming up for {len(spoken)} lengths of prompts ...", end="", flush=True)
+        for speech in spoken:
+            self.answer(frames, speech, words, max_new_tokens)
+        print(f" {time.perf_counter() - start:.0f} s", flush=True)
 
-        inputs = batch(None)
-        log_probs = {}
-        del inputs["labels"]
-        ids = self.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)[0, inputs["input_ids"].shape[1] :]
-        for candidate in candidates:
-            labelled = batch(candidate)
-            log_probs[candidate] = -self(**labelled).loss.item() * len(labelled["answer_at"])
-        stopped = bool(len(ids)) and int(ids[-1]) in stop_token_ids(tokenizer)
-        return Answer(tokenizer.decode(ids, skip_special_tokens=True).strip(), len(ids), stopped, log_probs)
+
+def attend_to_one_question(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float,
+    **kwargs,
+) -> tuple[torch.Tensor, None]:
+    """The decoder's attention for `OneQuestion`, whatever kernel the model has otherwise: causal, or under a mask bool
+    [1, 1, n, seen]. Registered with transformers as QUESTION_ATTENTION. Under a mask its own sdpa path (in 5.17) copies
+    keys and values for each query head; here the query heads that share a key head are further queries of one head.
+
+    `query` is [1, heads, n, head size]. Returns [1, n, heads, head size], and no weights.
+    """
+    if attention_mask is None:
+        mixed = F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling, enable_gqa=True)
+        return mixed.transpose(1, 2), None
+    shared = query.shape[1] // key.shape[1]
+    grouped, mask = query.reshape(1, key.shape[1], -1, query.shape[3]), attention_mask.repeat(1, 1, shared, 1)
+    mixed = F.scaled_dot_product_attention(grouped, key, value, attn_mask=mask, scale=scaling)
+    return mixed.reshape(query.shape).transpose(1, 2), None
+
+
+AttentionInterface.register(QUESTION_ATTENTION, attend_to_one_question)
+
+
+class OneQuestion:
+    """The parts of `SpeechMixin.answer` that a GPU computes, on buffers that stay where they are, so that each can be a
+    CUDA graph: one launch in place of some thousand, for which a GPU that works on one question would wait. Stands in
+    for transformers' cache too: the decoder's layers call `update`."""
+
+    def __init__(self, model: SpeechMixin):
+        self.model, self.graphs, self.layers = model, {}, []
+        self.length = self.position = self.width = 0  # of the prompt; behind it; the keys that a token may attend to
+        self.state = self.logits = None  # see `step`; behind the prompt, [vocabulary]
+        self.places: torch.Tensor | None = None  # where keys and values of new tokens go, int64 [n]
+        self.seen = 0  # how many are attended to; 0: the new ones
+
+    def reserve(self) -> None:
+        """Have room for `width` keys and values, and for those of the longest speech, so that it need not grow."""
+        if self.layers and self.layers[0][0].shape[2] >= self.width:
+            return
+        text, embeddings = self.model.config.text_config, self.model.get_input_embeddings().weight
+        heads, size = text.num_key_value_heads, text.hidden_size // text.num_attention_heads
+        shape = text.num_hidden_layers, 2, 1, heads, self.width + self.model.processor.encoder_tokens, size
+        self.graphs.clear()
+        self.layers = torch.zeros(shape, dtype=embeddings.dtype, device=embeddings.device).unbind()
+
+    def update(self, keys: torch.Tensor, values: torch.Tensor, layer: int, *_) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keep keys and values [1, heads, n, head size] of new tokens; returns those that are attended to."""
+        kept = self.layers[layer]
+        for buffer, new in zip(kept, (keys, values), strict=True):
+            buffer.index_copy_(2, self.places, new)
+        return (kept[0][:, :, : self.seen], kept[1][:, :, : self.seen]) if self.seen else (keys, values)
+
+    def replay(self, function: typing.Callable, *args):
+        """`function(*args)`, on a GPU as a CUDA graph, captured for each shape of the tensors and each value of other
+        `args`. The next replay writes over the result."""
+        if self.model.device.type != "cuda":
+            return function(*args)
+        key = function, *((a.shape, a.dtype) if isinstance(a, torch.Tensor) else a for a in args)
+        if key not in self.graphs:
+            fixed = [a.clone() if isinstance(a, torch.Tensor) else a for a in args]
+            function(*fixed)  # kernels are loaded and chosen at their first use
+            graph, pool = torch.cuda.CUDAGraph(), next((kept[0].pool() for kept in self.graphs.values()), None)
+            with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+                result = function(*fixed)
+            self.graphs[key] = graph, fixed, result
+        graph, fixed, result = self.graphs[key]
+        for buffer, given in zip(fixed, args, strict=True):
+            if isinstance(buffer, torch.Tensor):
+                buffer.copy_(given, non_blocking=True)
+        graph.replay()
+        return result
+
+    def hear(self, mel: torch.Tensor) -> torch.Tensor:
+        """All outputs of the speech encoder, [tokens, d_audio], of a mel [1, bins, frames]."""
+        return self.replay(self.model.encode_audio, *on_device({"mel": mel}, self.model.device).values(), None)
+
+    def see(self, pixels: torch.Tensor, grid: torch.Tensor) -> torch.Tensor:
+        """What the vision encoder makes of patches and their grid. Frames of several sizes take no graph, nor do
+        attention kernels that read the grid."""
+        model, device = self.model, self.model.device
+        config = model.model.visual.config
+        if config._attn_implementation != FRAME_ATTENTION or (grid != grid[0]).any():
+            return model.encode_vision(pixels.to(device), grid.to(device))
+        positions = get_vision_position_ids(grid[:1], config.spatial_merge_size).repeat(len(grid), 1)
+        seqlens, longest = get_vision_attention_seqlens(grid, config)
+        inputs = on_device({"pixels": pixels, "positions": positions, "seqlens": seqlens}, device)
+        return self.replay(self.encode, *inputs.values(), longest)
+
+    def encode(
+        self, pixels: torch.Tensor, positions: torch.Tensor, seqlens: torch.Tensor, longest: int
+    ) -> torch.Tensor:
+        """`encode_vision`, which need not look at the grid."""
+        return self.model.encode_vision(pixels, None, position_ids=positions, cu_seqlens=seqlens, max_seqlen=longest)
+
+    def decode(self, embeds: torch.Tensor, positions: torch.Tensor, places: torch.Tensor, seen=0, mask=None):
+        """The decoder's outputs [1, n, hidden] of new tokens, whose keys and values go to `places`."""
+        self.places, self.seen = places, seen
+        decoder = self.model.model.language_model
+        before = decoder.config._attn_implementation
+        decoder.set_attn_implementation(QUESTION_ATTENTION)
+        try:
+            return decoder(
+                inputs_embeds=embeds,
+                attention_mask={"full_attention": mask},
+                position_ids=positions,
+                past_key_values=self,
+                use_cache=True,
+            ).last_hidden_state
+        finally:
+            decoder.set_attn_implementation(before)
+
+    def prefill(self, embeds: torch.Tensor, positions: torch.Tensor, state: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Read a prompt, padded on the right, where causal attention never meets the padding. `state`: see `step`.
+        Returns it with the first token, and the logits of that."""
+        hidden = self.decode(embeds, positions, torch.arange(embeds.shape[1], device=embeds.device))
+        logits = self.model.lm_head(hidden[:, state[1:2] - 1])[0]
+        return torch.cat([logits.argmax(-1), state[1:]]), logits[0]
+
+    def step(self, state: torch.Tensor, seen: int) -> torch.Tensor:
+        """Read a token. `state` int64 [3] is the token, its place among the keys, its position. Returns the next."""
+        token, place, position = state.split(1)
+        mask = (torch.arange(seen, device=state.device) <= place).view(1, 1, 1, seen)
+        embeds = self.model.get_input_embeddings()(token[None])
+        hidden = self.decode(embeds, position.expand(3, 1, 1), place, seen, mask)
+        return torch.cat([self.model.lm_head(hidden)[0].argmax(-1), place + 1, position + 1])
+
+    def read(self, sample: dict, vision: torch.Tensor, speech: torch.Tensor | None, room: int) -> int:
+        """Read the prompt of `sample` (`build`, with `position_ids`) with the encoders' outputs, and have room for the
+        keys of `room` tokens behind it. Returns the first token of the answer."""
+        model, pad_token_id = self.model, self.model.processor.tokenizer.pad_token_id
+        self.length, self.position = len(sample["input_ids"]), int(sample["position_ids"][-1, 0]) + 1
+        self.width = math.ceil((self.length + room) / KEYS_BUCKET) * KEYS_BUCKET
+        self.reserve()
+        batch = VQACollator(pad_token_id, multiple=PROMPT_BUCKET)([sample])
+        batch["state"] = torch.tensor([0, self.length, self.position])
+        batch = on_device(batch, model.device)
+        embeds = model.embed(batch["input_ids"], vision, speech, batch["vision_at"], batch["speech_at"])
+        self.state, self.logits = self.replay(self.prefill, embeds, batch["position_ids"], batch["state"])
+        return int(self.state[0])
+
+    def next(self) -> int:
+        """Read the last token; returns the next one."""
+        self.state = self.replay(self.step, self.state, self.width)
+        return int(self.state[0])
+
+    def score(self, candidates: Sequence[list[int]]) -> list[float]:
+        """Log-probability of each of `candidates` behind the prompt that was read last; all in one pass, each of whose
+        tokens attends to the prompt and to its own candidate."""
+        lengths, device = [len(ids) for ids in candidates], self.model.device
+        ids = torch.tensor([token for ids in candidates for token in ids], device=device)
+        owner = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths))
+        own = (owner[:, None] == owner).tril()
+        mask = F.pad(own, (self.length, 0), value=True).to(device)
+        places, positions = torch.arange(len(ids)) + self.length, own.sum(-1) - 1 + self.position
+        embeds = self.model.get_input_embeddings()(ids[None])
+        seen = self.length + len(ids)
+        positions = positions.expand(3, 1, -1).to(device)
+        hidden = self.decode(embeds, positions, places.to(device), seen, mask[None, None])[0]
+        logits = torch.cat([self.logits[None], self.model.lm_head(hidden)]).float().log_softmax(-1)
+        starts = [end - length for end, length in zip(itertools.accumulate(lengths), lengths, strict=True)]
+        before = torch.arange(len(ids))  # row i + 1 of `logits` is behind token i; the first token is behind the prompt
+        before[starts] = 0
+        found = logits[before.to(device), ids].split(lengths)
+        return [part.sum().item() for part in found]
 
 
 class SurgicalVQAModel(SpeechMixin, Qwen2VLForConditionalGeneration):
@@ -3538,6 +3763,7 @@ def merge_adapter(model: nn.Module) -> SpeechMixin:
                 base.set_submodule(name, layer.base_layer)
             elif isinstance(layer, ModulesToSaveWrapper):
                 base.set_submodule(name, layer.modules_to_save["default"])
+    base.one_question = None  # its CUDA graphs hold the adapter
     return base.requires_grad_(False).eval()
 
 
