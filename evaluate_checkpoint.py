@@ -155,10 +155,12 @@ def _require(row: Row, names: Iterable[str], where: str, advice: str = "") -> No
             raise InputError(f"{where}: '{name}' must be {wanted}, found {found}{'; ' * bool(advice)}{advice}")
 
 
-def _keyed_rows(path: str | Path, fields: Sequence[str], advice: str = "") -> dict[Key, Row]:
+def _keyed_rows(path: str | Path, fields: Sequence[str], advice: str = "", gold: Sequence[str] = ()) -> dict[Key, Row]:
+    """`fields` are needed, `gold` may be missing or null."""
     rows, lines = {}, {}
     for number, row in read_jsonl(path):
-        _require(row, (*KEY_FIELDS, *fields), f"{path}:{number}", advice)
+        known = [name for name in gold if row.get(name) is not None]
+        _require(row, (*KEY_FIELDS, *fields, *known), f"{path}:{number}", advice)
         key = row_key(row)
         if first := lines.get(key):
             raise InputError(f"{path}:{number}: the row {key_text(key)} stands already on line {first}; remove one")
@@ -166,17 +168,26 @@ def _keyed_rows(path: str | Path, fields: Sequence[str], advice: str = "") -> di
     return rows
 
 
-def read_annotations(path: str | Path) -> list[Row]:
-    """Rows in the REAL-Colon-VQA schema, at least one, with unique keys and all gold fields; InputError for others."""
-    rows = _keyed_rows(path, GOLD_FIELDS)
+def read_annotations(path: str | Path, needs_gold: bool = True) -> list[Row]:
+    """Rows in the REAL-Colon-VQA schema, at least one, with unique keys; InputError for others, and for rows without
+    gold answers unless not `needs_gold`, where one row with them is enough."""
+    question, *gold = GOLD_FIELDS
+    rows = _keyed_rows(path, GOLD_FIELDS) if needs_gold else _keyed_rows(path, [question], gold=gold)
     if not rows:
         raise InputError(f"{path}: no rows; give a file with at least one")
+    if not any(map(has_gold, rows.values())):
+        raise InputError(f"{path}: no row has answer and short_answer, so nothing can be scored; give a file with them")
     return list(rows.values())
+
+
+def has_gold(annotation: Row) -> bool:
+    """Whether a row of a question file can be scored: it has both `answer` and `short_answer`."""
+    return bool(annotation.get("answer") and annotation.get("short_answer"))
 
 
 def read_answer_rows(path: str | Path, advice: str = "") -> dict[Key, Row]:
     """Rows that this script wrote, by row key; InputError for others, with `advice` where a field is missing."""
-    return _keyed_rows(path, ("short_answer", "ground_truth", "predicted_answer"), advice)
+    return _keyed_rows(path, ("predicted_answer",), advice, gold=("short_answer", "ground_truth"))
 
 
 def match_predictions(annotations: Sequence[Row], path: str | Path) -> dict[Key, Row]:
@@ -211,8 +222,8 @@ def match_predictions(annotations: Sequence[Row], path: str | Path) -> dict[Key,
         if first := lines.get(key):
             raise InputError(f"{where}: a second prediction for {name}, first on line {first}; remove one")
         for part in ("question", "short_answer"):
-            theirs, ours = row.get(part), fitting[0][part]
-            if isinstance(theirs, str) and normalise(theirs) != normalise(ours):
+            theirs, ours = row.get(part), fitting[0].get(part)
+            if isinstance(theirs, str) and normalise(theirs) != normalise(ours or ""):
                 what = f"the {part} of {name} is {theirs!r} here but {ours!r} in --eval_data_path"
                 raise InputError(f"{where}: {what}; give the file that the predictions were made from")
         matched[key], lines[key] = row, number
@@ -531,9 +542,9 @@ class Scored:
 
     key: Key
     question_type: str
-    gold: str  # normalised short answer
+    gold: str  # normalised short answer; "" where there is none
     prediction: str | None
-    correct: dict[str, bool]
+    correct: dict[str, bool]  # {} without gold: no figure can take such a row in
     finish_reason: str  # eos, length, error, missing, or unknown where the prediction file does not say
 
 
@@ -543,23 +554,33 @@ def score_rows(annotations: Sequence[Row], predictions: Mapping[Key, Row]) -> li
     for row in annotations:
         key = row_key(row)
         kind = row["question_type"]
-        short = row["short_answer"]
+        short, answer = (row["short_answer"], row["answer"]) if has_gold(row) else ("", "")
         found = predictions.get(key)
         text = found and found["predicted_answer"]
         finish = "error" if found else "missing"
         if text is not None:
             finish = found.get("finish_reason") or "unknown"
-        scored.append(Scored(key, kind, normalise(short), text, judge(text, kind, short, row["answer"]), finish))
+        correct = judge(text, kind, short, answer) if short else {}
+        scored.append(Scored(key, kind, normalise(short), text, correct, finish))
     return scored
 
 
+def with_gold(rows: Sequence[Scored]) -> list[Scored]:
+    """Those that are right or wrong."""
+    return [row for row in rows if row.correct]
+
+
 def answer_row(annotation: Row, predicted_answer: str | None, **how: Any) -> Row:
-    """One row of the output file; `correct` is by `contains`. `how`: more fields, those of `ArmInputs.origin` too."""
-    judged = judge(predicted_answer, annotation["question_type"], annotation["short_answer"], annotation["answer"])
+    """One row of the output file; `correct` is by `contains`, and null without gold, as are the gold answers. `how`:
+    more fields, those of `ArmInputs.origin` too."""
+    judged, gold = dict.fromkeys(METRICS), {"answer": None, "short_answer": None}
+    if has_gold(annotation):
+        gold = annotation
+        judged = judge(predicted_answer, annotation["question_type"], gold["short_answer"], gold["answer"])
     return {
         **{name: annotation[name] for name in ("id", "video_id", "question_type", "question")},
-        "ground_truth": annotation["answer"],
-        "short_answer": annotation["short_answer"],
+        "ground_truth": gold["answer"],
+        "short_answer": gold["short_answer"],
         "predicted_answer": predicted_answer,
         "correct": judged["contains"],
         "strict_correct": judged["strict"],
@@ -944,7 +965,8 @@ def summarise(
     manifest: Row | None = None,
     provenance: Sequence[str] = (),
 ) -> Row:
-    """The content of X.summary.json. `rows` are the scored `annotations`; `arms` comes from `summarise_arms`.
+    """The content of X.summary.json. `rows` are the scored `annotations`, of which those without gold are counted and
+    in no accuracy; `arms` comes from `summarise_arms`.
 
     `training` (from `compare_with_training`) and `data_warnings` of the manifest tell what needs the data;
     `provenance` (from `provenance_warnings`) what is not known of the answers.
@@ -957,10 +979,11 @@ def summarise(
     def figures(part: Sequence[Scored]) -> Row:
         return {"metrics": accuracies(part), "baselines": reference_lines(part, majority)}
 
+    answered, rows = rows, with_gold(rows)
     groups = group_by_type(rows)
-    finish = finish_counts(rows)
+    finish = finish_counts(answered)
     everything = figures(rows)
-    golds = {(row["question_type"], row["short_answer"]) for row in annotations}
+    golds = {(row["question_type"], row["short_answer"]) for row in annotations if has_gold(row)}
     varied = [kind for kind, group in groups.items() if len({row.gold for row in group}) > 1]
     subset = [row for row in rows if row.question_type in varied]
     discriminative = {
@@ -971,8 +994,9 @@ def summarise(
     }
     return {
         "schema_version": SCHEMA_VERSION,
-        "n_total": len(rows),
-        "n_scored": len(rows) - finish["error"] - finish["missing"],
+        "n_total": len(answered),
+        "n_without_gold": len(answered) - len(rows),
+        "n_scored": sum(row.prediction is not None for row in rows),
         "n_errors": finish["error"],
         "n_missing": finish["missing"],
         "metrics": everything["metrics"],
@@ -986,12 +1010,12 @@ def summarise(
             *headline,
             *below_majority_warnings({"all rows": everything, "the discriminative rows": discriminative}),
             *collapse_warnings(rows),
-            *answer_warnings(rows),
+            *answer_warnings(answered),
             *gate_warnings(manifest.get("gates")),
         ],
         "types_without_options": sorted({kind for kind, short in golds if not gold_option(kind, short)}),
-        "missing": [key_text(row.key) for row in rows if row.finish_reason == "missing"],
-        "failed": [key_text(row.key) for row in rows if row.finish_reason == "error"],
+        "missing": [key_text(row.key) for row in answered if row.finish_reason == "missing"],
+        "failed": [key_text(row.key) for row in answered if row.finish_reason == "error"],
         "arms": arms or {},
         "manifest": manifest,
     }
@@ -1051,7 +1075,8 @@ def pair_mismatched_frames(
     `clips`: of each row whose frames can be read their content, number, and (width, height). A borrowed clip has other
     content and as many frames, of the nearest size, so that the prompt keeps its tokens where it can.
     """
-    gold = {row_key(row): normalise(row["short_answer"]) for row in annotations if row_key(row) in clips}
+    known = (row for row in annotations if row_key(row) in clips and has_gold(row))
+    gold = {row_key(row): normalise(row["short_answer"]) for row in known}
     alike = defaultdict(list)  # by question type and number of frames
     for key in gold:
         alike[key[2], clips[key][1]].append(key)
@@ -1116,15 +1141,15 @@ def summarise_arms(main_arm: str, rows_of: Mapping[str, Sequence[Scored]], files
     return {
         arm: {
             "file": files[arm],
-            "left_out": sorted(map(key_text, main.keys() - {row.key for row in rows})),
-            "n_errors": finish_counts(rows)["error"],
-            "metrics": accuracies(rows),
-            "finish": finish_counts(rows),
+            "left_out": sorted(map(key_text, main.keys() - {row.key for row in answered})),
+            "n_errors": finish_counts(answered)["error"],
+            "metrics": accuracies(rows := with_gold(answered)),
+            "finish": finish_counts(answered),
             "versus": None
-            if arm == main_arm
+            if arm == main_arm or not rows
             else {metric: paired_comparison([main[row.key] for row in rows], rows, metric) for metric in METRICS},
         }
-        for arm, rows in rows_of.items()
+        for arm, answered in rows_of.items()
     }
 
 
@@ -1225,7 +1250,7 @@ def reference_table(summary: Row) -> Table:
     subset = summary["discriminative"]
     rows = [
         (name, n, part["metrics"]["choice"]["accuracy"], *(part["baselines"][line] for line in REFERENCES))
-        for name, n, part in (("all rows", summary["n_total"], summary), ("discriminative rows", subset["n"], subset))
+        for name, n, part in (("all rows", summary["metrics"]["choice"]["n"], summary), ("discriminative rows", subset["n"], subset))
     ]
     return ("", "n", "choice", "chance", "train majority", "test majority"), rows
 
@@ -1271,16 +1296,22 @@ def render_arms(arms: Row) -> str:
     return "\n".join([render_table(*arms_table(arms)), *map(_wrap, filter(None, sentences))])
 
 
-def render_summary(summary: Row) -> str:
-    """The report that the terminal shows: metrics, reference lines, question types, endings, baseline, warnings."""
-    n = summary["n_total"]
-    finish = summary["finish"]
+def denominator_lines(summary: Row) -> list[str]:
+    """Of which rows the accuracies are, and how many have no gold answer."""
+    n, without = summary["n_total"], summary["n_without_gold"]
+    if not without:
+        return [f"Accuracy in %, of all {n} rows ({summary['n_errors']} failed, {summary['n_missing']} missing: wrong)"]
+    lines = [f"{without} of {n} rows have no gold answer: answered, not scored"]
+    if without == n:
+        return [*lines, "No accuracy: --score_only scores these answers, given a file with the gold ones"]
+    wrong = n - without - summary["n_scored"]
+    return [*lines, f"Accuracy in %, of the {n - without} other rows ({wrong} failed or missing: wrong)"]
+
+
+def render_accuracies(summary: Row) -> list[str]:
+    """Metrics, reference lines, question types and the original rule, of rows with gold answers."""
     contains = summary["metrics"]["contains"]
-    frames = summary["manifest"].get("frames")
     parts = [
-        f"Accuracy in %, of all {n} rows ({summary['n_errors']} failed, {summary['n_missing']} missing: wrong)",
-        *([_wrap(FRAMES_DIFFER.format(**frames))] if frames else []),
-        *(_wrap(f"Warning: {line}") for line in summary["headline"]),
         render_table(*metrics_table(summary["metrics"])),
         "",
         "choice beside what needs neither speech nor frames",
@@ -1291,6 +1322,26 @@ def render_summary(summary: Row) -> str:
     beside = ""
     if baseline := summary["original_baseline"]:
         beside = f", beside the {100 * baseline:.0f} % baseline (audio + image, zero-shot, the 50 clips of 002-001)"
+    original = (
+        f"By the original rule (contains): {contains['correct']}/{contains['n']} correct = "
+        f"{_show(contains['accuracy'])} %, 95 % {_show(contains['ci95'])}{beside}."
+    )
+    return [*parts, "", render_table(*types_table(summary["by_type"])), "", _wrap(original)]
+
+
+def render_summary(summary: Row) -> str:
+    """The report that the terminal shows: metrics, reference lines, question types, endings, baseline, warnings."""
+    n = summary["n_total"]
+    finish = summary["finish"]
+    frames = summary["manifest"].get("frames")
+    parts = [
+        *denominator_lines(summary),
+        *([_wrap(FRAMES_DIFFER.format(**frames))] if frames else []),
+        *(_wrap(f"Warning: {line}") for line in summary["headline"]),
+    ]
+    scored = summary["n_without_gold"] < n
+    if scored:
+        parts += render_accuracies(summary)
     known = n - finish["unknown"]
     ended = ""
     if finish["eos"] or finish["length"] or known == n:
@@ -1298,23 +1349,14 @@ def render_summary(summary: Row) -> str:
     if unknown := finish["unknown"]:
         silent = f"for {unknown} of {n} answers the file does not say how they ended"
         ended = f"{ended}; {silent}" if ended else silent.capitalize()
-    parts += [
-        "",
-        render_table(*types_table(summary["by_type"])),
-        "",
-        _wrap(
-            f"By the original rule (contains): {contains['correct']}/{n} correct = {_show(contains['accuracy'])} %, "
-            f"95 % {_show(contains['ci95'])}{beside}."
-        ),
-        _wrap(f"{ended}."),
-    ]
+    parts.append(_wrap(f"{ended}."))
     if names := ", ".join(summary["types_without_options"]):
         parts.append(_wrap(f"No table of options covers every answer of {names}: choice is strict there."))
     for name in ("missing", "failed"):
         if keys := summary[name]:
             more = f" and {len(keys) - LISTED} more" if len(keys) > LISTED else ""
             parts.append(_wrap(f"{name.capitalize()}: {', '.join(keys[:LISTED])}{more}"))
-    if summary["arms"]:
+    if summary["arms"] and scored:
         parts += ["", render_arms(summary["arms"])]
     if others := summary["warnings"][len(summary["headline"]) :]:
         parts += ["", *(_wrap(f"Warning: {line}") for line in others)]
@@ -1533,7 +1575,7 @@ def score_only(args: argparse.Namespace) -> int:
     limit = args.limit
     if generated and not limit and (limit := old["manifest"]["flags"].get("limit") or 0):
         print(f"   --limit {limit}, as in the run")
-    annotations = read_annotations(args.eval_data_path)
+    annotations = read_annotations(args.eval_data_path, needs_gold=False)
     predictions = match_predictions(annotations, args.output_file)
     rows = score_rows(annotations[: limit or None], predictions)
     arms, notes = rescore_arms(old["arms"], len(rows), annotations, args.output_file) if generated else ({}, [])
@@ -1584,10 +1626,11 @@ def rescore_arms(old: Row, n: int, annotations: Sequence[Row], rows_path: str) -
 
 
 def read_pair(paths: Sequence[str], eval_data_path: str | None) -> tuple[list[Row], list[dict[Key, Row]]]:
-    """Annotations and the two sides' rows for --compare; InputError unless they hold the same rows and gold answers."""
+    """Annotations with gold answers and the two sides' rows for --compare; InputError unless they hold the same rows
+    and gold answers."""
     same = "compare runs over the same data"
     if eval_data_path:
-        annotations = read_annotations(eval_data_path)
+        annotations = read_annotations(eval_data_path, needs_gold=False)
         sides = [match_predictions(annotations, path) for path in paths]
     else:
         sides = [read_answer_rows(path, "fix the row, or give --eval_data_path") for path in paths]
@@ -1598,13 +1641,14 @@ def read_pair(paths: Sequence[str], eval_data_path: str | None) -> tuple[list[Ro
     if not sides[0]:
         raise InputError(f"--compare: {paths[0]} and {paths[1]} hold no rows")
     if eval_data_path:
-        return [row for row in annotations if row_key(row) in sides[0]], sides
+        return [row for row in annotations if row_key(row) in sides[0] and has_gold(row)], sides
     for key, name in itertools.product(sides[0], ("short_answer", "ground_truth")):
-        gold_a, gold_b = (rows[key][name] for rows in sides)
+        gold_a, gold_b = (rows[key].get(name) for rows in sides)
         if gold_a != gold_b:
             differ = f"{gold_a!r} in {paths[0]} but {gold_b!r} in {paths[1]}"
             raise InputError(f"--compare: {key_text(key)} has the {name} {differ}; {same}")
-    return [{**row, "answer": row["ground_truth"]} for row in sides[0].values()], sides
+    annotations = [{**row, "answer": row.get("ground_truth")} for row in sides[0].values()]
+    return list(filter(has_gold, annotations)), sides
 
 
 # Of `run_settings`, those that say which model answers: two models are what one compares.
@@ -1649,9 +1693,13 @@ def unlike_warnings(paths: Sequence[str], sides: Sequence[Mapping[Key, Row]]) ->
 def compare(paths: Sequence[str], eval_data_path: str | None = None) -> int:
     """Print the paired differences B - A of two files over the same data, and what else differs. Returns status 0."""
     annotations, sides = read_pair(paths, eval_data_path)
+    if not annotations:
+        raise InputError(f"--compare: no row of {paths[0]} has a gold answer; give them with --eval_data_path")
     scored_a, scored_b = (score_rows(annotations, rows) for rows in sides)
     pairs = {metric: paired_comparison(scored_a, scored_b, metric) for metric in METRICS}
     warnings = unlike_warnings(paths, sides) + few_videos(row.key for row in scored_a)
+    if without := len(sides[0]) - len(annotations):
+        warnings.insert(0, f"{without} of {len(sides[0])} rows have no gold answer and are left out")
     print("A  {}\nB  {}".format(*paths))
     print(f"Accuracy in % over the same {len(annotations)} rows; difference is B - A\n")
     print(render_table(*comparison_table(pairs)))
@@ -2238,8 +2286,10 @@ def read_data(
     frames that show nothing unless --allow_empty_frames, and where one speech file would serve different questions.
     """
     print(f"📁 Loading Eval Data: {args.eval_data_path}")
-    every = {row_key(annotation_of(row)): row for row in vqa.read_rows(args.eval_data_path)}
+    every = {row_key(annotation_of(row)): row for row in vqa.read_rows(args.eval_data_path, needs_gold=False)}
     rows = dict(itertools.islice(every.items(), args.limit or None))
+    if without := sum(not row.short_answer for row in rows.values()):
+        print(f"   {without} of {len(rows)} rows have no gold answer (answer, short_answer): answered, not scored")
     training = read_training(args, [annotation_of(row) for row in rows.values()])
     # Rows borrow from the complete file: a larger --limit later leaves the pairs as they are.
     others = [row for key, row in every.items() if key not in rows] if modes.keys() & BORROWED.keys() else []
