@@ -57,8 +57,9 @@ REFUSED_FLAGS = {
     "--allow_missing_audio": "silence in place of missing speech measures no hearing; --allow_errors counts such a row "
     "as wrong, --arms silent_audio measures silence",
 }
+ASR_ARM = "asr_text"  # the question in the words that a Whisper wrote down from its speech
 ARMS = (
-    *(*INPUT_MODES, "mismatched_audio", "silent_audio"),
+    *(*INPUT_MODES, ASR_ARM, "mismatched_audio", "silent_audio"),
     *("mismatched_frames", "black_frames", "shuffled_frames", "first_frame"),
 )
 SAMPLE_RATE = 16_000  # Hz, of the speech that the model gets; repeated from train_vqa.py
@@ -76,6 +77,7 @@ GATE_ROWS = 4  # on which the gates measure how far speech and frames move the l
 FRAMES_DIFFER = "Asked on {asked} frames a clip, but trained on {trained}: see --max_eval_frames {trained}"
 LISTED = 10  # keys shown in a message; the summary lists them all
 WIDTH = 80
+ASR_BATCH_SIZE = 16  # recordings transcribed at a time, halved where they do not fit
 AUTO_BATCH_SIZE = 128  # rows at most: a step of decoding costs the same for one row as for a hundred
 CPU_BATCH_SIZE = 8  # of --batch_size auto where no GPU sets a limit
 USABLE_MEMORY = 0.92  # of the limit: the allocator splits what it holds
@@ -1114,6 +1116,36 @@ def borrowing_sentence(arms: Row) -> str | None:
     return f"Of {borrowed['n']} borrowed recordings {', '.join(said)}, so that each row keeps its number of tokens."
 
 
+def plain_words(text: str) -> str:
+    """What word error rates compare: lower case, and spaces for all that is neither letter nor digit."""
+    return " ".join(re.findall(r"[^\W_]+", text.casefold()))
+
+
+def transcript_figures(rows: Iterable[Row]) -> Row | None:
+    """Word error rate of the transcripts in rows of ASR_ARM, by `plain_words` over all their words: words left out, put
+    in or replaced for each word of the question. `exact`: transcripts without an error. None: there are none."""
+    import jiwer
+
+    pairs = [(plain_words(row["question"]), plain_words(row["transcript"])) for row in rows if "transcript" in row]
+    pairs = [pair for pair in pairs if pair[0]]
+    if not pairs:
+        return None
+    said, heard = map(list, zip(*pairs, strict=True))
+    exact = sum(itertools.starmap(str.__eq__, pairs))
+    words = sum(len(text.split()) for text in said)
+    return {"n": len(pairs), "words": words, "exact": exact, "word_error_rate": jiwer.wer(said, heard)}
+
+
+def transcript_sentence(arms: Row) -> str | None:
+    """How well the questions were transcribed, from the summary's `arms`."""
+    if not (found := arms.get(ASR_ARM, {}).get("transcripts")):
+        return None
+    return (
+        f"In {ASR_ARM} the word error rate is {_show(found['word_error_rate'])} % of {found['words']} words (lower "
+        f"case, no punctuation); {found['exact']} of {found['n']} transcripts have no error."
+    )
+
+
 def left_out_sentence(arms: Row) -> str | None:
     """How many rows had no frames to borrow, from the summary's `arms`."""
     part = arms.get("mismatched_frames", {})
@@ -1250,7 +1282,10 @@ def reference_table(summary: Row) -> Table:
     subset = summary["discriminative"]
     rows = [
         (name, n, part["metrics"]["choice"]["accuracy"], *(part["baselines"][line] for line in REFERENCES))
-        for name, n, part in (("all rows", summary["metrics"]["choice"]["n"], summary), ("discriminative rows", subset["n"], subset))
+        for name, n, part in (
+            ("all rows", summary["metrics"]["choice"]["n"], summary),
+            ("discriminative rows", subset["n"], subset),
+        )
     ]
     return ("", "n", "choice", "chance", "train majority", "test majority"), rows
 
@@ -1275,6 +1310,8 @@ def arms_table(arms: Row) -> Table:
             pair = part["versus"]["choice"]
             versus = _points(pair["difference"]), _points(*pair["ci95"]), _p_text(pair["p"])
         right = f"{choice['correct']}/{choice['n']}"
+        if found := part.get("transcripts"):
+            arm = f"{arm}, WER {_show(found['word_error_rate'])}"
         rows.append((arm, right, choice["accuracy"], _show(choice["ci95"], "-", 0), *versus))
     return ("arm", "choice", "%", "95 %", "diff", "95 % interval", "p"), rows
 
@@ -1292,7 +1329,8 @@ def comparison_table(pairs: Row) -> Table:
 
 def render_arms(arms: Row) -> str:
     """The table of the arms, and the sentences on it."""
-    sentences = [borrowing_sentence(arms), left_out_sentence(arms), *arm_sentences(arms)]
+    said = transcript_sentence(arms), borrowing_sentence(arms), left_out_sentence(arms)
+    sentences = [*said, *arm_sentences(arms)]
     return "\n".join([render_table(*arms_table(arms)), *map(_wrap, filter(None, sentences))])
 
 
@@ -1907,7 +1945,8 @@ class ArmInputs:
         dataset: SurgicalVQADataset for generation; its processor has the arm's input mode, and its rows the speech
             that the arm plays and the frames that it shows.
         seed: of shuffled frames.
-        sources: for rows that show another row's frames, or play its speech at the length of their own, that row.
+        sources: for rows that show another row's frames, or play its speech at the length of their own, that row; for
+            rows that ask a transcript, the row as it was.
     """
 
     def __init__(self, arm: str, dataset: Any, seed: int = 0, sources: Mapping[Key, Any] | None = None):
@@ -1938,6 +1977,8 @@ class ArmInputs:
             raise vqa.VQAError(f"{row.where}: a frame is missing")
         if speech is None and self.processor.input_mode != "text":
             raise vqa.VQAError(f"{row.where}: the speech is missing")
+        if self.arm == ASR_ARM and self.keys[index] not in self.sources:
+            raise vqa.VQAError(f"{row.where}: the speech is missing or cannot be read")
         clip = self.clip(index) if with_frames else ()
         frames = [vqa.load_frame(path, self.processor.max_image_size) for path in clip]
         speech = vqa.load_speech(speech) if speech and with_speech else None
@@ -1971,21 +2012,28 @@ class ArmInputs:
         except vqa.DECODE_ERRORS:
             return math.inf
 
+    def recording(self, index: int) -> Path | None:
+        """The file of the speech that a row's answer rests on, heard or transcribed; None in text mode."""
+        return self.rows[index].audio_path if self.arm == ASR_ARM else self.dataset.media_of(index)[1]
+
     def media_sha256(self, index: int) -> str:
         """Digest of the files behind a row's answer: a resumed run must not mix old files with new ones."""
-        frames, speech = self.dataset.media_of(index)
-        digests = (sha256_once(path) for path in (*frames, speech) if path)
+        frames, _ = self.dataset.media_of(index)
+        digests = (sha256_once(path) for path in (*frames, self.recording(index)) if path)
         return hashlib.sha256("".join(digests).encode()).hexdigest()
 
     def origin(self, index: int) -> Row:
         """What a row of the output file says of the inputs of its answer.
 
-        Of borrowed frames and speech: whose, and by how many samples and tokens speech was padded; negative: cut.
+        Of borrowed frames and speech: whose, and by how many samples and tokens speech was padded; negative: cut. Of a
+        transcript: that, and the question as it was.
         """
-        _, speech = self.dataset.media_of(index)
+        speech = self.recording(index)
         how = {"input_mode": self.processor.input_mode, "audio_file": speech and str(speech)}
         source = self.sources.get(self.keys[index])
-        if source and self.arm == "mismatched_frames":
+        if source and self.arm == ASR_ARM:
+            how |= {"question": source.question, "transcript": self.rows[index].question}
+        elif source and self.arm == "mismatched_frames":
             how["frames_of"] = key_text(row_key(annotation_of(source)))
         elif source:
             own, theirs, tokens = self.rows[index].speech_samples, source.speech_samples, self.processor.speech_tokens
@@ -2004,6 +2052,103 @@ class ArmInputs:
 def sha256_once(path: Path) -> str:
     """`sha256_file`, read once a run: many questions share their clips."""
     return sha256_file(path)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# With a model: transcripts
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def find_asr_model(name: str) -> Path:
+    """The folder of the Whisper that --asr_model names, checked as far as can be without its weights. VQAError for
+    another model, for one without safetensors, and where jiwer is missing."""
+    vqa.check_package(f"--arms {ASR_ARM}", "jiwer", "jiwer>=3", "leave the arm out")
+    vqa.whisper_geometry(name, "--asr_model")
+    folder = vqa.resolve_model_dir(name, weights=True, flag_name="--asr_model")
+    if not any(folder.glob("model*.safetensors")):
+        raise vqa.VQAError(f"--asr_model {folder}: no model.safetensors there, and no other weights are read")
+    vqa.stored_keys(folder)
+    asr_reader(folder)
+    return folder
+
+
+def asr_reader(folder: Path) -> tuple[Any, Any]:
+    """Feature extractor and tokenizer of a Whisper; VQAError where one of them is missing."""
+    from transformers import AutoTokenizer, WhisperFeatureExtractor
+
+    try:
+        return WhisperFeatureExtractor.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError) as error:
+        what = f"its preprocessor_config.json or its tokenizer cannot be read ({vqa.first_line(error)})"
+        raise vqa.VQAError(f"--asr_model {folder}: {what}; copy all files of the model") from error
+
+
+def asr_digest(folder: Path) -> str:
+    """SHA-256 that names the weights of a Whisper."""
+    return hashlib.sha256("".join(map(sha256_once, sorted(folder.glob("model*.safetensors")))).encode()).hexdigest()
+
+
+def transcribe(folder: Path, recordings: Sequence[Path], device: Any, dtype: Any) -> list[str]:
+    """What a Whisper writes down of each recording of at most 30 s: greedily, in the language that it takes it for.
+
+    Its weights are on the `device` only meanwhile. VQAError for a recording or weights that cannot be read.
+    """
+    from tqdm.auto import tqdm
+    from transformers import WhisperForConditionalGeneration
+
+    extractor, tokenizer = asr_reader(folder)
+    keys = vqa.stored_keys(folder)
+    model, report = vqa.load_with_report(WhisperForConditionalGeneration, folder, use_safetensors=True, dtype=dtype)
+    vqa.refuse_misfits(folder, keys, *(report[f"{kind}_keys"] for kind in ("missing", "unexpected", "mismatched")))
+    model = model.to(device).eval()
+
+    def write_down(speech: Iterable[Any]) -> list[str]:
+        if not (speech := list(speech)):
+            return []
+        how = {"sampling_rate": SAMPLE_RATE, "return_tensors": "pt", "return_attention_mask": True}
+        heard = {name: values.to(device) for name, values in extractor(speech, **how).items()}
+        heard["input_features"] = heard["input_features"].to(dtype)
+        texts = tokenizer.batch_decode(model.generate(**heard, do_sample=False, num_beams=1), skip_special_tokens=True)
+        bar.update(len(texts))
+        return [text.strip() for text in texts]
+
+    speech = vqa.ahead(vqa.load_speech, recordings, 2 * ASR_BATCH_SIZE)
+    with contextlib.closing(speech), tqdm(total=len(recordings), desc="Transcribing", unit="file") as bar:
+        texts, _ = vqa.answer_with_halving(speech, ASR_BATCH_SIZE, True, write_down)
+    return texts
+
+
+def transcribe_rows(
+    args: argparse.Namespace, rows: Sequence[Any], path: Path, device: Any, dtype: Any
+) -> tuple[list[Any], dict[Key, Any], Row]:
+    """VQARows that ask what the Whisper wrote down of their speech; as they were, those whose speech can be read; and
+    the manifest's `asr`.
+
+    Each recording is transcribed once; what the rows file at `path` holds is kept. Batches are fixed slices of the
+    recordings and are done complete, so that a resumed run gives the same transcripts.
+    """
+    folder = find_asr_model(args.asr_model)
+    readable = {row_key(annotation_of(row)): row for row in rows if row.speech_samples}
+    known = {}
+    if path.is_file() and not args.overwrite:
+        with contextlib.suppress(InputError):  # a line cut off by a kill: `RowFile` repairs or refuses the file
+            done = {key: row for key, row in read_answer_rows(path).items() if key in readable and "transcript" in row}
+            known = {readable[key].audio_path: row["transcript"] for key, row in done.items()}
+    recordings = sorted({row.audio_path for row in readable.values()})
+    slices = [recordings[i : i + ASR_BATCH_SIZE] for i in range(0, len(recordings), ASR_BATCH_SIZE)]
+    wanted = list(itertools.chain(*(part for part in slices if not known.keys() >= set(part))))
+    start = time.monotonic()
+    texts = transcribe(folder, wanted, device, dtype) if wanted else []
+    texts = dict(zip(wanted, texts, strict=True)) | known
+    peak = None
+    if device.type == "cuda":
+        peak = torch.cuda.max_memory_allocated() / 2**30
+        torch.cuda.empty_cache()
+    rows = [dataclasses.replace(row, question=texts.get(row.audio_path, row.question)) for row in rows]
+    record = {"model": args.asr_model, "folder": str(folder), "sha256": asr_digest(folder), "dtype": str(dtype)}
+    record |= {"recordings": len(recordings), "transcribed": len(wanted)}
+    return rows, readable, record | {"seconds": time.monotonic() - start, "peak_gpu_memory_gib": peak}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -2200,6 +2345,7 @@ def answer_and_score(args: argparse.Namespace, stop: Any) -> int:
     """The steps of `generate`: settings, data, model, gates, answers, figures."""
     # 1. The model, and the arms
     sha256_once.cache_clear()
+    find_asr_model.cache_clear()
     target = summary_path(args.output_file)
     vqa.limit_gpu_memory(args.gpu_memory_limit_gib or None)
     device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
@@ -2211,11 +2357,16 @@ def answer_and_score(args: argparse.Namespace, stop: Any) -> int:
         if not args.overwrite and path.is_file() and path.stat().st_size:
             check_same_run(path, known_settings(args, chosen, arm, modes[arm]), complete=False)
     check_weights(chosen, device)
+    if ASR_ARM in modes:
+        find_asr_model(args.asr_model)
 
     # 2. Data: everything is found and decoded once before the weights load
     rows_of, sources, of_data = read_data(args, modes, chosen)
     asked = {arm: [annotation_of(row) for row in rows] for arm, rows in rows_of.items()}
     annotations = asked[main_arm]
+    if ASR_ARM in modes:
+        how = rows_of[ASR_ARM], files[ASR_ARM], device, getattr(torch, chosen.dtype)
+        rows_of[ASR_ARM], sources[ASR_ARM], of_data["asr"] = transcribe_rows(args, *how)
 
     # 3. Model
     trained = load_chosen_model(chosen, device)
@@ -2247,6 +2398,8 @@ def answer_and_score(args: argparse.Namespace, stop: Any) -> int:
         part["sha256"] = sha256_file(files[arm])
     if "mismatched_audio" in in_arms:
         in_arms["mismatched_audio"]["borrowed"] = summarise_borrowing(done["mismatched_audio"].values())
+    if ASR_ARM in in_arms:
+        in_arms[ASR_ARM]["transcripts"] = transcript_figures(done[ASR_ARM].values())
     summary = summarise(annotations, scored[main_arm], arms=in_arms, manifest=record)
     write_json(target, summary)
     print(render_summary(summary))
@@ -2266,14 +2419,25 @@ def choose_arms(args: argparse.Namespace, mode: str) -> dict[str, str]:
         raise InputError(f"--arms beside --input_mode {main_arm}: arms are compared with an input mode; {instead}")
     spoken = args.audio_dir or mode != "text"
     fitting = [arm for arm in ARMS if (mode != "text" or arm not in HEARING_ARMS) and (spoken or "audio" not in arm)]
+    if not (args.asr_model and args.audio_dir):
+        fitting.remove(ASR_ARM)
     asked = fitting if args.arms == ["all"] else args.arms or ()
     modes = {arm: arm if arm in INPUT_MODES else mode for arm in (main_arm, *asked)}
+    if ASR_ARM in modes:
+        modes[ASR_ARM] = "text"
+    if (ASR_ARM in modes) != bool(args.asr_model):
+        raise InputError(f"--asr_model and --arms {ASR_ARM} need each other: give both (and --audio_dir), or none")
     without_speech = [arm for arm, mode in modes.items() if arm in HEARING_ARMS and mode == "text"]
     if without_speech:
         raise InputError(f"--arms {','.join(without_speech)}: in text mode the model gets no speech; drop the arm")
-    if set(modes.values()) != {"text"} and not args.audio_dir:
+    if needs_speech(modes) and not args.audio_dir:
         raise InputError("--audio_dir must be given: the questions are spoken (or use --input_mode text)")
     return modes
+
+
+def needs_speech(modes: Mapping[str, str]) -> bool:
+    """Whether an arm hears or transcribes the recordings; `modes` as from `choose_arms`."""
+    return ASR_ARM in modes or set(modes.values()) != {"text"}
 
 
 def read_data(
@@ -2296,7 +2460,7 @@ def read_data(
     if "mismatched_frames" not in modes:
         others = [dataclasses.replace(row, frames=()) for row in others]
     needed = [*rows.values(), *others]
-    audio_dir = args.audio_dir if set(modes.values()) != {"text"} else None
+    audio_dir = args.audio_dir if needs_speech(modes) else None
     problems = vqa.find_media(needed, args.frames_dir, audio_dir, args.allow_symlinks, **chosen.patterns)
     vqa.raise_problems(vqa.find_shared_media(needed))
     problems += vqa.check_media(needed)
@@ -2471,6 +2635,7 @@ def known_settings(args: argparse.Namespace, chosen: ModelChoice, arm: str, inpu
         "max_new_tokens": args.max_new_tokens,
         "seed": args.seed if arm in SEEDED_ARMS else None,
         "borrowed_speech": "of the nearest length, fitted" if arm == "mismatched_audio" else None,
+        "asr_sha256": asr_digest(find_asr_model(args.asr_model)) if arm == ASR_ARM else None,
     }
 
 
@@ -2495,7 +2660,7 @@ def run_record(args: argparse.Namespace, chosen: ModelChoice, inputs: ArmInputs,
         "train_vqa.py": sha256_file(vqa.__file__),
     }
     packages = ["torch", "transformers", "peft", "pillow", "torchaudio", "av"]
-    packages += ["bitsandbytes"] * model.load_in_4bit
+    packages += ["bitsandbytes"] * model.load_in_4bit + ["jiwer"] * bool(args.asr_model)
     input_fields = ("input_mode", "audio_tokens", "encoder_tokens", "frame_mode", "max_eval_frames", "max_image_size")
     return record | {
         "arm": inputs.arm,
@@ -2639,6 +2804,9 @@ def build_parser() -> argparse.ArgumentParser:
     answers("--max_new_tokens", type=_at_least(1), default=32, help="tokens after which an answer is cut")
     answers("--arms", type=_arm_list, help=f"comma-separated, of {', '.join(ARMS)}; all: those that fit the input "
             "mode and the data. None: the input mode alone")
+    answers("--asr_model", help=f"Whisper of the arm {ASR_ARM}, folder or hub id (openai/whisper-large-v3-turbo): each "
+            "recording is transcribed once, before the model is loaded, and the question then asked in these words. "
+            "Word error rates need jiwer. None: no such arm")
     answers("--seed", type=int, default=0, help="for borrowed speech and frames, shuffled frames and --init random")
 
     parser.add_argument("--score_only", **switch, help="score the predictions in --output_file; no model")

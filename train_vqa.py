@@ -2903,12 +2903,12 @@ def check_attention(name: str, dtype: torch.dtype) -> None:
         raise VQAError("--attn_implementation flash_attention_2 computes in 16 bits only: add --bf16 True")
 
 
-def whisper_geometry(audio_encoder: str | Path) -> dict:
+def whisper_geometry(audio_encoder: str | Path, flag_name: str = "--audio_encoder") -> dict:
     """The geometry of the encoder of a Whisper, for `config.audio_config`; VQAError where it is another model."""
-    path = resolve_model_dir(audio_encoder, flag_name="--audio_encoder") / "config.json"
+    path = resolve_model_dir(audio_encoder, flag_name=flag_name) / "config.json"
     whisper = read_config(path)
     if whisper.get("model_type") != "whisper":
-        raise VQAError(f"--audio_encoder {path}: model_type is {whisper.get('model_type')!r}, not 'whisper'")
+        raise VQAError(f"{flag_name} {path}: model_type is {whisper.get('model_type')!r}, not 'whisper'")
     return {"model_type": "whisper", **{k: whisper[k] for k in AUDIO_CONFIG_FIELDS if k in whisper}}
 
 
