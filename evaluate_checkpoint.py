@@ -62,6 +62,11 @@ ARMS = (
     *(*INPUT_MODES, ASR_ARM, "mismatched_audio", "silent_audio"),
     *("mismatched_frames", "black_frames", "shuffled_frames", "first_frame"),
 )
+ASK_FLAGS = (  # those that --ask heeds
+    *("ask", "ask_text", "frames", "checkpoint_path", "model_name_or_path", "input_mode", "prompt_layout"),
+    *("max_eval_frames", "max_image_size", "dtype", "attn_implementation", "load_in_4bit", "init", "no_adapter"),
+    *("no_merge", "gpu_memory_limit_gib", "max_new_tokens", "seed"),
+)
 SAMPLE_RATE = 16_000  # Hz, of the speech that the model gets; repeated from train_vqa.py
 Z95 = 1.959963984540054  # 97.5 % quantile of the standard normal distribution
 SIGNIFICANCE = 0.05
@@ -1902,6 +1907,43 @@ def load_chosen_model(chosen: ModelChoice, device: Any) -> Any:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# With a model: one question
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def ask(args: argparse.Namespace) -> int:
+    """Answer the question in --ask (a recording), --ask_text (words) or both about --frames, and print it with how it
+    ended and the milliseconds from the files on. Returns status 0; InputError or VQAError for what cannot be asked."""
+    vqa.limit_gpu_memory(args.gpu_memory_limit_gib or None)
+    device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+    chosen = choose_model(args, device)
+    mode, limit = chosen.inputs.input_mode, chosen.inputs.max_eval_frames
+    given = "audio_text" if args.ask and args.ask_text else "audio" if args.ask else "text"
+    if given != mode or args.input_mode not in (None, *INPUT_MODES):
+        flags = {"audio": "--ask alone", "text": "--ask_text alone", "audio_text": "--ask and --ask_text"}
+        raise InputError(f"the input mode {mode} takes {flags[mode]}; for {flags[given]} add --input_mode {given}")
+    if limit and len(args.frames) > limit:
+        what = f"{len(args.frames)} frames, and the model is shown {limit} at most"
+        raise InputError(f"--frames: {what}; give fewer, or raise --max_eval_frames")
+    check_weights(chosen, device)
+    paths = list(map(Path, args.frames))
+    for path in paths:
+        vqa.decode_frame(path, checking=True)
+    start = time.monotonic()
+    frames = list(map(vqa.decode_frame, paths))
+    speech = vqa.load_speech(Path(args.ask)) if args.ask else None
+    reading = time.monotonic() - start
+    model = load_chosen_model(chosen, device).model
+    start = time.monotonic()
+    answer = model.answer(frames, speech, args.ask_text, args.max_new_tokens)
+    seconds = reading + time.monotonic() - start
+    ended = "stopped by itself" if answer.stopped else "cut off at --max_new_tokens"
+    print(answer.text)
+    print(f"   {answer.n_tokens} tokens, {ended}; {1000 * seconds:.0f} ms, of these {1000 * reading:.0f} for the files")
+    return 0
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # With a model: inputs of an arm
 # ---------------------------------------------------------------------------------------------------------------------
 
@@ -2094,12 +2136,13 @@ def transcribe(folder: Path, recordings: Sequence[Path], device: Any, dtype: Any
 
     Its weights are on the `device` only meanwhile. VQAError for a recording or weights that cannot be read.
     """
+    import transformers
     from tqdm.auto import tqdm
-    from transformers import WhisperForConditionalGeneration
 
     extractor, tokenizer = asr_reader(folder)
     keys = vqa.stored_keys(folder)
-    model, report = vqa.load_with_report(WhisperForConditionalGeneration, folder, use_safetensors=True, dtype=dtype)
+    whisper = transformers.WhisperForConditionalGeneration
+    model, report = vqa.load_with_report(whisper, folder, use_safetensors=True, dtype=dtype)
     vqa.refuse_misfits(folder, keys, *(report[f"{kind}_keys"] for kind in ("missing", "unexpected", "mismatched")))
     model = model.to(device).eval()
 
@@ -2114,8 +2157,13 @@ def transcribe(folder: Path, recordings: Sequence[Path], device: Any, dtype: Any
         return [text.strip() for text in texts]
 
     speech = vqa.ahead(vqa.load_speech, recordings, 2 * ASR_BATCH_SIZE)
-    with contextlib.closing(speech), tqdm(total=len(recordings), desc="Transcribing", unit="file") as bar:
-        texts, _ = vqa.answer_with_halving(speech, ASR_BATCH_SIZE, True, write_down)
+    verbosity = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()  # Whisper's generate warns of what it does itself
+    try:
+        with contextlib.closing(speech), tqdm(total=len(recordings), desc="Transcribing", unit="file") as bar:
+            texts, _ = vqa.answer_with_halving(speech, ASR_BATCH_SIZE, True, write_down)
+    finally:
+        transformers.logging.set_verbosity(verbosity)
     return texts
 
 
@@ -2284,11 +2332,13 @@ def answer_arm(model: Any, inputs: ArmInputs, file: RowFile, args: argparse.Name
     with contextlib.closing(decoded), tqdm(total=len(keys), initial=already, desc=inputs.arm, unit="row") as bar:
         for part in slices:
             # Two iterators over one slice: prefill begins while the rest of it is still being decoded.
+            start = time.monotonic()
             samples, again = itertools.tee(itertools.islice(decoded, len(part)))
             usable = (sample for sample in samples if not isinstance(sample, str))
             answers, size = vqa.answer_with_halving(
                 usable, size, auto, lambda batch: vqa.answer_batch(model, batch, *decoding)
             )
+            each = round(1000 * (time.monotonic() - start) / len(part), 1)
             waiting = iter(answers)
             for index, sample in zip(part, again, strict=True):
                 error = sample if isinstance(sample, str) else None
@@ -2296,7 +2346,7 @@ def answer_arm(model: Any, inputs: ArmInputs, file: RowFile, args: argparse.Name
                 if keys[index] in file.done:
                     continue
                 text = None if error else tokenizer.decode(ids, skip_special_tokens=True).strip()
-                how = {"finish_reason": finish, "n_tokens": len(ids), **inputs.origin(index)}
+                how = {"finish_reason": finish, "n_tokens": len(ids), "inference_time_ms": each, **inputs.origin(index)}
                 if error:
                     how["error"] = error
                 file.append(answer_row(annotation_of(inputs.rows[index]), text, **how))
@@ -2320,16 +2370,17 @@ def annotation_of(row: Any) -> Row:
 
 
 def generate(args: argparse.Namespace) -> int:
-    """Answer every row of --eval_data_path in every arm, summarise, print. Returns the exit status.
+    """Answer every row of --eval_data_path in every arm, summarise, print; or `ask`. Returns the exit status.
 
     A signal ends it after the batch under way, with 128 + its number. Raises InputError for what the user can fix.
     """
-    check_output(args)
+    if args.output_file:
+        check_output(args)
     load_libraries()
     stop = vqa.StopSignal("finishing the batch", "no row was answered; run the same command again")
     try:
         with stop:
-            return answer_and_score(args, stop)
+            return answer_and_score(args, stop) if args.output_file else ask(args)
     except vqa.Interrupted as stopped:
         print(f"\n{stopped}", file=sys.stderr)
         return 128 + stopped.signum
@@ -2809,6 +2860,11 @@ def build_parser() -> argparse.ArgumentParser:
             "Word error rates need jiwer. None: no such arm")
     answers("--seed", type=int, default=0, help="for borrowed speech and frames, shuffled frames and --init random")
 
+    parser.add_argument("--ask", metavar="SPEECH", help="answer the one question in this recording about --frames, and "
+                        "print it; no rows are written")
+    parser.add_argument("--ask_text", metavar="WORDS", help="the question in words: in place of --ask in text mode, "
+                        "beside it in audio_text")
+    parser.add_argument("--frames", nargs="+", metavar="IMAGE", help="the clip of --ask, in order in time")
     parser.add_argument("--score_only", **switch, help="score the predictions in --output_file; no model")
     parser.add_argument("--compare", nargs=2, metavar=("A", "B"), help="two files of rows or predictions; print "
                         "their paired differences. Predictions without video_id or gold answers need --eval_data_path")
@@ -2835,15 +2891,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return the exit status. Errors of input are one line on stderr and status 2."""
     parser = build_parser()
     args = parse_arguments(parser, sys.argv[1:] if argv is None else argv)
+    asking = bool(args.ask or args.ask_text)
     needed = ["eval_data_path", "output_file"] + ["frames_dir"] * (not args.score_only)
+    needed = ["frames"] if asking else needed
     lacking = [f"--{name}" for name in needed if not getattr(args, name)]
     if lacking and not args.compare:
         parser.error(f"{', '.join(lacking)} must be given (without a model: --score_only or --compare)")
-    mode = "compare" if args.compare else "score_only" if args.score_only else None
-    used = ["compare", "eval_data_path"] if args.compare else ["score_only", *needed, "train_data_path", "limit"]
-    idle = [name for name, value in vars(args).items() if value != parser.get_default(name) and name not in used]
-    if mode and idle:
-        parser.error(f"{', '.join(f'--{name}' for name in idle)}: no effect with --{mode}; leave it out")
+    mode = "compare" if args.compare else "score_only" if args.score_only else "ask" if asking else "eval_data_path"
+    used = {
+        "compare": ["compare", "eval_data_path"],
+        "score_only": ["score_only", *needed, "train_data_path", "limit"],
+        "ask": ASK_FLAGS,
+        "eval_data_path": vars(args).keys() - {"frames"},
+    }
+    given = [name for name, value in vars(args).items() if value != parser.get_default(name)]
+    if idle := [f"--{name}" for name in given if name not in used[mode]]:
+        parser.error(f"{', '.join(idle)}: no effect with --{mode}; leave it out")
     try:
         if args.compare:
             return compare(args.compare, args.eval_data_path)
