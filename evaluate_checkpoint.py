@@ -230,7 +230,7 @@ def match_predictions(annotations: Sequence[Row], path: str | Path) -> dict[Key,
             raise InputError(f"{where}: a second prediction for {name}, first on line {first}; remove one")
         for part in ("question", "short_answer"):
             theirs, ours = row.get(part), fitting[0].get(part)
-            if isinstance(theirs, str) and normalise(theirs) != normalise(ours or ""):
+            if isinstance(theirs, str) and ours is not None and normalise(theirs) != normalise(ours):
                 what = f"the {part} of {name} is {theirs!r} here but {ours!r} in --eval_data_path"
                 raise InputError(f"{where}: {what}; give the file that the predictions were made from")
         matched[key], lines[key] = row, number
