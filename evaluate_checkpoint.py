@@ -972,11 +972,10 @@ def summarise(
     manifest: Row | None = None,
     provenance: Sequence[str] = (),
 ) -> Row:
-    """The content of X.summary.json. `rows` are the scored `annotations`, of which those without gold are counted and
-    in no accuracy; `arms` comes from `summarise_arms`.
+    """The content of X.summary.json. `rows` are the scored `annotations`; `arms` comes from `summarise_arms`.
 
     `training` (from `compare_with_training`) and `data_warnings` of the manifest tell what needs the data;
-    `provenance` (from `provenance_warnings`) what is not known of the answers.
+    `provenance` (from `provenance_warnings`) what is not known of the answers. No figure takes in rows without gold.
     """
     manifest = manifest or {}
     training = manifest.get("training") or {"majority": None, "warnings": []}
@@ -2106,12 +2105,14 @@ def find_asr_model(name: str) -> Path:
     """The folder of the Whisper that --asr_model names, checked as far as can be without its weights. VQAError for
     another model, for one without safetensors, and where jiwer is missing."""
     vqa.check_package(f"--arms {ASR_ARM}", "jiwer", "jiwer>=3", "leave the arm out")
-    vqa.whisper_geometry(name, "--asr_model")
+    bins = vqa.whisper_geometry(name, "--asr_model").get("num_mel_bins", 80)
     folder = vqa.resolve_model_dir(name, weights=True, flag_name="--asr_model")
     if not any(folder.glob("model*.safetensors")):
         raise vqa.VQAError(f"--asr_model {folder}: no model.safetensors there, and no other weights are read")
     vqa.stored_keys(folder)
-    asr_reader(folder)
+    if (found := asr_reader(folder)[0].feature_size) != bins:
+        what = f"preprocessor_config.json makes {found} mel bins, config.json wants {bins}"
+        raise vqa.VQAError(f"--asr_model {folder}: {what}; take both from one model")
     return folder
 
 
@@ -2120,7 +2121,8 @@ def asr_reader(folder: Path) -> tuple[Any, Any]:
     from transformers import AutoTokenizer, WhisperFeatureExtractor
 
     try:
-        return WhisperFeatureExtractor.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        return WhisperFeatureExtractor.from_pretrained(folder), tokenizer
     except (OSError, ValueError) as error:
         what = f"its preprocessor_config.json or its tokenizer cannot be read ({vqa.first_line(error)})"
         raise vqa.VQAError(f"--asr_model {folder}: {what}; copy all files of the model") from error
@@ -2189,14 +2191,14 @@ def transcribe_rows(
     start = time.monotonic()
     texts = transcribe(folder, wanted, device, dtype) if wanted else []
     texts = dict(zip(wanted, texts, strict=True)) | known
-    peak = None
+    seconds, peak = time.monotonic() - start, None
     if device.type == "cuda":
         peak = torch.cuda.max_memory_allocated() / 2**30
         torch.cuda.empty_cache()
     rows = [dataclasses.replace(row, question=texts.get(row.audio_path, row.question)) for row in rows]
     record = {"model": args.asr_model, "folder": str(folder), "sha256": asr_digest(folder), "dtype": str(dtype)}
     record |= {"recordings": len(recordings), "transcribed": len(wanted)}
-    return rows, readable, record | {"seconds": time.monotonic() - start, "peak_gpu_memory_gib": peak}
+    return rows, readable, record | {"seconds": seconds, "peak_gpu_memory_gib": peak}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -2408,8 +2410,6 @@ def answer_and_score(args: argparse.Namespace, stop: Any) -> int:
         if not args.overwrite and path.is_file() and path.stat().st_size:
             check_same_run(path, known_settings(args, chosen, arm, modes[arm]), complete=False)
     check_weights(chosen, device)
-    if ASR_ARM in modes:
-        find_asr_model(args.asr_model)
 
     # 2. Data: everything is found and decoded once before the weights load
     rows_of, sources, of_data = read_data(args, modes, chosen)
@@ -2445,12 +2445,7 @@ def answer_and_score(args: argparse.Namespace, stop: Any) -> int:
     record["runtime"] = {"seconds": seconds, "rows_answered": answered, "peak_gpu_memory_gib": peak}
     record["runtime"]["batch_size"] = {arm: inputs.batch_size for arm, inputs in arms.items()}
     in_arms = summarise_arms(main_arm, scored, {arm: path.name for arm, path in files.items()})
-    for arm, part in in_arms.items():
-        part["sha256"] = sha256_file(files[arm])
-    if "mismatched_audio" in in_arms:
-        in_arms["mismatched_audio"]["borrowed"] = summarise_borrowing(done["mismatched_audio"].values())
-    if ASR_ARM in in_arms:
-        in_arms[ASR_ARM]["transcripts"] = transcript_figures(done[ASR_ARM].values())
+    add_to_arms(in_arms, files, done)
     summary = summarise(annotations, scored[main_arm], arms=in_arms, manifest=record)
     write_json(target, summary)
     print(render_summary(summary))
@@ -2462,8 +2457,19 @@ def answer_and_score(args: argparse.Namespace, stop: Any) -> int:
     return 1 if any(row.prediction is None for part in scored.values() for row in part) else 0
 
 
+def add_to_arms(arms: Row, files: Mapping[str, Path], done: Mapping[str, Mapping[Key, Row]]) -> None:
+    """Add the digests of the rows files, and what was borrowed or transcribed, to what `summarise_arms` gives."""
+    for arm, part in arms.items():
+        part["sha256"] = sha256_file(files[arm])
+    if "mismatched_audio" in arms:
+        arms["mismatched_audio"]["borrowed"] = summarise_borrowing(done["mismatched_audio"].values())
+    if ASR_ARM in arms:
+        arms[ASR_ARM]["transcripts"] = transcript_figures(done[ASR_ARM].values())
+
+
 def choose_arms(args: argparse.Namespace, mode: str) -> dict[str, str]:
-    """Each arm's input mode, the main arm first. Raises InputError for arms that need speech which is not there."""
+    """Each arm's input mode, the main arm first. Raises InputError for arms that need speech which is not there, and
+    VQAError for an --asr_model that cannot transcribe."""
     main_arm = args.input_mode if args.input_mode in ARMS else mode  # of PUBLIC_MODES, one is an arm
     if main_arm not in INPUT_MODES and args.arms:
         instead = f"write --input_mode {mode} --arms {main_arm}"
@@ -2483,6 +2489,8 @@ def choose_arms(args: argparse.Namespace, mode: str) -> dict[str, str]:
         raise InputError(f"--arms {','.join(without_speech)}: in text mode the model gets no speech; drop the arm")
     if needs_speech(modes) and not args.audio_dir:
         raise InputError("--audio_dir must be given: the questions are spoken (or use --input_mode text)")
+    if args.asr_model:
+        find_asr_model(args.asr_model)
     return modes
 
 

@@ -156,6 +156,10 @@ def test_other_speech_behind_a_transcript_is_refused(cascade, data):
         (lambda f: (f / "model.safetensors").rename(f / "pytorch_model.bin"), "no model.safetensors there"),
         (lambda f: (f / "model.safetensors").write_bytes(b"x" * 100), "not a readable safetensors file"),
         (lambda f: (f / "preprocessor_config.json").unlink(), "its preprocessor_config.json or its tokenizer cannot"),
+        (
+            lambda f: edit_json(f / "preprocessor_config.json", feature_size=128),
+            "makes 128 mel bins, config.json wants 80",
+        ),
         (lambda f: (f / "tokenizer.json").write_text("{"), "its preprocessor_config.json or its tokenizer cannot"),
     ],
 )
