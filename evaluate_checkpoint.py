@@ -58,9 +58,15 @@ REFUSED_FLAGS = {
     "--allow_missing_audio": "silence in place of missing speech measures no hearing; --allow_errors counts such a row "
     "as wrong, --arms silent_audio measures silence",
 }
+ASR_ARM = "asr_text"  # the question in the words that a Whisper wrote down from its speech
 ARMS = (
-    *(*INPUT_MODES, "mismatched_audio", "silent_audio"),
+    *(*INPUT_MODES, ASR_ARM, "mismatched_audio", "silent_audio"),
     *("mismatched_frames", "black_frames", "shuffled_frames", "first_frame"),
+)
+ASK_FLAGS = (  # those that --ask heeds
+    *("ask", "ask_text", "frames", "checkpoint_path", "model_name_or_path", "input_mode", "prompt_layout"),
+    *("max_eval_frames", "max_image_size", "dtype", "attn_implementation", "load_in_4bit", "init", "no_adapter"),
+    *("no_merge", "gpu_memory_limit_gib", "max_new_tokens", "seed"),
 )
 SAMPLE_RATE = 16_000  # Hz, of the speech that the model gets; repeated from train_vqa.py
 Z95 = 1.959963984540054  # 97.5 % quantile of the standard normal distribution
@@ -77,6 +83,7 @@ GATE_ROWS = 4  # on which the gates measure how far speech and frames move the l
 FRAMES_DIFFER = "Asked on {asked} frames a clip, but trained on {trained}: see --max_eval_frames {trained}"
 LISTED = 10  # keys shown in a message; the summary lists them all
 WIDTH = 80
+ASR_BATCH_SIZE = 16  # recordings transcribed at a time, halved where they do not fit
 AUTO_BATCH_SIZE = 128  # rows at most: a step of decoding costs the same for one row as for a hundred
 CPU_BATCH_SIZE = 8  # of --batch_size auto where no GPU sets a limit
 USABLE_MEMORY = 0.92  # of the limit: the allocator splits what it holds
@@ -156,10 +163,12 @@ def _require(row: Row, names: Iterable[str], where: str, advice: str = "") -> No
             raise InputError(f"{where}: '{name}' must be {wanted}, found {found}{'; ' * bool(advice)}{advice}")
 
 
-def _keyed_rows(path: str | Path, fields: Sequence[str], advice: str = "") -> dict[Key, Row]:
+def _keyed_rows(path: str | Path, fields: Sequence[str], advice: str = "", gold: Sequence[str] = ()) -> dict[Key, Row]:
+    """`fields` are needed, `gold` may be missing or null."""
     rows, lines = {}, {}
     for number, row in read_jsonl(path):
-        _require(row, (*KEY_FIELDS, *fields), f"{path}:{number}", advice)
+        known = [name for name in gold if row.get(name) is not None]
+        _require(row, (*KEY_FIELDS, *fields, *known), f"{path}:{number}", advice)
         key = row_key(row)
         if first := lines.get(key):
             raise InputError(f"{path}:{number}: the row {key_text(key)} stands already on line {first}; remove one")
@@ -167,17 +176,26 @@ def _keyed_rows(path: str | Path, fields: Sequence[str], advice: str = "") -> di
     return rows
 
 
-def read_annotations(path: str | Path) -> list[Row]:
-    """Rows in the REAL-Colon-VQA schema, at least one, with unique keys and all gold fields; InputError for others."""
-    rows = _keyed_rows(path, GOLD_FIELDS)
+def read_annotations(path: str | Path, needs_gold: bool = True) -> list[Row]:
+    """Rows in the REAL-Colon-VQA schema, at least one, with unique keys; InputError for others, and for rows without
+    gold answers unless not `needs_gold`, where one row with them is enough."""
+    question, *gold = GOLD_FIELDS
+    rows = _keyed_rows(path, GOLD_FIELDS) if needs_gold else _keyed_rows(path, [question], gold=gold)
     if not rows:
         raise InputError(f"{path}: no rows; give a file with at least one")
+    if not any(map(has_gold, rows.values())):
+        raise InputError(f"{path}: no row has answer and short_answer, so nothing can be scored; give a file with them")
     return list(rows.values())
+
+
+def has_gold(annotation: Row) -> bool:
+    """Whether a row of a question file can be scored: it has both `answer` and `short_answer`."""
+    return bool(annotation.get("answer") and annotation.get("short_answer"))
 
 
 def read_answer_rows(path: str | Path, advice: str = "") -> dict[Key, Row]:
     """Rows that this script wrote, by row key; InputError for others, with `advice` where a field is missing."""
-    return _keyed_rows(path, ("short_answer", "ground_truth", "predicted_answer"), advice)
+    return _keyed_rows(path, ("predicted_answer",), advice, gold=("short_answer", "ground_truth"))
 
 
 def match_predictions(annotations: Sequence[Row], path: str | Path) -> dict[Key, Row]:
@@ -212,8 +230,8 @@ def match_predictions(annotations: Sequence[Row], path: str | Path) -> dict[Key,
         if first := lines.get(key):
             raise InputError(f"{where}: a second prediction for {name}, first on line {first}; remove one")
         for part in ("question", "short_answer"):
-            theirs, ours = row.get(part), fitting[0][part]
-            if isinstance(theirs, str) and normalise(theirs) != normalise(ours):
+            theirs, ours = row.get(part), fitting[0].get(part)
+            if isinstance(theirs, str) and ours is not None and normalise(theirs) != normalise(ours):
                 what = f"the {part} of {name} is {theirs!r} here but {ours!r} in --eval_data_path"
                 raise InputError(f"{where}: {what}; give the file that the predictions were made from")
         matched[key], lines[key] = row, number
@@ -532,9 +550,9 @@ class Scored:
 
     key: Key
     question_type: str
-    gold: str  # normalised short answer
+    gold: str  # normalised short answer; "" where there is none
     prediction: str | None
-    correct: dict[str, bool]
+    correct: dict[str, bool]  # {} without gold: no figure can take such a row in
     finish_reason: str  # eos, length, error, missing, or unknown where the prediction file does not say
 
 
@@ -544,23 +562,33 @@ def score_rows(annotations: Sequence[Row], predictions: Mapping[Key, Row]) -> li
     for row in annotations:
         key = row_key(row)
         kind = row["question_type"]
-        short = row["short_answer"]
+        short, answer = (row["short_answer"], row["answer"]) if has_gold(row) else ("", "")
         found = predictions.get(key)
         text = found and found["predicted_answer"]
         finish = "error" if found else "missing"
         if text is not None:
             finish = found.get("finish_reason") or "unknown"
-        scored.append(Scored(key, kind, normalise(short), text, judge(text, kind, short, row["answer"]), finish))
+        correct = judge(text, kind, short, answer) if short else {}
+        scored.append(Scored(key, kind, normalise(short), text, correct, finish))
     return scored
 
 
+def with_gold(rows: Sequence[Scored]) -> list[Scored]:
+    """Those that are right or wrong."""
+    return [row for row in rows if row.correct]
+
+
 def answer_row(annotation: Row, predicted_answer: str | None, **how: Any) -> Row:
-    """One row of the output file; `correct` is by `contains`. `how`: more fields, those of `ArmInputs.origin` too."""
-    judged = judge(predicted_answer, annotation["question_type"], annotation["short_answer"], annotation["answer"])
+    """One row of the output file; `correct` is by `contains`, and null without gold, as are the gold answers. `how`:
+    more fields, those of `ArmInputs.origin` too."""
+    judged, gold = dict.fromkeys(METRICS), {"answer": None, "short_answer": None}
+    if has_gold(annotation):
+        gold = annotation
+        judged = judge(predicted_answer, annotation["question_type"], gold["short_answer"], gold["answer"])
     return {
         **{name: annotation[name] for name in ("id", "video_id", "question_type", "question")},
-        "ground_truth": annotation["answer"],
-        "short_answer": annotation["short_answer"],
+        "ground_truth": gold["answer"],
+        "short_answer": gold["short_answer"],
         "predicted_answer": predicted_answer,
         "correct": judged["contains"],
         "strict_correct": judged["strict"],
@@ -948,7 +976,7 @@ def summarise(
     """The content of X.summary.json. `rows` are the scored `annotations`; `arms` comes from `summarise_arms`.
 
     `training` (from `compare_with_training`) and `data_warnings` of the manifest tell what needs the data;
-    `provenance` (from `provenance_warnings`) what is not known of the answers.
+    `provenance` (from `provenance_warnings`) what is not known of the answers. No figure takes in rows without gold.
     """
     manifest = manifest or {}
     training = manifest.get("training") or {"majority": None, "warnings": []}
@@ -958,10 +986,11 @@ def summarise(
     def figures(part: Sequence[Scored]) -> Row:
         return {"metrics": accuracies(part), "baselines": reference_lines(part, majority)}
 
+    answered, rows = rows, with_gold(rows)
     groups = group_by_type(rows)
-    finish = finish_counts(rows)
+    finish = finish_counts(answered)
     everything = figures(rows)
-    golds = {(row["question_type"], row["short_answer"]) for row in annotations}
+    golds = {(row["question_type"], row["short_answer"]) for row in annotations if has_gold(row)}
     varied = [kind for kind, group in groups.items() if len({row.gold for row in group}) > 1]
     subset = [row for row in rows if row.question_type in varied]
     discriminative = {
@@ -972,8 +1001,9 @@ def summarise(
     }
     return {
         "schema_version": SCHEMA_VERSION,
-        "n_total": len(rows),
-        "n_scored": len(rows) - finish["error"] - finish["missing"],
+        "n_total": len(answered),
+        "n_without_gold": len(answered) - len(rows),
+        "n_scored": sum(row.prediction is not None for row in rows),
         "n_errors": finish["error"],
         "n_missing": finish["missing"],
         "metrics": everything["metrics"],
@@ -987,12 +1017,12 @@ def summarise(
             *headline,
             *below_majority_warnings({"all rows": everything, "the discriminative rows": discriminative}),
             *collapse_warnings(rows),
-            *answer_warnings(rows),
+            *answer_warnings(answered),
             *gate_warnings(manifest.get("gates")),
         ],
         "types_without_options": sorted({kind for kind, short in golds if not gold_option(kind, short)}),
-        "missing": [key_text(row.key) for row in rows if row.finish_reason == "missing"],
-        "failed": [key_text(row.key) for row in rows if row.finish_reason == "error"],
+        "missing": [key_text(row.key) for row in answered if row.finish_reason == "missing"],
+        "failed": [key_text(row.key) for row in answered if row.finish_reason == "error"],
         "arms": arms or {},
         "manifest": manifest,
     }
@@ -1052,7 +1082,8 @@ def pair_mismatched_frames(
     `clips`: of each row whose frames can be read their content, number, and (width, height). A borrowed clip has other
     content and as many frames, of the nearest size, so that the prompt keeps its tokens where it can.
     """
-    gold = {row_key(row): normalise(row["short_answer"]) for row in annotations if row_key(row) in clips}
+    known = (row for row in annotations if row_key(row) in clips and has_gold(row))
+    gold = {row_key(row): normalise(row["short_answer"]) for row in known}
     alike = defaultdict(list)  # by question type and number of frames
     for key in gold:
         alike[key[2], clips[key][1]].append(key)
@@ -1090,6 +1121,36 @@ def borrowing_sentence(arms: Row) -> str | None:
     return f"Of {borrowed['n']} borrowed recordings {', '.join(said)}, so that each row keeps its number of tokens."
 
 
+def plain_words(text: str) -> str:
+    """What word error rates compare: lower case, and spaces for all that is neither letter nor digit."""
+    return " ".join(re.findall(r"[^\W_]+", text.casefold()))
+
+
+def transcript_figures(rows: Iterable[Row]) -> Row | None:
+    """Word error rate of the transcripts in rows of ASR_ARM, by `plain_words` over all their words: words left out, put
+    in or replaced for each word of the question. `exact`: transcripts without an error. None: there are none."""
+    import jiwer
+
+    pairs = [(plain_words(row["question"]), plain_words(row["transcript"])) for row in rows if "transcript" in row]
+    pairs = [pair for pair in pairs if pair[0]]
+    if not pairs:
+        return None
+    said, heard = map(list, zip(*pairs, strict=True))
+    exact = sum(itertools.starmap(str.__eq__, pairs))
+    words = sum(len(text.split()) for text in said)
+    return {"n": len(pairs), "words": words, "exact": exact, "word_error_rate": jiwer.wer(said, heard)}
+
+
+def transcript_sentence(arms: Row) -> str | None:
+    """How well the questions were transcribed, from the summary's `arms`."""
+    if not (found := arms.get(ASR_ARM, {}).get("transcripts")):
+        return None
+    return (
+        f"In {ASR_ARM} the word error rate is {_show(found['word_error_rate'])} % of {found['words']} words (lower "
+        f"case, no punctuation); {found['exact']} of {found['n']} transcripts have no error."
+    )
+
+
 def left_out_sentence(arms: Row) -> str | None:
     """How many rows had no frames to borrow, from the summary's `arms`."""
     part = arms.get("mismatched_frames", {})
@@ -1117,15 +1178,15 @@ def summarise_arms(main_arm: str, rows_of: Mapping[str, Sequence[Scored]], files
     return {
         arm: {
             "file": files[arm],
-            "left_out": sorted(map(key_text, main.keys() - {row.key for row in rows})),
-            "n_errors": finish_counts(rows)["error"],
-            "metrics": accuracies(rows),
-            "finish": finish_counts(rows),
+            "left_out": sorted(map(key_text, main.keys() - {row.key for row in answered})),
+            "n_errors": finish_counts(answered)["error"],
+            "metrics": accuracies(rows := with_gold(answered)),
+            "finish": finish_counts(answered),
             "versus": None
-            if arm == main_arm
+            if arm == main_arm or not rows
             else {metric: paired_comparison([main[row.key] for row in rows], rows, metric) for metric in METRICS},
         }
-        for arm, rows in rows_of.items()
+        for arm, answered in rows_of.items()
     }
 
 
@@ -1226,7 +1287,10 @@ def reference_table(summary: Row) -> Table:
     subset = summary["discriminative"]
     rows = [
         (name, n, part["metrics"]["choice"]["accuracy"], *(part["baselines"][line] for line in REFERENCES))
-        for name, n, part in (("all rows", summary["n_total"], summary), ("discriminative rows", subset["n"], subset))
+        for name, n, part in (
+            ("all rows", summary["metrics"]["choice"]["n"], summary),
+            ("discriminative rows", subset["n"], subset),
+        )
     ]
     return ("", "n", "choice", "chance", "train majority", "test majority"), rows
 
@@ -1251,6 +1315,8 @@ def arms_table(arms: Row) -> Table:
             pair = part["versus"]["choice"]
             versus = _points(pair["difference"]), _points(*pair["ci95"]), _p_text(pair["p"])
         right = f"{choice['correct']}/{choice['n']}"
+        if found := part.get("transcripts"):
+            arm = f"{arm}, WER {_show(found['word_error_rate'])}"
         rows.append((arm, right, choice["accuracy"], _show(choice["ci95"], "-", 0), *versus))
     return ("arm", "choice", "%", "95 %", "diff", "95 % interval", "p"), rows
 
@@ -1268,20 +1334,27 @@ def comparison_table(pairs: Row) -> Table:
 
 def render_arms(arms: Row) -> str:
     """The table of the arms, and the sentences on it."""
-    sentences = [borrowing_sentence(arms), left_out_sentence(arms), *arm_sentences(arms)]
+    said = transcript_sentence(arms), borrowing_sentence(arms), left_out_sentence(arms)
+    sentences = [*said, *arm_sentences(arms)]
     return "\n".join([render_table(*arms_table(arms)), *map(_wrap, filter(None, sentences))])
 
 
-def render_summary(summary: Row) -> str:
-    """The report that the terminal shows: metrics, reference lines, question types, endings, baseline, warnings."""
-    n = summary["n_total"]
-    finish = summary["finish"]
+def denominator_lines(summary: Row) -> list[str]:
+    """Of which rows the accuracies are, and how many have no gold answer."""
+    n, without = summary["n_total"], summary["n_without_gold"]
+    if not without:
+        return [f"Accuracy in %, of all {n} rows ({summary['n_errors']} failed, {summary['n_missing']} missing: wrong)"]
+    lines = [f"{without} of {n} rows have no gold answer: answered, not scored"]
+    if without == n:
+        return [*lines, "No accuracy: --score_only scores these answers, given a file with the gold ones"]
+    wrong = n - without - summary["n_scored"]
+    return [*lines, f"Accuracy in %, of the {n - without} other rows ({wrong} failed or missing: wrong)"]
+
+
+def render_accuracies(summary: Row) -> list[str]:
+    """Metrics, reference lines, question types and the original rule, of rows with gold answers."""
     contains = summary["metrics"]["contains"]
-    frames = summary["manifest"].get("frames")
     parts = [
-        f"Accuracy in %, of all {n} rows ({summary['n_errors']} failed, {summary['n_missing']} missing: wrong)",
-        *([_wrap(FRAMES_DIFFER.format(**frames))] if frames else []),
-        *(_wrap(f"Warning: {line}") for line in summary["headline"]),
         render_table(*metrics_table(summary["metrics"])),
         "",
         "choice beside what needs neither speech nor frames",
@@ -1292,6 +1365,26 @@ def render_summary(summary: Row) -> str:
     beside = ""
     if baseline := summary["original_baseline"]:
         beside = f", beside the {100 * baseline:.0f} % baseline (audio + image, zero-shot, the 50 clips of 002-001)"
+    original = (
+        f"By the original rule (contains): {contains['correct']}/{contains['n']} correct = "
+        f"{_show(contains['accuracy'])} %, 95 % {_show(contains['ci95'])}{beside}."
+    )
+    return [*parts, "", render_table(*types_table(summary["by_type"])), "", _wrap(original)]
+
+
+def render_summary(summary: Row) -> str:
+    """The report that the terminal shows: metrics, reference lines, question types, endings, baseline, warnings."""
+    n = summary["n_total"]
+    finish = summary["finish"]
+    frames = summary["manifest"].get("frames")
+    parts = [
+        *denominator_lines(summary),
+        *([_wrap(FRAMES_DIFFER.format(**frames))] if frames else []),
+        *(_wrap(f"Warning: {line}") for line in summary["headline"]),
+    ]
+    scored = summary["n_without_gold"] < n
+    if scored:
+        parts += render_accuracies(summary)
     known = n - finish["unknown"]
     ended = ""
     if finish["eos"] or finish["length"] or known == n:
@@ -1299,23 +1392,14 @@ def render_summary(summary: Row) -> str:
     if unknown := finish["unknown"]:
         silent = f"for {unknown} of {n} answers the file does not say how they ended"
         ended = f"{ended}; {silent}" if ended else silent.capitalize()
-    parts += [
-        "",
-        render_table(*types_table(summary["by_type"])),
-        "",
-        _wrap(
-            f"By the original rule (contains): {contains['correct']}/{n} correct = {_show(contains['accuracy'])} %, "
-            f"95 % {_show(contains['ci95'])}{beside}."
-        ),
-        _wrap(f"{ended}."),
-    ]
+    parts.append(_wrap(f"{ended}."))
     if names := ", ".join(summary["types_without_options"]):
         parts.append(_wrap(f"No table of options covers every answer of {names}: choice is strict there."))
     for name in ("missing", "failed"):
         if keys := summary[name]:
             more = f" and {len(keys) - LISTED} more" if len(keys) > LISTED else ""
             parts.append(_wrap(f"{name.capitalize()}: {', '.join(keys[:LISTED])}{more}"))
-    if summary["arms"]:
+    if summary["arms"] and scored:
         parts += ["", render_arms(summary["arms"])]
     if others := summary["warnings"][len(summary["headline"]) :]:
         parts += ["", *(_wrap(f"Warning: {line}") for line in others)]
@@ -1581,7 +1665,7 @@ def score_only(args: argparse.Namespace) -> int:
     limit = args.limit
     if generated and not limit and (limit := old["manifest"]["flags"].get("limit") or 0):
         print(f"   --limit {limit}, as in the run")
-    annotations = read_annotations(args.eval_data_path)
+    annotations = read_annotations(args.eval_data_path, needs_gold=False)
     predictions = match_predictions(annotations, args.output_file)
     rows = score_rows(annotations[: limit or None], predictions)
     arms, notes = rescore_arms(old["arms"], len(rows), annotations, args.output_file) if generated else ({}, [])
@@ -1632,10 +1716,11 @@ def rescore_arms(old: Row, n: int, annotations: Sequence[Row], rows_path: str) -
 
 
 def read_pair(paths: Sequence[str], eval_data_path: str | None) -> tuple[list[Row], list[dict[Key, Row]]]:
-    """Annotations and the two sides' rows for --compare; InputError unless they hold the same rows and gold answers."""
+    """Annotations with gold answers and the two sides' rows for --compare; InputError unless they hold the same rows
+    and gold answers."""
     same = "compare runs over the same data"
     if eval_data_path:
-        annotations = read_annotations(eval_data_path)
+        annotations = read_annotations(eval_data_path, needs_gold=False)
         sides = [match_predictions(annotations, path) for path in paths]
     else:
         sides = [read_answer_rows(path, "fix the row, or give --eval_data_path") for path in paths]
@@ -1646,13 +1731,14 @@ def read_pair(paths: Sequence[str], eval_data_path: str | None) -> tuple[list[Ro
     if not sides[0]:
         raise InputError(f"--compare: {paths[0]} and {paths[1]} hold no rows")
     if eval_data_path:
-        return [row for row in annotations if row_key(row) in sides[0]], sides
+        return [row for row in annotations if row_key(row) in sides[0] and has_gold(row)], sides
     for key, name in itertools.product(sides[0], ("short_answer", "ground_truth")):
-        gold_a, gold_b = (rows[key][name] for rows in sides)
+        gold_a, gold_b = (rows[key].get(name) for rows in sides)
         if gold_a != gold_b:
             differ = f"{gold_a!r} in {paths[0]} but {gold_b!r} in {paths[1]}"
             raise InputError(f"--compare: {key_text(key)} has the {name} {differ}; {same}")
-    return [{**row, "answer": row["ground_truth"]} for row in sides[0].values()], sides
+    annotations = [{**row, "answer": row.get("ground_truth")} for row in sides[0].values()]
+    return list(filter(has_gold, annotations)), sides
 
 
 # Of `run_settings`, those that say which model answers: two models are what one compares.
@@ -1697,9 +1783,13 @@ def unlike_warnings(paths: Sequence[str], sides: Sequence[Mapping[Key, Row]]) ->
 def compare(paths: Sequence[str], eval_data_path: str | None = None) -> int:
     """Print the paired differences B - A of two files over the same data, and what else differs. Returns status 0."""
     annotations, sides = read_pair(paths, eval_data_path)
+    if not annotations:
+        raise InputError(f"--compare: no row of {paths[0]} has a gold answer; give them with --eval_data_path")
     scored_a, scored_b = (score_rows(annotations, rows) for rows in sides)
     pairs = {metric: paired_comparison(scored_a, scored_b, metric) for metric in METRICS}
     warnings = unlike_warnings(paths, sides) + few_videos(row.key for row in scored_a)
+    if without := len(sides[0]) - len(annotations):
+        warnings.insert(0, f"{without} of {len(sides[0])} rows have no gold answer and are left out")
     print("A  {}\nB  {}".format(*paths))
     print(f"Accuracy in % over the same {len(annotations)} rows; difference is B - A\n")
     print(render_table(*comparison_table(pairs)))
@@ -1864,6 +1954,43 @@ def load_chosen_model(chosen: ModelChoice, device: Any) -> Any:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# With a model: one question
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def ask(args: argparse.Namespace) -> int:
+    """Answer the question in --ask (a recording), --ask_text (words) or both about --frames, and print it with how it
+    ended and the milliseconds from the files on. Returns status 0; InputError or VQAError for what cannot be asked."""
+    vqa.limit_gpu_memory(args.gpu_memory_limit_gib or None)
+    device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+    chosen = choose_model(args, device)
+    mode, limit = chosen.inputs.input_mode, chosen.inputs.max_eval_frames
+    given = "audio_text" if args.ask and args.ask_text else "audio" if args.ask else "text"
+    if given != mode or args.input_mode not in (None, *INPUT_MODES):
+        flags = {"audio": "--ask alone", "text": "--ask_text alone", "audio_text": "--ask and --ask_text"}
+        raise InputError(f"the input mode {mode} takes {flags[mode]}; for {flags[given]} add --input_mode {given}")
+    if limit and len(args.frames) > limit:
+        what = f"{len(args.frames)} frames, and the model is shown {limit} at most"
+        raise InputError(f"--frames: {what}; give fewer, or raise --max_eval_frames")
+    check_weights(chosen, device)
+    paths = list(map(Path, args.frames))
+    for path in paths:
+        vqa.decode_frame(path, checking=True)
+    start = time.monotonic()
+    frames = list(map(vqa.decode_frame, paths))
+    speech = vqa.load_speech(Path(args.ask)) if args.ask else None
+    reading = time.monotonic() - start
+    model = load_chosen_model(chosen, device).model
+    start = time.monotonic()
+    answer = model.answer(frames, speech, args.ask_text, args.max_new_tokens)
+    seconds = reading + time.monotonic() - start
+    ended = "stopped by itself" if answer.stopped else "cut off at --max_new_tokens"
+    print(answer.text)
+    print(f"   {answer.n_tokens} tokens, {ended}; {1000 * seconds:.0f} ms, of these {1000 * reading:.0f} for the files")
+    return 0
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # With a model: inputs of an arm
 # ---------------------------------------------------------------------------------------------------------------------
 
@@ -1907,7 +2034,8 @@ class ArmInputs:
         dataset: SurgicalVQADataset for generation; its processor has the arm's input mode, and its rows the speech
             that the arm plays and the frames that it shows.
         seed: of shuffled frames.
-        sources: for rows that show another row's frames, or play its speech at the length of their own, that row.
+        sources: for rows that show another row's frames, or play its speech at the length of their own, that row; for
+            rows that ask a transcript, the row as it was.
     """
 
     def __init__(self, arm: str, dataset: Any, seed: int = 0, sources: Mapping[Key, Any] | None = None):
@@ -1948,6 +2076,8 @@ class ArmInputs:
             raise vqa.VQAError(f"{row.where}: a frame is missing")
         if speech is None and self.processor.input_mode != "text":
             raise vqa.VQAError(f"{row.where}: the speech is missing")
+        if self.arm == ASR_ARM and self.keys[index] not in self.sources:
+            raise vqa.VQAError(f"{row.where}: the speech is missing or cannot be read")
         clip = self.clip(index) if with_frames else ()
         frames = [vqa.load_frame(path, self.processor.max_image_size) for path in clip]
         speech = vqa.load_speech(speech) if speech and with_speech else None
@@ -1981,21 +2111,28 @@ class ArmInputs:
         except vqa.DECODE_ERRORS:
             return math.inf
 
+    def recording(self, index: int) -> Path | None:
+        """The file of the speech that a row's answer rests on, heard or transcribed; None in text mode."""
+        return self.rows[index].audio_path if self.arm == ASR_ARM else self.dataset.media_of(index)[1]
+
     def media_sha256(self, index: int) -> str:
         """Digest of the files behind a row's answer: a resumed run must not mix old files with new ones."""
-        frames, speech = self.dataset.media_of(index)
-        digests = (sha256_once(path) for path in (*frames, speech) if path)
+        frames, _ = self.dataset.media_of(index)
+        digests = (sha256_once(path) for path in (*frames, self.recording(index)) if path)
         return hashlib.sha256("".join(digests).encode()).hexdigest()
 
     def origin(self, index: int) -> Row:
         """What a row of the output file says of the inputs of its answer.
 
-        Of borrowed frames and speech: whose, and by how many samples and tokens speech was padded; negative: cut.
+        Of borrowed frames and speech: whose, and by how many samples and tokens speech was padded; negative: cut. Of a
+        transcript: that, and the question as it was.
         """
-        _, speech = self.dataset.media_of(index)
+        speech = self.recording(index)
         how = {"input_mode": self.processor.input_mode, "audio_file": speech and str(speech)}
         source = self.sources.get(self.keys[index])
-        if source and self.arm == "mismatched_frames":
+        if source and self.arm == ASR_ARM:
+            how |= {"question": source.question, "transcript": self.rows[index].question}
+        elif source and self.arm == "mismatched_frames":
             how["frames_of"] = key_text(row_key(annotation_of(source)))
         elif source:
             own, theirs, tokens = self.rows[index].speech_samples, source.speech_samples, self.processor.speech_tokens
@@ -2014,6 +2151,112 @@ class ArmInputs:
 def sha256_once(path: Path) -> str:
     """`sha256_file`, read once a run: many questions share their clips."""
     return sha256_file(path)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# With a model: transcripts
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def find_asr_model(name: str) -> Path:
+    """The folder of the Whisper that --asr_model names, checked as far as can be without its weights. VQAError for
+    another model, for one without safetensors, and where jiwer is missing."""
+    vqa.check_package(f"--arms {ASR_ARM}", "jiwer", "jiwer>=3", "leave the arm out")
+    bins = vqa.whisper_geometry(name, "--asr_model").get("num_mel_bins", 80)
+    folder = vqa.resolve_model_dir(name, weights=True, flag_name="--asr_model")
+    if not any(folder.glob("model*.safetensors")):
+        raise vqa.VQAError(f"--asr_model {folder}: no model.safetensors there, and no other weights are read")
+    vqa.stored_keys(folder)
+    if (found := asr_reader(folder)[0].feature_size) != bins:
+        what = f"preprocessor_config.json makes {found} mel bins, config.json wants {bins}"
+        raise vqa.VQAError(f"--asr_model {folder}: {what}; take both from one model")
+    return folder
+
+
+def asr_reader(folder: Path) -> tuple[Any, Any]:
+    """Feature extractor and tokenizer of a Whisper; VQAError where one of them is missing."""
+    from transformers import AutoTokenizer, WhisperFeatureExtractor
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        return WhisperFeatureExtractor.from_pretrained(folder), tokenizer
+    except (OSError, ValueError) as error:
+        what = f"its preprocessor_config.json or its tokenizer cannot be read ({vqa.first_line(error)})"
+        raise vqa.VQAError(f"--asr_model {folder}: {what}; copy all files of the model") from error
+
+
+def asr_digest(folder: Path) -> str:
+    """SHA-256 that names the weights of a Whisper."""
+    return hashlib.sha256("".join(map(sha256_once, sorted(folder.glob("model*.safetensors")))).encode()).hexdigest()
+
+
+def transcribe(folder: Path, recordings: Sequence[Path], device: Any, dtype: Any) -> list[str]:
+    """What a Whisper writes down of each recording of at most 30 s: greedily, in the language that it takes it for.
+
+    Its weights are on the `device` only meanwhile. VQAError for a recording or weights that cannot be read.
+    """
+    import transformers
+    from tqdm.auto import tqdm
+
+    extractor, tokenizer = asr_reader(folder)
+    keys = vqa.stored_keys(folder)
+    whisper = transformers.WhisperForConditionalGeneration
+    model, report = vqa.load_with_report(whisper, folder, use_safetensors=True, dtype=dtype)
+    vqa.refuse_misfits(folder, keys, *(report[f"{kind}_keys"] for kind in ("missing", "unexpected", "mismatched")))
+    model = model.to(device).eval()
+
+    def write_down(speech: Iterable[Any]) -> list[str]:
+        if not (speech := list(speech)):
+            return []
+        how = {"sampling_rate": SAMPLE_RATE, "return_tensors": "pt", "return_attention_mask": True}
+        heard = {name: values.to(device) for name, values in extractor(speech, **how).items()}
+        heard["input_features"] = heard["input_features"].to(dtype)
+        texts = tokenizer.batch_decode(model.generate(**heard, do_sample=False, num_beams=1), skip_special_tokens=True)
+        bar.update(len(texts))
+        return [text.strip() for text in texts]
+
+    speech = vqa.ahead(vqa.load_speech, recordings, 2 * ASR_BATCH_SIZE)
+    verbosity = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()  # Whisper's generate warns of what it does itself
+    try:
+        with contextlib.closing(speech), tqdm(total=len(recordings), desc="Transcribing", unit="file") as bar:
+            texts, _ = vqa.answer_with_halving(speech, ASR_BATCH_SIZE, True, write_down)
+    finally:
+        transformers.logging.set_verbosity(verbosity)
+    return texts
+
+
+def transcribe_rows(
+    args: argparse.Namespace, rows: Sequence[Any], path: Path, device: Any, dtype: Any
+) -> tuple[list[Any], dict[Key, Any], Row]:
+    """VQARows that ask what the Whisper wrote down of their speech; as they were, those whose speech can be read; and
+    the manifest's `asr`.
+
+    Each recording is transcribed once; what the rows file at `path` holds is kept. Batches are fixed slices of the
+    recordings and are done complete, so that a resumed run gives the same transcripts.
+    """
+    folder = find_asr_model(args.asr_model)
+    readable = {row_key(annotation_of(row)): row for row in rows if row.speech_samples}
+    known = {}
+    if path.is_file() and not args.overwrite:
+        with contextlib.suppress(InputError):  # a line cut off by a kill: `RowFile` repairs or refuses the file
+            done = {key: row for key, row in read_answer_rows(path).items() if key in readable and "transcript" in row}
+            known = {readable[key].audio_path: row["transcript"] for key, row in done.items()}
+    recordings = sorted({row.audio_path for row in readable.values()})
+    slices = [recordings[i : i + ASR_BATCH_SIZE] for i in range(0, len(recordings), ASR_BATCH_SIZE)]
+    wanted = list(itertools.chain(*(part for part in slices if not known.keys() >= set(part))))
+    start = time.monotonic()
+    texts = transcribe(folder, wanted, device, dtype) if wanted else []
+    texts = dict(zip(wanted, texts, strict=True)) | known
+    seconds, peak = time.monotonic() - start, None
+    if device.type == "cuda":
+        peak = torch.cuda.max_memory_allocated() / 2**30
+        torch.cuda.empty_cache()
+    rows = [dataclasses.replace(row, question=texts.get(row.audio_path, row.question)) for row in rows]
+    record = {"model": args.asr_model, "folder": str(folder), "sha256": asr_digest(folder), "dtype": str(dtype)}
+    record |= {"recordings": len(recordings), "transcribed": len(wanted)}
+    return rows, readable, record | {"seconds": seconds, "peak_gpu_memory_gib": peak}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -2149,11 +2392,13 @@ def answer_arm(model: Any, inputs: ArmInputs, file: RowFile, args: argparse.Name
     with contextlib.closing(decoded), tqdm(total=len(own), initial=already, desc=title, unit="row") as bar:
         for part in slices:
             # Two iterators over one slice: prefill begins while the rest of it is still being decoded.
+            start = time.monotonic()
             samples, again = itertools.tee(itertools.islice(decoded, len(part)))
             usable = (sample for sample in samples if not isinstance(sample, str))
             answers, size = vqa.answer_with_halving(
                 usable, size, auto, lambda batch: vqa.answer_batch(model, batch, *decoding)
             )
+            each = round(1000 * (time.monotonic() - start) / len(part), 1)
             waiting = iter(answers)
             for index, sample in zip(part, again, strict=True):
                 error = sample if isinstance(sample, str) else None
@@ -2161,7 +2406,7 @@ def answer_arm(model: Any, inputs: ArmInputs, file: RowFile, args: argparse.Name
                 if keys[index] in file.done:
                     continue
                 text = None if error else tokenizer.decode(ids, skip_special_tokens=True).strip()
-                how = {"finish_reason": finish, "n_tokens": len(ids), **inputs.origin(index)}
+                how = {"finish_reason": finish, "n_tokens": len(ids), "inference_time_ms": each, **inputs.origin(index)}
                 if error:
                     how["error"] = error
                 file.append(answer_row(annotation_of(inputs.rows[index]), text, **how))
@@ -2183,17 +2428,17 @@ def annotation_of(row: Any) -> Row:
 
 
 def generate(args: argparse.Namespace) -> int:
-    """Answer every row of --eval_data_path in every arm, summarise, print. Returns the exit status.
+    """Answer every row of --eval_data_path in every arm, summarise, print; or `ask`. Returns the exit status.
 
     A signal ends it after the batch under way, with 128 + its number. Raises InputError for what the user can fix.
     """
-    if not int(os.environ.get("RANK", 0)):  # which has the file locked before the others begin
+    if args.output_file and not int(os.environ.get("RANK", 0)):  # which has the file locked before the others begin
         check_output(args)
     load_libraries()
     stop = vqa.StopSignal("finishing the batch", "no row was answered; run the same command again")
     try:
         with stop:
-            return answer_and_score(args, stop)
+            return answer_and_score(args, stop) if args.output_file else ask(args)
     except vqa.Interrupted as stopped:
         if not vqa.rank() and vqa.is_first_to_fail():
             print(f"\n{stopped}", file=sys.stderr)
@@ -2210,6 +2455,7 @@ def answer_and_score(args: argparse.Namespace, stop: Any) -> int:
     """The steps of `generate`: settings, data, model, gates, answers, figures."""
     # 1. The model, and the arms
     sha256_once.cache_clear()
+    find_asr_model.cache_clear()
     target = summary_path(args.output_file)
     if vqa.rank():
         vqa.meet()  # rank 0 has checked everything up to the weights
@@ -2230,6 +2476,9 @@ def answer_and_score(args: argparse.Namespace, stop: Any) -> int:
         vqa.meet()
     asked = {arm: [annotation_of(row) for row in rows] for arm, rows in rows_of.items()}
     annotations = asked[main_arm]
+    if ASR_ARM in modes:
+        how = rows_of[ASR_ARM], files[ASR_ARM], device, getattr(torch, chosen.dtype)
+        rows_of[ASR_ARM], sources[ASR_ARM], of_data["asr"] = transcribe_rows(args, *how)
 
     # 3. Model
     trained = load_chosen_model(chosen, device)
@@ -2258,10 +2507,7 @@ def answer_and_score(args: argparse.Namespace, stop: Any) -> int:
     record["runtime"]["world_size"] = vqa.world_size()
     record["runtime"]["batch_size"] = {arm: inputs.batch_size for arm, inputs in arms.items()}
     in_arms = summarise_arms(main_arm, scored, {arm: path.name for arm, path in files.items()})
-    for arm, part in in_arms.items():
-        part["sha256"] = sha256_file(files[arm])
-    if "mismatched_audio" in in_arms:
-        in_arms["mismatched_audio"]["borrowed"] = summarise_borrowing(done["mismatched_audio"].values())
+    add_to_arms(in_arms, files, done)
     summary = summarise(annotations, scored[main_arm], arms=in_arms, manifest=record)
     write_json(target, summary)
     print(render_summary(summary))
@@ -2273,22 +2519,46 @@ def answer_and_score(args: argparse.Namespace, stop: Any) -> int:
     return 1 if any(row.prediction is None for part in scored.values() for row in part) else 0
 
 
+def add_to_arms(arms: Row, files: Mapping[str, Path], done: Mapping[str, Mapping[Key, Row]]) -> None:
+    """Add the digests of the rows files, and what was borrowed or transcribed, to what `summarise_arms` gives."""
+    for arm, part in arms.items():
+        part["sha256"] = sha256_file(files[arm])
+    if "mismatched_audio" in arms:
+        arms["mismatched_audio"]["borrowed"] = summarise_borrowing(done["mismatched_audio"].values())
+    if ASR_ARM in arms:
+        arms[ASR_ARM]["transcripts"] = transcript_figures(done[ASR_ARM].values())
+
+
 def choose_arms(args: argparse.Namespace, mode: str) -> dict[str, str]:
-    """Each arm's input mode, the main arm first. Raises InputError for arms that need speech which is not there."""
+    """Each arm's input mode, the main arm first. Raises InputError for arms that need speech which is not there, and
+    VQAError for an --asr_model that cannot transcribe."""
     main_arm = args.input_mode if args.input_mode in ARMS else mode  # of PUBLIC_MODES, one is an arm
     if main_arm not in INPUT_MODES and args.arms:
         instead = f"write --input_mode {mode} --arms {main_arm}"
         raise InputError(f"--arms beside --input_mode {main_arm}: arms are compared with an input mode; {instead}")
     spoken = args.audio_dir or mode != "text"
     fitting = [arm for arm in ARMS if (mode != "text" or arm not in HEARING_ARMS) and (spoken or "audio" not in arm)]
+    if not (args.asr_model and args.audio_dir):
+        fitting.remove(ASR_ARM)
     asked = fitting if args.arms == ["all"] else args.arms or ()
     modes = {arm: arm if arm in INPUT_MODES else mode for arm in (main_arm, *asked)}
+    if ASR_ARM in modes:
+        modes[ASR_ARM] = "text"
+    if (ASR_ARM in modes) != bool(args.asr_model):
+        raise InputError(f"--asr_model and --arms {ASR_ARM} need each other: give both (and --audio_dir), or none")
     without_speech = [arm for arm, mode in modes.items() if arm in HEARING_ARMS and mode == "text"]
     if without_speech:
         raise InputError(f"--arms {','.join(without_speech)}: in text mode the model gets no speech; drop the arm")
-    if set(modes.values()) != {"text"} and not args.audio_dir:
+    if needs_speech(modes) and not args.audio_dir:
         raise InputError("--audio_dir must be given: the questions are spoken (or use --input_mode text)")
+    if args.asr_model:
+        find_asr_model(args.asr_model)
     return modes
+
+
+def needs_speech(modes: Mapping[str, str]) -> bool:
+    """Whether an arm hears or transcribes the recordings; `modes` as from `choose_arms`."""
+    return ASR_ARM in modes or set(modes.values()) != {"text"}
 
 
 def read_data(
@@ -2301,15 +2571,17 @@ def read_data(
     frames that show nothing unless --allow_empty_frames, and where one speech file would serve different questions.
     """
     print(f"📁 Loading Eval Data: {args.eval_data_path}")
-    every = {row_key(annotation_of(row)): row for row in vqa.read_rows(args.eval_data_path)}
+    every = {row_key(annotation_of(row)): row for row in vqa.read_rows(args.eval_data_path, needs_gold=False)}
     rows = dict(itertools.islice(every.items(), args.limit or None))
+    if without := sum(not row.short_answer for row in rows.values()):
+        print(f"   {without} of {len(rows)} rows have no gold answer (answer, short_answer): answered, not scored")
     training = read_training(args, [annotation_of(row) for row in rows.values()])
     # Rows borrow from the complete file: a larger --limit later leaves the pairs as they are.
     others = [row for key, row in every.items() if key not in rows] if modes.keys() & BORROWED.keys() else []
     if "mismatched_frames" not in modes:
         others = [dataclasses.replace(row, frames=()) for row in others]
     needed = [*rows.values(), *others]
-    audio_dir = args.audio_dir if set(modes.values()) != {"text"} else None
+    audio_dir = args.audio_dir if needs_speech(modes) else None
     problems = vqa.find_media(needed, args.frames_dir, audio_dir, args.allow_symlinks, **chosen.patterns)
     vqa.raise_problems(vqa.find_shared_media(needed))
     problems += vqa.check_media(needed)
@@ -2497,6 +2769,7 @@ def known_settings(args: argparse.Namespace, chosen: ModelChoice, arm: str, inpu
         "max_new_tokens": args.max_new_tokens,
         "seed": args.seed if arm in SEEDED_ARMS else None,
         "borrowed_speech": "of the nearest length, fitted" if arm == "mismatched_audio" else None,
+        "asr_sha256": asr_digest(find_asr_model(args.asr_model)) if arm == ASR_ARM else None,
     }
 
 
@@ -2521,7 +2794,7 @@ def run_record(args: argparse.Namespace, chosen: ModelChoice, inputs: ArmInputs,
         "train_vqa.py": sha256_file(vqa.__file__),
     }
     packages = ["torch", "transformers", "peft", "pillow", "torchaudio", "av"]
-    packages += ["bitsandbytes"] * model.load_in_4bit
+    packages += ["bitsandbytes"] * model.load_in_4bit + ["jiwer"] * bool(args.asr_model)
     input_fields = ("input_mode", "audio_tokens", "encoder_tokens", "frame_mode", "max_eval_frames", "max_image_size")
     return record | {
         "arm": inputs.arm,
@@ -2665,8 +2938,16 @@ def build_parser() -> argparse.ArgumentParser:
     answers("--max_new_tokens", type=_at_least(1), default=32, help="tokens after which an answer is cut")
     answers("--arms", type=_arm_list, help=f"comma-separated, of {', '.join(ARMS)}; all: those that fit the input "
             "mode and the data. None: the input mode alone")
+    answers("--asr_model", help=f"Whisper of the arm {ASR_ARM}, folder or hub id (openai/whisper-large-v3-turbo): each "
+            "recording is transcribed once, before the model is loaded, and the question then asked in these words. "
+            "Word error rates need jiwer. None: no such arm")
     answers("--seed", type=int, default=0, help="for borrowed speech and frames, shuffled frames and --init random")
 
+    parser.add_argument("--ask", metavar="SPEECH", help="answer the one question in this recording about --frames, and "
+                        "print it; no rows are written")
+    parser.add_argument("--ask_text", metavar="WORDS", help="the question in words: in place of --ask in text mode, "
+                        "beside it in audio_text")
+    parser.add_argument("--frames", nargs="+", metavar="IMAGE", help="the clip of --ask, in order in time")
     parser.add_argument("--score_only", **switch, help="score the predictions in --output_file; no model")
     parser.add_argument("--compare", nargs=2, metavar=("A", "B"), help="two files of rows or predictions; print "
                         "their paired differences. Predictions without video_id or gold answers need --eval_data_path")
@@ -2693,15 +2974,22 @@ def parse_checked(argv: Sequence[str] | None) -> argparse.Namespace:
     """The flags; those that are missing, or have no effect in the mode asked for, end the process with status 2."""
     parser = build_parser()
     args = parse_arguments(parser, sys.argv[1:] if argv is None else argv)
+    asking = bool(args.ask or args.ask_text)
     needed = ["eval_data_path", "output_file"] + ["frames_dir"] * (not args.score_only)
+    needed = ["frames"] if asking else needed
     lacking = [f"--{name}" for name in needed if not getattr(args, name)]
     if lacking and not args.compare:
         parser.error(f"{', '.join(lacking)} must be given (without a model: --score_only or --compare)")
-    mode = "compare" if args.compare else "score_only" if args.score_only else None
-    used = ["compare", "eval_data_path"] if args.compare else ["score_only", *needed, "train_data_path", "limit"]
-    idle = [name for name, value in vars(args).items() if value != parser.get_default(name) and name not in used]
-    if mode and idle:
-        parser.error(f"{', '.join(f'--{name}' for name in idle)}: no effect with --{mode}; leave it out")
+    mode = "compare" if args.compare else "score_only" if args.score_only else "ask" if asking else "eval_data_path"
+    used = {
+        "compare": ["compare", "eval_data_path"],
+        "score_only": ["score_only", *needed, "train_data_path", "limit"],
+        "ask": ASK_FLAGS,
+        "eval_data_path": vars(args).keys() - {"frames"},
+    }
+    given = [name for name, value in vars(args).items() if value != parser.get_default(name)]
+    if idle := [f"--{name}" for name in given if name not in used[mode]]:
+        parser.error(f"{', '.join(idle)}: no effect with --{mode}; leave it out")
     return args
 
 
@@ -2716,7 +3004,7 @@ def follow(argv: Sequence[str] | None) -> int:
             if end.code:
                 time.sleep(60)  # until the launcher ends it: rank 0 ends likewise, and says why
             raise
-        if args.compare or args.score_only:
+        if not args.output_file or args.score_only:  # a question, --compare: rank 0 does it
             return 0
         try:
             return generate(args)

@@ -997,7 +997,7 @@ class VQARow:
     frames: tuple[str, ...]  # frame names, such as "002-001_18743"
     question: str
     question_type: str
-    answer: str  # the full sentence, which is learned
+    answer: str  # the full sentence, which is learned; "" without gold, as is the next
     short_answer: str  # the closed answer, which is looked for in a prediction
     audio_path: Path | None = None  # set by `find_media`, as are the next
     frame_paths: tuple[Path, ...] = ()  # in order, up to the first that is missing
@@ -1043,16 +1043,19 @@ class Problem:
         return f"{self.source}:{self.lines[0]}: {self.text}"
 
 
-def read_rows(path: str | Path, max_samples: int | None = None) -> list[VQARow]:
+def read_rows(path: str | Path, max_samples: int | None = None, needs_gold: bool = True) -> list[VQARow]:
     """The rows of a question file; VQAError where it is missing or empty, or for all its malformed lines."""
-    rows, problems = scan_rows(path, max_samples)
+    rows, problems = scan_rows(path, max_samples, needs_gold)
     raise_problems(problems)
     return rows
 
 
-def scan_rows(path: str | Path, max_samples: int | None = None) -> tuple[list[VQARow], list[Problem]]:
+def scan_rows(
+    path: str | Path, max_samples: int | None = None, needs_gold: bool = True
+) -> tuple[list[VQARow], list[Problem]]:
     """The rows of a question file, one JSON object a line, and its malformed lines; `max_samples` counts both. Blank
-    lines are skipped. VQAError where the file is missing or empty, UTF-16 text, or a JSON array."""
+    lines are skipped. Without `needs_gold` a row may lack its answers: see `parse_row`. VQAError where the file is
+    missing or empty, UTF-16 text, or a JSON array."""
     path = Path(path)
     if not path.is_file():
         raise VQAError(f"{path}: no such file")
@@ -1070,7 +1073,7 @@ def scan_rows(path: str | Path, max_samples: int | None = None) -> tuple[list[VQ
             if not line:
                 continue
             try:
-                row = parse_row(line, str(path), number)
+                row = parse_row(line, str(path), number, needs_gold)
                 if line_of.setdefault(row.key, number) != number:
                     raise VQAError(f"the same video, id and question type as line {line_of[row.key]}; remove one")
                 rows.append(row)
@@ -1081,8 +1084,9 @@ def scan_rows(path: str | Path, max_samples: int | None = None) -> tuple[list[VQ
     return rows, problems
 
 
-def parse_row(line: bytes, source: str, number: int) -> VQARow:
-    """One JSONL line as a VQARow; VQAError says what is wrong with it."""
+def parse_row(line: bytes, source: str, number: int, needs_gold: bool = True) -> VQARow:
+    """One JSONL line as a VQARow; VQAError says what is wrong with it. Without `needs_gold`, a row that lacks `answer`
+    or `short_answer` (or has null there) has neither."""
     try:
         data = json.loads(line.decode(), parse_constant=_refuse_constant, object_pairs_hook=_unique_keys)
     except UnicodeDecodeError as error:
@@ -1098,7 +1102,10 @@ def parse_row(line: bytes, source: str, number: int) -> VQARow:
     if not isinstance(data, dict):
         raise VQAError("not a JSON object")
     text_fields = ("id", "video_id", "question", "question_type", "answer", "short_answer")
-    for name in text_fields:
+    needed = text_fields
+    if not needs_gold and None in (data.get("answer"), data.get("short_answer")):
+        needed, data = text_fields[:4], data | {"answer": "", "short_answer": ""}
+    for name in needed:
         if name not in data:
             raise VQAError(f"field {name!r} is missing")
         if not isinstance(data[name], str) or not data[name].strip():
@@ -3154,12 +3161,12 @@ def check_attention(name: str, dtype: torch.dtype) -> None:
         raise VQAError("--attn_implementation flash_attention_2 computes in 16 bits only: add --bf16 True")
 
 
-def whisper_geometry(audio_encoder: str | Path) -> dict:
+def whisper_geometry(audio_encoder: str | Path, flag_name: str = "--audio_encoder") -> dict:
     """The geometry of the encoder of a Whisper, for `config.audio_config`; VQAError where it is another model."""
-    path = resolve_model_dir(audio_encoder, flag_name="--audio_encoder") / "config.json"
+    path = resolve_model_dir(audio_encoder, flag_name=flag_name) / "config.json"
     whisper = read_config(path)
     if whisper.get("model_type") != "whisper":
-        raise VQAError(f"--audio_encoder {path}: model_type is {whisper.get('model_type')!r}, not 'whisper'")
+        raise VQAError(f"{flag_name} {path}: model_type is {whisper.get('model_type')!r}, not 'whisper'")
     return {"model_type": "whisper", **{k: whisper[k] for k in AUDIO_CONFIG_FIELDS if k in whisper}}
 
 

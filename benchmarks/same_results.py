@@ -72,7 +72,11 @@ HAS_BITSANDBYTES = importlib.util.find_spec("bitsandbytes") is not None
 def tidy(value):
     """JSON or text without what differs between two runs of one revision: times, process ids, the temporary folder."""
     if isinstance(value, dict):
-        return {key: tidy(part) for key, part in value.items() if not LEFT_OUT.fullmatch(str(key))}
+        kept = {key: part for key, part in value.items() if not LEFT_OUT.fullmatch(str(key))}
+        for name in {"sha256", "output_file"} & kept.keys():  # of rows, which say how long they took
+            if re.fullmatch("[0-9a-f]{64}", str(kept[name])):
+                del kept[name]
+        return {key: tidy(part) for key, part in kept.items()}
     if isinstance(value, list | tuple):
         return [tidy(part) for part in value]
     if not isinstance(value, str):

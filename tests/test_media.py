@@ -74,6 +74,14 @@ GOOD = {
     "a.webm": (1.5, 48000, 1, {"form": "webm", "codec": "libopus"}, 0),
     "live.webm": (1.5, 48000, 1, {"form": "webm", "codec": "libopus", "piped": True, "live": "1"}, 0),
     "a.aac": (2, 24000, 1, {"form": "adts", "codec": "aac"}, 2048),
+    # As pages record: MediaRecorder of Chrome and Firefox, that of Safari, and sound that a page wrote or trimmed.
+    "recorded.webm": (2.5, 48000, 2, {"form": "webm", "codec": "libopus", "piped": True, "live": "1"}, 0),
+    "recorded.mp4": (2.5, 48000, 2, {"form": "mp4", "codec": "aac", "piped": True,
+                                     "movflags": "frag_keyframe+empty_moov+default_base_moof"}, 2048),
+    "recorded.m4a": (1.5, 44100, 2, {"form": "ipod", "codec": "aac"}, 1024),
+    "float.wav": (1.5, 48000, 2, {"form": "wav", "codec": "pcm_f32le"}, 0),
+    "int.wav": (1.5, 48000, 2, {"form": "wav", "codec": "pcm_s16le"}, 0),
+    "trimmed.wav": (1.3, 8000, 1, {"form": "wav", "codec": "pcm_s16le"}, 0),
 }  # fmt: skip
 
 
@@ -103,6 +111,31 @@ def test_sound_is_read_to_its_true_end_and_counted_as_heard(good, name):
     assert 0 <= round(extra) <= more * stored / rate and samples.shape[1] == channels
     assert stored == (48000 if "opus" in GOOD[name][3]["codec"] else rate)
     assert vqa.speech_length(good / name) == len(vqa.load_speech(good / name))
+
+
+def test_recordings_of_one_take_sound_alike(good):
+    """Whatever a browser made of it, the encoder gets the same spectrum."""
+    extractor = vqa.WhisperFeatureExtractor(chunk_length=2)
+
+    def spectrum(name):
+        mel = extractor(vqa.load_speech(good / name)[:20000], sampling_rate=16000)["input_features"][0]
+        return mel[:, :120].mean(axis=1)
+
+    for name in ("recorded.webm", "recorded.mp4", "recorded.m4a", "float.wav", "live.webm"):
+        assert np.abs(spectrum(name) - spectrum("int.wav")).max() < 0.15, name
+
+
+def test_a_recording_that_states_no_length_at_all_is_read(good, tmp_path):
+    """Chrome's MediaRecorder gives neither a duration nor the size of a cluster: it writes as it records."""
+    data = (good / "recorded.webm").read_bytes()
+    head, *clusters = data.split(cluster := bytes.fromhex("1f43b675"))
+    assert clusters and b"\x44\x89" not in head  # a duration
+    for n, part in enumerate(clusters):
+        known = 9 - part[0].bit_length()  # bytes of the size
+        clusters[n] = cluster + bytes.fromhex("01ffffffffffffff") + part[known:]
+    (tmp_path / "chrome.webm").write_bytes(head + b"".join(clusters))
+    heard, expected = (vqa.load_speech(path) for path in (tmp_path / "chrome.webm", good / "recorded.webm"))
+    assert np.array_equal(heard, expected)
 
 
 def test_resampled_length_is_that_of_torchaudio():
