@@ -5,10 +5,10 @@
         --frames_dir tests/fixtures/frames --audio_dir tests/fixtures/audio
 
 The clip is a row of the question file, up to eight frames of one's own, or a short video; the question comes from the
-microphone, a file, or the row's own recording. GRADIO_SERVER_NAME and GRADIO_SERVER_PORT say where the page listens; it
-is 127.0.0.1 and the first free port from 7860 on where they do not. For research only, as the page says.
+microphone, a sound file, or the row's own recording. The page listens on GRADIO_SERVER_NAME and GRADIO_SERVER_PORT;
+without them on 127.0.0.1, at the first free port from 7860 on.
 
-What is given to the page lies in a temporary folder until it ends; nothing else is served as a file, and nothing is
+What a visitor gives lies in a temporary folder, the only one that is served, until the page is closed. Nothing is
 written beside the data.
 """
 
@@ -20,14 +20,15 @@ import io
 import math
 import os
 import re
-import shutil
 import signal
 import sys
 import tempfile
 import time
+import typing
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 import av
@@ -37,32 +38,28 @@ from PIL import Image
 import evaluate_checkpoint as ev
 import train_vqa as vqa
 
-os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # also what asks for newer versions; read while gradio is imported
-try:
-    import gradio as gr
-except ImportError:
-    gr = None
-
-MAX_FRAMES = 8  # of a clip, as in the data
+GRADIO = "gradio>=6.31,<7"  # as in requirements-app.txt
+MAX_FRAMES = 8  # of an uploaded clip, as many as the clips of the data have
 MAX_VIDEO_SECONDS = 60
 MAX_UPLOAD_BYTES = 20_000_000
 VIDEO_READERS = ("mov", "matroska")  # FFmpeg's, of MP4 and WebM
 VIDEO_EXTENSIONS = (".mp4", ".webm")
-FLIP_MILLISECONDS = 300  # a frame of the flip book
-MATCHES_SHOWN = 200  # rows of the question file in the list, which a search makes shorter
+FLIP_MILLISECONDS = 300  # that the flip book shows a frame
+ROWS_LISTED = 200  # a longer list is slow in the browser; filters and search make it shorter
 EVERY = "all"
-# What is asked when a button is pressed: the arm of evaluate_checkpoint.py, "" for what was given, and its label.
-BUTTONS = {
-    "": "Ask",
-    "mismatched_audio": "Ask again with other speech",
-    "black_frames": "… with black frames",
-    "shuffled_frames": "… with shuffled frames",
-}
-NOTICE = "**For research only.** No medical device: what the model says about an image is no finding and no advice."
+AGAIN = {
+    "mismatched_audio": "Other speech",
+    "black_frames": "Black frames",
+    "shuffled_frames": "Shuffled frames",
+}  # arms
+NOTICE = (
+    "**For research only.** This is no medical device; what a model says about an image is no finding and no advice."
+)
 STYLE = """
 .answer { font-size: 1.4em; font-weight: 600; margin: 0 }
 .right { color: #15803d } .wrong { color: #b91c1c }
-.asked { width: 100%; border-collapse: collapse } .asked td, .asked th { text-align: left; padding: 2px 8px 2px 0 }
+.asked { width: 100% } .asked td, .asked th { text-align: left; padding: 2px 8px }
+#frames .grid-wrap { height: auto; min-height: 0; max-height: none }
 """
 
 
@@ -111,8 +108,8 @@ def read_rows(args: argparse.Namespace, patterns: Mapping[str, str | None]) -> l
 
 
 def lenders_of(rows: Sequence[vqa.VQARow]) -> dict[str, vqa.VQARow]:
-    """The row whose speech each row gets as other speech, by `VQARow.key`: as the arm mismatched_audio pairs them. {}
-    where the rows are too alike to lend any."""
+    """By `VQARow.key`, the row whose speech a row gets as other speech, paired as in the arm mismatched_audio; {} where
+    the rows are too alike for that."""
     try:
         lenders = ev.speech_lenders(rows, seed=0)
     except ev.InputError:
@@ -121,25 +118,25 @@ def lenders_of(rows: Sequence[vqa.VQARow]) -> dict[str, vqa.VQARow]:
 
 
 def wordings_of(rows: Iterable[vqa.VQARow]) -> dict[str, dict[str, list[str]]]:
-    """By question type, each closed answer and the sentences that say it in these rows. One that no row gives stands
-    for itself, in one word."""
+    """By question type, each closed answer and the sentences that say it in the rows; one that no row gives says
+    itself."""
     wordings: dict = defaultdict(lambda: defaultdict(list))
     for row in rows:
         if row.short_answer and row.answer:
             said = wordings[row.question_type][ev.gold_option(row.question_type, row.short_answer) or row.short_answer]
             if row.answer not in said:
                 said.append(row.answer)
-    for kind, of_option in wordings.items():
-        for option in ev.CLOSED_ANSWERS[kind].options if kind in ev.CLOSED_ANSWERS else ():
-            of_option[option] = of_option[option] or [option]
-    return {kind: dict(of_option) for kind, of_option in wordings.items()}
+    for kind in wordings.keys() & ev.CLOSED_ANSWERS.keys():
+        for option in ev.CLOSED_ANSWERS[kind].options:
+            wordings[kind][option] = wordings[kind][option] or [option]
+    return wordings
 
 
 def shares_of(log_probs: Mapping[str, float], wordings: Mapping[str, Sequence[str]]) -> dict[str, float]:
-    """Each closed answer's share of the probability of all its `wordings`; `log_probs`: natural logarithms."""
+    """Each closed answer's share of the probability of all `wordings`; `log_probs` are natural logarithms."""
     most = max(log_probs.values())
-    of_option = {o: sum(math.exp(log_probs[text] - most) for text in texts) for o, texts in wordings.items()}
-    return {option: part / sum(of_option.values()) for option, part in of_option.items()}
+    parts = {option: sum(math.exp(log_probs[text] - most) for text in said) for option, said in wordings.items()}
+    return {option: part / sum(parts.values()) for option, part in parts.items()}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -151,11 +148,22 @@ def shares_of(log_probs: Mapping[str, float], wordings: Mapping[str, Sequence[st
 class Clip:
     """What a person is asking about."""
 
-    name: str
     frames: list[Image.Image]  # RGB, in order in time, scaled down
-    row: vqa.VQARow | None = None  # None: uploaded
-    kind: str | None = None  # the question type, whose closed answers are compared
-    asked: list[dict] = field(default_factory=list)  # what was asked about it, the latest first
+    row: vqa.VQARow | None = None  # None: it was uploaded
+    asked: list["Asked"] = field(default_factory=list)  # the latest first
+
+
+@dataclass
+class Asked:
+    """A question, and what the model answered."""
+
+    how: str  # a value of AGAIN; "as given"
+    speech: str  # whose
+    answer: vqa.Answer
+    seconds: float  # from files to the last token
+    n_frames: int  # that the model was shown
+    right: bool | None  # as an answer to the row's own question; None: no gold answer is known
+    shares: dict[str, float]  # of the probability, of each closed answer
 
 
 def uploaded_frames(paths: Sequence[Path], max_image_size: int) -> list[Image.Image]:
@@ -178,30 +186,31 @@ def video_frames(path: Path) -> list[Image.Image]:
     """Up to MAX_FRAMES frames of a video, evenly spaced, RGB, upright. VQAError where it is no MP4 or WebM, too long,
     or cannot be decoded to its end."""
 
-    def refuse(what: str, advice: str = "give another") -> None:
+    def refuse(what: str, advice: str = "give another") -> typing.NoReturn:
         raise vqa.VQAError(f"video {path} {what}; {advice}")
 
     data = path.read_bytes()
     kind, reader = vqa.what_is(data)
     if reader not in VIDEO_READERS:
         refuse(f"is {kind}", "give an MP4 or a WebM")
+    found = {}
     try:
+        # Twice: only its packets tell how long a WebM is that a browser recorded, and in what order they are shown.
         with av.open(io.BytesIO(data), format=reader) as container:
             if not container.streams.video:
                 refuse("holds no picture")
-            times = sorted(p.pts for p in container.demux(container.streams.video[0]) if p.pts is not None)
-        if not times:
-            refuse("holds no picture")
-        with av.open(io.BytesIO(data), format=reader) as container:
             stream = container.streams.video[0]
-            if stream.width * stream.height > vqa.MAX_FRAME_PIXELS:
-                refuse(f"has {stream.width} x {stream.height} pixels", "scale it down")
+            times = sorted(packet.pts for packet in container.demux(stream) if packet.pts is not None)
+            if not times:
+                refuse("holds no picture")
             if (times[-1] - times[0]) * stream.time_base > MAX_VIDEO_SECONDS:
                 refuse(f"lasts more than {MAX_VIDEO_SECONDS} s", "shorten it")
-            wanted = set(vqa.select_frames(times, MAX_FRAMES))
-            stream.thread_type = "AUTO"
-            found = {}
-            for frame in container.decode(stream):
+            if stream.width * stream.height > vqa.MAX_FRAME_PIXELS:
+                refuse(f"has {stream.width} x {stream.height} pixels", "scale it down")
+        wanted = set(vqa.select_frames(times, MAX_FRAMES))
+        with av.open(io.BytesIO(data), format=reader) as container:
+            container.streams.video[0].thread_type = "AUTO"
+            for frame in container.decode(video=0):
                 if frame.pts in wanted:
                     found[frame.pts] = frame.to_image().rotate(frame.rotation, expand=True)
     except av.FFmpegError as error:
@@ -226,103 +235,88 @@ def flip_book(frames: Sequence[Image.Image]) -> str:
 
 
 class Asker:
-    """A model, the rows of a question file, and how one question is asked.
+    """A model, the rows of a question file, and how a question is asked.
 
     Args:
         trained: from `load_trained`.
         rows: VQARows whose media were found and passed.
-        max_frames: frames that the model is shown of a clip; None: all.
+        max_frames: frames of a clip that the model is shown; None: all.
         max_new_tokens: tokens after which an answer is cut.
     """
 
     def __init__(self, trained: vqa.Trained, rows: list[vqa.VQARow], max_frames: int | None, max_new_tokens: int):
-        self.trained, self.rows, self.max_frames, self.max_new_tokens = trained, rows, max_frames, max_new_tokens
+        self.model, self.rows, self.max_frames, self.max_new_tokens = trained.model, rows, max_frames, max_new_tokens
         self.mode, self.max_image_size = trained.processor.input_mode, trained.processor.max_image_size
         self.wordings, self.lenders = wordings_of(rows), lenders_of(rows)
 
     def matching(self, video: str, kind: str, words: str) -> list[tuple[str, int]]:
-        """(label, index) of the rows of a video and a question type (EVERY: any) that hold all `words`."""
-        found = []
-        for index, row in enumerate(self.rows):
-            label = f"{row.key} · {row.question}"
-            if video in (EVERY, row.video_id) and kind in (EVERY, row.question_type):
-                if all(word in label.casefold() for word in words.casefold().split()):
-                    found.append((label, index))
-        return found
+        """(label, index) of the rows of a video and a question type (EVERY: any) whose label holds all `words`."""
+        labels = [(f"{row.key} · {row.question}", index) for index, row in enumerate(self.rows)]
+        return [
+            (label, index)
+            for label, index in labels
+            if video in (EVERY, self.rows[index].video_id)
+            and kind in (EVERY, self.rows[index].question_type)
+            and all(word in label.casefold() for word in words.casefold().split())
+        ]
 
-    def clip_of(self, index: int) -> Clip:
+    def clip_of(self, row: vqa.VQARow) -> Clip:
         """That of a row; VQAError where a frame cannot be read any more."""
-        row = self.rows[index]
-        frames = [vqa.load_frame(path, self.max_image_size) for path in row.frame_paths]
-        return Clip(row.key, frames, row, row.question_type)
+        return Clip([vqa.load_frame(path, self.max_image_size) for path in row.frame_paths], row)
 
-    def other_speech(self, clip: Clip) -> vqa.VQARow:
-        """The row whose speech is played in place of the question; VQAError where there is none."""
-        lender = self.lenders.get(clip.row.key) if clip.row else next(iter(self.lenders.values()), None)
-        if lender is None:
-            raise vqa.VQAError("no row of another question type has speech to ask with; see --data_path and --audio_dir")
-        return lender
-
-    def ask(self, arm: str, clip: Clip, recording: Path | None, words: str) -> Clip:
-        """The clip with one more answer in front: to the recording, the `words`, or both, as the model was trained. In
-        an arm of BUTTONS, frames or speech are changed as evaluation changes them. VQAError for what cannot be asked."""
-        start = time.perf_counter()
-        speech, heard = None, "words"
-        if self.mode != "text":
+    def inputs(self, arm: str, clip: Clip, recording: Path | None) -> tuple[list[Image.Image], typing.Any, str]:
+        """Frames, speech (float32 [n] or None) and whose that is, changed as evaluation changes them in an `arm` of
+        AGAIN. VQAError where they cannot be used."""
+        frames, speech, whose = list(vqa.select_frames(clip.frames, self.max_frames)), None, "in words"
+        if recording:
             own = clip.row and clip.row.audio_path
-            heard = "the row's own" if own and filecmp.cmp(recording, own, shallow=False) else "yours"
+            whose = "the row’s own" if own and filecmp.cmp(recording, own, shallow=False) else "yours"
             speech = vqa.load_speech(recording)
-        frames = vqa.select_frames(clip.frames, self.max_frames)
         if arm == "mismatched_audio":
-            lender = self.other_speech(clip)
-            speech = ev.of_length(vqa.load_speech(lender.audio_path), len(speech))
-            heard = f"“{lender.question}”"
+            lender = self.lenders.get(clip.row.key) if clip.row else next(iter(self.lenders.values()), None)
+            if lender is None:
+                raise vqa.VQAError(f"{self.rows[0].source}: no row has other speech to lend; give --audio_dir")
+            speech, whose = ev.of_length(vqa.load_speech(lender.audio_path), len(speech)), f"“{lender.question}”"
         elif arm == "shuffled_frames":
-            frames = ev.shuffled_frames(list(frames), f"0/{clip.name}")
+            frames = ev.shuffled_frames(frames, f"0/{clip.row.key if clip.row else ''}")
         elif arm:
             _, change = ev.CONTENT_ARMS[arm]
             frames = change(frames)
-        wordings = self.wordings.get(clip.kind, {})
-        question = words if self.mode != "audio" else None
-        told = self.trained.model.answer(frames, speech, question, max_new_tokens=self.max_new_tokens)
-        seconds = time.perf_counter() - start
-        texts = [text for said in wordings.values() for text in said]
-        scored = self.trained.model.answer(frames, speech, question, max_new_tokens=1, candidates=texts)
-        right = None
-        if clip.row and clip.row.short_answer:
-            right = ev.judge(told.text, clip.kind, clip.row.short_answer, clip.row.answer)["choice"]
-        answer = {"arm": arm, "heard": heard, "text": told.text, "n_tokens": told.n_tokens, "stopped": told.stopped}
-        answer |= {"seconds": seconds, "n_frames": len(frames), "right": right}
-        answer["shares"] = shares_of(scored.log_probs, wordings) if texts else {}
-        return replace(clip, asked=[answer, *clip.asked])
+        return frames, speech, whose
 
-
-def verdict(right: bool | None) -> str:
-    """HTML of right or wrong; nothing where no gold answer tells."""
-    return "" if right is None else f'<b class="{"right" if right else "wrong"}">{"right" if right else "wrong"}</b>'
+    def ask(self, arm: str, clip: Clip, recording: Path | None, words: str, kind: str | None) -> Clip:
+        """The clip with one more answer in front: to the recording, the `words` or both, as the model was trained, and
+        in an `arm` of AGAIN ("": as given). The closed answers of a question type `kind` are compared. VQAError for
+        what cannot be used."""
+        start = time.perf_counter()
+        frames, speech, whose = self.inputs(arm, clip, recording)
+        question, wordings = words if self.mode != "audio" else None, self.wordings.get(kind, {})
+        candidates = [text for said in wordings.values() for text in said]
+        answer = self.model.answer(frames, speech, question, self.max_new_tokens, candidates)
+        seconds = time.perf_counter() - start - answer.ms["candidates"] / 1000
+        right, row = None, clip.row
+        if row and row.short_answer:
+            right = ev.judge(answer.text, row.question_type, row.short_answer, row.answer)["choice"]
+        shares = shares_of(answer.log_probs, wordings) if candidates else {}
+        asked = Asked(AGAIN.get(arm, "as given"), whose, answer, seconds, len(frames), right, shares)
+        return replace(clip, asked=[asked, *clip.asked])
 
 
 def render(clip: Clip) -> str:
-    """HTML of the latest answer, and of all that were given about this clip."""
-    if not clip.asked:
-        return ""
+    """HTML of the latest answer and of all that were given about this clip."""
     latest, row, text = clip.asked[0], clip.row, html.escape
-    ended = "stopped by itself" if latest["stopped"] else "cut off at the limit"
-    parts = [
-        f'<p class="answer">{text(latest["text"]) or "(no words)"} {verdict(latest["right"])}</p>',
-        f'<p class="how">{latest["seconds"]:.2f} s, {latest["n_tokens"]} tokens, {ended}; '
-        f"{latest['n_frames']} of {len(clip.frames)} frames shown</p>",
-    ]
+    ended = "stopped by itself" if latest.answer.stopped else "cut off at the limit"
+    how = f"{latest.seconds:.2f} s, {latest.answer.n_tokens} tokens, {ended}; {latest.n_frames} frames shown"
+    parts = [f'<p class="answer">{text(latest.answer.text) or "(no words)"}</p><p>{how}</p>']
     if row and row.short_answer:
-        gold = f"To the row’s own question the right answer is <b>{text(row.short_answer)}</b>: {text(row.answer)}"
-        parts.append(f'<p class="gold">{gold}</p>')
-    lines = []
+        gold = f"<b>{text(row.short_answer)}</b> ({text(row.answer)})"
+        parts.append(f"<p>Right for the row’s own question: {gold}</p>")
+    parts.append('<table class="asked"><tr><th>Asked</th><th>Speech</th><th>Answer</th><th>For the row</th></tr>')
     for asked in clip.asked:
-        label = BUTTONS[asked["arm"]].removeprefix("Ask again ").removeprefix("… ") if asked["arm"] else "as given"
-        cells = (label, asked["heard"], asked["text"])
-        lines.append(f"<tr>{''.join(f'<td>{text(cell)}</td>' for cell in cells)}<td>{verdict(asked['right'])}</td></tr>")
-    head = "".join(f"<th>{name}</th>" for name in ("asked", "speech", "answer", ""))
-    return f'{"".join(parts)}<table class="asked"><tr>{head}</tr>{"".join(lines)}</table>'
+        word = {True: "right", False: "wrong", None: ""}[asked.right]
+        cells = "".join(f"<td>{text(cell)}</td>" for cell in (asked.how, asked.speech, asked.answer.text))
+        parts.append(f'<tr>{cells}<td><b class="{word}">{word}</b></td></tr>')
+    return "".join([*parts, "</table>"])
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -330,141 +324,158 @@ def render(clip: Clip) -> str:
 # ----------------------------------------------------------------------------------------------------------------------
 
 
+def load_gradio() -> None:
+    """Import gradio, which only this script needs; VQAError where that fails."""
+    global gr
+    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # nor does it ask for newer versions then
+    try:
+        vqa.require_version(GRADIO)
+        import gradio as gr
+    except ImportError as error:
+        what = vqa.first_line(error).rstrip(". ")
+        raise vqa.VQAError(f"app.py: {what}; run `pip install -r requirements-app.txt`") from error
+    except ValueError as error:  # it reads the port as it is imported
+        raise vqa.VQAError(f"GRADIO_SERVER_PORT: {error}; give a number") from error
+
+
 class Page:
-    """The Gradio page of an Asker. `folder` is gradio's temporary folder, the only one from which files are served."""
+    """The Gradio page of an Asker. `folder` is gradio's temporary one."""
 
-    def __init__(self, asker: Asker, folder: Path):
-        self.asker, self.folder = asker, folder
-        self.spoken = asker.mode != "text"
+    def __init__(self, asker: Asker, folder: str):
+        self.asker, self.folder, self.spoken = asker, folder, asker.mode != "text"
 
-    def refuse(self, error: vqa.VQAError) -> None:
-        """Show the command line's sentence; of uploaded files only the name, as nobody knows their folder."""
-        raise gr.Error(re.sub(rf"{re.escape(str(self.folder))}/\S*/", "", str(error)), duration=None) from None
-
-    def show(self, clip: Clip):
-        """What the page shows of a new clip: state, frames, flip book, question, speech, no answer yet."""
-        speech = None
-        question = "Your own clip." if clip.row is None else f"This row asks: “{clip.row.question}”"
-        if self.spoken and clip.row and clip.row.audio_path:
-            own = self.folder / f"row_{clip.row.line}{clip.row.audio_path.suffix}"
-            speech = str(shutil.copyfile(clip.row.audio_path, own))
-        frames = [(frame, str(number)) for number, frame in enumerate(clip.frames, start=1)]
-        words = clip.row.question if clip.row else ""
-        return clip, frames, flip_book(clip.frames), question, speech, words, "", None
-
-    def pick(self, index: int | None):
-        """A row was picked."""
-        if index is None:
-            return [gr.skip()] * 8
-        try:
-            return self.show(self.asker.clip_of(index))
-        except vqa.VQAError as error:
-            self.refuse(error)
-
-    def upload(self, files: list[str] | None, kind: str | None):
-        """Frames or a video were uploaded."""
-        if not files:
-            return [gr.skip()] * 8
-        try:
-            frames = uploaded_frames([Path(file) for file in files], self.asker.max_image_size)
-        except vqa.VQAError as error:
-            self.refuse(error)
-        return self.show(Clip(", ".join(Path(file).name for file in files), frames, kind=kind))
-
-    def choose_kind(self, clip: Clip | None, kind: str | None):
-        """Another type's closed answers are compared from now on, for an uploaded clip."""
-        return replace(clip, kind=kind) if clip and clip.row is None else gr.skip()
-
-    def own_speech(self, clip: Clip | None):
-        """Back to the recording of the row."""
-        if clip is None or clip.row is None or clip.row.audio_path is None:
-            raise gr.Error("there is no row with speech of its own; pick one of the question file", duration=None)
-        return self.show(clip)[4]
+    def say(self, error: vqa.VQAError | str) -> "gr.Error":
+        """The error as the page shows it; of the files that were given it tells only the names."""
+        return gr.Error(re.sub(rf"{re.escape(self.folder)}/\S*/", "", str(error)), duration=None)
 
     def search(self, video: str, kind: str, words: str):
         """The list of rows, filtered."""
         found = self.asker.matching(video, kind, words)
-        shown = found[:MATCHES_SHOWN]
-        more = f"Row ({len(found)} found" + (f", the first {MATCHES_SHOWN} here)" if len(found) > len(shown) else ")")
-        return gr.update(choices=shown, value=shown[0][1] if shown else None, label=more)
+        label = f"Row ({len(found)} found" + (f", the first {ROWS_LISTED} listed)" if found[ROWS_LISTED:] else ")")
+        return gr.update(choices=found[:ROWS_LISTED], value=found[0][1] if found else None, label=label)
 
-    def ask(self, arm: str, clip: Clip | None, recording: str | None, words: str):
-        """A button of BUTTONS was pressed: state, answer, shares."""
-        if clip is None:
-            raise gr.Error("pick a row, or upload frames or a video, first", duration=None)
-        if self.spoken and not recording:
-            raise gr.Error("record a question, choose a sound file, or take the row's own speech, first", duration=None)
+    def pick(self, index: int | None):
+        """A row was picked."""
+        if index is None:
+            return [gr.skip()] * 9
+        row = self.asker.rows[index]
         try:
-            clip = self.asker.ask(arm, clip, recording and Path(recording), words)
+            clip = self.asker.clip_of(row)
         except vqa.VQAError as error:
-            self.refuse(error)
-        return clip, render(clip), clip.asked[0]["shares"] or None
+            raise self.say(error) from error
+        return self.show(clip, f"This row asks: “{row.question}”", row.question, row.question_type)
+
+    def upload(self, files: list[str]):
+        """Frames or a video were given."""
+        try:
+            frames = uploaded_frames([Path(file) for file in files], self.asker.max_image_size)
+        except vqa.VQAError as error:
+            raise self.say(error) from error
+        return self.show(Clip(frames), "Your own clip", "", None)
+
+    def show(self, clip: Clip, about: str, words: str, kind: str | None):
+        """What the page shows of a clip about which nothing was asked yet."""
+        numbered = [(frame, str(number)) for number, frame in enumerate(clip.frames, start=1)]
+        return clip, numbered, flip_book(clip.frames), about, self.own_speech(clip), words, kind, "", None
+
+    def own_speech(self, clip: Clip | None) -> str | None:
+        """A copy of the row's recording, to be played and asked with; None where there is none."""
+        path = clip and clip.row and clip.row.audio_path
+        return gr.processing_utils.save_file_to_cache(path, self.folder) if path and self.spoken else None
+
+    def ask(self, arm: str, clip: Clip | None, recording: str | None, words: str, kind: str | None):
+        """A button was pressed."""
+        if clip is None:
+            raise self.say("pick a row, or give frames or a video, first")
+        if self.spoken and not recording:
+            raise self.say("record a question, choose a sound file, or take the row's own speech, first")
+        if self.asker.mode != "audio" and not words.strip():
+            raise self.say("write the question, first")
+        try:
+            clip = self.asker.ask(arm, clip, recording and Path(recording), words, kind)
+        except vqa.VQAError as error:
+            raise self.say(error) from error
+        return clip, render(clip), clip.asked[0].shares or None
 
     def build(self) -> "gr.Blocks":
-        """The page, with its events. One question at a time: whoever asks meanwhile waits in the queue."""
-        asker, private = self.asker, {"api_visibility": "private"}
-        kinds = sorted({row.question_type for row in asker.rows})
+        """The page. One question is asked at a time: whoever asks meanwhile waits in the queue."""
+        events = {"api_visibility": "private"}
         with gr.Blocks(title="SurgViVQA-Audio", analytics_enabled=False, delete_cache=(3600, 3600)) as page:
+            gr.Markdown(f"# Ask about a surgical video, aloud\n{NOTICE}")
             clip = gr.State(None)
-            gr.Markdown(f"# Ask about a surgical video, aloud\n{NOTICE}", elem_id="notice")
             with gr.Row():
                 with gr.Column():
-                    with gr.Tab("A clip of the question file"):
-                        with gr.Row():
-                            videos = sorted({row.video_id for row in asker.rows})
-                            video = gr.Dropdown([EVERY, *videos], value=EVERY, label="Video")
-                            kind = gr.Dropdown([EVERY, *kinds], value=EVERY, label="Question type")
-                            words = gr.Textbox(label="Search", placeholder="words of the question, or an id")
-                        row = gr.Dropdown([], label="Row", elem_id="row")
-                    with gr.Tab("Your own frames or video"):
-                        types = [*vqa.FRAME_EXTENSIONS, *VIDEO_EXTENSIONS]
-                        label = f"Up to {MAX_FRAMES} frames, or a video of up to {MAX_VIDEO_SECONDS} s (MP4, WebM)"
-                        files = gr.File(file_count="multiple", file_types=types, label=label, elem_id="files")
-                        own_kind = gr.Dropdown(kinds, value=None, label="Compare the closed answers of this type")
-                    gallery = gr.Gallery(label="Frames", columns=4, height="auto", buttons=[], elem_id="frames")
+                    filters, row, files = self.build_choice()
+                    frames = gr.Gallery(label="Frames", columns=4, buttons=["fullscreen"], elem_id="frames")
                     flip = gr.HTML(elem_id="flip")
                 with gr.Column():
-                    question = gr.Markdown(elem_id="question")
-                    speech = gr.Audio(
-                        sources=["microphone", "upload"],
-                        type="filepath",
-                        label="Your question",
-                        visible=self.spoken,
-                        elem_id="speech",
-                    )
-                    text = gr.Textbox(label="The question in words", visible=asker.mode != "audio", elem_id="words")
-                    own = gr.Button("The row's own speech", size="sm", visible=self.spoken)
+                    about, speech, own, words, kind = self.build_question()
+                    buttons = {"": gr.Button("Ask", variant="primary")}
                     with gr.Row():
-                        buttons = {arm: gr.Button(label, variant="secondary" if arm else "primary")
-                                   for arm, label in BUTTONS.items() if self.spoken or "audio" not in arm}  # fmt: skip
+                        for arm, label in AGAIN.items():
+                            if self.spoken or arm != "mismatched_audio":
+                                buttons[arm] = gr.Button(f"Again: {label.lower()}", size="sm")
                     answer = gr.HTML(elem_id="answer")
-                    shares = gr.Label(label="Share of each closed answer, as the rows word it", elem_id="shares")
-            shown = [clip, gallery, flip, question, speech, text, answer, shares]
-            for control in (video, kind, words):
-                control.change(self.search, [video, kind, words], row, **private)
-            page.load(self.search, [video, kind, words], row, **private)
-            row.change(self.pick, row, shown, **private)
-            files.upload(self.upload, [files, own_kind], shown, **private)
-            own_kind.change(self.choose_kind, [clip, own_kind], clip, **private)
-            own.click(self.own_speech, clip, speech, **private)
+                    shares = gr.Label(label="Share of the probability, by closed answer", elem_id="shares")
+            shown = [clip, frames, flip, about, speech, words, kind, answer, shares]
+            for control in filters:
+                control.change(self.search, filters, row, **events)
+            page.load(self.search, filters, row, **events)
+            row.change(self.pick, row, shown, **events)
+            files.upload(self.upload, files, shown, **events)
+            own.click(self.own_speech, clip, speech, **events)
+            given, told = [clip, speech, words, kind], [clip, answer, shares]
             for arm, button in buttons.items():
-                asking = {"concurrency_id": "model", "concurrency_limit": 1, **private}
-                button.click(
-                    lambda *given, arm=arm: self.ask(arm, *given), [clip, speech, text], [clip, answer, shares], **asking
-                )
+                ask = partial(self.ask, arm)
+                button.click(ask, given, told, concurrency_id="model", concurrency_limit=1, **events)
         return page
+
+    def build_choice(self):
+        """Where a clip is chosen: the filters, the row, the files."""
+        with gr.Tab("A clip of the question file"):
+            videos, kinds = ({getattr(row, name) for row in self.asker.rows} for name in ("video_id", "question_type"))
+            with gr.Row():
+                filters = [
+                    gr.Dropdown([EVERY, *sorted(videos)], value=EVERY, label="Video"),
+                    gr.Dropdown([EVERY, *sorted(kinds)], value=EVERY, label="Question type"),
+                    gr.Textbox(label="Search"),
+                ]
+            row = gr.Dropdown([], label="Row", elem_id="row")
+        with gr.Tab("Your own frames or video"):
+            label = f"Up to {MAX_FRAMES} frames, or an MP4 or WebM of up to {MAX_VIDEO_SECONDS} s and 20 MB"
+            types = [*vqa.FRAME_EXTENSIONS, *VIDEO_EXTENSIONS]
+            files = gr.File(file_count="multiple", file_types=types, label=label, elem_id="files")
+        return filters, row, files
+
+    def build_question(self):
+        """Where the question is given: what is asked about, the speech, the button for the row's own, the words, and
+        the question type."""
+        about = gr.Markdown(elem_id="about")
+        sources = ["microphone", "upload"]
+        speech = gr.Audio(
+            sources=sources, type="filepath", label="Question", buttons=[], visible=self.spoken, elem_id="speech"
+        )
+        own = gr.Button("The row’s own speech", size="sm", visible=self.spoken)
+        words = gr.Textbox(label="Question in words", visible=self.asker.mode != "audio", elem_id="words")
+        kind = gr.Dropdown(
+            sorted(self.asker.wordings), value=None, label="Compare the closed answers of", elem_id="kind"
+        )
+        return about, speech, own, words, kind
 
 
 def serve(asker: Asker) -> None:
-    """Show the page until a signal comes; what was given to it is removed then. VQAError where it cannot listen."""
-    with tempfile.TemporaryDirectory(prefix="surgvivqa_app_") as folder:
+    """Show the page until a signal comes, then remove what was given to it. VQAError where it cannot listen."""
+    with tempfile.TemporaryDirectory(prefix="surgvivqa_app_", ignore_cleanup_errors=True) as folder:
         os.environ["GRADIO_TEMP_DIR"] = folder
-        page = Page(asker, Path(folder)).build()
         try:
-            _, url, _ = page.launch(
-                **{"share": False, "mcp_server": False, "ssr_mode": False, "pwa": False, "run_history": False},
-                **{"allowed_paths": [folder], "max_file_size": MAX_UPLOAD_BYTES, "enable_monitoring": False},
-                **{"footer_links": [], "css": STYLE, "quiet": True, "prevent_thread_lock": True},
+            _, url, _ = (
+                Page(asker, folder)
+                .build()
+                .launch(
+                    **{"share": False, "mcp_server": False, "ssr_mode": False, "pwa": False, "run_history": False},
+                    **{"max_file_size": MAX_UPLOAD_BYTES, "enable_monitoring": False, "footer_links": []},
+                    **{"css": STYLE, "quiet": True, "prevent_thread_lock": True},
+                )
             )
         except OSError as error:
             raise vqa.VQAError(f"{vqa.first_line(error)}; see GRADIO_SERVER_NAME and GRADIO_SERVER_PORT") from error
@@ -473,10 +484,9 @@ def serve(asker: Asker) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Load the model and show the page; returns the exit status."""
+    """Load the model and show the page, until a signal comes."""
     args = parse_arguments(sys.argv[1:] if argv is None else argv)
-    if gr is None:
-        raise vqa.VQAError("app.py needs gradio; run `pip install -r requirements-app.txt`")
+    load_gradio()
 
     def stop(signum: int, _frame) -> None:
         raise vqa.Interrupted(signum, "the page is closed")
@@ -487,14 +497,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         ev.load_libraries()
         device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
         chosen = ev.choose_model(args, device)
-        if chosen.inputs.input_mode != "text" and not args.audio_dir:
-            print("   no --audio_dir: the rows have no speech of their own")
         ev.check_weights(chosen, device)
         rows = read_rows(args, chosen.patterns)
         trained = ev.load_chosen_model(chosen, device)
     except ev.InputError as error:
         raise vqa.VQAError(str(error)) from error
-    serve(Asker(trained, rows, chosen.inputs.max_eval_frames, args.max_new_tokens))
+    asker = Asker(trained, rows, chosen.inputs.max_eval_frames, args.max_new_tokens)
+    first = asker.clip_of(rows[0])
+    trained.model.warm_up(list(vqa.select_frames(first.frames, asker.max_frames)), rows[0].question)
+    serve(asker)
     return 0
 
 
