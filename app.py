@@ -26,7 +26,8 @@ import tempfile
 import time
 import typing
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -59,6 +60,7 @@ STYLE = """
 .answer { font-size: 1.4em; font-weight: 600; margin: 0 }
 .right { color: #15803d } .wrong { color: #b91c1c }
 .asked { width: 100% } .asked td, .asked th { text-align: left; padding: 2px 8px }
+.flip { width: 100%; max-width: 384px }
 #frames .grid-wrap { height: auto; min-height: 0; max-height: none }
 """
 
@@ -82,14 +84,11 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     add("--allow_symlinks", action="store_true", help="links may lead out of --frames_dir and --audio_dir")
     add("--model_name_or_path", help="base model. None: the base of the adapter")
     add("--prompt_layout", choices=ev.PROMPT_LAYOUTS, help="words around speech and frames. None: as in training")
-    add("--max_eval_frames", type=int, help="frames a clip, evenly spaced. 0: all; None: as in training")
+    add("--max_eval_frames", type=ev._at_least(0), help="frames a clip, evenly spaced. 0: all; None: as in training")
     add("--load_in_4bit", action="store_const", const=True, help="the decoder in 4 bits. None: as in training")
-    add("--max_new_tokens", type=int, default=32, help="tokens after which an answer is cut")
+    add("--max_new_tokens", type=ev._at_least(1), default=32, help="tokens after which an answer is cut")
     # fmt: on
     args = ev.parse_arguments(parser, argv)
-    for name, least in (("max_eval_frames", 0), ("max_new_tokens", 1)):
-        if (value := getattr(args, name)) is not None and value < least:
-            parser.error(f"argument --{name}: must be {least} or more, found {value}")
     return argparse.Namespace(**vars(ev.build_parser().parse_args([])) | vars(args))
 
 
@@ -120,16 +119,16 @@ def lenders_of(rows: Sequence[vqa.VQARow]) -> dict[str, vqa.VQARow]:
 def wordings_of(rows: Iterable[vqa.VQARow]) -> dict[str, dict[str, list[str]]]:
     """By question type, each closed answer and the sentences that say it in the rows; one that no row gives says
     itself."""
-    wordings: dict = defaultdict(lambda: defaultdict(list))
+    said: dict = defaultdict(lambda: defaultdict(set))
     for row in rows:
         if row.short_answer and row.answer:
-            said = wordings[row.question_type][ev.gold_option(row.question_type, row.short_answer) or row.short_answer]
-            if row.answer not in said:
-                said.append(row.answer)
-    for kind in wordings.keys() & ev.CLOSED_ANSWERS.keys():
+            said[row.question_type][ev.gold_option(row.question_type, row.short_answer) or row.short_answer].add(
+                row.answer
+            )
+    for kind in said.keys() & ev.CLOSED_ANSWERS.keys():
         for option in ev.CLOSED_ANSWERS[kind].options:
-            wordings[kind][option] = wordings[kind][option] or [option]
-    return wordings
+            said[kind][option] = said[kind][option] or {option}
+    return {kind: {option: sorted(texts) for option, texts in options.items()} for kind, options in said.items()}
 
 
 def shares_of(log_probs: Mapping[str, float], wordings: Mapping[str, Sequence[str]]) -> dict[str, float]:
@@ -150,20 +149,7 @@ class Clip:
 
     frames: list[Image.Image]  # RGB, in order in time, scaled down
     row: vqa.VQARow | None = None  # None: it was uploaded
-    asked: list["Asked"] = field(default_factory=list)  # the latest first
-
-
-@dataclass
-class Asked:
-    """A question, and what the model answered."""
-
-    how: str  # a value of AGAIN; "as given"
-    speech: str  # whose
-    answer: vqa.Answer
-    seconds: float  # from files to the last token
-    n_frames: int  # that the model was shown
-    right: bool | None  # as an answer to the row's own question; None: no gold answer is known
-    shares: dict[str, float]  # of the probability, of each closed answer
+    told: list[tuple] = field(default_factory=list)  # how, whose speech, answer, right for the row; the latest first
 
 
 def uploaded_frames(paths: Sequence[Path], max_image_size: int) -> list[Image.Image]:
@@ -173,7 +159,7 @@ def uploaded_frames(paths: Sequence[Path], max_image_size: int) -> list[Image.Im
     if videos and len(paths) > 1:
         raise vqa.VQAError(f"{videos[0].name} is a video, and there are {len(paths) - 1} more files; give it alone")
     if len(paths) > MAX_FRAMES:
-        raise vqa.VQAError(f"{len(paths)} frames are more than the {MAX_FRAMES} of a clip; give fewer")
+        raise vqa.VQAError(f"{len(paths)} frames, and the model is shown {MAX_FRAMES} at most; give fewer")
     if videos:
         return [vqa.shrink(image, max_image_size) for image in video_frames(videos[0])]
     ordered = sorted(paths, key=lambda path: [int(n) if n.isdigit() else n for n in re.split(r"(\d+)", path.name)])
@@ -235,14 +221,8 @@ def flip_book(frames: Sequence[Image.Image]) -> str:
 
 
 class Asker:
-    """A model, the rows of a question file, and how a question is asked.
-
-    Args:
-        trained: from `load_trained`.
-        rows: VQARows whose media were found and passed.
-        max_frames: frames of a clip that the model is shown; None: all.
-        max_new_tokens: tokens after which an answer is cut.
-    """
+    """A model from `load_trained`, VQARows whose media passed, and how a question is asked: on `max_frames` of a clip
+    (None: all), the answer cut off at `max_new_tokens`."""
 
     def __init__(self, trained: vqa.Trained, rows: list[vqa.VQARow], max_frames: int | None, max_new_tokens: int):
         self.model, self.rows, self.max_frames, self.max_new_tokens = trained.model, rows, max_frames, max_new_tokens
@@ -251,14 +231,12 @@ class Asker:
 
     def matching(self, video: str, kind: str, words: str) -> list[tuple[str, int]]:
         """(label, index) of the rows of a video and a question type (EVERY: any) whose label holds all `words`."""
-        labels = [(f"{row.key} · {row.question}", index) for index, row in enumerate(self.rows)]
-        return [
-            (label, index)
-            for label, index in labels
-            if video in (EVERY, self.rows[index].video_id)
-            and kind in (EVERY, self.rows[index].question_type)
-            and all(word in label.casefold() for word in words.casefold().split())
+        labels = [
+            (f"{row.key} · {row.question}", index)
+            for index, row in enumerate(self.rows)
+            if video in (EVERY, row.video_id) and kind in (EVERY, row.question_type)
         ]
+        return [item for item in labels if all(word in item[0].casefold() for word in words.casefold().split())]
 
     def clip_of(self, row: vqa.VQARow) -> Clip:
         """That of a row; VQAError where a frame cannot be read any more."""
@@ -284,10 +262,12 @@ class Asker:
             frames = change(frames)
         return frames, speech, whose
 
-    def ask(self, arm: str, clip: Clip, recording: Path | None, words: str, kind: str | None) -> Clip:
-        """The clip with one more answer in front: to the recording, the `words` or both, as the model was trained, and
-        in an `arm` of AGAIN ("": as given). The closed answers of a question type `kind` are compared. VQAError for
-        what cannot be used."""
+    def ask(
+        self, arm: str, clip: Clip, recording: Path | None, words: str, kind: str | None
+    ) -> tuple[Clip, str, dict[str, float]]:
+        """Answer the recording, the `words` or both, as the model was trained, in an `arm` of AGAIN ("": as given).
+        Returns the clip with what was told, its HTML, and the share of the probability of each closed answer of the
+        question type `kind`. VQAError for what cannot be used."""
         start = time.perf_counter()
         frames, speech, whose = self.inputs(arm, clip, recording)
         question, wordings = words if self.mode != "audio" else None, self.wordings.get(kind, {})
@@ -297,24 +277,22 @@ class Asker:
         right, row = None, clip.row
         if row and row.short_answer:
             right = ev.judge(answer.text, row.question_type, row.short_answer, row.answer)["choice"]
-        shares = shares_of(answer.log_probs, wordings) if candidates else {}
-        asked = Asked(AGAIN.get(arm, "as given"), whose, answer, seconds, len(frames), right, shares)
-        return replace(clip, asked=[asked, *clip.asked])
+        clip = replace(clip, told=[(AGAIN.get(arm, "as given"), whose, answer.text, right), *clip.told])
+        ended = "stopped by itself" if answer.stopped else "cut off at the limit"
+        how = f"{seconds:.2f} s, {answer.n_tokens} tokens, {ended}; {len(frames)} frames shown"
+        return clip, render(clip, how), shares_of(answer.log_probs, wordings) if candidates else {}
 
 
-def render(clip: Clip) -> str:
-    """HTML of the latest answer and of all that were given about this clip."""
-    latest, row, text = clip.asked[0], clip.row, html.escape
-    ended = "stopped by itself" if latest.answer.stopped else "cut off at the limit"
-    how = f"{latest.seconds:.2f} s, {latest.answer.n_tokens} tokens, {ended}; {latest.n_frames} frames shown"
-    parts = [f'<p class="answer">{text(latest.answer.text) or "(no words)"}</p><p>{how}</p>']
+def render(clip: Clip, how: str) -> str:
+    """HTML of the latest answer, `how` it was given, and all answers about this clip."""
+    text, row = html.escape, clip.row
+    parts = [f'<p class="answer">{text(clip.told[0][2]) or "(no words)"}</p><p>{how}</p>']
     if row and row.short_answer:
-        gold = f"<b>{text(row.short_answer)}</b> ({text(row.answer)})"
-        parts.append(f"<p>Right for the row’s own question: {gold}</p>")
+        parts.append(f"<p>To the row’s own question: <b>{text(row.short_answer)}</b> ({text(row.answer)})</p>")
     parts.append('<table class="asked"><tr><th>Asked</th><th>Speech</th><th>Answer</th><th>For the row</th></tr>')
-    for asked in clip.asked:
-        word = {True: "right", False: "wrong", None: ""}[asked.right]
-        cells = "".join(f"<td>{text(cell)}</td>" for cell in (asked.how, asked.speech, asked.answer.text))
+    for *cells, right in clip.told:
+        word = {True: "right", False: "wrong", None: ""}[right]
+        cells = "".join(f"<td>{text(cell)}</td>" for cell in cells)
         parts.append(f'<tr>{cells}<td><b class="{word}">{word}</b></td></tr>')
     return "".join([*parts, "</table>"])
 
@@ -344,9 +322,14 @@ class Page:
     def __init__(self, asker: Asker, folder: str):
         self.asker, self.folder, self.spoken = asker, folder, asker.mode != "text"
 
-    def say(self, error: vqa.VQAError | str) -> "gr.Error":
-        """The error as the page shows it; of the files that were given it tells only the names."""
-        return gr.Error(re.sub(rf"{re.escape(self.folder)}/\S*/", "", str(error)), duration=None)
+    @contextmanager
+    def telling(self) -> Iterator[None]:
+        """A VQAError becomes a message on the page; of the files that were given it tells only the names."""
+        try:
+            yield
+        except vqa.VQAError as error:
+            told = re.sub(rf"{re.escape(self.folder)}/\S*/", "", str(error))
+            raise gr.Error(told, duration=None, print_exception=False) from error
 
     def search(self, video: str, kind: str, words: str):
         """The list of rows, filtered."""
@@ -359,19 +342,16 @@ class Page:
         if index is None:
             return [gr.skip()] * 9
         row = self.asker.rows[index]
-        try:
-            clip = self.asker.clip_of(row)
-        except vqa.VQAError as error:
-            raise self.say(error) from error
-        return self.show(clip, f"This row asks: “{row.question}”", row.question, row.question_type)
+        with self.telling():
+            return self.show(
+                self.asker.clip_of(row), f"This row asks: “{row.question}”", row.question, row.question_type
+            )
 
     def upload(self, files: list[str]):
         """Frames or a video were given."""
-        try:
+        with self.telling():
             frames = uploaded_frames([Path(file) for file in files], self.asker.max_image_size)
-        except vqa.VQAError as error:
-            raise self.say(error) from error
-        return self.show(Clip(frames), "Your own clip", "", None)
+            return self.show(Clip(frames), "Your own clip", "", None)
 
     def show(self, clip: Clip, about: str, words: str, kind: str | None):
         """What the page shows of a clip about which nothing was asked yet."""
@@ -385,31 +365,46 @@ class Page:
 
     def ask(self, arm: str, clip: Clip | None, recording: str | None, words: str, kind: str | None):
         """A button was pressed."""
-        if clip is None:
-            raise self.say("pick a row, or give frames or a video, first")
-        if self.spoken and not recording:
-            raise self.say("record a question, choose a sound file, or take the row's own speech, first")
-        if self.asker.mode != "audio" and not words.strip():
-            raise self.say("write the question, first")
-        try:
-            clip = self.asker.ask(arm, clip, recording and Path(recording), words, kind)
-        except vqa.VQAError as error:
-            raise self.say(error) from error
-        return clip, render(clip), clip.asked[0].shares or None
+        with self.telling():
+            if clip is None:
+                raise vqa.VQAError("pick a row, or give frames or a video, first")
+            if self.spoken and not recording:
+                raise vqa.VQAError("record a question, choose a sound file, or take the row’s own speech, first")
+            if self.asker.mode != "audio" and not words.strip():
+                raise vqa.VQAError("write the question, first")
+            clip, told, shares = self.asker.ask(arm, clip, recording and Path(recording), words, kind)
+            return clip, told, shares or None
 
     def build(self) -> "gr.Blocks":
         """The page. One question is asked at a time: whoever asks meanwhile waits in the queue."""
-        events = {"api_visibility": "private"}
+        rows, events = self.asker.rows, {"api_visibility": "private"}
+        videos, kinds = (sorted({getattr(row, name) for row in rows}) for name in ("video_id", "question_type"))
         with gr.Blocks(title="SurgViVQA-Audio", analytics_enabled=False, delete_cache=(3600, 3600)) as page:
             gr.Markdown(f"# Ask about a surgical video, aloud\n{NOTICE}")
             clip = gr.State(None)
             with gr.Row():
                 with gr.Column():
-                    filters, row, files = self.build_choice()
+                    with gr.Tab("A clip of the question file"):
+                        with gr.Row():
+                            filters = [
+                                gr.Dropdown([EVERY, *videos], value=EVERY, label="Video"),
+                                gr.Dropdown([EVERY, *kinds], value=EVERY, label="Question type"),
+                                gr.Textbox(label="Search"),
+                            ]
+                        row = gr.Dropdown([], label="Row")
+                    with gr.Tab("Your own frames or video"):
+                        label = f"Up to {MAX_FRAMES} frames, or an MP4 or WebM of up to {MAX_VIDEO_SECONDS} s and 20 MB"
+                        types = [*vqa.FRAME_EXTENSIONS, *VIDEO_EXTENSIONS]
+                        files = gr.File(file_count="multiple", file_types=types, label=label, elem_id="files")
                     frames = gr.Gallery(label="Frames", columns=4, buttons=["fullscreen"], elem_id="frames")
                     flip = gr.HTML(elem_id="flip")
                 with gr.Column():
-                    about, speech, own, words, kind = self.build_question()
+                    about = gr.Markdown()
+                    heard = {"sources": ["microphone", "upload"], "type": "filepath", "visible": self.spoken}
+                    speech = gr.Audio(label="Question", buttons=[], elem_id="speech", **heard)
+                    own = gr.Button("The row’s own speech", size="sm", visible=self.spoken)
+                    words = gr.Textbox(label="Question in words", visible=self.asker.mode != "audio")
+                    kind = gr.Dropdown(kinds, value=None, label="Compare the closed answers of")
                     buttons = {"": gr.Button("Ask", variant="primary")}
                     with gr.Row():
                         for arm, label in AGAIN.items():
@@ -429,38 +424,6 @@ class Page:
                 ask = partial(self.ask, arm)
                 button.click(ask, given, told, concurrency_id="model", concurrency_limit=1, **events)
         return page
-
-    def build_choice(self):
-        """Where a clip is chosen: the filters, the row, the files."""
-        with gr.Tab("A clip of the question file"):
-            videos, kinds = ({getattr(row, name) for row in self.asker.rows} for name in ("video_id", "question_type"))
-            with gr.Row():
-                filters = [
-                    gr.Dropdown([EVERY, *sorted(videos)], value=EVERY, label="Video"),
-                    gr.Dropdown([EVERY, *sorted(kinds)], value=EVERY, label="Question type"),
-                    gr.Textbox(label="Search"),
-                ]
-            row = gr.Dropdown([], label="Row", elem_id="row")
-        with gr.Tab("Your own frames or video"):
-            label = f"Up to {MAX_FRAMES} frames, or an MP4 or WebM of up to {MAX_VIDEO_SECONDS} s and 20 MB"
-            types = [*vqa.FRAME_EXTENSIONS, *VIDEO_EXTENSIONS]
-            files = gr.File(file_count="multiple", file_types=types, label=label, elem_id="files")
-        return filters, row, files
-
-    def build_question(self):
-        """Where the question is given: what is asked about, the speech, the button for the row's own, the words, and
-        the question type."""
-        about = gr.Markdown(elem_id="about")
-        sources = ["microphone", "upload"]
-        speech = gr.Audio(
-            sources=sources, type="filepath", label="Question", buttons=[], visible=self.spoken, elem_id="speech"
-        )
-        own = gr.Button("The row’s own speech", size="sm", visible=self.spoken)
-        words = gr.Textbox(label="Question in words", visible=self.asker.mode != "audio", elem_id="words")
-        kind = gr.Dropdown(
-            sorted(self.asker.wordings), value=None, label="Compare the closed answers of", elem_id="kind"
-        )
-        return about, speech, own, words, kind
 
 
 def serve(asker: Asker) -> None:
