@@ -262,25 +262,26 @@ class Asker:
             frames = change(frames)
         return frames, speech, whose
 
-    def ask(
-        self, arm: str, clip: Clip, recording: Path | None, words: str, kind: str | None
-    ) -> tuple[Clip, str, dict[str, float]]:
+    def ask(self, arm: str, clip: Clip, recording: Path | None, words: str, kind: str | None) -> Iterator[tuple]:
         """Answer the recording, the `words` or both, as the model was trained, in an `arm` of AGAIN ("": as given).
-        Returns the clip with what was told, its HTML, and the share of the probability of each closed answer of the
-        question type `kind`. VQAError for what cannot be used."""
+        Yields the clip with what was told, its HTML and None; then, for a question type `kind`, the same with the share
+        of the probability of each of its closed answers. VQAError for what cannot be used."""
         start = time.perf_counter()
         frames, speech, whose = self.inputs(arm, clip, recording)
         question, wordings = words if self.mode != "audio" else None, self.wordings.get(kind, {})
-        candidates = [text for said in wordings.values() for text in said]
-        answer = self.model.answer(frames, speech, question, self.max_new_tokens, candidates)
-        seconds = time.perf_counter() - start - answer.ms["candidates"] / 1000
+        answer = self.model.answer(frames, speech, question, self.max_new_tokens)
+        ended = "stopped by itself" if answer.stopped else "cut off at the limit"
+        how = f"{time.perf_counter() - start:.2f} s, {answer.n_tokens} tokens, {ended}; {len(frames)} frames shown"
         right, row = None, clip.row
         if row and row.short_answer:
             right = ev.judge(answer.text, row.question_type, row.short_answer, row.answer)["choice"]
         clip = replace(clip, told=[(AGAIN.get(arm, "as given"), whose, answer.text, right), *clip.told])
-        ended = "stopped by itself" if answer.stopped else "cut off at the limit"
-        how = f"{seconds:.2f} s, {answer.n_tokens} tokens, {ended}; {len(frames)} frames shown"
-        return clip, render(clip, how), shares_of(answer.log_probs, wordings) if candidates else {}
+        told = render(clip, how)
+        yield clip, told, None
+        if wordings:  # by a call of its own, so that nobody waits for it to hear the answer
+            candidates = [text for said in wordings.values() for text in said]
+            scored = self.model.answer(frames, speech, question, 1, candidates)
+            yield clip, told, shares_of(scored.log_probs, wordings)
 
 
 def render(clip: Clip, how: str) -> str:
@@ -372,8 +373,7 @@ class Page:
                 raise vqa.VQAError("record a question, choose a sound file, or take the row’s own speech, first")
             if self.asker.mode != "audio" and not words.strip():
                 raise vqa.VQAError("write the question, first")
-            clip, told, shares = self.asker.ask(arm, clip, recording and Path(recording), words, kind)
-            return clip, told, shares or None
+            yield from self.asker.ask(arm, clip, recording and Path(recording), words, kind)
 
     def build(self) -> "gr.Blocks":
         """The page. One question is asked at a time: whoever asks meanwhile waits in the queue."""
@@ -465,9 +465,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         trained = ev.load_chosen_model(chosen, device)
     except ev.InputError as error:
         raise vqa.VQAError(str(error)) from error
-    asker = Asker(trained, rows, chosen.inputs.max_eval_frames, args.max_new_tokens)
-    first = asker.clip_of(rows[0])
-    trained.model.warm_up(list(vqa.select_frames(first.frames, asker.max_frames)), rows[0].question)
+    asker, first = Asker(trained, rows, chosen.inputs.max_eval_frames, args.max_new_tokens), rows[0]
+    if first.audio_path or asker.mode == "text":  # the first question takes longer, so it is nobody's
+        list(asker.ask("", asker.clip_of(first), first.audio_path, first.question, first.question_type))
     serve(asker)
     return 0
 
