@@ -48,14 +48,9 @@ VIDEO_EXTENSIONS = (".mp4", ".webm")
 FLIP_MILLISECONDS = 300  # that the flip book shows a frame
 ROWS_LISTED = 200  # a longer list is slow in the browser; filters and search make it shorter
 EVERY = "all"
-AGAIN = {
-    "mismatched_audio": "Other speech",
-    "black_frames": "Black frames",
-    "shuffled_frames": "Shuffled frames",
-}  # arms
-NOTICE = (
-    "**For research only.** This is no medical device; what a model says about an image is no finding and no advice."
-)
+# Arms of evaluate_checkpoint.py, and what their buttons say.
+AGAIN = {"mismatched_audio": "Other speech", "black_frames": "Black frames", "shuffled_frames": "Shuffled frames"}
+NOTICE = "**For research only.** No medical device: what a model says about an image is no finding and no advice."
 STYLE = """
 .answer { font-size: 1.4em; font-weight: 600; margin: 0 }
 .right { color: #15803d } .wrong { color: #b91c1c }
@@ -430,15 +425,12 @@ def serve(asker: Asker) -> None:
     """Show the page until a signal comes, then remove what was given to it. VQAError where it cannot listen."""
     with tempfile.TemporaryDirectory(prefix="surgvivqa_app_", ignore_cleanup_errors=True) as folder:
         os.environ["GRADIO_TEMP_DIR"] = folder
+        page = Page(asker, folder).build()
         try:
-            _, url, _ = (
-                Page(asker, folder)
-                .build()
-                .launch(
-                    **{"share": False, "mcp_server": False, "ssr_mode": False, "pwa": False, "run_history": False},
-                    **{"max_file_size": MAX_UPLOAD_BYTES, "enable_monitoring": False, "footer_links": []},
-                    **{"css": STYLE, "quiet": True, "prevent_thread_lock": True},
-                )
+            _, url, _ = page.launch(
+                **{"share": False, "mcp_server": False, "ssr_mode": False, "pwa": False, "run_history": False},
+                **{"max_file_size": MAX_UPLOAD_BYTES, "enable_monitoring": False, "footer_links": []},
+                **{"css": STYLE, "quiet": True, "prevent_thread_lock": True},
             )
         except OSError as error:
             raise vqa.VQAError(f"{vqa.first_line(error)}; see GRADIO_SERVER_NAME and GRADIO_SERVER_PORT") from error

@@ -283,7 +283,7 @@ def test_a_recorded_question_is_answered(context, server):
         shown(page, r"withdrawing\s+(9\d|100)%\s+advancing\s+\d%")
         if picture := os.environ.get("PAGE_PNG"):  # docs/page.png is made so
             taken = Image.open(io.BytesIO(page.screenshot(full_page=True)))
-            taken.quantize(128, dither=Image.Dither.NONE).save(picture, optimize=True)
+            taken.quantize(256, dither=Image.Dither.NONE).save(picture, optimize=True)
 
 
 @pytest.mark.slow
