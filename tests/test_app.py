@@ -3,6 +3,7 @@
 The picture in README.md: PAGE_PNG=docs/page.png python -m pytest tests/test_app.py -k recorded
 """
 
+import html
 import http.client
 import io
 import json
@@ -144,6 +145,22 @@ def test_shares_are_of_sentences_and_sum_to_one(rows):
     assert wordings["tool_identification"] == tools
     shares = app.shares_of({"a": -1000.0, "b": -1000.0, "c": -1000.0 + np.log(2)}, {"x": ["a", "b"], "y": ["c"]})
     assert shares == pytest.approx({"x": 0.5, "y": 0.5})
+
+
+def test_a_model_of_words_is_asked_in_words(trained, rows):
+    """On as many frames as evaluation shows; the shares come after the answer."""
+    model = vqa.load_trained(trained, input_mode="text")
+    asker, row = app.Asker(model, rows, 2, 4), rows[0]
+    clip = asker.clip_of(row)
+    frames = [Image.new("RGB", frame.size) for frame in clip.frames[:2]]
+    (clip, page, early), (*_, shares) = asker.ask("black_frames", clip, None, row.question, "nbi_status")
+    expected = model.model.answer(frames, question=row.question, max_new_tokens=4).text
+    assert clip.told == [("Black frames", "in words", expected, False)]
+    assert f"{html.escape(expected)}</p>" in page and "2 frames shown" in page
+    assert early is None and shares.keys() == {"yes", "no"} and sum(shares.values()) == pytest.approx(1)
+    assert [label for label, _ in asker.matching("fx-002", app.EVERY, "NARROW switched")] == [
+        f"{rows[2].key} · {rows[2].question}"
+    ]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
