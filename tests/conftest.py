@@ -2,8 +2,10 @@
 
 import contextlib
 import json
+import os
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -87,6 +89,15 @@ def weights_of(folder):
 def same_tensors(one, other):
     """Whether two dicts hold the same names and, bit for bit, the same tensors."""
     return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def run_script(script, *flags, folder, **environment):
+    """Run a script from `folder` with this interpreter; returns what it printed. One thread: cores may be shared."""
+    environment = {**os.environ, "PYTHON": sys.executable, "OMP_NUM_THREADS": "1", **environment}
+    command = ["bash", str(script), *flags]
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
 
 
 @contextlib.contextmanager
@@ -179,6 +190,13 @@ def trained(train, tmp_path_factory):
     folder = tmp_path_factory.mktemp("trained") / "out"
     assert train(folder, *SIX_STEPS, *EVALUATION, "--save_steps", "2") == 0
     return folder
+
+
+@pytest.fixture(scope="session")
+def smoke(tmp_path_factory):
+    """(folder, what `train_with_eval_FINAL.sh --smoke` printed there). It takes one to two minutes."""
+    folder = tmp_path_factory.mktemp("smoke")
+    return folder, run_script(ROOT / "train_with_eval_FINAL.sh", "--smoke", folder=folder)
 
 
 @pytest.fixture()

@@ -1,33 +1,14 @@
 """Training, then evaluation, by the commands a user types."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 
 import pytest
 
 import evaluate_checkpoint as ev
-from tests.conftest import EVAL_DATA, FIXTURES, ROOT, read_jsonl
+from tests.conftest import EVAL_DATA, FIXTURES, ROOT, read_jsonl, run_script
 
 SCP_FILES = ("train_vqa.py", "evaluate_checkpoint.py", "verify_tokenizer.sh", "train_with_eval_FINAL.sh")
-
-
-def run_script(script, *flags, folder, **environment):
-    """Run a script from `folder` with this interpreter; returns what it printed. One thread: cores may be shared."""
-    environment = {**os.environ, "PYTHON": sys.executable, "OMP_NUM_THREADS": "1", **environment}
-    command = ["bash", str(script), *flags]
-    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
-
-
-@pytest.fixture(scope="session")
-def smoke(tmp_path_factory):
-    """(folder, what `train_with_eval_FINAL.sh --smoke` printed there). It takes one to two minutes."""
-    folder = tmp_path_factory.mktemp("smoke")
-    return folder, run_script(ROOT / "train_with_eval_FINAL.sh", "--smoke", folder=folder)
 
 
 @pytest.fixture()
