@@ -16,8 +16,10 @@ stopped by SIGTERM, SIGINT or SIGHUP (the same command continues).
 """
 
 import argparse
+import base64
 import bisect
 import codecs
+import concurrent.futures
 import contextlib
 import copy
 import dataclasses
@@ -26,7 +28,10 @@ import fcntl
 import functools
 import glob
 import hashlib
+import html
 import importlib.metadata
+import importlib.util
+import io
 import itertools
 import json
 import math
@@ -37,11 +42,13 @@ import re
 import shutil
 import signal
 import statistics
+import string
 import subprocess
 import sys
 import textwrap
 import time
 import unicodedata
+import urllib.parse
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -272,6 +279,19 @@ def normalise(text: str) -> str:
     return re.sub(r"\s+", " ", re.sub(r"[,;:!?()]|\.(?!\d)", " ", simplify(text))).strip()
 
 
+# What a type asks about; a type that stands nowhere is of the family "other".
+FAMILIES = {
+    "static scene": (
+        *("nbi_status", "mucosa_visibility", "occlusion_check", "fluid_occlusion_level", "scope_outside"),
+        "flush_action",
+    ),
+    "position": ("lesion_screen_position",),
+    "motion": (
+        *("scope_motion", "scope_motion_type", "scope_forward_motion", "scope_backward_motion"),
+        "lesion_motion_direction",
+    ),
+    "anatomy": ("lesion_site", "lesion_histology_extended", "tool_identification", "lesion_size_range"),
+}
 OTHER = "(another answer)"  # of the kind asked for, but no option: a quadrant where a direction is asked
 # fmt: off
 _NOTHING = r"(?!)"  # matches nowhere
@@ -590,6 +610,8 @@ def answer_row(annotation: Row, predicted_answer: str | None, **how: Any) -> Row
         "ground_truth": gold["answer"],
         "short_answer": gold["short_answer"],
         "predicted_answer": predicted_answer,
+        "question_id": annotation["id"],  # this and the next: as the public SurgViVQA-Audio scripts name them
+        "exact_match": judged["contains"] if judged["contains"] is None else int(judged["contains"]),
         "correct": judged["contains"],
         "strict_correct": judged["strict"],
         "choice_correct": judged["choice"],
@@ -772,6 +794,15 @@ def group_by_type(rows: Iterable[Scored]) -> dict[str, list[Scored]]:
     for row in rows:
         groups[row.question_type].append(row)
     return dict(sorted(groups.items()))
+
+
+def group_by_family(rows: Iterable[Scored]) -> dict[str, list[Scored]]:
+    """Rows per family of question types, in the order of FAMILIES, then "other"; only families that have rows."""
+    family_of = {kind: family for family, kinds in FAMILIES.items() for kind in kinds}
+    groups: dict[str, list[Scored]] = {family: [] for family in (*FAMILIES, "other")}
+    for row in rows:
+        groups[family_of.get(row.question_type, "other")].append(row)
+    return {family: group for family, group in groups.items() if group}
 
 
 def majority_answers(pairs: Iterable[tuple[str, str]]) -> dict[str, str]:
@@ -965,6 +996,12 @@ def type_figures(group: Sequence[Scored], majority: Mapping[str, str] | None) ->
     }
 
 
+def family_figures(group: Sequence[Scored], majority: Mapping[str, str] | None) -> Row:
+    """The question types of a family, and metrics and reference lines over all their rows."""
+    parts = {metric: accuracy(group, metric) for metric in METRICS} | reference_lines(group, majority)
+    return {"types": sorted({row.question_type for row in group}), "n": len(group), **parts}
+
+
 def summarise(
     annotations: Sequence[Row],
     rows: Sequence[Scored],
@@ -1008,6 +1045,7 @@ def summarise(
         "n_missing": finish["missing"],
         "metrics": everything["metrics"],
         "by_type": {kind: type_figures(group, majority) for kind, group in groups.items()},
+        "by_family": {name: family_figures(group, majority) for name, group in group_by_family(rows).items()},
         "baselines": everything["baselines"],
         "original_baseline": ORIGINAL_BASELINE if clips_digest(row.key for row in rows) == ORIGINAL_CLIPS else None,
         "discriminative": discriminative,
@@ -1295,14 +1333,15 @@ def reference_table(summary: Row) -> Table:
     return ("", "n", "choice", "chance", "train majority", "test majority"), rows
 
 
-def types_table(by_type: Row) -> Table:
-    """`choice`, distinct answers (given/gold) and the reference lines of each type, from the summary's `by_type`."""
+def types_table(by_type: Row, by_family: Row) -> Table:
+    """`choice`, distinct answers (given/gold) and the reference lines of each type, then, in brackets, of each family
+    of types; from the summary's `by_type` and `by_family`."""
     rows = []
-    for kind, part in by_type.items():
+    for name, part in (*by_type.items(), *((f"[{family}]", part) for family, part in by_family.items())):
         share, interval = part["choice"]["accuracy"], _show(part["choice"]["ci95"], "-", 0)
-        distinct = f"{part['n_given_answers']}/{part['n_gold_answers']}"
-        rows.append((kind[:25], part["n"], share, interval, distinct, *(part[line] for line in REFERENCES)))
-    return ("question type", "n", "choice", "95 %", "distinct", "chance", "train", "test"), rows
+        distinct = f"{part['n_given_answers']}/{part['n_gold_answers']}" if "n_gold_answers" in part else ""
+        rows.append((name[:25], part["n"], share, interval, distinct, *(part[line] for line in REFERENCES)))
+    return ("question type, [family]", "n", "choice", "95 %", "distinct", "chance", "train", "test"), rows
 
 
 def arms_table(arms: Row) -> Table:
@@ -1369,7 +1408,7 @@ def render_accuracies(summary: Row) -> list[str]:
         f"By the original rule (contains): {contains['correct']}/{contains['n']} correct = "
         f"{_show(contains['accuracy'])} %, 95 % {_show(contains['ci95'])}{beside}."
     )
-    return [*parts, "", render_table(*types_table(summary["by_type"])), "", _wrap(original)]
+    return [*parts, "", render_table(*types_table(summary["by_type"], summary["by_family"])), "", _wrap(original)]
 
 
 def render_summary(summary: Row) -> str:
@@ -1436,12 +1475,18 @@ def _writing(path: Path, content: bytes, advice: str) -> Iterator[None]:
         raise InputError(f"{path}: {what}; {advice}") from error
 
 
-def replace_file(path: Path, content: bytes) -> None:
+def write_json(path: str | Path, content: Row) -> None:
+    """`replace_file` with an object as JSON."""
+    data = json.dumps(content, indent=2, allow_nan=False).encode() + b"\n"
+    replace_file(Path(path), data, "make room and run the same command again; no row is lost")
+
+
+def replace_file(path: Path, content: bytes, advice: str) -> None:
     """Replace a file: a reader, or a crash, finds the old or the new one complete. InputError if the disk is full."""
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
-        with _writing(path, content, "make room and run the same command again; no row is lost"):
+        with _writing(path, content, advice):
             with open(draft, "wb") as file:
                 file.write(content)
                 file.flush()
@@ -1449,11 +1494,6 @@ def replace_file(path: Path, content: bytes) -> None:
             os.replace(draft, path)
     finally:
         draft.unlink(missing_ok=True)
-
-
-def write_json(path: str | Path, content: Row) -> None:
-    """`replace_file` with an object as JSON."""
-    replace_file(Path(path), json.dumps(content, indent=2, allow_nan=False).encode() + b"\n")
 
 
 def read_beside(path: Path, fields: Mapping[str, type], advice: str) -> Row | None:
@@ -1477,12 +1517,17 @@ def check_output(args: argparse.Namespace) -> None:
         data = getattr(args, name)
         if data and path.exists() and Path(data).exists() and path.samefile(data):
             raise InputError(f"--output_file {path}: is the file of --{name}; choose another name")
-    there = next(part for part in (path, *path.absolute().parents) if part.exists())
-    if (there.is_dir() if there == path else not there.is_dir()) or not os.access(there, os.W_OK):
-        raise InputError(f"--output_file {path}: {there} cannot be written; choose another name")
-    if there == path:
+    check_writable(path, "--output_file")
+    if path.exists():
         with open(path, "ab") as file:
             lock_rows(path, file)
+
+
+def check_writable(path: Path, flag: str) -> None:
+    """Raise InputError unless a file can be written at `path`, its folder made if need be."""
+    there = next(part for part in (path, *path.absolute().parents) if part.exists())
+    if (there.is_dir() if there == path else not there.is_dir()) or not os.access(there, os.W_OK):
+        raise InputError(f"{flag} {path}: {there} cannot be written; choose another name")
 
 
 def check_rows_of(path: str | Path, checkpoint: str) -> None:
@@ -1584,7 +1629,7 @@ class RowFile(contextlib.AbstractContextManager):
             return
         self.done = {key: self.done[key] for key in ordered}
         content = b"".join(json.dumps(row, allow_nan=False).encode() + b"\n" for row in self.done.values())
-        replace_file(self.path, content)
+        replace_file(self.path, content, "make room and run the same command again; no row is lost")
 
     def append(self, row: Row) -> None:
         """Add a row at the end, completely or not at all; it survives a kill. InputError where the disk is full."""
@@ -1654,6 +1699,13 @@ def base_record(args: argparse.Namespace) -> Row:
 SUMMARY_FIELDS = dict.fromkeys(("metrics", "arms", "manifest"), dict)
 
 
+def media_flags(args: argparse.Namespace, manifest: Row) -> Row:
+    """Where the media of a report lie: as `args` say, else as the flags of the run did."""
+    names = ("frames_dir", "audio_dir", "frame_pattern", "audio_pattern", "eval_data_path")
+    run = manifest.get("flags", {})
+    return {name: getattr(args, name) or run.get(name) for name in names}
+
+
 def score_only(args: argparse.Namespace) -> int:
     """Score the predictions in --output_file, and the arms of the run that made them; print and write the summary.
 
@@ -1665,11 +1717,11 @@ def score_only(args: argparse.Namespace) -> int:
     limit = args.limit
     if generated and not limit and (limit := old["manifest"]["flags"].get("limit") or 0):
         print(f"   --limit {limit}, as in the run")
-    annotations = read_annotations(args.eval_data_path, needs_gold=False)
-    predictions = match_predictions(annotations, args.output_file)
-    rows = score_rows(annotations[: limit or None], predictions)
-    arms, notes = rescore_arms(old["arms"], len(rows), annotations, args.output_file) if generated else ({}, [])
-    annotations = annotations[: len(rows)]
+    every = read_annotations(args.eval_data_path, needs_gold=False)
+    predictions = match_predictions(every, args.output_file)
+    annotations = every[: limit or None]
+    rows = score_rows(annotations, predictions)
+    arms, notes = rescore_arms(old["arms"], len(rows), every, args.output_file) if generated else ({}, [])
     record = base_record(args)
     record["sha256"]["output_file"] = sha256_file(args.output_file)
     if generated:
@@ -1684,6 +1736,12 @@ def score_only(args: argparse.Namespace) -> int:
     summary["warnings"] += notes
     write_json(target, (old if generated else {}) | summary)
     print(render_summary(summary), f"\nSummary: {target}", sep="\n")
+    if args.report or args.plot:
+        main_arm = main_arm_of(arms)
+        answers = {main_arm or Path(args.output_file).stem: predictions}
+        files = {arm: arm_path(args.output_file, arm, main_arm) for arm in arms if arm != main_arm}
+        answers |= {arm: match_predictions(every, path) for arm, path in files.items() if path.is_file()}
+        write_report(args, annotations, answers, {next(iter(answers)): summary}, media_flags(args, record))
     return 1 if summary["n_errors"] or any(part["n_errors"] for part in arms.values()) else 0
 
 
@@ -1748,17 +1806,23 @@ MODEL_SETTINGS = (
 )
 
 
+BESIDE = "move it away to compare without it"
+
+
 def read_run(path: str) -> Row | None:
     """How rows were asked for, but for the model: X.jsonl.run.json (None: no such file) and the batch size."""
-    advice = "move it away to compare without it"
-    run = read_beside(Path(f"{path}.run.json"), {"arm": str}, advice)
+    run = read_beside(Path(f"{path}.run.json"), {"arm": str}, BESIDE)
     if run is None:
         return None
-    rows_path = Path(re.sub(rf"\.{re.escape(run['arm'])}\.jsonl$", ".jsonl", path))
-    summary = read_beside(rows_path.with_suffix(".summary.json"), SUMMARY_FIELDS, advice) or {"manifest": {}}
-    sizes = summary["manifest"].get("runtime", {}).get("batch_size", {})
+    sizes = manifest_of(path, run["arm"]).get("runtime", {}).get("batch_size", {})
     asked = {name: value for name, value in run.items() if name not in MODEL_SETTINGS}
     return asked | {"batch_size": sizes.get(run["arm"], "unknown")}
+
+
+def manifest_of(path: str, arm: str = "") -> Row:
+    """The manifest in the summary of the run that wrote the rows of `arm` in `path`; {} where there is none."""
+    rows_path = Path(re.sub(rf"\.{re.escape(arm)}\.jsonl$", ".jsonl", path))
+    return (read_beside(rows_path.with_suffix(".summary.json"), SUMMARY_FIELDS, BESIDE) or {"manifest": {}})["manifest"]
 
 
 def unlike_warnings(paths: Sequence[str], sides: Sequence[Mapping[Key, Row]]) -> list[str]:
@@ -1780,9 +1844,10 @@ def unlike_warnings(paths: Sequence[str], sides: Sequence[Mapping[Key, Row]]) ->
     return lines
 
 
-def compare(paths: Sequence[str], eval_data_path: str | None = None) -> int:
+def compare(args: argparse.Namespace) -> int:
     """Print the paired differences B - A of two files over the same data, and what else differs. Returns status 0."""
-    annotations, sides = read_pair(paths, eval_data_path)
+    paths = args.compare
+    annotations, sides = read_pair(paths, args.eval_data_path)
     if not annotations:
         raise InputError(f"--compare: no row of {paths[0]} has a gold answer; give them with --eval_data_path")
     scored_a, scored_b = (score_rows(annotations, rows) for rows in sides)
@@ -1798,13 +1863,28 @@ def compare(paths: Sequence[str], eval_data_path: str | None = None) -> int:
         f"difference that so many rows show with {100 * POWER:.0f} % power, where A and B disagree as often as here; "
         "-: none."
     )
-    print("\n" + _wrap(legend))
+    notes = [legend]
     if (n := pairs["choice"]["n_videos"]) >= MIN_VIDEOS:
         by_metric = ", ".join(f"{metric} {_p_text(pair['p_videos'])}" for metric, pair in pairs.items())
-        print(_wrap(f"p over {n} videos (exact test that flips the sign of each video's difference): {by_metric}."))
-    for line in warnings:
-        print(_wrap(f"Warning: {line}"))
+        notes.append(f"p over {n} videos (exact test that flips the sign of each video's difference): {by_metric}.")
+    print("", *map(_wrap, notes), *(_wrap(f"Warning: {line}") for line in warnings), sep="\n")
+    if args.report or args.plot:
+        report_pair(args, annotations, sides, changes_html(pairs, (scored_a, scored_b), notes, warnings))
     return 0
+
+
+def report_pair(args: argparse.Namespace, annotations: Sequence[Row], sides: Sequence[Row], changes: str) -> None:
+    """The page of --compare: the figures of both sides, with what the runs that made them recorded."""
+    answers, summaries, flags = {}, {}, {}
+    for name, path, rows in zip("AB", args.compare, sides, strict=True):
+        run = read_beside(Path(f"{path}.run.json"), {"arm": str}, BESIDE) or {"arm": ""}
+        record = base_record(args)
+        record["sha256"]["rows"] = sha256_file(path)
+        record |= manifest_of(path, run["arm"])
+        answers[name] = rows
+        summaries[name] = summarise(annotations, score_rows(annotations, rows), manifest=record)
+        flags = media_flags(args, record) | flags
+    write_report(args, annotations, answers, summaries, flags, changes)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -2129,6 +2209,7 @@ class ArmInputs:
         """
         speech = self.recording(index)
         how = {"input_mode": self.processor.input_mode, "audio_file": speech and str(speech)}
+        how["frames"] = [str(path) for path in self.clip(index)]
         source = self.sources.get(self.keys[index])
         if source and self.arm == ASR_ARM:
             how |= {"question": source.question, "transcript": self.rows[index].question}
@@ -2514,6 +2595,7 @@ def answer_and_score(args: argparse.Namespace, stop: Any) -> int:
     memory = "" if peak is None else f", peak GPU memory {peak:.1f} GiB"
     print(f"\nAnswered {answered} rows in {seconds:.1f} s ({answered / seconds:.2f} samples/s{memory})")
     print(*(f"Rows: {files[arm]}" for arm in arms), f"Summary: {target}", sep="\n")
+    write_report(args, annotations, done, {main_arm: summary}, vars(args) | chosen.patterns)
     if stop.signum:
         raise vqa.Interrupted(stop.signum, f"all rows are answered, and {target} is complete")
     return 1 if any(row.prediction is None for part in scored.values() for row in part) else 0
@@ -2825,6 +2907,662 @@ def run_record(args: argparse.Namespace, chosen: ModelChoice, inputs: ArmInputs,
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Curves of training
+# ---------------------------------------------------------------------------------------------------------------------
+
+# What a curve shows, by its name in the log that training leaves in its output folder.
+CURVES = {
+    "loss": "training loss",
+    "eval_loss": "evaluation loss",
+    "eval_choice": "choice, of --eval_answers",
+    "learning_rate": "learning rate",
+    "grad_norm": "gradient norm",
+    "samples_per_second": "samples per second",
+    "gpu_memory_gib": "GPU memory, GiB",
+}
+COLOURS = ("#0b5cad", "#b3261e", "#1b6e3c", "#7a4fb5", "#8a5a00", "#444444")  # 4.5 : 1 on white, or more
+Curves = dict[str, list[tuple[float, float]]]  # name in CURVES -> (step, value), in the order of the log
+
+
+def read_curves(folder: str | Path) -> Curves:
+    """The curves in the log of a training's output folder or checkpoint; values that are not finite are left out.
+
+    The log of a run that goes on, or was cut off, is that of its newest checkpoint. InputError where there is none.
+    """
+    files = [Path(folder) / "trainer_state.json", *Path(folder).glob("checkpoint-*/trainer_state.json")]
+    wanted = {"log_history": list, "global_step": int}
+    states = [state for file in files if (state := read_beside(file, wanted, "name a folder that training wrote"))]
+    if not states:
+        raise InputError(f"{folder}: no trainer_state.json in it or its checkpoints; name a folder that training wrote")
+    log = max(states, key=lambda state: state["global_step"])["log_history"]
+    curves = {
+        name: [(entry["step"], entry[name]) for entry in log if math.isfinite(entry.get(name, math.nan))]
+        for name in CURVES
+    }
+    return {name: points for name, points in curves.items() if points}
+
+
+def plot_curves(runs: Mapping[str, Curves], path: str) -> None:
+    """Draw the curves of `runs`, by their names, as a PNG with a panel a curve."""
+    from matplotlib.figure import Figure
+
+    names = [name for name in CURVES if any(name in curves for curves in runs.values())]
+    figure = Figure(figsize=(10, 2.6 * -(-len(names) // 2) + 0.3 * len(runs)), layout="constrained")
+    panels = figure.subplots(-(-len(names) // 2), 2, squeeze=False).flat
+    for panel, name in itertools.zip_longest(panels, names):
+        if name is None:
+            panel.set_axis_off()
+            continue
+        for colour, (run, curves) in zip(itertools.cycle(COLOURS), runs.items()):
+            panel.plot(*zip(*curves.get(name, [(math.nan, math.nan)]), strict=True), ".-", color=colour, label=run)
+        panel.set(title=CURVES[name], xlabel="step")
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper center", ncols=1)
+    content = io.BytesIO()
+    figure.savefig(content, format="png", dpi=90)
+    replace_file(Path(path), content.getvalue(), "make room, then draw again with --plot and --runs")
+    print(f"Curves: {path}")
+
+
+def draw_curves(args: argparse.Namespace, folders: Iterable[str | None]) -> dict[str, Curves]:
+    """The curves of --runs, else of those of `folders` that hold a log, by folder; with --plot also as a picture."""
+    runs = {}
+    for folder in dict.fromkeys(args.runs or filter(None, folders)):
+        with contextlib.nullcontext() if args.runs else contextlib.suppress(InputError):
+            runs[str(folder)] = read_curves(folder)
+    if args.plot:
+        if not any(runs.values()):
+            raise InputError("--plot: there is no log of training to draw; name its output folder with --runs")
+        plot_curves(runs, args.plot)
+    return runs
+
+
+def curves_svg(runs: Mapping[str, Curves]) -> str:
+    """The curves as pictures of a page, one a panel, each with its ends in words."""
+    panels = []
+    for name in CURVES:
+        lines = {run: curves[name] for run, curves in runs.items() if name in curves}
+        if not lines:
+            continue
+        steps, values = zip(*itertools.chain(*lines.values()), strict=True)
+        (left, right), (low, high) = (min(steps), max(steps)), (min(values), max(values))
+        wide, tall = (right - left) or 1, (high - low) or 1
+        drawn, said = [], []
+        for colour, dash, run in zip(itertools.cycle(COLOURS), itertools.cycle(("", "6 3", "2 2")), runs):
+            if points := lines.get(run):
+                places = [f"{60 + 230 * (x - left) / wide:.1f},{130 - 110 * (y - low) / tall:.1f}" for x, y in points]
+                drawn.append(f'<polyline points="{" ".join(places)}" stroke="{colour}" stroke-dasharray="{dash}"/>')
+                drawn.append('<circle cx="{}" cy="{}" r="3" fill="{}"/>'.format(*places[-1].split(","), colour))
+                (first, start), (last, end) = points[0], points[-1]
+                said.append(f"{run}: {start:.4g} at step {first:g}, {end:.4g} at step {last:g}")
+        said = html.escape(f"{CURVES[name]}. {'; '.join(said)}")
+        panels.append(
+            f'<svg viewBox="0 0 300 160" role="img" aria-label="{said}"><title>{said}</title>'
+            f'<text x="60" y="12">{CURVES[name]}</text><path d="M60 20V130H290"/>{"".join(drawn)}'
+            f'<text x="56" y="26" class="end">{high:.3g}</text><text x="56" y="130" class="end">{low:.3g}</text>'
+            f'<text x="60" y="148">{left:g}</text><text x="290" y="148" class="end">step {right:g}</text></svg>'
+        )
+    names = zip(itertools.cycle(COLOURS), map(html.escape, runs))
+    legend = " ".join(f'<span style="color:{colour}">■ {run}</span>' for colour, run in names)
+    return f'<p>{legend}</p><div class="panels">{"".join(panels)}</div>'
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The report: media
+# ---------------------------------------------------------------------------------------------------------------------
+
+FRAME_NAMES = ("{video}/{frame}", "{video}/{frame_number}")  # this and the next two: repeated from train_vqa.py
+AUDIO_NAMES = ("{video_id}_{id}_{question_type}", "{video_id}_{id}", "{id}")
+FRAME_EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp")
+# With FFmpeg's reader for each: left to itself, it would take a playlist for speech, and open what that names.
+AUDIO_READERS = {
+    **{".mp3": "mp3", ".wav": "wav", ".flac": "flac", ".ogg": "ogg", ".m4a": "mp4", ".webm": "matroska"},
+    **{".opus": "ogg", ".aac": "aac"},
+}
+EMBEDDED_BYTES = 40_000_000  # of all media; base64 makes 53 MB of it, and the page is to stay below 60
+# Longer side and quality of all frames of a page: the first with which SAMPLED_FRAMES of them say that all fit.
+SMALL_JPEGS = ((384, 75), (320, 70), (256, 60), (224, 50), (192, 40), (160, 35), (128, 25))
+SAMPLED_FRAMES = 20
+OPUS_BITS = 24_000  # a second
+
+
+def small_jpeg(path: Path, side: int, quality: int) -> tuple[str, bytes]:
+    """(MIME type, a frame as a JPEG of at most `side` pixels)."""
+    from PIL import Image, ImageOps
+
+    with Image.open(path) as image:
+        image.draft("RGB", (side, side))
+        image = ImageOps.exif_transpose(image).convert("RGB")
+    image.thumbnail((side, side))
+    content = io.BytesIO()
+    image.save(content, "JPEG", quality=quality)
+    return "image/jpeg", content.getvalue()
+
+
+def has_opus() -> bool:
+    """Whether the installed PyAV can write Opus."""
+    import av
+
+    return "libopus" in av.codecs_available
+
+
+def small_speech(path: Path) -> tuple[str, bytes]:
+    """(MIME type, a recording as Ogg Opus, or without its encoder as WAV; both mono, 16 kHz)."""
+    import av
+
+    content, (form, codec) = io.BytesIO(), ("ogg", "libopus") if has_opus() else ("wav", "pcm_s16le")
+    reader = AUDIO_READERS[path.suffix.lower()]
+    with av.open(str(path), format=reader) as source, av.open(content, "w", format=form) as target:
+        stream = target.add_stream(codec, rate=SAMPLE_RATE, layout="mono")
+        stream.bit_rate = OPUS_BITS
+        resampler = av.AudioResampler("s16", "mono", SAMPLE_RATE)
+        for block in itertools.chain(source.decode(audio=0), (None,)):
+            for part in resampler.resample(block):
+                part.pts = None
+                target.mux(stream.encode(part))
+        target.mux(stream.encode(None))
+    return f"audio/{form}", content.getvalue()
+
+
+class PageMedia:
+    """The frames and recordings that a page shows, each once.
+
+    `entries` are [name, link]; a link is relative to the page, None where the file is missing, or 1 where it is in
+    `islands`. `flags`: --frames_dir, --audio_dir, their patterns and --eval_data_path, for rows that name no files.
+    """
+
+    def __init__(self, page: str | Path, flags: Mapping[str, Any]):
+        self.folder, self.flags = Path(page).absolute().parent, flags
+        self.entries: list[list[Any]] = []
+        self.files: list[Path | None] = []
+        self.index: dict[str, int] = {}
+        self.islands: dict[int, str] = {}
+        self.find = functools.cache(self._find)
+
+    def _find(self, flag: str, patterns: Sequence[str], endings: Sequence[str], **fields: str) -> Path | None:
+        folder, pattern = self.flags.get(f"{flag}_dir"), self.flags.get(f"{flag.removesuffix('s')}_pattern")
+        # A name must stay inside the folder that the flag names.
+        if not folder or any(re.search(r"[/\\\0]|^\.{0,2}$", value) for value in fields.values()):
+            return None
+        stems = [os.path.join(folder, text.format(**fields)) for text in ((pattern,) if pattern else patterns)]
+        files = (Path(stem + end) for stem in stems for ending in endings for end in (ending, ending.upper()))
+        return next((file for file in files if file.is_file()), None)
+
+    def add(self, name: str, file: Path | None) -> int:
+        """The number of an entry: a file's one, or one for a `name` without a file."""
+        if (known := self.index.get(place := str(file or name))) is not None:
+            return known
+        self.index[place] = len(self.entries)
+        link = file and urllib.parse.quote(os.path.relpath(file, self.folder).replace(os.sep, "/"), errors="replace")
+        self.entries.append([name, link])
+        self.files.append(file)
+        return self.index[place]
+
+    def of_row(self, annotation: Row, answer: Row) -> tuple[list[int], int | None]:
+        """(entries of a row's frames, entry of its speech): files that the answer names, else what the flags find."""
+        fields = {name: annotation[name] for name in KEY_FIELDS}
+        fields["file"] = Path(self.flags.get("eval_data_path") or "file").stem
+        frames, named = [], answer.get("frames") or ()
+        for place in named or annotation.get("frames") or ():
+            file, name = Path(place), os.path.splitext(os.path.basename(place))[0] if named else str(place)
+            if not file.is_file():
+                video, _, number = name.rpartition("_")
+                of_frame = {"frame": name, "video": video or fields["video_id"], "frame_number": number or name}
+                file = self.find("frames", FRAME_NAMES, FRAME_EXTENSIONS, **fields, **of_frame)
+            frames.append(self.add(name if file else str(place), file))
+        speech, name = answer.get("audio_file"), f"speech of {annotation['id']}"
+        file = Path(speech) if speech and Path(speech).is_file() else None
+        file = file or self.find("audio", AUDIO_NAMES, tuple(AUDIO_READERS), **fields)
+        asked = speech or self.flags.get("audio_dir")
+        return frames, self.add(name if file else speech or name, file) if asked else None
+
+    def embed(self) -> None:
+        """Put every file into the page, small; what cannot be read becomes missing, with the reason in its name."""
+
+        def encode(index: int, small: Callable[..., tuple[str, bytes]], *how: int) -> int:
+            """The bytes that the file takes; 0 if it cannot be read."""
+            if self.entries[index][1] is None:  # as was found before
+                return 0
+            try:
+                kind, content = small(self.files[index], *how)
+            except Exception as error:  # of any decoder
+                self.entries[index] = [f"{self.entries[index][0]} ({type(error).__name__})", None]
+                return 0
+            self.entries[index][1] = 1
+            data = f"{kind};base64,{base64.b64encode(content).decode()}"
+            self.islands[index] = f'<script type="text/plain" id="m{index}">{data}</script>'
+            return len(content)
+
+        there = [index for index, file in enumerate(self.files) if file]
+        sound = [index for index in there if self.files[index].suffix.lower() in AUDIO_READERS]
+        seen = sorted(set(there) - set(sound))
+        print(f"Embedding {len(seen)} frames and {len(sound)} recordings", flush=True)
+        with concurrent.futures.ThreadPoolExecutor() as pool:
+            room = EMBEDDED_BYTES - sum(pool.map(lambda index: encode(index, small_speech), sound))
+            sample = seen[:: -(-len(seen) // SAMPLED_FRAMES) or 1]
+            for how in SMALL_JPEGS:
+                if sum(encode(index, small_jpeg, *how) for index in sample) * len(seen) <= room * len(sample):
+                    break
+            list(pool.map(lambda index: encode(index, small_jpeg, *how), seen))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The report: its figures
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class Markup(str):
+    """Text that is HTML already."""
+
+
+def cell_html(cell: Any) -> str:
+    """A cell of a table as HTML; text of the data shows as text."""
+    return cell if isinstance(cell, Markup) else f"<bdi>{html.escape(_show(cell))}</bdi>"
+
+
+def table_html(table: Table, caption: str) -> str:
+    """A table with its caption; the first cell of a row names it."""
+    header, rows = table
+    head = "".join(f'<th scope="col">{cell_html(name)}</th>' for name in header)
+    body = "".join(
+        f'<tr><th scope="row">{cell_html(first)}</th>{"".join(f"<td>{cell_html(cell)}</td>" for cell in cells)}</tr>'
+        for first, *cells in rows
+    )
+    caption = html.escape(caption)
+    return f'<div class="wide"><table><caption>{caption}</caption><thead><tr>{head}</tr></thead>{body}</table></div>'
+
+
+def list_html(lines: Iterable[str], of: str = "li") -> str:
+    """Lines of text, each in an element."""
+    return "".join(f"<{of}>{html.escape(line)}</{of}>" for line in lines)
+
+
+def bar_html(figures: Row, references: Mapping[str, float | None]) -> Markup:
+    """A share as a bar with its interval, beside marks for the reference lines."""
+    if figures["accuracy"] is None:
+        return Markup("-")
+    x = {name: 200 * value for name, value in references.items() if value is not None}
+    low, high = (200 * end for end in figures["ci95"])
+    beside = "; ".join(f"{name.replace('_', ' ')} {_show(value)} %" for name, value in references.items() if name in x)
+    said = f"choice {_show(figures['accuracy'])} %, 95 % {_show(figures['ci95'])}; {beside}"
+    shapes = {"chance": "M{0} 0v22", "train_majority": "M{0} 14l-4 8h8z", "test_majority": "M{0} 8l-4-8h8z"}
+    marks = "".join(f'<path class="{name}" d="{shapes[name].format(f"{at:.1f}")}"/>' for name, at in x.items())
+    return Markup(
+        f'<svg class="bar" viewBox="-5 0 210 22" role="img" aria-label="{said}"><title>{said}</title>'
+        f'<path class="axis" d="M0 0v22M200 0v22"/><rect y="5" height="12" width="{200 * figures["accuracy"]:.1f}"/>'
+        f'<path class="ci" d="M{low:.1f} 11H{high:.1f}M{low:.1f} 7v8M{high:.1f} 7v8"/>{marks}</svg>'
+    )
+
+
+def confusion_table(group: Sequence[Scored]) -> Table:
+    """Gold answers of one type by what was answered: an option, several or none of them, or nothing at all."""
+    other, nothing = "several or none", "no answer"
+    closed = CLOSED_ANSWERS.get(group[0].question_type)
+    options = {row.gold for row in group} | set(map(normalise, closed.options if closed else ()))
+    counts = Counter()
+    for row in group:
+        label = nothing if row.prediction is None else predicted_label(row.prediction, row.question_type)
+        counts[row.gold, label if label in options or label == nothing else other] += 1
+    golds = sorted({row.gold for row in group})
+    labels = [*golds, *sorted({label for _, label in counts} - {*golds, other, nothing}), other, nothing]
+    labels = [label for label in labels if label in golds or any(counts[gold, label] for gold in golds)]
+    return ("gold / answered", *labels), [(gold, *(counts[gold, label] or "" for label in labels)) for gold in golds]
+
+
+def types_html(summary: Row, rows: Sequence[Scored]) -> str:
+    """A bar a question type and family, then a confusion matrix a type with the commonest answers."""
+    header, lines = types_table(summary["by_type"], summary["by_family"])
+    groups = group_by_type(rows)
+    parts = [*zip(summary["by_type"].values(), groups.values(), strict=True)]
+    parts += zip(summary["by_family"].values(), group_by_family(rows).values(), strict=True)
+    drawn = []
+    for line, (part, group) in zip(lines, parts, strict=True):
+        ended = finish_counts(group)
+        known = len(group) - ended["unknown"]
+        bar = bar_html(part["choice"], {name: part[name] for name in REFERENCES})
+        drawn.append((line[0], bar, *line[1:], f"{ended['length']}/{known}" if known else "-"))
+    header = (header[0], "choice beside the floors", *header[1:], "did not stop")
+    text = table_html((header, drawn), "Accuracy in % by question type, and by family of types")
+    key = "│ chance, ▲ train majority, ▼ test majority; the line across the end of a bar is its 95 % interval."
+    text += f"<p>{key} distinct: different answers given / gold. did not stop: cut at the length limit.</p>"
+    for kind, group in groups.items():
+        _, given = answers_of(group)
+        some = "; ".join(f"{answer[:60]!r} {n}" for answer, n in given.most_common(LISTED))
+        matrix = table_html(confusion_table(group), f"{kind}: rows by gold answer and by what was answered")
+        kind, some = html.escape(kind), html.escape(some)
+        text += f"<details><summary>{kind}: confusion matrix</summary>{matrix}<p>Given: {some}</p></details>"
+    return text
+
+
+def summary_html(name: str, summary: Row, rows: Sequence[Scored]) -> str:
+    """All figures of one run, from its summary and its scored rows with gold."""
+    choice, floors, arms = summary["metrics"]["choice"], summary["baselines"], summary["arms"]
+    beside = ", ".join(f"{line.replace('_', ' ')} {_show(floors[line])}" for line in REFERENCES)
+    notes = filter(None, [borrowing_sentence(arms), left_out_sentence(arms), *arm_sentences(arms)])
+    frames, finish = summary["manifest"].get("frames"), summary["finish"]
+    warnings = [*([FRAMES_DIFFER.format(**frames)] if frames else []), *summary["warnings"]]
+    parts = [
+        f'<h2>{html.escape(name)}</h2><p class="head">choice {_show(choice["accuracy"])} %</p>',
+        f"<p>95 % interval {_show(choice['ci95'])}; {choice['correct']} of {choice['n']} right; floors: {beside}</p>",
+        f"{list_html(notes, 'p')}<ul class=warn>{list_html(warnings)}</ul>",
+    ]
+    if arms:
+        header, lines = arms_table(arms)
+        bars = [bar_html(part["metrics"]["choice"], floors) for part in arms.values()]
+        lines = [(line[0], bar, *line[1:]) for line, bar in zip(lines, bars, strict=True)]
+        parts.append(table_html((("arm", "beside the floors", *header[1:]), lines), "Arms, paired with the first"))
+    parts += [
+        types_html(summary, rows),
+        table_html(reference_table(summary), "choice beside what needs neither speech nor frames, in %"),
+        table_html(metrics_table(summary["metrics"]), "All metrics, in %"),
+        table_html((tuple(finish), [tuple(finish.values())]), "How the answers ended"),
+    ]
+    manifest = json.dumps(summary["manifest"], indent=1, ensure_ascii=False)
+    for title, text in (("The same as text", render_summary(summary)), ("Manifest: hashes, versions, flags", manifest)):
+        parts.append(f"<details><summary>{title}</summary><pre>{html.escape(text)}</pre></details>")
+    return f"<section>{''.join(parts)}</section>"
+
+
+def changes_html(pairs: Row, sides: Sequence[Sequence[Scored]], notes: Sequence[str], warnings: Sequence[str]) -> str:
+    """The paired test of two runs with `notes` on it, and the rows that only one of them has right, as links."""
+    text = f"<section><h2>B against A</h2><ul class=warn>{list_html(warnings)}</ul>"
+    text += table_html(comparison_table(pairs), "Paired over the same rows, in %") + list_html(notes, "p")
+    for title, wanted in (("Right in A alone", (True, False)), ("Right in B alone", (False, True))):
+        graded = ((a, b) for a, b in zip(*sides, strict=True) if a.correct)
+        changed = [key_text(a.key) for a, b in graded if (a.correct["choice"], b.correct["choice"]) == wanted]
+        places = (urllib.parse.quote(key, safe="!*'()", errors="replace") for key in changed)  # as JavaScript does
+        links = "".join(
+            f'<li><a href="#row={place}">{html.escape(key)}</a></li>'
+            for place, key in zip(places, changed, strict=True)
+        )
+        text += f"<details><summary>{title}, by choice: {len(changed)} rows</summary><ul>{links}</ul></details>"
+    return f"{text}</section>"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The report: the page
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def check_pictures(args: argparse.Namespace) -> None:
+    """Raise InputError where --report or --plot cannot be written, a package is missing, or a pattern is wrong."""
+    for flag, ending in (("report", ".html"), ("plot", ".png")):
+        if path := getattr(args, flag):
+            if Path(path).suffix.lower() != ending:
+                raise InputError(f"--{flag} {path}: the name must end in {ending}")
+            check_writable(Path(path), f"--{flag}")
+    needed = {"--embed_media": {"PIL": "pillow", "av": "av"} if args.embed_media else {}}
+    needed["--plot"] = {"matplotlib": "matplotlib"} if args.plot else {}
+    for flag, packages in needed.items():
+        if lacking := [name for module, name in packages.items() if not importlib.util.find_spec(module)]:
+            raise InputError(f"{flag}: needs a package that is not installed: pip install {' '.join(lacking)}")
+    fields = dict.fromkeys((*KEY_FIELDS, "file", "frame", "frame_number", "video"), "")
+    for flag in ("audio_pattern", "frame_pattern"):
+        try:
+            (getattr(args, flag) or "").format(**fields)
+        except (LookupError, ValueError, AttributeError) as error:
+            known = ", ".join(f"{{{name}}}" for name in fields)
+            raise InputError(f"--{flag}: {error} is not a field or not closed; there are {known}") from error
+    for folder in args.runs or [args.checkpoint_path] * bool(args.plot and args.checkpoint_path):
+        read_curves(folder)
+    if args.plot and not (args.runs or args.checkpoint_path or args.score_only or args.compare):
+        raise InputError("--plot: there is no log of training to draw; name its output folder with --runs")
+
+
+def page_row(annotation: Row, answers: Sequence[Row | None], scored: Sequence[Scored | None], media: tuple) -> list:
+    """A row of the page: key, type, question, short and full gold answer (None: no gold), `media` (entries of frames
+    and speech), and for each column None or [text, bits of the metrics that are right (None: no gold), how it ended,
+    whose speech, whose frames]."""
+    cells: list[list[Any] | None] = []
+    for answer, verdict in zip(answers, scored, strict=True):
+        if verdict is None:
+            cells.append(None)
+            continue
+        answer = answer or {}
+        bits = sum(verdict.correct[metric] << i for i, metric in enumerate(METRICS)) if verdict.correct else None
+        ended = f"{verdict.finish_reason}{': ' * ('error' in answer)}{answer.get('error', '')}"
+        cells.append([verdict.prediction, bits, ended, answer.get("audio_of"), answer.get("frames_of")])
+    gold = [annotation.get("short_answer"), annotation.get("answer")]
+    named = [key_text(row_key(annotation)), annotation["question_type"], annotation["question"]]
+    return [*named, *gold, *media, cells]
+
+
+def write_report(
+    args: argparse.Namespace,
+    annotations: Sequence[Row],
+    answers: Mapping[str, Mapping[Key, Row]],
+    summaries: Mapping[str, Row],
+    flags: Mapping[str, Any],
+    changes: str = "",
+) -> None:
+    """Write the page of --report, and the picture of --plot.
+
+    Args:
+        answers: by column (arm, or side of a comparison) the rows with their answers; the first columns are those of
+            `summaries`.
+        flags: where media lie, as in PageMedia.
+        changes: from `changes_html`.
+    """
+    trained = (summary["manifest"].get("flags", {}).get("checkpoint_path") for summary in summaries.values())
+    runs = draw_curves(args, trained)
+    if not args.report:
+        return
+    media = PageMedia(args.report, flags)
+    left_out = {arm: set(part["left_out"]) for summary in summaries.values() for arm, part in summary["arms"].items()}
+    scored = {}
+    for name, rows in answers.items():
+        asked = [row for row in annotations if key_text(row_key(row)) not in left_out.get(name, ())]
+        scored[name] = {row.key: row for row in score_rows(asked, rows)}
+    rows = []
+    for annotation in annotations:
+        key = row_key(annotation)
+        columns = [part.get(key) for part in answers.values()], [part.get(key) for part in scored.values()]
+        own = {name: value for row in reversed(columns[0][: len(summaries)]) for name, value in (row or {}).items()}
+        rows.append(page_row(annotation, *columns, media.of_row(annotation, own)))
+    notes = shared_recordings([row for row in rows if row[6] is not None and media.files[row[6]]])
+    if args.embed_media:
+        media.embed()
+        if not has_opus():
+            notes.append("speech is embedded as WAV: this PyAV has no Opus encoder")
+    if missing := sum(link is None for _, link in media.entries):
+        notes.append(f"{missing} frames or recordings are missing; see --frames_dir and --audio_dir")
+    data = {"columns": list(answers), "metrics": METRICS, "families": FAMILIES, "media": media.entries, "rows": rows}
+    figures = changes
+    for (name, summary), path in zip(summaries.items(), args.compare or [args.output_file], strict=True):
+        graded = [row for row in scored[name].values() if row.correct]
+        figures += summary_html(f"{name}: {path}", summary, graded)
+    figures += f"<section><h2>Training</h2>{curves_svg(runs)}</section>" if runs else ""
+    page = string.Template(PAGE).substitute(
+        title=html.escape(" and ".join(Path(name).name for name in args.compare or [args.output_file])),
+        notes=list_html(notes),
+        figures=figures,
+        islands="".join(media.islands[index] for index in sorted(media.islands)),
+        data=json.dumps(data, ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c"),
+    )
+    replace_file(
+        Path(args.report), page.encode("utf-8", "replace"), "make room, then --score_only --report writes the page"
+    )
+    print(f"Report: {args.report}")
+
+
+def shared_recordings(rows: Sequence[list]) -> list[str]:
+    """A line where one recording is played for questions in different words; `rows` of the page, with speech."""
+    words = defaultdict(set)
+    for row in rows:
+        words[row[6]].add(normalise(row[2]))
+    shared = [row for row in rows if len(words[row[6]]) > 1]
+    what = f"{len(shared)} rows play a recording that also serves a question in other words"
+    return [f"{what}, e.g. {shared[0][0]}; see --audio_pattern"] if shared else []
+
+
+# All text of the data reaches the page as escaped HTML or as JSON that the script sets as text, never as markup; the
+# policy keeps the page from any other place than its own folder's media.
+PAGE = r"""<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; script-src 'unsafe-inline';
+ style-src 'unsafe-inline'; img-src 'self' file: data:; media-src 'self' file: data:">
+<title>$title</title><style>
+body{font:16px/1.45 system-ui,sans-serif;color:#1a1a1a;background:#fff;margin:0 auto;max-width:76rem;padding:0 1rem}
+h1{font-size:1.3rem}h2{font-size:1.15rem;border-top:2px solid #777;padding-top:.6rem}.head{font-size:2rem;margin:0}
+table{border-collapse:collapse;margin:.8rem 0;font-size:.87rem}caption{text-align:left;font-weight:600}
+.wide{overflow-x:auto}th,td{border-bottom:1px solid #ccc;padding:.15rem .5rem;text-align:right;white-space:nowrap}
+th:first-child{text-align:left}pre{overflow:auto;max-height:30rem;font-size:.8rem}
+.warn li,.bad{color:#a1160c}.ok{color:#155f32}.warn:empty{display:none}
+.bar{width:210px;height:22px}.bar rect{fill:#8fb8e0}.ci{stroke:#000;stroke-width:1.5;fill:none}.axis{stroke:#777}
+.chance{stroke:#7a0f87;stroke-width:2}.train_majority,.test_majority{fill:#8a3a00}.test_majority{fill:#0b5c3a}
+.panels{display:flex;flex-wrap:wrap;gap:.5rem}.panels svg{width:300px;height:160px;font-size:11px}.end{text-anchor:end}
+.panels path{stroke:#777;fill:none}.panels polyline{fill:none;stroke-width:2}a,summary{color:#0b4a8f}
+#rows{display:grid;grid-template-columns:minmax(16rem,24rem) 1fr;gap:1rem}#rows>*{min-width:0}
+@media(max-width:50rem){#rows{grid-template-columns:1fr}}
+#list{width:100%;font-size:.85rem}label{display:block;font-size:.85rem;margin:.25rem 0}select,input,button{font:inherit}
+#filters select,#search{width:100%;box-sizing:border-box}#frame{max-width:100%;background:#eee}
+#answers td,#answers th{text-align:left;vertical-align:top}#answers td:nth-child(2){width:100%}
+#answers td:nth-child(2),#answers td:last-child{white-space:normal;overflow-wrap:anywhere}
+h4,#row p{margin:.6rem 0 .2rem}
+.text{white-space:pre-wrap;overflow-wrap:anywhere;max-height:14rem;overflow:auto;min-width:12rem;unicode-bidi:isolate}
+:focus-visible{outline:3px solid #b35900;outline-offset:1px}
+</style></head><body><a href="#rows">To the rows</a><main><h1>$title</h1><ul class="warn" id="notes">$notes</ul>$figures
+<section><h2>Every row</h2><p>← and → go to the row before and after. The address of this page then names the row.</p>
+<div id="rows"><div id="filters"><label>Type or family <select id="type"></select></label>
+<label>Answers of <select id="column"></select></label><label>Metric <select id="metric"></select></label>
+<label>Verdict <select id="verdict"></select></label><label>Search <input id="search" type="search"></label>
+<p id="count" role="status"></p><select id="list" size="16" aria-label="Rows"></select></div>
+<article id="row"><h3 id="key" aria-live="polite"></h3>
+<div id="clip"><img id="frame" alt=""><p id="caption"></p>
+<button id="back">‹ frame</button> <button id="play">Play frames</button> <button id="next">frame ›</button></div>
+<p id="speech"></p><h4>Question</h4><div class="text" id="question" dir="auto"></div><h4>Gold answer</h4>
+<div class="text" id="gold" dir="auto"></div><div class="wide"><table id="answers"></table></div>
+</article></div></section></main>
+$islands
+<script type="application/json" id="data">$data</script>
+<script>
+"use strict";
+const at = id => document.getElementById(id), data = JSON.parse(at("data").textContent);
+const {rows, columns, metrics} = data;
+const VERDICTS = {all: "all rows", right: "right", wrong: "wrong", gained: "right, and wrong in " + columns[0],
+  lost: "wrong, and right in " + columns[0], cut: "did not stop by itself", none: "no answer", ungraded: "no gold"};
+const make = (tag, text, more) => Object.assign(document.createElement(tag), {textContent: text}, more);
+const MARKS = {true: ["✓", "right", "ok"], false: ["✗", "wrong", "bad"], null: ["·", "no gold", ""]};
+function right(row, column, metric) {
+  const bits = row[7][column] ? row[7][column][1] : null;
+  return bits === null ? null : !!(bits >> metric & 1);
+}
+let shown = [], current = null, frame = 0, timer = null;
+
+function choices(id, pairs) { at(id).replaceChildren(...pairs.map(([value, text]) => make("option", text, {value}))); }
+function passes(row) {
+  const column = +at("column").value, metric = +at("metric").value, cell = row[7][column];
+  const good = right(row, column, metric), before = right(row, 0, metric);
+  const verdict = at("verdict").value, type = at("type").value, words = at("search").value.toLowerCase();
+  if (type && row[1] !== type && family(row[1]) !== type.slice(1)) return false;
+  if (words && !row.text.includes(words)) return false;
+  if (verdict === "all") return true;
+  if (!cell) return false;
+  return {right: good === true, wrong: good === false, gained: good === true && before === false,
+    lost: good === false && before === true, cut: cell[2] === "length", none: cell[0] === null,
+    ungraded: good === null}[verdict];
+}
+const family = type => Object.keys(data.families).find(name => data.families[name].includes(type)) || "other";
+function filter() {
+  shown = rows.filter(passes);
+  const column = +at("column").value, metric = +at("metric").value;
+  const line = row => MARKS[right(row, column, metric)][0] + " " + row[1] + ": " + row[2].slice(0, 100);
+  at("list").replaceChildren(...shown.map(row => make("option", line(row))));
+  at("count").textContent = shown.length + " of " + rows.length + " rows";
+  at("list").selectedIndex = shown.indexOf(current);
+}
+function link(media) { return media[1] === 1 ? "data:" + at("m" + data.media.indexOf(media)).textContent : media[1]; }
+function missing(name) { return "missing: " + name; }
+function flip(by) {
+  const clip = current[5];
+  at("clip").hidden = false;
+  for (const id of ["back", "play", "next"]) at(id).disabled = clip.length < 2;
+  at("frame").removeAttribute("src");
+  at("frame").hidden = !clip.length;
+  if (!clip.length) { at("caption").textContent = "no frames are named"; return; }
+  frame = (frame + by + clip.length) % clip.length;
+  const media = data.media[clip[frame]], where = "frame " + (frame + 1) + " of " + clip.length + ", " + media[0];
+  at("frame").alt = media[1] ? where : missing(media[0]);
+  at("caption").textContent = media[1] ? where : missing(media[0]) + " (" + where + ")";
+  at("frame").onerror = () => { at("caption").textContent = missing(where); };
+  if (media[1]) at("frame").src = link(media);
+}
+function stop() { clearInterval(timer); timer = null; at("play").textContent = "Play frames"; }
+function toRow(label, key) {
+  const known = rows.some(row => row[0] === key), text = label + " " + key;
+  return known ? make("a", text, {href: "#row=" + encodeURIComponent(key)}) : make("span", text);
+}
+function answers() {
+  const head = make("tr", ""), table = at("answers");
+  for (const name of ["from", "answer", ...metrics, "ended"]) head.append(make("th", name, {scope: "col"}));
+  table.replaceChildren(make("caption", "Answers and verdicts"), head);
+  columns.forEach((name, column) => {
+    const line = make("tr", ""), cell = current[7][column], said = make("td", "");
+    line.append(make("th", name, {scope: "row"}), said);
+    table.append(line);
+    if (!cell) { said.textContent = "not asked"; return; }
+    said.append(make("div", cell[0] ?? "no answer", {className: cell[0] === null ? "bad" : "text", dir: "auto"}));
+    metrics.forEach((_, metric) => {
+      const [mark, text, className] = MARKS[right(current, column, metric)];
+      line.append(make("td", mark + " " + text, {className}));
+    });
+    if (cell[3]) said.append(toRow("speech of", cell[3]));
+    if (cell[4]) said.append(toRow("frames of", cell[4]));
+    line.append(make("td", cell[2]));
+  });
+}
+function show(row) {
+  current = row; frame = 0; stop();
+  at("key").textContent = row[0];
+  at("question").textContent = row[2];
+  at("gold").textContent = row[3] === null ? "no gold" : row[3] + "\n" + row[4];
+  flip(0);
+  const media = row[6] === null ? null : data.media[row[6]];
+  at("speech").replaceChildren(!media ? "no speech is named" : !media[1] ? missing(media[0]) :
+    make("audio", "", {controls: true, preload: "none", src: link(media), title: media[0],
+      onerror: () => at("speech").replaceChildren(missing(media[0]))}));
+  answers();
+  at("list").selectedIndex = shown.indexOf(row);
+}
+function go(row) { if (row && row !== current) location.hash = "row=" + encodeURIComponent(row[0]); }
+function step(by) {
+  const here = shown.indexOf(current);
+  go(shown[here < 0 ? 0 : Math.min(shown.length - 1, Math.max(0, here + by))]);
+}
+function follow() {
+  const row = rows.find(row => location.hash === "#row=" + encodeURIComponent(row[0]));
+  if (row) { show(row); at("rows").scrollIntoView(); } else if (!current && rows.length) show(rows[0]);
+}
+for (const row of rows) row.text = row.slice(0, 5).concat(row[7].map(cell => cell && cell[0])).join("\n").toLowerCase();
+const types = [...new Set(rows.map(row => row[1]))].sort(), families = [...new Set(types.map(family))];
+choices("type", [["", "all"], ...families.map(name => ["=" + name, "family: " + name]), ...types.map(x => [x, x])]);
+choices("column", columns.map((name, i) => [i, name]));
+choices("metric", metrics.map((name, i) => [i, name]));
+choices("verdict", Object.entries(VERDICTS));
+for (const id of ["type", "column", "metric", "verdict"]) at(id).onchange = filter;
+at("search").oninput = filter;
+at("list").onchange = () => go(shown[at("list").selectedIndex]);
+at("back").onclick = () => { stop(); flip(-1); };
+at("next").onclick = () => { stop(); flip(1); };
+at("play").onclick = () => {
+  if (timer) return stop();
+  timer = setInterval(flip, 300, 1);
+  at("play").textContent = "Stop";
+};
+document.onkeydown = event => {
+  const by = {ArrowLeft: -1, ArrowRight: 1}[event.key];
+  const busy = event.altKey || event.ctrlKey || event.metaKey || event.target.matches("input, audio, label select");
+  if (!by || busy) return;
+  event.preventDefault();
+  step(by);
+};
+window.onhashchange = follow;
+filter();
+follow();
+</script></body></html>
+"""
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Command line
 # ---------------------------------------------------------------------------------------------------------------------
 
@@ -2873,7 +3611,8 @@ def build_parser() -> argparse.ArgumentParser:
         usage="%(prog)s [--flag value ...]  (all flags: --help)",
         allow_abbrev=False,
     )
-    data, model, answers = (parser.add_argument_group(title).add_argument for title in ("data", "model", "answers"))
+    titles = ("data", "model", "answers", "pictures")
+    data, model, answers, page = (parser.add_argument_group(title).add_argument for title in titles)
     switch = {"action": "store_true"}
     # fmt: off
     data("--eval_data_path", help="JSONL in the REAL-Colon-VQA schema; its rows are the denominator")
@@ -2951,6 +3690,15 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--score_only", **switch, help="score the predictions in --output_file; no model")
     parser.add_argument("--compare", nargs=2, metavar=("A", "B"), help="two files of rows or predictions; print "
                         "their paired differences. Predictions without video_id or gold answers need --eval_data_path")
+    page("--report", metavar="X.html", help="write a page with all figures, and every row with its frames, speech and "
+         "answers. It links the files of the rows, or those found below --frames_dir and --audio_dir. Also with "
+         "--score_only and --compare")
+    page("--embed_media", **switch, help="put frames, as small JPEGs, and speech, as Opus, into the page of --report, "
+         "which then shows them anywhere; needs pillow and av")
+    page("--plot", metavar="X.png", help="draw the curves of training as a picture; needs matplotlib. Without "
+         "--output_file and --compare that is all that is done, and --runs must be given")
+    page("--runs", nargs="+", metavar="DIR", help="output folders of training, or checkpoints, whose curves go into "
+         "--report and --plot. None: that of --checkpoint_path")
     # fmt: on
     return parser
 
@@ -2970,6 +3718,10 @@ def parse_arguments(parser: argparse.ArgumentParser, argv: Sequence[str]) -> arg
     return args
 
 
+# Of what a page shows beside the figures; without a model these flags do something only where there is a --report.
+REPORT_FLAGS = ("embed_media", "frames_dir", "audio_dir", "frame_pattern", "audio_pattern")
+
+
 def parse_checked(argv: Sequence[str] | None) -> argparse.Namespace:
     """The flags; those that are missing, or have no effect in the mode asked for, end the process with status 2."""
     parser = build_parser()
@@ -2978,18 +3730,23 @@ def parse_checked(argv: Sequence[str] | None) -> argparse.Namespace:
     needed = ["eval_data_path", "output_file"] + ["frames_dir"] * (not args.score_only)
     needed = ["frames"] if asking else needed
     lacking = [f"--{name}" for name in needed if not getattr(args, name)]
-    if lacking and not args.compare:
+    only_plot = args.plot and args.runs and not (args.compare or args.output_file)
+    if lacking and not (args.compare or only_plot):
         parser.error(f"{', '.join(lacking)} must be given (without a model: --score_only or --compare)")
-    mode = "compare" if args.compare else "score_only" if args.score_only else "ask" if asking else "eval_data_path"
+    modes = {"compare": args.compare, "score_only": args.score_only, "ask": asking, "plot": only_plot}
+    mode = next((mode for mode, chosen in modes.items() if chosen), "eval_data_path")
     used = {
-        "compare": ["compare", "eval_data_path"],
-        "score_only": ["score_only", *needed, "train_data_path", "limit"],
+        "compare": ["compare", "eval_data_path", "report", "plot"],
+        "score_only": ["score_only", *needed, "train_data_path", "limit", "report", "plot"],
         "ask": ASK_FLAGS,
-        "eval_data_path": vars(args).keys() - {"frames"},
+        "plot": ["plot"],
+        "eval_data_path": vars(args).keys() - {"frames", "runs", "embed_media"},
     }
+    pictures = ["runs"] * bool(args.report or args.plot) + [*REPORT_FLAGS] * bool(args.report)
     given = [name for name, value in vars(args).items() if value != parser.get_default(name)]
-    if idle := [f"--{name}" for name in given if name not in used[mode]]:
-        parser.error(f"{', '.join(idle)}: no effect with --{mode}; leave it out")
+    if idle := [f"--{name}" for name in given if name not in (*used[mode], *pictures)]:
+        lacks = "without --report" if set(idle) <= {"--runs", "--embed_media"} else f"with --{mode}"
+        parser.error(f"{', '.join(idle)}: no effect {lacks}; leave it out")
     return args
 
 
@@ -3030,8 +3787,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         return follow(argv)
     args = parse_checked(argv)
     try:
+        check_pictures(args)
+        if args.plot and not (args.compare or args.output_file):
+            draw_curves(args, ())
+            return 0
         if args.compare:
-            return compare(args.compare, args.eval_data_path)
+            return compare(args)
         return score_only(args) if args.score_only else generate(args)
     except KeyboardInterrupt:  # while torch is imported, or without a model
         print("\nStopped by SIGINT: run the same command again", file=sys.stderr)

@@ -4808,9 +4808,12 @@ class VQATrainer(Trainer):
             shutil.rmtree(part, ignore_errors=True)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Omit `train_loss` after a resume: the Trainer would average over the steps since then only."""
+        """Add speed and memory to a loss. Omit `train_loss` after a resume: the Trainer would average over the steps
+        since then only."""
         if self.guard.resumed:
             logs.pop("train_loss", None)
+        if "loss" in logs:
+            logs |= self.guard.pace()
         super().log(logs, start_time)
 
     def get_batch_samples(self, *args, **kwargs):
@@ -4999,6 +5002,7 @@ class RunGuard(TrainerCallback):
         self.stepping = False  # the optimizer is changing the weights
         self.evaluation_due = False  # a signal cut one short
         self.unlogged_loss = (0.0, 0)  # the sum of losses since the last log, and the step of that log
+        self.samples, self.seconds, self.since = 0, 0.0, time.monotonic()  # of training, since the last log
 
     def resume(self, checkpoint: Path | None) -> None:
         """Read where `checkpoint` stood; VQAError where that, or the Trainer's state, cannot be read."""
@@ -5021,6 +5025,13 @@ class RunGuard(TrainerCallback):
     def last_checkpoint(self) -> str:
         """Which one there is to resume from, in words."""
         return f"the last complete checkpoint is {self.saved}" if self.saved else "there is no checkpoint yet"
+
+    def pace(self) -> dict[str, float]:
+        """Samples a second since the last call, evaluations and saves not counted, and the GPU memory in GiB that the
+        allocator holds: training's peak, for between steps it gives nothing back."""
+        speed = {"samples_per_second": self.samples / self.seconds} if self.seconds else {}
+        self.samples, self.seconds = 0, 0.0
+        return speed | ({"gpu_memory_gib": torch.cuda.memory_reserved() / GIB} if torch.cuda.is_available() else {})
 
     def on_step_begin(self, args, state, control, **kwargs):
         """The checkpoint is loaded; later errors are not its."""
@@ -5054,6 +5065,7 @@ class RunGuard(TrainerCallback):
         if self.evaluation_due:
             self.evaluation_due = False
             keep_best(args, state, trainer.evaluate(), kwargs["lr_scheduler"], self.saved)
+        self.since = time.monotonic()
         stopped_early = stopping.early_stopping_patience_counter >= stopping.early_stopping_patience
         self.already_finished = control.should_training_stop = stopped_early or state.global_step >= state.max_steps
 
@@ -5084,6 +5096,9 @@ class RunGuard(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs):
         """After a signal: save and stop; where the epoch ends with this step, what is due then comes first."""
         self.stepping = False
+        now = time.monotonic()
+        self.samples += sum(len(rows) for rows, *_ in self.trainer.batches) * args.world_size
+        self.seconds, self.since = self.seconds + now - self.since, now
         self.trainer.batches = []
         if self.trainer.stop_signal.agree():
             control.should_training_stop = True
@@ -5100,6 +5115,10 @@ class RunGuard(TrainerCallback):
         """Between two batches of an evaluation."""
         self.heed_signal()
 
+    def on_evaluate(self, args, state, control, **kwargs):
+        """Training goes on: only now does its clock."""
+        self.since = time.monotonic()
+
     def heed_signal(self) -> None:
         """After a signal an evaluation ends at once; it is made up for when the run is resumed."""
         if signum := self.trainer.stop_signal.agree():
@@ -5114,6 +5133,7 @@ class RunGuard(TrainerCallback):
         by_first(args, self.complete, folder, progress)
         self.saved, self.saved_step, trainer.saving = folder, state.global_step, False
         control.should_training_stop |= bool(trainer.stop_signal.agree())
+        self.since = time.monotonic()
 
     def complete(self, folder: Path, progress: dict) -> None:
         """Write the last files of a checkpoint, its manifest at the end; then those beyond --save_total_limit go, but

@@ -151,6 +151,8 @@ def test_rows_and_summary_of_a_run(evaluate, trained):
         "ground_truth": "Yes, NBI light is on in these frames.",
         "short_answer": "yes",
         "predicted_answer": "",
+        "question_id": "qa_000101",
+        "exact_match": 0,
         "correct": False,
         "strict_correct": False,
         "choice_correct": False,
@@ -159,6 +161,7 @@ def test_rows_and_summary_of_a_run(evaluate, trained):
         "n_tokens": 4,
         "input_mode": "audio",
         "audio_file": str(FIXTURES / "audio" / "fx-001_qa_000101_nbi_status.wav"),
+        "frames": [str(FIXTURES / "frames" / "fx-001" / f"fx-001_{number}.jpg") for number in (1204, 1220)],
         "media_sha256": "",
     }
     assert (result.summary["n_total"], result.summary["finish"]["length"]) == (2, 2)

@@ -551,6 +551,25 @@ def test_fewer_than_half_of_the_options_is_mode_collapse():
     assert ev.collapse_warnings(scored(rows, ["left", "up", "down", "left"] * 5)) == []
 
 
+def test_families_are_rows_of_the_table_and_of_the_summary():
+    kinds = ("scope_motion", "nbi_status", "scope_motion_type", "blue_dye_presence", "scope_motion")
+    shorts = ("yes", "no", "advancing", "no", "no")
+    rows = [make_row(i, kind, short) for i, (kind, short) in enumerate(zip(kinds, shorts, strict=True))]
+    training = {"majority": {"scope_motion": "no", "scope_motion_type": "advancing"}, "warnings": []}
+    found = scored(rows, ["yes", "no", "advancing", "yes", "yes"])
+    summary = ev.summarise(rows, found, manifest={"training": training})
+    assert list(summary["by_family"]) == ["static scene", "motion", "other"]
+    motion = summary["by_family"]["motion"]
+    assert (motion["types"], motion["n"]) == (["scope_motion", "scope_motion_type"], 3)
+    assert motion["choice"] == ev.accuracy([found[i] for i in (0, 2, 4)], "choice") and motion["choice"]["correct"] == 2
+    assert [motion[line] for line in ev.REFERENCES] == [pytest.approx(share) for share in (2 / 3, 2 / 3, 2 / 3)]
+    _, cells = ev.types_table(summary["by_type"], summary["by_family"])
+    assert [row[0] for row in cells[-3:]] == ["[static scene]", "[motion]", "[other]"]
+    assert cells[-2] == ("[motion]", 3, 2 / 3, "21-94", "", *(motion[line] for line in ev.REFERENCES))
+    assert "\n[motion]" in ev.render_summary(summary)
+    assert {kind for kinds in ev.FAMILIES.values() for kind in kinds} < set(ev.CLOSED_ANSWERS)
+
+
 def test_constant_answers_are_one_warning_and_none_where_gold_is_lopsided():
     kinds = ("scope_motion", "flush_action", "scope_outside")
     rows = [row for kind in kinds for row in balanced_rows(20, kind=kind)]
@@ -559,7 +578,7 @@ def test_constant_answers_are_one_warning_and_none_where_gold_is_lopsided():
     (warning,) = ev.collapse_warnings(found)
     assert warning.startswith("mode collapse in 3 of 4 question types") and all(kind in warning for kind in kinds)
     assert "lesion_motion_direction" not in warning
-    header, cells = ev.types_table(ev.summarise(rows + lopsided, found)["by_type"])
+    header, cells = ev.types_table(ev.summarise(rows + lopsided, found)["by_type"], {})
     distinct = {row[0]: row[header.index("distinct")] for row in cells}
     assert distinct == {"lesion_motion_direction": "1/5", **dict.fromkeys(kinds, "1/2")}
 
@@ -865,6 +884,10 @@ def test_answer_row():
     assert list(row.items()) == [
         *(("id", "q1"), ("video_id", "v1"), ("question_type", "scope_motion"), ("question", "About scope_motion?")),
         *(("ground_truth", "No, it rests."), ("short_answer", "no"), ("predicted_answer", "normal")),
+        *(
+            ("question_id", "q1"),
+            ("exact_match", 1),
+        ),  # as in the files of the public scripts, where it is by `contains`
         *(("correct", True), ("strict_correct", False), ("choice_correct", False), ("token_correct", False)),
         *given.items(),
     ]
