@@ -2155,6 +2155,9 @@ def answer_and_score(args: argparse.Namespace, stop: Any) -> int:
     target = summary_path(args.output_file)
     vqa.limit_gpu_memory(args.gpu_memory_limit_gib or None)
     device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+    if args.checkpoint_path:
+        folder = vqa.resolve_model_dir(args.checkpoint_path, weights=True, flag_name="--checkpoint_path")
+        args.checkpoint_path = str(folder)
     chosen = choose_model(args, device)
     modes = choose_arms(args, chosen.inputs.input_mode)
     main_arm, *_ = modes
@@ -2552,8 +2555,8 @@ def build_parser() -> argparse.ArgumentParser:
          "are equal. False: an error")
     data("--allow_symlinks", **switch, help="links may lead out of --frames_dir and --audio_dir")
 
-    model("--checkpoint_path", help="adapter or full model: final folder, checkpoint-N or merged model. None: the base "
-          "model, zero-shot")
+    model("--checkpoint_path", help="adapter or full model: final folder, checkpoint-N or merged model, or its hub id "
+          "(user/repo, user/repo@revision). None: the base model, zero-shot")
     model("--model_name_or_path", help="base model. None: the base of the adapter, or without --checkpoint_path the "
           "published model")
     model("--input_mode", choices=(*INPUT_MODES, *PUBLIC_MODES), help="how the question reaches the model. None: as in "

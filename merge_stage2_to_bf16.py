@@ -30,7 +30,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     """The flags; an unknown or abbreviated one ends the process with status 2."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
     parser.add_argument("--stage1_model_path", required=True, help="folder or hub id of the base model")
-    parser.add_argument("--stage2_adapter_path", help="folder of the adapter. None: only convert the base")
+    parser.add_argument("--stage2_adapter_path", help="folder or hub id of the adapter. None: only convert the base")
     parser.add_argument("--output_path", required=True, type=Path, help="folder to be made; must not exist")
     parser.add_argument("--audio_encoder", help="Whisper for a plain Qwen2-VL. None: as the adapter's settings say")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of the merged weights")
@@ -169,9 +169,9 @@ def write_merged(
         identity = vqa.fingerprint(model)
         if settings:
             write_settings(settings, output, args.dtype, identity, partial)
+            (partial / vqa.CARD_FILE).write_text(vqa.model_card(settings), encoding="utf-8")
         vqa.write_digests(partial, vqa.read_digests(base, args.stage2_adapter_path))
-        for path in [*partial.iterdir(), partial]:  # a power cut must not leave a finished name on truncated files
-            vqa.sync(path)
+        vqa.write_manifest(partial)  # a power cut must not leave a finished name on truncated files
         vocab = model.processor.tokenizer.get_vocab()
         model.to("meta")  # two models at a time may not fit
         check_written(partial, vocab, dtype, device, identity, logits)
@@ -190,6 +190,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise vqa.VQAError(f"--output_path {output}: is there already; name a new folder, or remove it")
     device = pick_device(args.device)
     adapter = args.stage2_adapter_path
+    if adapter:
+        adapter = str(vqa.resolve_model_dir(adapter, weights=True, flag_name="--stage2_adapter_path"))
+        args.stage2_adapter_path = adapter
     if adapter and not (Path(adapter) / "adapter_config.json").is_file():
         raise vqa.VQAError(f"{adapter}: holds no adapter (adapter_config.json, adapter_model.safetensors)")
     changes = {"model_name_or_path": args.stage1_model_path}
