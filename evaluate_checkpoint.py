@@ -11,8 +11,8 @@ with the standard library alone:
 
 Does it hear, does it see? Add `--arms mismatched_audio,silent_audio,mismatched_frames,black_frames`.
 `X.jsonl` gets one row a sample, `X.summary.json` the figures. docs/EVAL_STRATEGY.md explains every figure.
-Exit status: 0 all rows answered, 1 some rows failed (they count as wrong), 2 nothing was measured, 143, 130 or 129
-stopped by SIGTERM, SIGINT or SIGHUP (the same command continues).
+Exit status: 0 all rows answered, 1 some rows failed (they count as wrong) or --push_results did, 2 nothing was
+measured, 143, 130 or 129 stopped by SIGTERM, SIGINT or SIGHUP (the same command continues).
 """
 
 import argparse
@@ -1648,6 +1648,8 @@ def unlike_warnings(paths: Sequence[str], sides: Sequence[Mapping[Key, Row]]) ->
 
 def compare(paths: Sequence[str], eval_data_path: str | None = None) -> int:
     """Print the paired differences B - A of two files over the same data, and what else differs. Returns status 0."""
+    if absent := [path for path in paths if not Path(path).is_file()]:
+        raise InputError(f"--compare {absent[0]}: no such file; rows are compared (X.jsonl), and none are on the hub")
     annotations, sides = read_pair(paths, eval_data_path)
     scored_a, scored_b = (score_rows(annotations, rows) for rows in sides)
     pairs = {metric: paired_comparison(scored_a, scored_b, metric) for metric in METRICS}
@@ -2479,6 +2481,59 @@ def run_record(args: argparse.Namespace, chosen: ModelChoice, inputs: ArmInputs,
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Sharing figures
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def figures_for_hub(summary: Row, data: Path, digest: str) -> list[Any]:
+    """The metrics of a summary as huggingface_hub's EvalResults, each with its interval; floors beside the headline."""
+    from huggingface_hub import EvalResult
+
+    of_data = {"task_type": "visual-question-answering", "dataset_type": data.stem, "dataset_name": data.name}
+    of_data["dataset_args"] = {"sha256": digest, "rows": summary["n_total"]}
+    results = []
+    for metric, part in summary["metrics"].items():
+        told = {"ci95": part["ci95"], "n": part["n"]} | (summary["baselines"] if metric == METRICS[0] else {})
+        kind = {"metric_type": "accuracy", "metric_name": metric, "metric_args": told}
+        results.append(EvalResult(**of_data, **kind, metric_value=part["accuracy"]))
+    return results
+
+
+def push_results(args: argparse.Namespace, summary: Row | None = None) -> None:
+    """Put the figures of `summary` into the card of --push_results, in place of those of the same file, and the page of
+    --report beside it, in one commit. None: only find out whether that can be done. InputError where it cannot."""
+    load_libraries()
+    from huggingface_hub import CommitOperationAdd, HfApi, ModelCard
+
+    repo, _, revision = args.push_results.partition("@")
+    at, api, data = {"revision": revision or None}, HfApi(), Path(args.eval_data_path)
+    what, advice = "its card cannot be had", "upload the model first, or check name, network and token"
+    if summary:
+        what, advice = "nothing was uploaded", "--score_only --push_results tries again"
+    report, page = getattr(args, "report", None), f"results/{data.stem}.html"
+    try:
+        with vqa.naming_hub_errors(f"--push_results {repo}: {what}", advice):
+            card = ModelCard(Path(api.hf_hub_download(repo, vqa.CARD_FILE, **at)).read_text(encoding="utf-8"))
+            if summary is None:
+                vqa.open_repo(repo, **at)
+                return
+            kept = [old for old in card.data.eval_results or () if old.dataset_name != data.name]
+            card.data.eval_results = kept + figures_for_hub(summary, data, sha256_file(data))
+            card.data.model_name = card.data.model_name or repo
+            intro, _, sections = card.text.partition(vqa.CARD_RESULTS)
+            others = [part.strip() for part in sections.split("\n### ")[1:] if part.partition("\n")[0] != data.name]
+            link = f"\n\n[Every row]({page})" * bool(report)
+            others.append(f"{data.name}\n\n{textwrap.indent(render_summary(summary), '    ')}{link}")
+            card.text = "\n\n### ".join([intro + vqa.CARD_RESULTS, *others]) + "\n"
+            files = {vqa.CARD_FILE: str(card).encode()} | ({page: report} if report else {})
+            operations = [CommitOperationAdd(name, content) for name, content in files.items()]
+            commit = api.create_commit(repo, operations, commit_message=f"Results of {data.name}", **at)
+    except vqa.VQAError as error:
+        raise InputError(str(error)) from error
+    print(f"Uploaded {' and '.join(files)}: {commit.commit_url}")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Command line
 # ---------------------------------------------------------------------------------------------------------------------
 
@@ -2594,6 +2649,9 @@ def build_parser() -> argparse.ArgumentParser:
             "mode and the data. None: the input mode alone")
     answers("--seed", type=int, default=0, help="for borrowed speech and frames, shuffled frames and --init random")
 
+    parser.add_argument("--push_results", metavar="USER/REPO", help="add the figures to the model card of this repo on "
+                        "the Hugging Face hub (user/repo, user/repo@branch), and the page of --report; never rows, "
+                        "frames or speech. The token is that of HF_TOKEN or of `hf auth login`")
     parser.add_argument("--score_only", **switch, help="score the predictions in --output_file; no model")
     parser.add_argument("--compare", nargs=2, metavar=("A", "B"), help="two files of rows or predictions; print "
                         "their paired differences. Predictions without video_id or gold answers need --eval_data_path")
@@ -2626,13 +2684,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(f"{', '.join(lacking)} must be given (without a model: --score_only or --compare)")
     mode = "compare" if args.compare else "score_only" if args.score_only else None
     used = ["compare", "eval_data_path"] if args.compare else ["score_only", *needed, "train_data_path", "limit"]
+    used += ["push_results"] * (not args.compare)
     idle = [name for name, value in vars(args).items() if value != parser.get_default(name) and name not in used]
     if mode and idle:
         parser.error(f"{', '.join(f'--{name}' for name in idle)}: no effect with --{mode}; leave it out")
+    measured = False
     try:
         if args.compare:
             return compare(args.compare, args.eval_data_path)
-        return score_only(args) if args.score_only else generate(args)
+        if args.push_results:
+            push_results(args)
+        status = score_only(args) if args.score_only else generate(args)
+        measured = status < 2
+        if args.push_results and measured:
+            push_results(args, json.loads(summary_path(args.output_file).read_bytes()))
+        return status
     except KeyboardInterrupt:  # while torch is imported, or without a model
         print("\nStopped by SIGINT: run the same command again", file=sys.stderr)
         return 128 + signal.SIGINT
@@ -2642,7 +2708,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             flags = [f" (--{name})" for name, value in vars(args).items() if value == error.filename]
             message = f"{error.filename}{''.join(flags)}: {error.strerror}"
     print("\n".join(f"{parser.prog}: error: {line}" for line in message.splitlines()), file=sys.stderr)
-    return 2
+    return 1 if measured else 2
 
 
 if __name__ == "__main__":

@@ -705,6 +705,8 @@ class VQATrainingArguments(OfferedArguments):
                 raise ValueError("--warmup_ratio and --warmup_steps say the same; leave one of them out")
             self.warmup_steps = self.warmup_ratio  # transformers takes a number below 1 for the share
         super().__post_init__()
+        if "trackio" in self.report_to and not self.run_name:  # else the evaluation at the end is a run of its own
+            self.run_name = f"{Path(self.output_dir).name}-{time.strftime('%Y%m%d-%H%M%S')}"
 
     @property
     def compute_dtype(self) -> torch.dtype:
@@ -912,6 +914,9 @@ def refuse_surroundings(flags: SimpleNamespace, args: VQATrainingArguments) -> N
         raise VQAError(f"--report_to {' '.join(absent)}: no such package is installed; install it, or drop the flag")
     if args.save_strategy == "best" and args.metric_for_best_model is None:
         raise VQAError("--save_strategy best: say by what, such as --metric_for_best_model eval_loss")
+    if args.report_to and args.hub_token:
+        what = ", ".join(args.report_to)
+        raise VQAError(f"--hub_token: {what} may keep the command line, and so the token; set HF_TOKEN in its place")
     if "wandb" in args.report_to:  # it asks for a key at a terminal, unless it is off or offline
         try:
             importlib.import_module("wandb").login()
@@ -4108,10 +4113,11 @@ Base: {base}
 
 {settings}
 
-## Results
+{results}
 
 None here yet; `evaluate_checkpoint.py --push_results` adds them.
 """
+CARD_RESULTS = "## Results"  # below it stand those that evaluation adds
 
 
 def describe_data(args: DataArguments, train_rows: Sequence[VQARow], eval_rows: Sequence[VQARow]) -> dict:
@@ -4166,6 +4172,7 @@ def model_card(settings: dict) -> str:
         how=how,
         asked=asked,
         base=base,
+        results=CARD_RESULTS,
         data="\n".join(files or ["| | not known | | | |"]),
         settings="\n".join(f"- {title}: `{json.dumps(values)}`" for title, values in sections.items() if values),
     )
