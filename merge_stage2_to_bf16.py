@@ -114,12 +114,14 @@ def use_adapter(model: torch.nn.Module, enabled: bool) -> None:
 
 
 def write_settings(settings: dict, output: Path, dtype: str, identity: str, folder: Path) -> None:
-    """Write what training chose, so that evaluation of the merged model repeats it; the base is the model itself."""
+    """Write what training chose, so that evaluation of the merged model repeats it, and the card; the base is the model
+    itself."""
     merged_from = settings["model"]
     model = {"model_name_or_path": str(output), "init": "pretrained", "dtype": dtype, "base_fingerprint": identity}
     model |= {"audio_encoder": None, "load_in_4bit": False, "allow_pickle": False, "merged_from": merged_from}
-    text = json.dumps({**settings, "model": {**merged_from, **model}}, indent=2)
-    (folder / vqa.SETTINGS_FILE).write_text(text + "\n", encoding="utf-8")
+    settings = {**settings, "model": {**merged_from, **model}}
+    (folder / vqa.SETTINGS_FILE).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+    (folder / vqa.CARD_FILE).write_text(vqa.model_card(settings), encoding="utf-8")
 
 
 def check_written(
@@ -168,8 +170,8 @@ def write_merged(
         vqa.write_config_and_tokenizer(model, model.processor.tokenizer, base, partial)
         identity = vqa.fingerprint(model)
         if settings:
-            write_settings(settings, output, args.dtype, identity, partial)
-            (partial / vqa.CARD_FILE).write_text(vqa.model_card(settings), encoding="utf-8")
+            origin = vqa.hub_origin(base) or settings.get("base", {})
+            write_settings({**settings, "base": origin}, output, args.dtype, identity, partial)
         vqa.write_digests(partial, vqa.read_digests(base, args.stage2_adapter_path))
         vqa.write_manifest(partial)  # a power cut must not leave a finished name on truncated files
         vocab = model.processor.tokenizer.get_vocab()

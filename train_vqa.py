@@ -4136,7 +4136,8 @@ def model_card(settings: dict) -> str:
     in: licences, and the hub id of a base that lay in a folder of its own."""
     data, training, inputs = (settings.get(name, {}) for name in ("data", "training", "input"))
     origin, parts = settings.get("base"), settings.get("trained", {})
-    adapter = bool(settings.get("lora")) and "merged_from" not in settings["model"]
+    merged = "merged_from" in settings["model"]
+    adapter = bool(settings.get("lora")) and not merged
     front = ModelCardData(
         base_model=origin["hub_id"] if origin else BASE_TO_FILL,
         base_model_relation="adapter" if adapter else "finetune",
@@ -4168,7 +4169,7 @@ def model_card(settings: dict) -> str:
     }
     return CARD.format(
         front=front.to_yaml(),
-        repo=training.get("hub_model_id") or CARD_REPO,
+        repo=CARD_REPO if merged else training.get("hub_model_id") or CARD_REPO,
         how=how,
         asked=asked,
         base=base,
@@ -4186,8 +4187,8 @@ def naming_hub_errors(what: str, advice: str):
     except VQAError:
         raise
     except Exception as error:  # of the network, the hub, or the libraries that speak with it
-        reason = getattr(error, "server_message", None) or first_line(error)
-        raise VQAError(f"{what} ({reason.strip().rstrip('.')}); {advice}") from error
+        both = ": ".join(first_line(e).strip(". ") for e in (error, error.__cause__) if e)
+        raise VQAError(f"{what} ({getattr(error, 'server_message', None) or both}); {advice}") from error
 
 
 def open_repo(name: str, *, private: bool | None = None, revision: str | None = None, token: str | None = None) -> str:
@@ -4230,6 +4231,7 @@ def upload(
     if resumable:
         sent |= {f"{LAST_CHECKPOINT}/{name}": folder / name for name in (*stated, MANIFEST_FILE)}
     with naming_hub_errors(f"{repo}: {folder} was not uploaded", advice):
+        api.create_repo(repo, exist_ok=True)
         operations = [CommitOperationAdd(name, content) for name, content in sent.items()]
         for name in set(api.list_repo_files(repo, revision=revision)) - sent.keys():
             if MODEL_FILES.fullmatch(name.removeprefix(f"{LAST_CHECKPOINT}/" if resumable else "")):
@@ -4264,6 +4266,7 @@ class Uploader(TrainerCallback):
             print(f"Uploaded {folder}: {url}")
         except VQAError as error:
             self.failed += 1
+            end_bars()
             print(f"error: {error}", file=sys.stderr)
 
     def send_final(self, status: int) -> int:
