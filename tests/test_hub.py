@@ -34,6 +34,7 @@ def hub(tmp_path, monkeypatch):
         yield hub
 
 
+@pytest.mark.slow
 def test_each_save_and_the_final_model_arrive_and_are_evaluated(
     train, tiny, tmp_path, hub, evaluate, monkeypatch, capsys
 ):
@@ -202,12 +203,13 @@ def test_figures_are_added_to_the_card(trained, evaluate, hub, tmp_path, monkeyp
 
     monkeypatch.setenv("HF_TOKEN", "hf_another")
     refused = evaluate("--push_results", "me/vqa", name="refused")
-    assert refused.status == 2 and "Invalid credentials" in refused.err and refused.rows is None
+    assert refused.status == 2 and "Invalid user token" in refused.err and refused.rows is None
     none = evaluate("--push_results", "me/none", name="none")
     assert none.status == 2 and "--push_results me/none: its card cannot be had" in none.err
     assert ev.main(["--compare", "me/vqa", "me/other"]) == 2
 
 
+@pytest.mark.slow
 def test_adapters_on_the_hub_are_trained_on_and_merged(trained, argv, hub, tmp_path, tiny):
     vqa.upload(trained, "me/vqa")
     model_args, *_ = vqa.parse_arguments(argv(tmp_path / "out", "--adapter_path", "me/vqa"))
