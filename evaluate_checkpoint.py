@@ -2502,6 +2502,8 @@ def figures_for_hub(summary: Row, data: Path, digest: str) -> list[Any]:
 def push_results(args: argparse.Namespace, summary: Row | None = None) -> None:
     """Put the figures of `summary` into the card of --push_results, in place of those of the same file, and the page of
     --report beside it, in one commit. None: only find out whether that can be done. InputError where it cannot."""
+    if vars(args).get("embed_media"):
+        raise InputError("--push_results: --embed_media puts frames and speech into the page; leave one of them out")
     load_libraries()
     from huggingface_hub import CommitOperationAdd, HfApi, ModelCard
 

@@ -420,11 +420,7 @@ READ_WITH = (
     ),
     ("eval_strategy", "--eval_data_path", lambda flags: flags.eval_strategy == "no" or flags.eval_data_path),
     ("do_eval eval_on_start eval_answers", "--eval_data_path", lambda flags: flags.eval_data_path),
-    (
-        "hub_model_id hub_private_repo hub_revision hub_strategy hub_token",
-        "--push_to_hub True",
-        lambda flags: flags.upload,
-    ),
+    ("hub_model_id hub_private_repo hub_revision hub_strategy hub_token", "--push_to_hub True", lambda f: f.upload),
     (
         "hub_strategy",
         "checkpoints (--save_strategy steps, epoch or best)",
@@ -3576,12 +3572,12 @@ def load_trained(
 ) -> Trained:
     """Load a trained model: an adapter on its base, a fully trained or merged model, or a base alone.
 
-    `path` is the folder or hub id (user/repo, user/repo@revision) of what training or merging wrote, or of a base.
-    `dtype` is that of inference (None: what training computed in; without settings float32 on a CPU, else bfloat16),
-    `base_dtype` that of the base when the adapter is loaded (None: what training computed in, without adapter `dtype`).
-    `merge` merges the adapter into the weights (summed in float32 and rounded once), unless the base is in 4 bits.
-    `changes` are fields of ModelSettings and InputSettings that differ from the stored ones, such as
-    `model_name_or_path`, where the base lies now.
+    `path` is folder or hub id (also user/repo@revision) of what was trained, or of a base. `dtype` is that of inference
+    (None: what training computed in; without settings float32 on a CPU, else bfloat16), `base_dtype` that of the base
+    when the adapter is loaded (None: what training computed in, without adapter `dtype`). `merge` merges the adapter
+    into the weights (summed in float32 and rounded once), unless the base is in 4 bits. `changes` are fields of
+    ModelSettings and InputSettings that differ from the stored ones, such as `model_name_or_path`, where the base lies
+    now.
 
     VQAError as the loaders, for random weights that were drawn on a device which is not here, files that are not as
     they were saved, or a base whose speech encoder makes another number of tokens than in training.
@@ -4105,13 +4101,8 @@ print(trained.model.answer(frames, {asked}).text)
 
 ## Training
 
-Base: {base}
-
-| used for | file | rows | sha256 | rows of each question type |
-|---|---|---|---|---|
-{data}
-
-{settings}
+- Base: {base}
+{training}
 
 {results}
 
@@ -4151,31 +4142,27 @@ def model_card(settings: dict) -> str:
         "audio_text": ("speech and text", 'vqa.load_speech("question.mp3"), "the question"'),
         "text": ("text", 'question="the question"'),
     }[inputs.get("input_mode", "audio")]
-    base = "`{hub_id}`, revision `{revision}`".format(**origin) if origin else (
-        "not known by its hub id, as it lay in a folder: fill it in here and as `base_model`, above"
-    )  # fmt: skip
-    files = []
-    for part in ("train", "eval"):
+    base = "a local folder, its hub id not known: fill it in here and as `base_model`, above"
+    if origin:
+        base = f"`{origin['hub_id']}`, revision `{origin['revision']}`"
+    sections = {}
+    for part, title in (("train", "Trained on"), ("eval", "Evaluated in training on")):
         if f"{part}_rows" in data:
-            name, digest = Path(data[f"{part}_data_path"]).name, data[f"{part}_data_sha256"]
-            types = ", ".join(f"{kind}: {count}" for kind, count in data[f"{part}_types"].items())
-            files.append(f"| {part} | `{name}` | {data[f'{part}_rows']} | `{digest}` | {types} |")
-    sections = {
-        "Trained": {name: value for name, value in parts.items() if value},
-        "LoRA": settings.get("lora"),
-        "Input": {name: value for name, value in inputs.items() if value is not None},
-        "Training": {name: training[name] for name in CARD_TRAINING if name in training},
-        "Versions": settings.get("versions"),
-    }
+            told = {name: data[f"{part}_{name}"] for name in ("rows", "types", "data_sha256")}
+            sections[title] = {"file": Path(data[f"{part}_data_path"]).name} | told
+    sections["Trained parts"] = {name: value for name, value in parts.items() if value}
+    sections["LoRA"] = settings.get("lora")
+    sections["Input"] = {name: value for name, value in inputs.items() if value is not None}
+    sections["Training"] = {name: training[name] for name in CARD_TRAINING if name in training}
+    sections["Versions"] = settings.get("versions")
     return CARD.format(
         front=front.to_yaml(),
         repo=CARD_REPO if merged else training.get("hub_model_id") or CARD_REPO,
         how=how,
         asked=asked,
         base=base,
+        training="\n".join(f"- {title}: `{json.dumps(values)}`" for title, values in sections.items() if values),
         results=CARD_RESULTS,
-        data="\n".join(files or ["| | not known | | | |"]),
-        settings="\n".join(f"- {title}: `{json.dumps(values)}`" for title, values in sections.items() if values),
     )
 
 
@@ -4252,18 +4239,16 @@ class Uploader(TrainerCallback):
     def on_save(self, args, state, control, **kwargs):
         """With --hub_strategy every_save and checkpoint; after a signal there is no time for it."""
         if args.hub_strategy != "end" and not self.stop_signal.signum:
-            folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-            self.send(folder, f"Step {state.global_step}", resumable=args.hub_strategy == "checkpoint")
+            self.send(f"checkpoint-{state.global_step}", resumable=args.hub_strategy == "checkpoint")
 
-    def send(self, folder: Path, message: str, resumable: bool = False) -> None:
-        """`upload`; says what came of it."""
-        args = self.args
+    def send(self, name: str, resumable: bool = False) -> None:
+        """Upload a folder of --output_dir, or that itself; says what came of it."""
+        args, folder = self.args, Path(self.args.output_dir) / name
         if args.process_index > 0:
             return
-        where = {"revision": args.hub_revision, "token": args.hub_token}
+        options = {"revision": args.hub_revision, "token": args.hub_token, "resumable": resumable}
         try:
-            url = upload(folder, args.hub_model_id, **where, message=message, resumable=resumable)
-            print(f"Uploaded {folder}: {url}")
+            print(f"Uploaded {folder}: {upload(folder, args.hub_model_id, message=name or 'Final model', **options)}")
         except VQAError as error:
             self.failed += 1
             end_bars()
@@ -4271,11 +4256,10 @@ class Uploader(TrainerCallback):
 
     def send_final(self, status: int) -> int:
         """Upload the model that training ended with; a signal ends that at once. Returns the exit status."""
+        out = self.args.output_dir
+        self.stop_signal.idle_message = f"{out} is complete, but not its upload to {self.args.hub_model_id}"
         self.stop_signal.deferred = False
-        self.stop_signal.idle_message = (
-            f"{self.args.output_dir} is complete; its upload to {self.args.hub_model_id} is not"
-        )
-        self.send(Path(self.args.output_dir), "Final model")
+        self.send("")
         return status or int(self.failed > 0)
 
 
@@ -4417,7 +4401,7 @@ class VQATrainer(Trainer):
         for name in (MANIFEST_FILE, EVALUATION_DUE):  # of an earlier save of this step
             (folder / name).unlink(missing_ok=True)
         if isinstance(self.model, PeftModel):
-            if origin := self.settings["base"]:
+            if origin := self.settings.get("base"):
                 config = self.model.active_peft_config
                 config.base_model_name_or_path, config.revision = origin["hub_id"], origin["revision"]
             self.model.save_pretrained(folder, save_embedding_layers=False)

@@ -48,7 +48,7 @@ def test_each_save_and_the_final_model_arrive_and_are_evaluated(
     push = ("--push_to_hub", "True", "--hub_model_id", "vqa", "--hub_strategy", "checkpoint", "--hub_token", TOKEN)
     push += ("--model_name_or_path", "me/base", "--save_steps", "4")
     assert train(out, *SIX_STEPS, *push) == 0
-    assert hub.messages == ["Step 4", "Step 6", "Final model"]
+    assert hub.messages == ["checkpoint-4", "checkpoint-6", "Final model"]
     assert re.findall(r"Uploaded \S+: (\S+)", capsys.readouterr().out)[-1] == f"{hub.url}/me/vqa/commit/{3:040x}"
     _, step_4, _, final = hub.repos["me/vqa"]
     last = {name.removeprefix("last-checkpoint/") for name in final} - MODEL
@@ -66,7 +66,7 @@ def test_each_save_and_the_final_model_arrive_and_are_evaluated(
     assert (adapter["base_model_name_or_path"], adapter["revision"]) == ("me/base", f"{0:040x}")
     card = ModelCard(final["README.md"].decode())
     assert (card.data.base_model, card.data.base_model_relation) == ("me/base", "adapter")
-    assert 'vqa.load_trained("me/vqa"' in card.text and "nbi_status: 2, scope_motion_type: 2" in card.text
+    assert 'vqa.load_trained("me/vqa"' in card.text and '"types": {"nbi_status": 2, "scope_motion_type": 2' in card.text
 
     # Evaluation takes the download; an earlier commit; and without a network what it has
     near, far = (evaluate(checkpoint=folder, name=name) for folder, name in ((out, "near"), ("me/vqa", "far")))
@@ -157,7 +157,7 @@ def test_uploading_a_folder_later(trained, hub, monkeypatch):
 
 def test_other_processes_upload_nothing(trained, hub):
     args = SimpleNamespace(process_index=1, output_dir=str(trained))
-    vqa.Uploader(args, None).send(trained, "")
+    vqa.Uploader(args, None).send("checkpoint-2")
     assert hub.asked == []
 
 
