@@ -2501,7 +2501,8 @@ def figures_for_hub(summary: Row, data: Path, digest: str) -> list[Any]:
 
 def push_results(args: argparse.Namespace, summary: Row | None = None) -> None:
     """Put the figures of `summary` into the card of --push_results, in place of those of the same file, and the page of
-    --report beside it, in one commit. None: only find out whether that can be done. InputError where it cannot."""
+    --report beside it, in one commit. None: only find out whether that can be done. InputError where it cannot, or
+    where the repo holds another adapter than the one that answered."""
     if vars(args).get("embed_media"):
         raise InputError("--push_results: --embed_media puts frames and speech into the page; leave one of them out")
     load_libraries()
@@ -2509,14 +2510,21 @@ def push_results(args: argparse.Namespace, summary: Row | None = None) -> None:
 
     repo, _, revision = args.push_results.partition("@")
     at, api, data = {"revision": revision or None}, HfApi(), Path(args.eval_data_path)
-    what, advice = "its card cannot be had", "upload the model first, or check name, network and token"
+    what, advice = "its card and manifest cannot be had", "upload the model first, or check name, network and token"
     if summary:
         what, advice = "nothing was uploaded", "--score_only --push_results tries again"
-    report, page = getattr(args, "report", None), f"results/{data.stem}.html"
+    report, page, weights = vars(args).get("report"), f"results/{data.stem}.html", "adapter_model.safetensors"
     try:
         with vqa.naming_hub_errors(f"--push_results {repo}: {what}", advice):
-            card = ModelCard(Path(api.hf_hub_download(repo, vqa.CARD_FILE, **at)).read_text(encoding="utf-8"))
-            if summary is None:
+            files = [Path(api.hf_hub_download(repo, name, **at)) for name in (vqa.CARD_FILE, vqa.MANIFEST_FILE)]
+            card, manifest = ModelCard(files[0].read_text(encoding="utf-8")), json.loads(files[1].read_bytes())
+            answered = summary and summary["manifest"]["sha256"].get("adapter")
+            if args.checkpoint_path and not summary:
+                folder = vqa.resolve_model_dir(args.checkpoint_path, weights=True, flag_name="--checkpoint_path")
+                answered = sha256_file(folder / weights) if (folder / weights).is_file() else None
+            if (summary or not args.score_only) and answered != manifest["files"].get(weights, {}).get("sha256"):
+                raise vqa.VQAError(f"--push_results {repo}: holds another adapter than the one that is evaluated")
+            if not summary:
                 vqa.open_repo(repo, **at)
                 return
             kept = [old for old in card.data.eval_results or () if old.dataset_name != data.name]
@@ -2527,12 +2535,12 @@ def push_results(args: argparse.Namespace, summary: Row | None = None) -> None:
             link = f"\n\n[Every row]({page})" * bool(report)
             others.append(f"{data.name}\n\n{textwrap.indent(render_summary(summary), '    ')}{link}")
             card.text = "\n\n### ".join([intro + vqa.CARD_RESULTS, *others]) + "\n"
-            files = {vqa.CARD_FILE: str(card).encode()} | ({page: report} if report else {})
-            operations = [CommitOperationAdd(name, content) for name, content in files.items()]
+            sent = {vqa.CARD_FILE: str(card).encode()} | ({page: report} if report else {})
+            operations = [CommitOperationAdd(name, content) for name, content in sent.items()]
             commit = api.create_commit(repo, operations, commit_message=f"Results of {data.name}", **at)
     except vqa.VQAError as error:
         raise InputError(str(error)) from error
-    print(f"Uploaded {' and '.join(files)}: {commit.commit_url}")
+    print(f"Uploaded {' and '.join(sent)}: {commit.commit_url}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -4094,7 +4094,7 @@ With `train_vqa.py` and what its `requirements.txt` lists:
 ```python
 import train_vqa as vqa
 
-trained = vqa.load_trained("{repo}", device="cuda")
+trained = vqa.load_trained("{repo}", device="cuda"{where})
 frames = [vqa.decode_frame(path) for path in frame_paths]
 print(trained.model.answer(frames, {asked}).text)
 ```
@@ -4142,9 +4142,11 @@ def model_card(settings: dict) -> str:
         "audio_text": ("speech and text", 'vqa.load_speech("question.mp3"), "the question"'),
         "text": ("text", 'question="the question"'),
     }[inputs.get("input_mode", "audio")]
-    base = "a local folder, its hub id not known: fill it in here and as `base_model`, above"
+    base, where = "a local folder, its hub id not known: fill it in wherever this card has FILL-IN", ""
     if origin:
         base = f"`{origin['hub_id']}`, revision `{origin['revision']}`"
+    elif adapter:
+        where = f', model_name_or_path="{BASE_TO_FILL}"'
     sections = {}
     for part, title in (("train", "Trained on"), ("eval", "Evaluated in training on")):
         if f"{part}_rows" in data:
@@ -4161,6 +4163,7 @@ def model_card(settings: dict) -> str:
         how=how,
         asked=asked,
         base=base,
+        where=where,
         training="\n".join(f"- {title}: `{json.dumps(values)}`" for title, values in sections.items() if values),
         results=CARD_RESULTS,
     )
@@ -5233,7 +5236,7 @@ def train(
     # 5. Training
     settings = settings_of(base_fingerprint, skipped)
     settings["data"] |= describe_data(data_args, train_rows, eval_rows)
-    training_args.about = {"vqa": {name: value for name, value in settings.items() if name != "training"}}
+    training_args.about = {"vqa": {name: settings[name] for name in settings.keys() - {"training", "skipped"}}}
     if checkpoint:
         refuse_other_settings(checkpoint, settings)
         print(f"Resuming from {checkpoint}")

@@ -67,6 +67,10 @@ class Handler(BaseHTTPRequestHandler):
         self.body()
         self.reply({"errors": [], "warnings": []})
 
+    def branch(self, name, branch):
+        self.body()
+        self.reply({})
+
     def preupload(self, name, revision):
         files = [file["path"] for file in json.loads(self.body())["files"]]
         if not name.startswith("me/"):
@@ -111,7 +115,7 @@ class Handler(BaseHTTPRequestHandler):
         if name not in self.hub.repos:
             return None
         commits = self.hub.repos[name]
-        number = len(commits) - 1 if revision in (None, "main") else int(revision, 16)
+        number = int(revision, 16) if revision and len(revision) == 40 else len(commits) - 1  # one line of commits
         return f"{number:040x}", commits[number]
 
     def tree(self, name, revision):
@@ -138,6 +142,7 @@ class Handler(BaseHTTPRequestHandler):
         "/api/whoami-v2": whoami,
         "/api/repos/create": create,
         "/api/validate-yaml": validate,
+        f"/api/models/{REPO}/branch/(.+)": branch,
         f"/api/models/{REPO}/preupload/(.+)": preupload,
         f"/api/models/{REPO}/commit/(.+)": commit,
         f"/api/models/{REPO}/tree/(.+)": tree,

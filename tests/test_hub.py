@@ -149,6 +149,9 @@ def test_uploading_a_folder_later(trained, hub, monkeypatch):
     vqa.upload(trained, "me/vqa")
     assert hub.repos["me/vqa"][-1].keys() == MODEL | {"notes.txt"}
     assert b'load_trained("me/vqa"' in hub.repos["me/vqa"][-1]["README.md"]
+    assert vqa.open_repo("vqa", revision="dev") == "me/vqa"
+    vqa.upload(trained, "me/vqa", revision="dev", message="Again")
+    assert [f"POST /api/models/me/vqa/{what}/dev" in hub.asked for what in ("branch", "commit")] == [True, True]
     hub.ignored = {"vqa_settings.json"}
     del hub.repos["me/vqa"][-1]["vqa_settings.json"]
     assert "vqa_settings.json did not arrive" in refusal(vqa.upload, trained, "me/vqa")
@@ -167,6 +170,7 @@ def test_a_card_without_a_base_id_says_so(trained, checkpoint):
     card = ModelCard(text)
     assert card.data.base_model == "FILL-IN/HUB-ID-OF-THE-BASE"
     assert card.data.license == "unknown" and "(fill in)" in card.text and "For research only" in card.text
+    assert 'device="cuda", model_name_or_path="FILL-IN/HUB-ID-OF-THE-BASE")' in card.text
     assert "null" not in text and str(FIXTURES.parent) not in text and "/tmp" not in text
     assert (trained / "checkpoint-2" / "README.md").read_text() == text
     vqa.write_manifest(checkpoint)
@@ -201,11 +205,14 @@ def test_figures_are_added_to_the_card(trained, evaluate, hub, tmp_path, monkeyp
     assert "    Accuracy in %, of all 3 rows" in text
     assert hub.repos["me/vqa"][-1].keys() == MODEL
 
+    hub.repos["me/other"] = [hub.repos["me/vqa"][-1] | {"manifest.json": b'{"files": {}}'}]
+    swapped = evaluate("--push_results", "me/other", name="swapped")
+    assert swapped.status == 2 and "me/other: holds another adapter than the one" in swapped.err
     monkeypatch.setenv("HF_TOKEN", "hf_another")
     refused = evaluate("--push_results", "me/vqa", name="refused")
     assert refused.status == 2 and "Invalid user token" in refused.err and refused.rows is None
     none = evaluate("--push_results", "me/none", name="none")
-    assert none.status == 2 and "--push_results me/none: its card cannot be had" in none.err
+    assert none.status == 2 and "--push_results me/none: its card and manifest cannot be had" in none.err
     assert ev.main(["--compare", "me/vqa", "me/other"]) == 2
 
 
