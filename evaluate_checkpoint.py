@@ -2519,7 +2519,7 @@ def push_results(args: argparse.Namespace, summary: Row | None = None) -> None:
             files = [Path(api.hf_hub_download(repo, name, **at)) for name in (vqa.CARD_FILE, vqa.MANIFEST_FILE)]
             card, manifest = ModelCard(files[0].read_text(encoding="utf-8")), json.loads(files[1].read_bytes())
             answered = summary and summary["manifest"]["sha256"].get("adapter")
-            if args.checkpoint_path and not summary:
+            if args.checkpoint_path and not (summary or args.no_adapter):
                 folder = vqa.resolve_model_dir(args.checkpoint_path, weights=True, flag_name="--checkpoint_path")
                 answered = sha256_file(folder / weights) if (folder / weights).is_file() else None
             if (summary or not args.score_only) and answered != manifest["files"].get(weights, {}).get("sha256"):
