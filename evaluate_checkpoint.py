@@ -11,8 +11,8 @@ with the standard library alone:
 
 Does it hear, does it see? Add `--arms mismatched_audio,silent_audio,mismatched_frames,black_frames`.
 `X.jsonl` gets one row a sample, `X.summary.json` the figures. docs/EVAL_STRATEGY.md explains every figure.
-Exit status: 0 all rows answered, 1 some rows failed (they count as wrong), 2 nothing was measured, 143, 130 or 129
-stopped by SIGTERM, SIGINT or SIGHUP (the same command continues).
+Exit status: 0 all rows answered, 1 some rows failed (they count as wrong) or --push_results did, 2 nothing was
+measured, 143, 130 or 129 stopped by SIGTERM, SIGINT or SIGHUP (the same command continues).
 """
 
 import argparse
@@ -1847,6 +1847,8 @@ def unlike_warnings(paths: Sequence[str], sides: Sequence[Mapping[Key, Row]]) ->
 def compare(args: argparse.Namespace) -> int:
     """Print the paired differences B - A of two files over the same data, and what else differs. Returns status 0."""
     paths = args.compare
+    if absent := [path for path in paths if not Path(path).is_file()]:
+        raise InputError(f"--compare {absent[0]}: no such file; rows are compared (X.jsonl), and none are on the hub")
     annotations, sides = read_pair(paths, args.eval_data_path)
     if not annotations:
         raise InputError(f"--compare: no row of {paths[0]} has a gold answer; give them with --eval_data_path")
@@ -2542,6 +2544,9 @@ def answer_and_score(args: argparse.Namespace, stop: Any) -> int:
         vqa.meet()  # rank 0 has checked everything up to the weights
     device = vqa.own_device()
     vqa.limit_gpu_memory(args.gpu_memory_limit_gib or None)
+    if args.checkpoint_path:
+        folder = vqa.resolve_model_dir(args.checkpoint_path, weights=True, flag_name="--checkpoint_path")
+        args.checkpoint_path = str(folder)
     chosen = choose_model(args, device)
     modes = choose_arms(args, chosen.inputs.input_mode)
     main_arm, *_ = modes
@@ -3563,6 +3568,69 @@ follow();
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Sharing figures
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def figures_for_hub(summary: Row, data: Path, digest: str) -> list[Any]:
+    """The metrics of a summary as huggingface_hub's EvalResults, each with its interval; floors beside the headline."""
+    from huggingface_hub import EvalResult
+
+    of_data = {"task_type": "visual-question-answering", "dataset_type": data.stem, "dataset_name": data.name}
+    of_data["dataset_args"] = {"sha256": digest, "rows": summary["n_total"]}
+    results = []
+    for metric, part in summary["metrics"].items():
+        told = {"ci95": part["ci95"], "n": part["n"]} | (summary["baselines"] if metric == METRICS[0] else {})
+        kind = {"metric_type": "accuracy", "metric_name": metric, "metric_args": told}
+        results.append(EvalResult(**of_data, **kind, metric_value=part["accuracy"]))
+    return results
+
+
+def push_results(args: argparse.Namespace, summary: Row | None = None) -> None:
+    """Put the figures of `summary` into the card of --push_results, in place of those of the same file, and the page of
+    --report beside it, in one commit. None: only find out whether that can be done. InputError where it cannot, or
+    where the repo holds another adapter than the one that answered."""
+    if vars(args).get("embed_media"):
+        raise InputError("--push_results: --embed_media puts frames and speech into the page; leave one of them out")
+    load_libraries()
+    from huggingface_hub import CommitOperationAdd, HfApi, ModelCard
+
+    repo, _, revision = args.push_results.partition("@")
+    at, api, data = {"revision": revision or None}, HfApi(), Path(args.eval_data_path)
+    what, advice = "its card and manifest cannot be had", "upload the model first, or check name, network and token"
+    if summary:
+        what, advice = "nothing was uploaded", "--score_only --push_results tries again"
+    report, page, weights = vars(args).get("report"), f"results/{data.stem}.html", "adapter_model.safetensors"
+    try:
+        with vqa.naming_hub_errors(f"--push_results {repo}: {what}", advice):
+            files = [Path(api.hf_hub_download(repo, name, **at)) for name in (vqa.CARD_FILE, vqa.MANIFEST_FILE)]
+            card, manifest = ModelCard(files[0].read_text(encoding="utf-8")), json.loads(files[1].read_bytes())
+            answered = summary and summary["manifest"]["sha256"].get("adapter")
+            if args.checkpoint_path and not (summary or args.no_adapter):
+                folder = vqa.resolve_model_dir(args.checkpoint_path, weights=True, flag_name="--checkpoint_path")
+                answered = sha256_file(folder / weights) if (folder / weights).is_file() else None
+            if (summary or not args.score_only) and answered != manifest["files"].get(weights, {}).get("sha256"):
+                raise vqa.VQAError(f"--push_results {repo}: holds another adapter than the one that is evaluated")
+            if not summary:
+                vqa.open_repo(repo, **at)
+                return
+            kept = [old for old in card.data.eval_results or () if old.dataset_name != data.name]
+            card.data.eval_results = kept + figures_for_hub(summary, data, sha256_file(data))
+            card.data.model_name = card.data.model_name or repo
+            intro, _, sections = card.text.partition(vqa.CARD_RESULTS)
+            others = [part.strip() for part in sections.split("\n### ")[1:] if part.partition("\n")[0] != data.name]
+            link = f"\n\n[Every row]({page})" * bool(report)
+            others.append(f"{data.name}\n\n{textwrap.indent(render_summary(summary), '    ')}{link}")
+            card.text = "\n\n### ".join([intro + vqa.CARD_RESULTS, *others]) + "\n"
+            sent = {vqa.CARD_FILE: str(card).encode()} | ({page: report} if report else {})
+            operations = [CommitOperationAdd(name, content) for name, content in sent.items()]
+            commit = api.create_commit(repo, operations, commit_message=f"Results of {data.name}", **at)
+    except vqa.VQAError as error:
+        raise InputError(str(error)) from error
+    print(f"Uploaded {' and '.join(sent)}: {commit.commit_url}")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Command line
 # ---------------------------------------------------------------------------------------------------------------------
 
@@ -3640,8 +3708,8 @@ def build_parser() -> argparse.ArgumentParser:
          "are equal. False: an error")
     data("--allow_symlinks", **switch, help="links may lead out of --frames_dir and --audio_dir")
 
-    model("--checkpoint_path", help="adapter or full model: final folder, checkpoint-N or merged model. None: the base "
-          "model, zero-shot")
+    model("--checkpoint_path", help="adapter or full model: final folder, checkpoint-N or merged model, or its hub id "
+          "(user/repo, user/repo@revision). None: the base model, zero-shot")
     model("--model_name_or_path", help="base model. None: the base of the adapter, or without --checkpoint_path the "
           "published model")
     model("--input_mode", choices=(*INPUT_MODES, *PUBLIC_MODES), help="how the question reaches the model. None: as in "
@@ -3687,6 +3755,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--ask_text", metavar="WORDS", help="the question in words: in place of --ask in text mode, "
                         "beside it in audio_text")
     parser.add_argument("--frames", nargs="+", metavar="IMAGE", help="the clip of --ask, in order in time")
+    parser.add_argument("--push_results", metavar="USER/REPO", help="add the figures to the model card of this repo on "
+                        "the Hugging Face hub (user/repo, user/repo@branch), and the page of --report; never rows, "
+                        "frames or speech. The token is that of HF_TOKEN or of `hf auth login`")
     parser.add_argument("--score_only", **switch, help="score the predictions in --output_file; no model")
     parser.add_argument("--compare", nargs=2, metavar=("A", "B"), help="two files of rows or predictions; print "
                         "their paired differences. Predictions without video_id or gold answers need --eval_data_path")
@@ -3737,7 +3808,7 @@ def parse_checked(argv: Sequence[str] | None) -> argparse.Namespace:
     mode = next((mode for mode, chosen in modes.items() if chosen), "eval_data_path")
     used = {
         "compare": ["compare", "eval_data_path", "report", "plot"],
-        "score_only": ["score_only", *needed, "train_data_path", "limit", "report", "plot"],
+        "score_only": ["score_only", *needed, "train_data_path", "limit", "report", "plot", "push_results"],
         "ask": ASK_FLAGS,
         "plot": ["plot"],
         "eval_data_path": vars(args).keys() - {"frames", "runs", "embed_media"},
@@ -3786,6 +3857,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if int(os.environ.get("RANK", 0)):
         return follow(argv)
     args = parse_checked(argv)
+    measured = False
     try:
         check_pictures(args)
         if args.plot and not (args.compare or args.output_file):
@@ -3793,14 +3865,20 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 0
         if args.compare:
             return compare(args)
-        return score_only(args) if args.score_only else generate(args)
+        if args.push_results:
+            push_results(args)
+        status = score_only(args) if args.score_only else generate(args)
+        measured = status < 2
+        if args.push_results and measured:
+            push_results(args, json.loads(summary_path(args.output_file).read_bytes()))
+        return status
     except KeyboardInterrupt:  # while torch is imported, or without a model
         print("\nStopped by SIGINT: run the same command again", file=sys.stderr)
         return 128 + signal.SIGINT
     except (InputError, OSError) as error:
         if "vqa" not in globals() or vqa.is_first_to_fail():
             print(message_of(error, args), file=sys.stderr)
-        return 2
+        return 1 if measured else 2
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     """The flags; an unknown or abbreviated one ends the process with status 2."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
     parser.add_argument("--stage1_model_path", required=True, help="folder or hub id of the base model")
-    parser.add_argument("--stage2_adapter_path", help="folder of the adapter. None: only convert the base")
+    parser.add_argument("--stage2_adapter_path", help="folder or hub id of the adapter. None: only convert the base")
     parser.add_argument("--output_path", required=True, type=Path, help="folder to be made; must not exist")
     parser.add_argument("--audio_encoder", help="Whisper for a plain Qwen2-VL. None: as the adapter's settings say")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of the merged weights")
@@ -114,12 +114,14 @@ def use_adapter(model: torch.nn.Module, enabled: bool) -> None:
 
 
 def write_settings(settings: dict, output: Path, dtype: str, identity: str, folder: Path) -> None:
-    """Write what training chose, so that evaluation of the merged model repeats it; the base is the model itself."""
+    """Write what training chose, so that evaluation of the merged model repeats it, and the card; the base is the model
+    itself."""
     merged_from = settings["model"]
     model = {"model_name_or_path": str(output), "init": "pretrained", "dtype": dtype, "base_fingerprint": identity}
     model |= {"audio_encoder": None, "load_in_4bit": False, "allow_pickle": False, "merged_from": merged_from}
-    text = json.dumps({**settings, "model": {**merged_from, **model}}, indent=2)
-    (folder / vqa.SETTINGS_FILE).write_text(text + "\n", encoding="utf-8")
+    settings = {**settings, "model": {**merged_from, **model}}
+    (folder / vqa.SETTINGS_FILE).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+    (folder / vqa.CARD_FILE).write_text(vqa.model_card(settings), encoding="utf-8")
 
 
 def check_written(
@@ -168,10 +170,10 @@ def write_merged(
         vqa.write_config_and_tokenizer(model, model.processor.tokenizer, base, partial)
         identity = vqa.fingerprint(model)
         if settings:
-            write_settings(settings, output, args.dtype, identity, partial)
+            origin = vqa.hub_origin(base) or settings.get("base", {})
+            write_settings({**settings, "base": origin}, output, args.dtype, identity, partial)
         vqa.write_digests(partial, vqa.read_digests(base, args.stage2_adapter_path))
-        for path in [*partial.iterdir(), partial]:  # a power cut must not leave a finished name on truncated files
-            vqa.sync(path)
+        vqa.write_manifest(partial)  # a power cut must not leave a finished name on truncated files
         vocab = model.processor.tokenizer.get_vocab()
         model.to("meta")  # two models at a time may not fit
         check_written(partial, vocab, dtype, device, identity, logits)
@@ -190,6 +192,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise vqa.VQAError(f"--output_path {output}: is there already; name a new folder, or remove it")
     device = pick_device(args.device)
     adapter = args.stage2_adapter_path
+    if adapter:
+        adapter = str(vqa.resolve_model_dir(adapter, weights=True, flag_name="--stage2_adapter_path"))
+        args.stage2_adapter_path = adapter
     if adapter and not (Path(adapter) / "adapter_config.json").is_file():
         raise vqa.VQAError(f"{adapter}: holds no adapter (adapter_config.json, adapter_model.safetensors)")
     changes = {"model_name_or_path": args.stage1_model_path}

@@ -69,7 +69,14 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 import torchaudio.transforms
-from huggingface_hub import snapshot_download, split_torch_state_dict_into_shards
+from huggingface_hub import (
+    CommitOperationAdd,
+    CommitOperationDelete,
+    HfApi,
+    ModelCardData,
+    snapshot_download,
+    split_torch_state_dict_into_shards,
+)
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
@@ -302,11 +309,17 @@ ADAPTER_FIELDS_READ = (
     *("layers_to_transform", "layers_pattern", "peft_type", "peft_version", "task_type", "inference_mode"),
     *("auto_mapping", "base_model_name_or_path", "revision"),
 )
-MANIFEST_FILE = "manifest.json"  # sizes and hashes of all other files of a checkpoint
+MANIFEST_FILE = "manifest.json"  # sizes and hashes of all other files of a checkpoint, but for the card
+CARD_FILE = "README.md"  # which people fill in
 PROGRESS_FILE = "vqa_progress.json"  # what the loss log has so far
 EVALUATION_DUE = "evaluation_due"  # marker file: a signal interrupted the evaluation after this save
 # What a run resumes from, beside the adapter or the full model.
 RESUME_FILES = (SETTINGS_FILE, PROGRESS_FILE, "optimizer.pt", "scheduler.pt", "trainer_state.json")
+# Of the files of a manifest, what evaluation needs: by their endings, so that no pickle is uploaded; and not these.
+UPLOADED, NOT_UPLOADED = (".safetensors", ".json", ".jinja", ".txt", ".dat"), (PROGRESS_FILE, "trainer_state.json")
+LAST_CHECKPOINT = "last-checkpoint"  # folder in the repo, for --hub_strategy checkpoint
+# Weights and configs of another model that a repo held before: beside new ones they would be read.
+MODEL_FILES = re.compile(r"(adapter_)?(config\.json|model[^/]*\.safetensors(\.index\.json)?)")
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 FOLLOW_SECONDS = 1800  # that a rank waits for one that failed before it, and may be saving
 BROKEN_SECONDS = 10  # that it waits, where what the ranks share broke, to learn whether another one was killed
@@ -366,9 +379,7 @@ NOT_OFFERED = {
     "liger_kernel_config": "--use_liger_kernel takes Liger's RMSNorm and SwiGLU alone, because the fused cross entropy "
     "bypasses the speech",
     "fp16 bf16_full_eval fp16_full_eval": "--bf16 True sets the precision of training and evaluation",
-    "hub_always_push hub_model_id hub_private_repo hub_revision hub_strategy hub_token push_to_hub": (
-        "training uploads nothing"
-    ),
+    "hub_always_push": "training waits for each upload, so that none is left out",
     "project trackio_bucket_id trackio_space_id trackio_static_space_id": "training uploads nothing to Trackio",
     "debug logging_nan_inf_filter": "a loss or gradient that is not finite ends the run and names its rows",
     "do_train": "training is what this script does",
@@ -426,6 +437,12 @@ READ_WITH = (
     ),
     ("eval_strategy", "--eval_data_path", lambda flags: flags.eval_strategy == "no" or flags.eval_data_path),
     ("do_eval eval_on_start eval_answers", "--eval_data_path", lambda flags: flags.eval_data_path),
+    ("hub_model_id hub_private_repo hub_revision hub_strategy hub_token", "--push_to_hub True", lambda f: f.upload),
+    (
+        "hub_strategy",
+        "checkpoints (--save_strategy steps, epoch or best)",
+        lambda flags: flags.hub_strategy == "end" or flags.save_strategy != "no",
+    ),
     ("greater_is_better", "--metric_for_best_model", lambda flags: flags.metric_for_best_model),
     ("early_stopping_patience", "--load_best_model_at_end True", lambda flags: flags.load_best_model_at_end),
     ("early_stopping_threshold", "--early_stopping_patience", lambda flags: flags.early_stopping_patience),
@@ -672,7 +689,29 @@ class VQATrainingArguments(OfferedArguments):
         "fewer where these do not fit. 0: the loss alone.",
     )
 
+    push_to_hub: bool = flag(
+        False,
+        "Upload the final model to the Hugging Face hub, and nothing else: what --checkpoint_path needs, and its card. "
+        "Needs a token that may write, from the environment variable HF_TOKEN or `hf auth login`.",
+    )
+    hub_model_id: str | None = flag(
+        None, "Where to: user/repo, made if need be. None: the name of --output_dir, of the owner of the token."
+    )
+    hub_strategy: str = flag(
+        "end",
+        "end: upload the final model. every_save: also each checkpoint's, one after the other in the same place. "
+        f"checkpoint: with it the checkpoint as a folder {LAST_CHECKPOINT}, optimizer included, to resume from.",
+        ["end", "every_save", "checkpoint"],
+    )
+    hub_private_repo: bool | None = flag(None, "Make the repo private, if it is made. None: as its owner's default.")
+    hub_revision: str | None = flag(None, "Branch to upload to, made if need be. None: main.")
+    hub_token: str | None = flag(
+        None, "The token. It shows in the list of processes: better set HF_TOKEN. None: HF_TOKEN or `hf auth login`."
+    )
+
     def __post_init__(self):
+        self.upload, self.push_to_hub = self.push_to_hub, False  # the Trainer's own would upload half-written folders
+        self.about: dict = {}  # what loggers get beside these flags
         if not self.do_eval:
             raise ValueError("--do_eval False: leave out --eval_data_path to train without evaluation")
         if self.warmup_ratio is not None:
@@ -682,11 +721,17 @@ class VQATrainingArguments(OfferedArguments):
                 raise ValueError("--warmup_ratio and --warmup_steps say the same; leave one of them out")
             self.warmup_steps = self.warmup_ratio  # transformers takes a number below 1 for the share
         super().__post_init__()
+        if "trackio" in self.report_to and not self.run_name:  # else the evaluation at the end is a run of its own
+            self.run_name = f"{Path(self.output_dir).name}-{time.strftime('%Y%m%d-%H%M%S')}"
 
     @property
     def compute_dtype(self) -> torch.dtype:
         """The dtype of the computation, by autocast."""
         return torch.bfloat16 if self.bf16 else torch.float32
+
+    def to_dict(self) -> dict:
+        """All flags but for tokens, and `about`: what W&B, TensorBoard, Trackio and others get to know of a run."""
+        return super().to_dict() | self.about
 
 
 def parse_arguments(argv: Sequence[str]) -> tuple[ModelArguments, DataArguments, VQATrainingArguments]:
@@ -756,7 +801,8 @@ def start_from_adapter(
     """Set what --adapter_path decides: LoRA's shape and the trained parts; and base and inputs that are not `given`.
     VQAError for flags that contradict the adapter, --resume_from_checkpoint (`resumed`) among them, and where it is
     damaged or its prompt unknown."""
-    path = Path(model_args.adapter_path)
+    path = resolve_model_dir(model_args.adapter_path, weights=True, flag_name="--adapter_path")
+    model_args.adapter_path = str(path)
     if not (path / "adapter_config.json").is_file():
         raise VQAError(f"--adapter_path {path}: holds no adapter (adapter_config.json, adapter_model.safetensors)")
     refuse_damage(path)
@@ -896,6 +942,9 @@ def refuse_surroundings(flags: SimpleNamespace, args: VQATrainingArguments) -> N
         raise VQAError(f"--report_to {' '.join(absent)}: no such package is installed; install it, or drop the flag")
     if args.save_strategy == "best" and args.metric_for_best_model is None:
         raise VQAError("--save_strategy best: say by what, such as --metric_for_best_model eval_loss")
+    if args.report_to and args.hub_token:
+        what = ", ".join(args.report_to)
+        raise VQAError(f"--hub_token: {what} may keep the command line, and so the token; set HF_TOKEN in its place")
     if "wandb" in args.report_to:  # it asks for a key at a terminal, unless it is off or offline
         try:
             importlib.import_module("wandb").login()
@@ -3006,18 +3055,29 @@ def load_settings(checkpoint: str | Path) -> dict:
 
 
 def resolve_model_dir(name: str | Path, weights: bool = False, flag_name: str = "--model_name_or_path") -> Path:
-    """The folder of a model: `name` itself, or the snapshot of a hub id (config and tokenizer; `weights` if asked).
-    VQAError, which names `flag_name`, where it is neither a folder nor a hub id that can be fetched."""
+    """The folder of a model or adapter: `name` itself, or the snapshot of a hub id, which may end in @REVISION (config
+    and tokenizer; `weights` if asked), from the cache without a network. VQAError, which names `flag_name`, where it
+    is neither a folder nor a hub id that can be fetched."""
     if Path(name).is_dir():
         return Path(name)
-    patterns = ["*.json", "*.txt", DIGESTS_FILE, *(["model.safetensors", "model-*.safetensors"] if weights else [])]
+    patterns = ["*.json", "*.txt", "*.jinja", DIGESTS_FILE]
+    patterns += ["model.safetensors", "model-*.safetensors", "adapter_model.safetensors"] * weights
+    repo, _, revision = str(name).partition("@")
     try:
-        return Path(snapshot_download(str(name), allow_patterns=patterns))
+        return Path(snapshot_download(repo, revision=revision or None, allow_patterns=patterns, ignore_patterns="*/*"))
     except (LocalEntryNotFoundError, HFValidationError, HfHubHTTPError, OSError) as error:
         raise VQAError(
             f"{flag_name} {name}: no such folder, and not to be had from the hub ({first_line(error)}); "
             "name a folder with the model, or connect to the hub"
         ) from error
+
+
+def hub_origin(folder: str | Path) -> dict[str, str]:
+    """`hub_id` and `revision` (a commit) of a folder of the cache of downloads; {} for any other folder."""
+    *_, repo, kind, revision = ("", "", *Path(folder).absolute().parts)
+    if kind != "snapshots" or not repo.startswith("models--"):
+        return {}
+    return {"hub_id": repo.removeprefix("models--").replace("--", "/"), "revision": revision}
 
 
 def load_config(model_name_or_path: str | Path) -> Qwen2VLConfig:
@@ -3849,7 +3909,7 @@ def load_trained(
 ) -> Trained:
     """Load a trained model: an adapter on its base, a fully trained or merged model, or a base alone.
 
-    `path` is a folder that training or merging wrote, or folder or hub id of a base. `dtype` is that of inference
+    `path` is folder or hub id (also user/repo@revision) of what was trained, or of a base. `dtype` is that of inference
     (None: what training computed in; without settings float32 on a CPU, else bfloat16), `base_dtype` that of the base
     when the adapter is loaded (None: what training computed in, without adapter `dtype`). `merge` merges the adapter
     into the weights (summed in float32 and rounded once), unless the base is in 4 bits. `changes` are fields of
@@ -3860,7 +3920,10 @@ def load_trained(
     they were saved, or a base whose speech encoder makes another number of tokens than in training.
     """
     device = torch.device(device)
-    adapter = (Path(path) / "adapter_config.json").is_file()
+    snapshot = resolve_model_dir(path)
+    adapter = (snapshot / "adapter_config.json").is_file()
+    if adapter or (snapshot / SETTINGS_FILE).is_file():  # else `load_model` fetches what a base needs
+        path = resolve_model_dir(path, weights=True)
     settings, model_settings, input_settings = trained_settings(path, device.type, changes)
     refuse_damage(path)
     drawn_on = drawing_device(path, model_settings, device.type)
@@ -4270,6 +4333,7 @@ def resolved_settings(
         origin = {"started_from": {"adapter_path": adapter, "sha256": digest}}
     return {
         "model": asdict(from_stored(ModelSettings, model)),
+        "base": hub_origin(resolve_model_dir(model_args.model_name_or_path)),
         "input": asdict(from_stored(InputSettings, given | {"encoder_tokens": processor.encoder_tokens})),
         "trained": trained_parts,
         "lora": lora if model_args.train_decoder == "lora" else {},
@@ -4445,7 +4509,7 @@ def write_digests(folder: Path, digests: Iterable[bytes] | None) -> None:
 
 def write_manifest(folder: Path) -> None:
     """Write the sizes and hashes of the files of `folder` beside them, once all of them have reached the disk."""
-    paths = sorted(folder.iterdir())
+    paths = sorted(path for path in folder.iterdir() if path.name != CARD_FILE)
     for path in paths:
         sync(path)
     files = {
@@ -4585,6 +4649,212 @@ def refuse_other_settings(checkpoint: Path, settings: dict) -> None:
     )
     if "started_from" in stored:
         settings["started_from"] = stored["started_from"]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Sharing: model card and upload
+# ----------------------------------------------------------------------------------------------------------------------
+
+CARD_REPO = "USER/REPO"  # in a card until the model is uploaded
+BASE_TO_FILL = "FILL-IN/HUB-ID-OF-THE-BASE"
+CARD_TRAINING = (
+    *("learning_rate", "lr_scheduler_type", "warmup_steps", "optim", "weight_decay", "num_train_epochs", "max_steps"),
+    *("per_device_train_batch_size", "gradient_accumulation_steps", "bf16", "seed", "load_best_model_at_end"),
+)
+CARD = """---
+{front}
+---
+
+# {repo}
+
+Answers questions about frames of surgical videos. The question comes as {how}.
+
+**For research only.** Not a medical device: not for diagnosis, treatment, or guidance during a procedure. It can be
+wrong, and sound sure when it is.
+
+## To fill in
+
+- Licence of this model (also `license`, above): (fill in)
+- Licence of the training data, and whether it lets a model be shared: (fill in; REAL-Colon's is CC BY-NC-SA 4.0)
+- Licence of the base: (fill in)
+
+## Load it
+
+With `train_vqa.py` and what its `requirements.txt` lists:
+
+```python
+import train_vqa as vqa
+
+trained = vqa.load_trained("{repo}", device="cuda"{where})
+frames = [vqa.decode_frame(path) for path in frame_paths]
+print(trained.model.answer(frames, {asked}).text)
+```
+
+## Training
+
+- Base: {base}
+{training}
+
+{results}
+
+None here yet; `evaluate_checkpoint.py --push_results` adds them.
+"""
+CARD_RESULTS = "## Results"  # below it stand those that evaluation adds
+
+
+def describe_data(args: DataArguments, train_rows: Sequence[VQARow], eval_rows: Sequence[VQARow]) -> dict:
+    """Of the files that a run reads: hash, number of rows, rows of each question type; for settings and card."""
+    described = {}
+    for part, path, rows in (("train", args.train_data_path, train_rows), ("eval", args.eval_data_path, eval_rows)):
+        if path:
+            types = Counter(row.question_type for row in rows)
+            described[f"{part}_data_sha256"] = sha256_of(Path(path))
+            described |= {f"{part}_rows": len(rows), f"{part}_types": dict(sorted(types.items()))}
+    return described
+
+
+def model_card(settings: dict) -> str:
+    """The README.md of a model with these settings (of SETTINGS_FILE). What only people can say is left to be filled
+    in: licences, and the hub id of a base that lay in a folder of its own."""
+    data, training, inputs = (settings.get(name, {}) for name in ("data", "training", "input"))
+    origin, parts = settings.get("base"), settings.get("trained", {})
+    merged = "merged_from" in settings["model"]
+    adapter = bool(settings.get("lora")) and not merged
+    front = ModelCardData(
+        base_model=origin["hub_id"] if origin else BASE_TO_FILL,
+        base_model_relation="adapter" if adapter else "finetune",
+        language="en",
+        license="unknown",
+        pipeline_tag="visual-question-answering",
+        tags=[*["lora"] * adapter, "surgery", "endoscopy", "speech"],
+    )
+    how, asked = {
+        "audio": ("speech", 'vqa.load_speech("question.mp3")'),
+        "audio_text": ("speech and text", 'vqa.load_speech("question.mp3"), "the question"'),
+        "text": ("text", 'question="the question"'),
+    }[inputs.get("input_mode", "audio")]
+    base, where = "a local folder, its hub id not known: fill it in wherever this card has FILL-IN", ""
+    if origin:
+        base = f"`{origin['hub_id']}`, revision `{origin['revision']}`"
+    elif adapter:
+        where = f', model_name_or_path="{BASE_TO_FILL}"'
+    sections = {}
+    for part, title in (("train", "Trained on"), ("eval", "Evaluated in training on")):
+        if f"{part}_rows" in data:
+            told = {name: data[f"{part}_{name}"] for name in ("rows", "types", "data_sha256")}
+            sections[title] = {"file": Path(data[f"{part}_data_path"]).name} | told
+    sections["Trained parts"] = {name: value for name, value in parts.items() if value}
+    sections["LoRA"] = settings.get("lora")
+    sections["Input"] = {name: value for name, value in inputs.items() if value is not None}
+    sections["Training"] = {name: training[name] for name in CARD_TRAINING if name in training}
+    sections["Versions"] = settings.get("versions")
+    return CARD.format(
+        front=front.to_yaml(),
+        repo=CARD_REPO if merged else training.get("hub_model_id") or CARD_REPO,
+        how=how,
+        asked=asked,
+        base=base,
+        where=where,
+        training="\n".join(f"- {title}: `{json.dumps(values)}`" for title, values in sections.items() if values),
+        results=CARD_RESULTS,
+    )
+
+
+@contextlib.contextmanager
+def naming_hub_errors(what: str, advice: str):
+    """VQAError `what` (reason); `advice` where the hub, or the way there, fails within."""
+    try:
+        yield
+    except VQAError:
+        raise
+    except Exception as error:  # of the network, the hub, or the libraries that speak with it
+        both = ": ".join(first_line(e).strip(". ") for e in (error, error.__cause__) if e)
+        raise VQAError(f"{what} ({getattr(error, 'server_message', None) or both}); {advice}") from error
+
+
+def open_repo(name: str, *, private: bool | None = None, revision: str | None = None, token: str | None = None) -> str:
+    """The full id of a repo that this machine may write to, made, with its branch, if need be. VQAError for no token,
+    no network, or a repo or branch that refuses."""
+    api = HfApi(token=token)
+    advice = "check the name, the network, and that the token (HF_TOKEN, or `hf auth login`) may write there"
+    with naming_hub_errors(f"{name}: cannot be uploaded to", advice):
+        api.whoami()
+        repo = api.create_repo(name, private=private, exist_ok=True).repo_id
+        if revision:
+            api.create_branch(repo, branch=revision, exist_ok=True)
+        # Asks how a file would be sent, which takes the right to write, and sends nothing.
+        api.preupload_lfs_files(repo, [CommitOperationAdd(CARD_FILE, b"-")], revision=revision)
+    return repo
+
+
+def upload(
+    folder: str | Path,
+    repo: str,
+    *,
+    revision: str | None = None,
+    token: str | None = None,
+    message: str = "Model",
+    resumable: bool = False,
+) -> str:
+    """Upload, in one commit, what evaluation needs of a complete folder of training or merging, and its card; returns
+    the commit's address. `resumable`: also all of that checkpoint, below LAST_CHECKPOINT. Weights and configs that the
+    repo holds of another model are deleted. VQAError where the folder is not complete or not all of it arrives."""
+    folder, api = Path(folder), HfApi(token=token)
+    advice = f'it is complete in {folder}; upload it by python -c "import train_vqa; train_vqa.upload({str(folder)!r}, '
+    advice += f'{repo!r}{f", revision={revision!r}" if revision else ""})"'
+    if damage := find_damage(folder):
+        raise VQAError(f"{folder}: {damage}; nothing was uploaded")
+    stated = json.loads((folder / MANIFEST_FILE).read_text(encoding="utf-8"))["files"]
+    needed = {k: v for k, v in stated.items() if k.endswith(UPLOADED) and k not in NOT_UPLOADED}
+    sent = {name: folder / name for name in needed}
+    sent[MANIFEST_FILE] = json.dumps({"files": needed}, indent=2).encode()
+    sent[CARD_FILE] = (folder / CARD_FILE).read_text(encoding="utf-8").replace(CARD_REPO, repo).encode()
+    if resumable:
+        sent |= {f"{LAST_CHECKPOINT}/{name}": folder / name for name in (*stated, MANIFEST_FILE)}
+    with naming_hub_errors(f"{repo}: {folder} was not uploaded", advice):
+        api.create_repo(repo, exist_ok=True)
+        operations = [CommitOperationAdd(name, content) for name, content in sent.items()]
+        for name in set(api.list_repo_files(repo, revision=revision)) - sent.keys():
+            if MODEL_FILES.fullmatch(name.removeprefix(f"{LAST_CHECKPOINT}/" if resumable else "")):
+                operations.append(CommitOperationDelete(name))
+        commit = api.create_commit(repo, operations, commit_message=message, revision=revision)
+        if lacking := sent.keys() - set(api.list_repo_files(repo, revision=commit.oid)):
+            raise OSError(f"{min(lacking)} did not arrive: does a .gitignore there leave it out?")
+    return commit.commit_url
+
+
+class Uploader(TrainerCallback):
+    """Uploads what a run completes, by its first process alone, while training waits. It has to come after `RunGuard`,
+    which completes checkpoints. `failed` counts uploads that failed: each is told in a line, and training goes on."""
+
+    def __init__(self, args: VQATrainingArguments, stop_signal: StopSignal):
+        self.args, self.stop_signal, self.failed = args, stop_signal, 0
+
+    def on_save(self, args, state, control, **kwargs):
+        """With --hub_strategy every_save and checkpoint; after a signal there is no time for it."""
+        if args.hub_strategy != "end" and not self.stop_signal.signum:
+            self.send(f"checkpoint-{state.global_step}", resumable=args.hub_strategy == "checkpoint")
+
+    def send(self, name: str, resumable: bool = False) -> None:
+        """Upload a folder of --output_dir, or that itself; says what came of it."""
+        args, folder = self.args, Path(self.args.output_dir) / name
+        if args.process_index > 0:
+            return
+        options = {"revision": args.hub_revision, "token": args.hub_token, "resumable": resumable}
+        try:
+            print(f"Uploaded {folder}: {upload(folder, args.hub_model_id, message=name or 'Final model', **options)}")
+        except VQAError as error:
+            self.failed += 1
+            end_bars()
+            print(f"error: {error}", file=sys.stderr)
+
+    def send_final(self, status: int) -> int:
+        """Upload the model that training ended with; a signal ends that at once. Returns the exit status."""
+        out = self.args.output_dir
+        self.stop_signal.idle_message = f"{out} is complete, but not its upload to {self.args.hub_model_id}"
+        self.stop_signal.deferred = False
+        self.send("")
+        return status or int(self.failed > 0)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -4740,6 +5010,9 @@ class VQATrainer(Trainer):
         for name in (MANIFEST_FILE, EVALUATION_DUE):  # of an earlier save of this step
             (folder / name).unlink(missing_ok=True)
         if isinstance(self.model, PeftModel):
+            if origin := self.settings.get("base"):
+                config = self.model.active_peft_config
+                config.base_model_name_or_path, config.revision = origin["hub_id"], origin["revision"]
             self.model.save_pretrained(folder, save_embedding_layers=False)
             self.tokenizer.save_pretrained(folder)
         else:
@@ -4750,6 +5023,7 @@ class VQATrainer(Trainer):
             base = resolve_model_dir(self.settings["model"]["model_name_or_path"])
             write_config_and_tokenizer(self.model, self.tokenizer, base, folder)
         (folder / SETTINGS_FILE).write_text(json.dumps(self.settings, indent=2) + "\n", encoding="utf-8")
+        (folder / CARD_FILE).write_text(model_card(self.settings), encoding="utf-8")  # in place of PEFT's empty one
         write_digests(folder, self.digests)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
@@ -5610,7 +5884,8 @@ def finish(trainer: VQATrainer, memory: PeakMemory, target: StopAtLoss | None) -
         with contextlib.suppress(Interrupted):
             print(trainer.evaluate())
     if stop_signal.agree():
-        raise Interrupted(stop_signal.signum, f"training had ended, and {args.output_dir} is complete")
+        text = f"training had ended, and {args.output_dir} is complete" + ", and not uploaded" * args.upload
+        raise Interrupted(stop_signal.signum, text)
     if memory.gib:
         each = gather(args, memory.gib)
         peaks = {phase: max(one[phase] for one in each) for phase in memory.gib}
@@ -5647,7 +5922,11 @@ def train(
     model_args: ModelArguments, data_args: DataArguments, training_args: VQATrainingArguments, stop_signal: StopSignal
 ) -> int:
     """The steps of `main` after the arguments; returns the exit status."""
-    # 2. What is cheap to check: what the run resumes from, the files of the model
+    # 2. What is cheap to check: where it is uploaded to, what the run resumes from, the files of the model
+    if training_args.upload and not data_args.dry_run and training_args.process_index == 0:
+        name = training_args.hub_model_id or Path(training_args.output_dir).resolve().name
+        where = {"private": training_args.hub_private_repo, "revision": training_args.hub_revision}
+        training_args.hub_model_id = open_repo(name, **where, token=training_args.hub_token)
     checkpoint = by_first(training_args, find_checkpoint, training_args)
     stored = load_settings(checkpoint) if checkpoint else {}
     if "started_from" in stored:
@@ -5686,7 +5965,8 @@ def train(
 
     # 5. Training
     settings = settings_of(base_fingerprint, skipped)
-    settings["data"]["train_data_sha256"] = sha256_of(Path(data_args.train_data_path))
+    settings["data"] |= describe_data(data_args, train_rows, eval_rows)
+    training_args.about = {"vqa": {name: settings[name] for name in settings.keys() - {"training", "skipped"}}}
     if checkpoint:
         refuse_other_settings(checkpoint, settings)
         print(f"Resuming from {checkpoint}")
@@ -5702,10 +5982,14 @@ def train(
             marker.write_text(f"{model_args.adapter_path}\n", encoding="utf-8")
         elif not checkpoint:
             marker.unlink(missing_ok=True)
+    uploader = Uploader(training_args, stop_signal)
+    if training_args.upload:
+        trainer.add_callback(uploader)
     trainer.train_safely(checkpoint)
 
     # 6. Results
-    return finish(trainer, memory, target)
+    status = finish(trainer, memory, target)
+    return uploader.send_final(status) if training_args.upload else status
 
 
 def main(argv: Sequence[str] | None = None) -> int:

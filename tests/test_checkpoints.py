@@ -620,10 +620,9 @@ def test_merged_float32_answers_as_the_live_adapter(trained, merged, fresh, base
     live = last_logits(vqa.load_adapter(fresh(), trained), batch)
     model = vqa.load_model(folder, vqa.load_tokenizer(folder), dtype=torch.float32)  # no other flag
     assert (last_logits(model, batch) - live).abs().max() <= 1e-5 * live.abs().max()
-    names = "config.json generation_config.json model.safetensors preprocessor_config.json tokenizer.json "
-    assert sorted(file.name for file in folder.iterdir()) == [
-        *names.split(), "tokenizer_config.json", "training_digests.dat", "vqa_settings.json"
-    ]  # fmt: skip
+    names = "README.md config.json generation_config.json manifest.json model.safetensors preprocessor_config.json "
+    names += "tokenizer.json tokenizer_config.json training_digests.dat vqa_settings.json"
+    assert sorted(file.name for file in folder.iterdir()) == names.split()
     assert weights_of(folder).keys() == {name for name, _ in base.named_parameters()}
     assert json.loads((folder / "generation_config.json").read_text())["eos_token_id"] == [480, 482]
     assert vqa.load_settings(folder)["model"]["base_fingerprint"] == vqa.fingerprint(model)

@@ -165,7 +165,8 @@ def test_a_merged_model_knows_its_layout_or_is_asked(evaluate, foreign, tmp_path
     alive = evaluate(*CHAT, *LIKE_TRAINED, checkpoint=adapter)
     answers = [[row["predicted_answer"] for row in run.rows] for run in (merged, alive)]
     assert answers[0] == answers[1]
-    (tmp_path / "merged" / vqa.SETTINGS_FILE).unlink()  # as merged elsewhere
+    for name in (vqa.SETTINGS_FILE, vqa.MANIFEST_FILE):  # as merged elsewhere
+        (tmp_path / "merged" / name).unlink()
     refused = evaluate(checkpoint=tmp_path / "merged", name="asked")
     assert refused.status == 2 and "--prompt_layout and --max_eval_frames" in refused.err
     again = evaluate(*CHAT, *LIKE_TRAINED, checkpoint=tmp_path / "merged", name="told")
