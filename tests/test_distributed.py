@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -14,9 +15,10 @@ import torch
 import torch.distributed as dist
 
 import train_vqa as vqa
-from tests.conftest import EVAL_DATA, EVALUATION, ROOT, SIX_STEPS, read_jsonl, refusal, weights_of
+from tests.conftest import EVAL_DATA, EVALUATION, FIXTURES, ROOT, SIX_STEPS, read_jsonl, refusal, weights_of
 from tests.faults import Script, default_signals
 from tests.test_faults import RESUME, assert_same
+from tests.test_flags import LAUNCH_LINES
 
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
 # Six steps of two rows over two epochs, with dropout, as SIX_STEPS, but one row on each rank.
@@ -203,6 +205,16 @@ def test_the_shell_script_trains_on_two_ranks_and_ends_with_the_signals_status(t
     text = (tmp_path / "said").read_text()
     assert text.count("Model loaded in full") == 1 and "Traceback" not in text and not (tmp_path / "results").exists()
     assert re.match(r"Stopped by SIGTERM: .*checkpoint-\d+ is complete", text.strip().splitlines()[-1])
+
+
+@pytest.mark.slow
+def test_the_public_line_trains_on_two_ranks(tiny, tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    paths = {"frames": FIXTURES / "frames", "audio": FIXTURES / "audio", "rows": FIXTURES / "smoke.jsonl"}
+    line = shlex.split(LAUNCH_LINES["train_multivideo_overnight.sh"].format(**paths, out=tmp_path / "out"))
+    started = Ranks(tmp_path, [*line, "--model_name_or_path", str(tiny), "--init", "random", "--lora_r", "4"])
+    assert started.end()[0] == [0, 0]
+    assert vqa.find_damage(tmp_path / "out") is None and len(logged(tmp_path / "out", "eval_loss")) == 1
 
 
 @pytest.mark.slow

@@ -43,6 +43,15 @@ def test_what_does_not_fit_is_an_error_with_flags_that_make_it_fit(limit, train,
     assert train(tmp_path, *flags, *advised) == 0
 
 
+def test_a_plan_for_several_gpus(train, tmp_path, capsys, no_weights):
+    """Five rows are three steps of two."""
+    assert (
+        train(tmp_path, "--dry_run", "--per_device_train_batch_size", "1", "--num_gpus", "2", "--num_train_epochs", "1")
+        == 0
+    )
+    assert "steps: 3 (3 an epoch of 5 samples on 2 GPUs)" in capsys.readouterr().out
+
+
 def test_what_nothing_makes_fit_is_said(train, tmp_path, no_weights):
     assert "no flags" in refusal(train, tmp_path, *LARGE, "--gpu_memory_limit_gib", "1e-4")
 
