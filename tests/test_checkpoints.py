@@ -7,6 +7,7 @@ import math
 import re
 import shutil
 import sys
+from functools import partial
 
 import numpy as np
 import pytest
@@ -107,6 +108,10 @@ def stored(tiny, base, tokenizer, tmp_path):
     return lambda layout: Checkpoint(layout, tiny, tmp_path, base, tokenizer)
 
 
+# Products of equal weights may round otherwise where the weights lie at other addresses: a CPU without AVX-512 does so.
+assert_close = partial(torch.testing.assert_close, rtol=1e-5, atol=1e-5)
+
+
 def assert_same(model, base, but=()):
     """Weights and, where there are such, buffers are the same bit for bit."""
     for found, wanted in (
@@ -128,7 +133,7 @@ def test_old_and_own_layout_are_loaded_bit_for_bit(stored, base, batch, capsys, 
         assert {"model.norm.weight", "visual.merger.mlp.0.bias"} <= set(held.tensors)  # transformers 4's names
     model = held.load()
     assert_same(model, base)
-    assert torch.equal(last_logits(model, batch), last_logits(base, batch))
+    assert_close(last_logits(model, batch), last_logits(base, batch))
     assert f"96 tensors from {held.folder}" in capsys.readouterr().out
     assert vqa.fingerprint(model) == vqa.fingerprint(held.load(dtype=torch.bfloat16)) == vqa.fingerprint(base)
     model.config.text_config.num_attention_heads = 2  # another config, or another value, is another base
@@ -604,7 +609,8 @@ def test_a_base_alone_is_loaded_by_the_same_function(stored, base, batch):
     alone = vqa.load_trained(held.folder)
     assert (alone.settings, alone.merged, alone.base_fingerprint) == ({}, False, vqa.fingerprint(base))
     assert alone.model.dtype == torch.float32  # on a CPU
-    assert torch.equal(last_logits(alone.model, batch), last_logits(base, batch))
+    assert_same(alone.model, base)
+    assert_close(last_logits(alone.model, batch), last_logits(base, batch))
     half = vqa.load_trained(held.folder, dtype=torch.bfloat16).model
     assert {weight.dtype for weight in half.parameters()} == {torch.bfloat16}
 
