@@ -9,16 +9,14 @@ import json
 import os
 import signal
 import sys
-from contextlib import ExitStack
 from pathlib import Path
 
 import torch
 
 import train_vqa as vqa
-from tests.faults import watching
 
 
-def arrange(rank: int, moment: str, count: int, what: str, stack: ExitStack) -> None:
+def arrange(rank: int, moment: str, count: int, what: str) -> None:
     """Have the fault happen in this process, if it is meant."""
     seen = []
     if rank not in (-1, int(os.environ["RANK"])):
@@ -34,7 +32,7 @@ def arrange(rank: int, moment: str, count: int, what: str, stack: ExitStack) -> 
             os.kill(os.getppid() if "parent" in what else os.getpid(), getattr(signal, f"SIG{what.split()[-1]}"))
         return True
 
-    forward, read = vqa.SurgicalVQAModel.forward, vqa.SurgicalVQADataset.__getitem__
+    forward, read, save = vqa.SurgicalVQAModel.forward, vqa.SurgicalVQADataset.__getitem__, torch.save
 
     def watched_forward(self, *args, **kwargs):
         spoilt = self.training == (moment == "training") and is_due() and what == "nan"
@@ -51,7 +49,7 @@ def arrange(rank: int, moment: str, count: int, what: str, stack: ExitStack) -> 
     if moment == "reading":
         vqa.SurgicalVQADataset.__getitem__ = watched_read
     elif moment == "saving":
-        stack.enter_context(watching(lambda event, path: None if "rng_state_" not in path else is_due() and None))
+        torch.save = lambda *args, **kwargs: (is_due(), save(*args, **kwargs))[1]
     else:
         vqa.SurgicalVQAModel.forward = watched_forward
 
@@ -59,10 +57,9 @@ def arrange(rank: int, moment: str, count: int, what: str, stack: ExitStack) -> 
 def train_all() -> int:
     """The highest exit status of the trainings."""
     work = json.loads(Path(sys.argv[1]).read_text())
-    with ExitStack() as stack:
-        if "fault" in work:
-            arrange(*work["fault"], stack)
-        return max(vqa.main(flags) for flags in work["runs"])
+    if "fault" in work:
+        arrange(*work["fault"])
+    return max(vqa.main(flags) for flags in work["runs"])
 
 
 if __name__ == "__main__":
