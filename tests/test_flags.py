@@ -127,6 +127,7 @@ def test_flags_of_transformers_that_are_not_offered_are_refused_by_name(train, t
 
 # Values that nothing can be trained with, or that nothing would read; the message names the flag.
 REFUSED = """
+--num_gpus 2 | --num_gpus 0 --dry_run True
 --do_eval False | --do_eval | --eval_delay 1 | --eval_steps 5 | --eval_on_start True | --load_best_model_at_end True
 --metric_for_best_model loss | --greater_is_better True | --eval_strategy sometimes | --eval_strategy steps
 --warmup_ratio 1.0 | --warmup_ratio -0.1 | --warmup_ratio nan | --warmup_ratio 0.1 --warmup_steps 3 | --warmup_steps -1

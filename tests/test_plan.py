@@ -43,6 +43,18 @@ def test_what_does_not_fit_is_an_error_with_flags_that_make_it_fit(limit, train,
     assert train(tmp_path, *flags, *advised) == 0
 
 
+def test_a_plan_for_several_gpus(train, tmp_path, capsys, no_weights):
+    """Five rows are three steps of two; a card also holds the gradients as they are exchanged."""
+    memory = []
+    for count in ("1", "2"):
+        flags = ("--lora_r", "4000", "--per_device_train_batch_size", "1", "--num_train_epochs", "1")
+        assert train(tmp_path, "--dry_run", *flags, "--num_gpus", count) == 0
+        said = capsys.readouterr().out
+        memory.append(float(re.search(r"gradients and optimizer ([\d.]+)", said)[1]))
+    assert "steps: 3 (3 an epoch of 5 samples on 2 GPUs)" in said and "GiB of each GPU" in said
+    assert memory[1] == pytest.approx(memory[0] * 16 / 12, abs=0.1)
+
+
 def test_what_nothing_makes_fit_is_said(train, tmp_path, no_weights):
     assert "no flags" in refusal(train, tmp_path, *LARGE, "--gpu_memory_limit_gib", "1e-4")
 
