@@ -4217,8 +4217,7 @@ class FeatureStore:
         SurgicalVQADatasets, or have their `rows` and `cacheable_media`; None in these is not kept. VQAError for media
         that cannot be read, which `allow_errors` skips (`read` then gives None for them), and for a full disk. Several
         ranks, which have the same sources, share the work."""
-        start = time.monotonic()
-        depth = 2 * MAX_WORKERS
+        start, depth = time.monotonic(), 2 * MAX_WORKERS
         recipes = feature_recipes(self.model, self.processor, self.silence)
         digest_of = cache(sha256_of)
 
@@ -5330,7 +5329,7 @@ class RunGuard(TrainerCallback):
             if args.eval_answers and args.should_save and number.isdecimal() and int(number) > state.global_step:
                 file.unlink()
         if args.world_size > 1:  # each its own dropout; a checkpoint's random states are read later
-            set_seed(args.seed + args.process_index)
+            set_seed((args.seed + args.process_index) % 2**32)
         if self.saved_step >= 0:
             trainer._tr_loss += self.unlogged_loss[0]
             trainer._globalstep_last_logged = self.unlogged_loss[1]
@@ -5976,12 +5975,11 @@ def train(
     multiple = model_args.padding_multiple
     trainer = make_trainer(trained, datasets, settings, multiple, callbacks, training_args, stop_signal)
     trainer.digests |= digests or set()
-    if training_args.should_save:
-        marker = Path(training_args.output_dir) / STARTED_FILE
-        if model_args.adapter_path:
-            marker.write_text(f"{model_args.adapter_path}\n", encoding="utf-8")
-        elif not checkpoint:
-            marker.unlink(missing_ok=True)
+    marker = Path(training_args.output_dir) / STARTED_FILE
+    if training_args.should_save and model_args.adapter_path:
+        marker.write_text(f"{model_args.adapter_path}\n", encoding="utf-8")
+    elif training_args.should_save and not checkpoint:
+        marker.unlink(missing_ok=True)
     uploader = Uploader(training_args, stop_signal)
     if training_args.upload:
         trainer.add_callback(uploader)

@@ -152,6 +152,8 @@ def kernel_table(profiler: torch.profiler.profile) -> str:
     }
     kinds |= {"copies and casts": ("memcpy", "copy", "direct_copy"), "exchange between GPUs": ("nccl",)}
     kernels = [event for event in profiler.key_averages() if event.device_type != torch.autograd.DeviceType.CPU]
+    # Spans that NCCL and DDP mark on the GPU; their kernels are listed too.
+    kernels = [event for event in kernels if "nccl:" not in event.key and "Parallel.forward" not in event.key]
     rows = [(event.key, event.self_device_time_total / 1e3, event.count) for event in kernels]
     rows.sort(key=lambda row: -row[1])
     sums = {}
