@@ -1621,8 +1621,8 @@ class RowFile(contextlib.AbstractContextManager):
             part.unlink()
 
     def put_in_order(self, keys: Iterable[Key]) -> None:
-        """Have the rows stand in the order of `keys`, others behind them: the file that one uninterrupted process
-        writes. InputError where the disk has no room for the file twice."""
+        """Have the rows stand in the order of `keys`, others behind them: as one uninterrupted process writes them.
+        InputError where the disk has no room for the file twice."""
         place = {key: number for number, key in enumerate(keys)}
         ordered = sorted(self.done, key=lambda key: place.get(key, len(place)))
         if ordered == list(self.done):
