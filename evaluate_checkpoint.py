@@ -2596,9 +2596,9 @@ def answer_and_score(args: argparse.Namespace, stop: Any) -> int:
     # 6. Figures
     record = run_record(args, chosen, arms[main_arm], settings[main_arm], device) | of_data | {"gates": moved}
     record["frames"] = frames_that_differ(chosen.trained_frames, limit, (len(row["frames"]) for row in annotations))
+    sizes = {arm: inputs.batch_size for arm, inputs in arms.items()}
     record["runtime"] = {"seconds": seconds, "rows_answered": answered, "peak_gpu_memory_gib": peak}
-    record["runtime"]["world_size"] = vqa.world_size()
-    record["runtime"]["batch_size"] = {arm: inputs.batch_size for arm, inputs in arms.items()}
+    record["runtime"] |= {"world_size": vqa.world_size(), "batch_size": sizes}
     in_arms = summarise_arms(main_arm, scored, {arm: path.name for arm, path in files.items()})
     add_to_arms(in_arms, files, done)
     summary = summarise(annotations, scored[main_arm], arms=in_arms, manifest=record)
@@ -3768,8 +3768,9 @@ def build_parser() -> argparse.ArgumentParser:
                         "beside it in audio_text")
     parser.add_argument("--frames", nargs="+", metavar="IMAGE", help="the clip of --ask, in order in time")
     parser.add_argument("--push_results", metavar="USER/REPO", help="add the figures to the model card of this repo on "
-                        "the Hugging Face hub (user/repo, user/repo@branch), and the page of --report; never rows, "
-                        "frames or speech. The token is that of HF_TOKEN or of `hf auth login`")
+                        "the Hugging Face hub (user/repo, user/repo@branch), and upload the page of --report, which "
+                        "holds questions and answers; never frames or speech. The token is that of HF_TOKEN or of "
+                        "`hf auth login`")
     parser.add_argument("--score_only", **switch, help="score the predictions in --output_file; no model")
     parser.add_argument("--compare", nargs=2, metavar=("A", "B"), help="two files of rows or predictions; print "
                         "their paired differences. Predictions without video_id or gold answers need --eval_data_path")
