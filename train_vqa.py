@@ -2656,7 +2656,7 @@ class OneQuestion:
 
     def replay(self, function: typing.Callable, *args):
         """`function(*args)`, on a GPU as a CUDA graph, captured for each shape of the tensors and each value of other
-        `args`. The next replay writes over the result."""
+        `args`. The next replay, of whatever function, may write over the result: all share one pool of memory."""
         if self.model.device.type != "cuda":
             return function(*args)
         key = function, *((a.shape, a.dtype) if isinstance(a, torch.Tensor) else a for a in args)
@@ -2676,7 +2676,8 @@ class OneQuestion:
 
     def hear(self, mel: torch.Tensor) -> torch.Tensor:
         """All outputs of the speech encoder, [tokens, d_audio], of a mel [1, bins, frames]."""
-        return self.replay(self.model.encode_audio, *on_device({"mel": mel}, self.model.device).values(), None)
+        heard = self.replay(self.model.encode_audio, *on_device({"mel": mel}, self.model.device).values(), None)
+        return heard.clone()  # the frames' replay comes before it is read
 
     def see(self, pixels: torch.Tensor, grid: torch.Tensor) -> torch.Tensor:
         """What the vision encoder makes of patches and their grid. Frames of several sizes take no graph, nor do
@@ -2739,7 +2740,8 @@ class OneQuestion:
         batch["state"] = torch.tensor([0, self.length, self.position])
         batch = on_device(batch, model.device)
         embeds = model.embed(batch["input_ids"], vision, speech, batch["vision_at"], batch["speech_at"])
-        self.state, self.logits = self.replay(self.prefill, embeds, batch["position_ids"], batch["state"])
+        self.state, logits = self.replay(self.prefill, embeds, batch["position_ids"], batch["state"])
+        self.logits = logits.clone()  # `score` reads it after the replays of `next`
         return int(self.state[0])
 
     def next(self) -> int:
