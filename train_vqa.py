@@ -4798,8 +4798,9 @@ def upload(
     resumable: bool = False,
 ) -> str:
     """Upload, in one commit, what evaluation needs of a complete folder of training or merging, and its card; returns
-    the commit's address. `resumable`: also all of that checkpoint, below LAST_CHECKPOINT. Weights and configs that the
-    repo holds of another model are deleted. VQAError where the folder is not complete or not all of it arrives."""
+    the commit's address. `resumable`: also all of that checkpoint, in place of what is below LAST_CHECKPOINT. Weights
+    and configs that the repo holds of another model are deleted. VQAError where the folder is not complete, or not all
+    of it arrives."""
     folder, api = Path(folder), HfApi(token=token)
     advice = f'it is complete in {folder}; upload it by python -c "import train_vqa; train_vqa.upload({str(folder)!r}, '
     advice += f'{repo!r}{f", revision={revision!r}" if revision else ""})"'
@@ -4816,7 +4817,7 @@ def upload(
         api.create_repo(repo, exist_ok=True)
         operations = [CommitOperationAdd(name, content) for name, content in sent.items()]
         for name in set(api.list_repo_files(repo, revision=revision)) - sent.keys():
-            if MODEL_FILES.fullmatch(name.removeprefix(f"{LAST_CHECKPOINT}/" if resumable else "")):
+            if MODEL_FILES.fullmatch(name) or (resumable and name.startswith(f"{LAST_CHECKPOINT}/")):
                 operations.append(CommitOperationDelete(name))
         commit = api.create_commit(repo, operations, commit_message=message, revision=revision)
         if lacking := sent.keys() - set(api.list_repo_files(repo, revision=commit.oid)):
@@ -4825,22 +4826,21 @@ def upload(
 
 
 class Uploader(TrainerCallback):
-    """Uploads what a run completes, by its first process alone, while training waits. It has to come after `RunGuard`,
-    which completes checkpoints. `failed` counts uploads that failed: each is told in a line, and training goes on."""
+    """Uploads what a run completes, by rank 0, for which the others wait. It has to come after `RunGuard`, which
+    completes checkpoints. `failed` counts uploads that failed: each is told in a line, and training goes on."""
 
-    def __init__(self, args: VQATrainingArguments, stop_signal: StopSignal):
-        self.args, self.stop_signal, self.failed = args, stop_signal, 0
+    def __init__(self, trainer: "VQATrainer"):
+        self.trainer, self.failed = trainer, 0
 
     def on_save(self, args, state, control, **kwargs):
         """With --hub_strategy every_save and checkpoint; after a signal there is no time for it."""
-        if args.hub_strategy != "end" and not self.stop_signal.signum:
-            self.send(f"checkpoint-{state.global_step}", resumable=args.hub_strategy == "checkpoint")
+        if args.hub_strategy != "end" and not self.trainer.stop_signal.signum:
+            by_first(args, self.send, f"checkpoint-{state.global_step}", args.hub_strategy == "checkpoint")
+            self.trainer.guard.since = time.monotonic()
 
     def send(self, name: str, resumable: bool = False) -> None:
         """Upload a folder of --output_dir, or that itself; says what came of it."""
-        args, folder = self.args, Path(self.args.output_dir) / name
-        if args.process_index > 0:
-            return
+        args, folder = self.trainer.args, Path(self.trainer.args.output_dir) / name
         options = {"revision": args.hub_revision, "token": args.hub_token, "resumable": resumable}
         try:
             print(f"Uploaded {folder}: {upload(folder, args.hub_model_id, message=name or 'Final model', **options)}")
@@ -4851,10 +4851,10 @@ class Uploader(TrainerCallback):
 
     def send_final(self, status: int) -> int:
         """Upload the model that training ended with; a signal ends that at once. Returns the exit status."""
-        out = self.args.output_dir
-        self.stop_signal.idle_message = f"{out} is complete, but not its upload to {self.args.hub_model_id}"
-        self.stop_signal.deferred = False
-        self.send("")
+        args, stop_signal = self.trainer.args, self.trainer.stop_signal
+        stop_signal.idle_message = f"{args.output_dir} is complete, but not its upload to {args.hub_model_id}"
+        stop_signal.deferred = False
+        by_first(args, self.send, "")
         return status or int(self.failed > 0)
 
 
@@ -5008,8 +5008,9 @@ class VQATrainer(Trainer):
             return write_weights(self.model, None) if self.sharded and not source else None
         folder = Path(output_dir or self.args.output_dir)
         folder.mkdir(parents=True, exist_ok=True)
-        for name in (MANIFEST_FILE, EVALUATION_DUE):  # of an earlier save of this step
-            (folder / name).unlink(missing_ok=True)
+        earlier = (folder / MANIFEST_FILE, folder / EVALUATION_DUE, *folder.glob("optimizer_*.pt"))
+        for file in earlier:  # of an earlier save of this step, maybe by more ranks
+            file.unlink(missing_ok=True)
         if isinstance(self.model, PeftModel):
             if origin := self.settings.get("base"):
                 config = self.model.active_peft_config
@@ -5277,7 +5278,7 @@ class RunGuard(TrainerCallback):
         self.stepping = False  # the optimizer is changing the weights
         self.evaluation_due = False  # a signal cut one short
         self.unlogged_loss = (0.0, 0)  # the sum of losses since the last log, and the step of that log
-        self.samples, self.seconds, self.since = 0, 0.0, time.monotonic()  # of training, since the last log
+        self.samples, self.seconds, self.since = 0, 0.0, time.monotonic()  # of this rank, since the last log
 
     def resume(self, checkpoint: Path | None) -> None:
         """Read where `checkpoint` stood; VQAError where that, or the Trainer's state, cannot be read."""
@@ -5304,7 +5305,8 @@ class RunGuard(TrainerCallback):
     def pace(self) -> dict[str, float]:
         """Samples a second since the last call, evaluations and saves not counted, and the GPU memory in GiB that the
         allocator holds: training's peak, for between steps it gives nothing back."""
-        speed = {"samples_per_second": self.samples / self.seconds} if self.seconds else {}
+        samples = sum(gather(self.trainer.args, self.samples))  # of the last batches the ranks have unequal shares
+        speed = {"samples_per_second": samples / self.seconds} if self.seconds else {}
         self.samples, self.seconds = 0, 0.0
         return speed | ({"gpu_memory_gib": torch.cuda.memory_reserved() / GIB} if torch.cuda.is_available() else {})
 
@@ -5372,7 +5374,7 @@ class RunGuard(TrainerCallback):
         """After a signal: save and stop; where the epoch ends with this step, what is due then comes first."""
         self.stepping = False
         now = time.monotonic()
-        self.samples += sum(len(rows) for rows, *_ in self.trainer.batches) * args.world_size
+        self.samples += sum(len(rows) for rows, *_ in self.trainer.batches)
         self.seconds, self.since = self.seconds + now - self.since, now
         self.trainer.batches = []
         if self.trainer.stop_signal.agree():
@@ -5982,7 +5984,7 @@ def train(
         marker.write_text(f"{model_args.adapter_path}\n", encoding="utf-8")
     elif training_args.should_save and not checkpoint:
         marker.unlink(missing_ok=True)
-    uploader = Uploader(training_args, stop_signal)
+    uploader = Uploader(trainer)
     if training_args.upload:
         trainer.add_callback(uploader)
     trainer.train_safely(checkpoint)
