@@ -404,7 +404,6 @@ SET_HERE = {
     "label_names": ["labels"],
     "use_liger_kernel": False,
     "ddp_broadcast_buffers": False,  # no buffer changes
-    "log_level_replica": "error",  # rank 0 speaks for all
 }
 # Flags of the public SurgViVQA-Audio, of transformers 4 and of merge_stage2_to_bf16.py, and what does the same here.
 REFUSED_FLAGS = {
@@ -4018,13 +4017,6 @@ def is_other_rank() -> bool:
     return "LOCAL_RANK" in os.environ and rank() > 0
 
 
-def silence_other_ranks() -> None:
-    """Let ranks but the first print nothing; `run` lets their errors through."""
-    if is_other_rank():
-        sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115
-        transformers_logging.set_verbosity_error()
-
-
 @cache
 def cpu_group() -> dist.ProcessGroup:
     """The ranks' group for flags and objects, for which no GPU has to stop. It waits for days: rank 0 may decode data
@@ -4100,6 +4092,7 @@ def silent() -> Iterator[None]:
     try:
         yield
     finally:
+        end_bars()
         sys.stdout.flush(), sys.stderr.flush()
         for stream, copied in zip((1, 2), kept, strict=True):
             os.dup2(copied, stream)
@@ -4849,13 +4842,12 @@ class Uploader(TrainerCallback):
             end_bars()
             print(f"error: {error}", file=sys.stderr)
 
-    def send_final(self, status: int) -> int:
-        """Upload the model that training ended with; a signal ends that at once. Returns the exit status."""
+    def send_final(self) -> None:
+        """Upload the model that training ended with; a signal ends that at once."""
         args, stop_signal = self.trainer.args, self.trainer.stop_signal
         stop_signal.idle_message = f"{args.output_dir} is complete, but not its upload to {args.hub_model_id}"
         stop_signal.deferred = False
         by_first(args, self.send, "")
-        return status or int(self.failed > 0)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -4881,7 +4873,8 @@ class VQATrainer(Trainer):
         self, *args, tokenizer: PreTrainedTokenizerBase, settings: dict, stop_signal: StopSignal | None = None, **kwargs
     ):
         super().__init__(*args, **kwargs)
-        self.tokenizer, self.settings, self.stop_signal = tokenizer, settings, stop_signal or StopSignal()
+        self.tokenizer, self.settings, self.stop_signal = tokenizer, settings, stop_signal or StopSignal(args=self.args)
+        self.args.about = {"vqa": {name: settings[name] for name in settings.keys() - {"training", "skipped"}}}
         # The Trainer would delete old checkpoints before the new one is complete.
         self.total_limit = self.args.save_total_limit
         self.args.save_total_limit = None
@@ -4904,8 +4897,10 @@ class VQATrainer(Trainer):
         if self.sharded:
             self.model_wrapped = Sharded(self.model)
             self.total_limit = self.total_limit or 1
-        self.guard = RunGuard(self)
+        self.guard, self.uploader = RunGuard(self), Uploader(self)
         self.add_callback(self.guard)
+        if self.args.upload:
+            self.add_callback(self.uploader)
 
     def train_safely(self, checkpoint: Path | None) -> None:
         """Train, from `checkpoint` if given. Interrupted: a signal stopped it, after a save. VQAError: memory or disk
@@ -5825,6 +5820,17 @@ def build_model(
     return model, trained, base_fingerprint
 
 
+def make_ready(model: SpeechMixin, args: ModelArguments, training_args: VQATrainingArguments, every_n: int) -> None:
+    """Prepare a built model for training: spread it over the ranks, recompute its activations, compile its layers."""
+    if training_args.world_size > 1 and args.train_decoder == "full":
+        shard(model, training_args)
+    set_recomputation(model, every_n)
+    if args.compile_layers:
+        compile_decoder(model)
+    if args.use_liger_kernel:
+        use_liger(model)
+
+
 def choose_layout(base: str, asked: str | None) -> str:
     """The prompt layout to train: that `asked` for, else that of the base if it was trained here, else plain."""
     folder = resolve_model_dir(base)
@@ -5879,7 +5885,8 @@ def make_trainer(
 
 
 def finish(trainer: VQATrainer, memory: PeakMemory, target: StopAtLoss | None) -> int:
-    """Save what training ended with, evaluate it where no evaluation was asked for before; returns the exit status."""
+    """Save what training ended with, evaluate it where no evaluation was asked for before, and upload it; returns the
+    exit status."""
     args, stop_signal = trainer.args, trainer.stop_signal
     trainer.save_final()
     gather(args, None)  # until rank 0 has written
@@ -5897,10 +5904,12 @@ def finish(trainer: VQATrainer, memory: PeakMemory, target: StopAtLoss | None) -
         print(name_final_step(args, trainer.state, trainer.early_stopping))
     what = "adapter, projector" if isinstance(trainer.model, PeftModel) else "the full model"
     print(f"Saved {what}, tokenizer and {SETTINGS_FILE} to {args.output_dir}")
-    if target and not target.reached:
+    failed = bool(target and not target.reached)
+    if failed:
         print(f"error: the loss did not fall below --target_train_loss {target.target}", file=sys.stderr)
-        return 1
-    return 0
+    if args.upload:
+        trainer.uploader.send_final()
+    return int(failed or trainer.uploader.failed > 0)
 
 
 def name_final_step(args: VQATrainingArguments, state: TrainerState, early_stopping: EarlyStoppingCallback) -> str:
@@ -5953,30 +5962,23 @@ def train(
     every_n = plan(model, datasets, together(model_args, data_args, training_args))
     if data_args.dry_run:
         return 0
-    if training_args.world_size > 1 and model_args.train_decoder == "full":
-        shard(model, training_args)
-    set_recomputation(model, every_n)
-    if model_args.compile_layers:
-        compile_decoder(model)
-    if model_args.use_liger_kernel:
-        use_liger(model)
+    make_ready(model, model_args, training_args, every_n)
     if data_args.cache_features:
         store = FeatureStore(data_args.cache_features, model, processor, data_args.speech_token_jitter)
-        store.fill([dataset for dataset in datasets if dataset])
-        for dataset in filter(None, datasets):
+        present = [dataset for dataset in datasets if dataset]
+        store.fill(present)
+        for dataset in present:
             dataset.feature_store = store
 
     # 5. Training
     settings = settings_of(base_fingerprint, skipped)
     settings["data"] |= describe_data(data_args, train_rows, eval_rows)
-    training_args.about = {"vqa": {name: settings[name] for name in settings.keys() - {"training", "skipped"}}}
     if checkpoint:
         refuse_other_settings(checkpoint, settings)
         print(f"Resuming from {checkpoint}")
     memory = PeakMemory()
     target = StopAtLoss(data_args.target_train_loss) if data_args.target_train_loss is not None else None
-    callbacks = [memory, *([target] if target else [])]
-    multiple = model_args.padding_multiple
+    callbacks, multiple = [memory, *filter(None, [target])], model_args.padding_multiple
     trainer = make_trainer(trained, datasets, settings, multiple, callbacks, training_args, stop_signal)
     trainer.digests |= digests or set()
     marker = Path(training_args.output_dir) / STARTED_FILE
@@ -5984,14 +5986,10 @@ def train(
         marker.write_text(f"{model_args.adapter_path}\n", encoding="utf-8")
     elif training_args.should_save and not checkpoint:
         marker.unlink(missing_ok=True)
-    uploader = Uploader(trainer)
-    if training_args.upload:
-        trainer.add_callback(uploader)
     trainer.train_safely(checkpoint)
 
     # 6. Results
-    status = finish(trainer, memory, target)
-    return uploader.send_final(status) if training_args.upload else status
+    return finish(trainer, memory, target)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -6000,11 +5998,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     # Else a batch that is longer than all before makes the allocator give back and ask anew for most of its memory.
     if "PYTORCH_ALLOC_CONF" not in os.environ:
         os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
-    silence_other_ranks()
-    model_args, data_args, training_args = parse_arguments(sys.argv[1:] if argv is None else list(argv))
-    if not data_args.dry_run:  # which may plan for another card
-        limit_gpu_memory(model_args.gpu_memory_limit_gib)
     with contextlib.ExitStack() as stack:
+        if is_other_rank():
+            stack.enter_context(silent())
+        model_args, data_args, training_args = parse_arguments(sys.argv[1:] if argv is None else list(argv))
+        if not data_args.dry_run:  # which may plan for another card
+            limit_gpu_memory(model_args.gpu_memory_limit_gib)
         stop_signal = stack.enter_context(StopSignal(args=training_args))
         if data_args.check_data:
             prepare_data(data_args)
@@ -6026,15 +6025,14 @@ def run(entry) -> None:
         status = entry()
     except Interrupted as stop:
         end_bars()
-        print(stop, file=sys.stderr)
+        if not is_other_rank():
+            print(stop, file=sys.stderr)
         status = 128 + stop.signum
     except SystemExit as end:
         failed, status = True, end.code
     except Exception as error:
         failed, status = True, 1
         if is_first_to_fail():
-            if is_other_rank():
-                sys.stderr = sys.__stderr__
             end_bars()
             known = isinstance(error, VQAError)
             lines = [f"error: {line}" for line in str(error).splitlines()] if known else [traceback.format_exc()]
