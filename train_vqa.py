@@ -315,7 +315,7 @@ PROGRESS_FILE = "vqa_progress.json"  # what the loss log has so far
 EVALUATION_DUE = "evaluation_due"  # marker file: a signal interrupted the evaluation after this save
 # What a run resumes from, beside the adapter or the full model.
 RESUME_FILES = (SETTINGS_FILE, PROGRESS_FILE, "optimizer.pt", "scheduler.pt", "trainer_state.json")
-# Of the files of a manifest, what evaluation needs: by their endings, so that no pickle is uploaded; and not these.
+# Of the files in a manifest evaluation needs those with these endings (so no pickle is uploaded), but not these two.
 UPLOADED, NOT_UPLOADED = (".safetensors", ".json", ".jinja", ".txt", ".dat"), (PROGRESS_FILE, "trainer_state.json")
 LAST_CHECKPOINT = "last-checkpoint"  # folder in the repo, for --hub_strategy checkpoint
 # Weights and configs of another model that a repo held before: beside new ones they would be read.
@@ -1569,9 +1569,9 @@ def what_is(data: bytes) -> tuple[str, str | None]:
 
 
 def decode_frame(path: Path, checking: bool = False, damage: bool = False) -> Image.Image:
-    """A decoded frame in full size, RGB, upright (EXIF orientation applied). `damage` looks for more of it, `checking`
-    too, but may give a smaller frame in grey, which takes less time. VQAError for a file that is no JPEG, PNG or WebP,
-    is damaged, or is too large or too thin for the model."""
+    """A decoded frame in full size, RGB, upright (EXIF orientation applied). `damage` also finds damage at which Pillow
+    guesses; `checking` finds it too, but may give a smaller frame in grey, which takes less time. VQAError for a file
+    that is no JPEG, PNG or WebP, is damaged, or is too large or too thin for the model."""
 
     def refuse(what: str, advice: str = "replace it or remove the row") -> typing.NoReturn:
         raise VQAError(f"frame {path} {what}; {advice}")
