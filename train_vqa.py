@@ -315,7 +315,7 @@ PROGRESS_FILE = "vqa_progress.json"  # what the loss log has so far
 EVALUATION_DUE = "evaluation_due"  # marker file: a signal interrupted the evaluation after this save
 # What a run resumes from, beside the adapter or the full model.
 RESUME_FILES = (SETTINGS_FILE, PROGRESS_FILE, "optimizer.pt", "scheduler.pt", "trainer_state.json")
-# Of the files of a manifest, what evaluation needs: by their endings, so that no pickle is uploaded; and not these.
+# Of the files in a manifest evaluation needs those with these endings (so no pickle is uploaded), but not these two.
 UPLOADED, NOT_UPLOADED = (".safetensors", ".json", ".jinja", ".txt", ".dat"), (PROGRESS_FILE, "trainer_state.json")
 LAST_CHECKPOINT = "last-checkpoint"  # folder in the repo, for --hub_strategy checkpoint
 # Weights and configs of another model that a repo held before: beside new ones they would be read.
@@ -404,7 +404,6 @@ SET_HERE = {
     "label_names": ["labels"],
     "use_liger_kernel": False,
     "ddp_broadcast_buffers": False,  # no buffer changes
-    "log_level_replica": "error",  # rank 0 speaks for all
 }
 # Flags of the public SurgViVQA-Audio, of transformers 4 and of merge_stage2_to_bf16.py, and what does the same here.
 REFUSED_FLAGS = {
@@ -1570,9 +1569,9 @@ def what_is(data: bytes) -> tuple[str, str | None]:
 
 
 def decode_frame(path: Path, checking: bool = False, damage: bool = False) -> Image.Image:
-    """A decoded frame in full size, RGB, upright (EXIF orientation applied). `damage` looks for more of it, `checking`
-    too, but may give a smaller frame in grey, which takes less time. VQAError for a file that is no JPEG, PNG or WebP,
-    is damaged, or is too large or too thin for the model."""
+    """A decoded frame in full size, RGB, upright (EXIF orientation applied). `damage` also finds damage at which Pillow
+    guesses; `checking` finds it too, but may give a smaller frame in grey, which takes less time. VQAError for a file
+    that is no JPEG, PNG or WebP, is damaged, or is too large or too thin for the model."""
 
     def refuse(what: str, advice: str = "replace it or remove the row") -> typing.NoReturn:
         raise VQAError(f"frame {path} {what}; {advice}")
@@ -2656,7 +2655,7 @@ class OneQuestion:
 
     def replay(self, function: typing.Callable, *args):
         """`function(*args)`, on a GPU as a CUDA graph, captured for each shape of the tensors and each value of other
-        `args`. The next replay writes over the result."""
+        `args`. The next replay, of whatever function, may write over the result: all share one pool of memory."""
         if self.model.device.type != "cuda":
             return function(*args)
         key = function, *((a.shape, a.dtype) if isinstance(a, torch.Tensor) else a for a in args)
@@ -2676,7 +2675,8 @@ class OneQuestion:
 
     def hear(self, mel: torch.Tensor) -> torch.Tensor:
         """All outputs of the speech encoder, [tokens, d_audio], of a mel [1, bins, frames]."""
-        return self.replay(self.model.encode_audio, *on_device({"mel": mel}, self.model.device).values(), None)
+        heard = self.replay(self.model.encode_audio, *on_device({"mel": mel}, self.model.device).values(), None)
+        return heard.clone()  # the frames' replay comes before it is read
 
     def see(self, pixels: torch.Tensor, grid: torch.Tensor) -> torch.Tensor:
         """What the vision encoder makes of patches and their grid. Frames of several sizes take no graph, nor do
@@ -2739,7 +2739,8 @@ class OneQuestion:
         batch["state"] = torch.tensor([0, self.length, self.position])
         batch = on_device(batch, model.device)
         embeds = model.embed(batch["input_ids"], vision, speech, batch["vision_at"], batch["speech_at"])
-        self.state, self.logits = self.replay(self.prefill, embeds, batch["position_ids"], batch["state"])
+        self.state, logits = self.replay(self.prefill, embeds, batch["position_ids"], batch["state"])
+        self.logits = logits.clone()  # `score` reads it after the replays of `next`
         return int(self.state[0])
 
     def next(self) -> int:
@@ -4016,13 +4017,6 @@ def is_other_rank() -> bool:
     return "LOCAL_RANK" in os.environ and rank() > 0
 
 
-def silence_other_ranks() -> None:
-    """Let ranks but the first print nothing; `run` lets their errors through."""
-    if is_other_rank():
-        sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115
-        transformers_logging.set_verbosity_error()
-
-
 @cache
 def cpu_group() -> dist.ProcessGroup:
     """The ranks' group for flags and objects, for which no GPU has to stop. It waits for days: rank 0 may decode data
@@ -4098,6 +4092,7 @@ def silent() -> Iterator[None]:
     try:
         yield
     finally:
+        end_bars()
         sys.stdout.flush(), sys.stderr.flush()
         for stream, copied in zip((1, 2), kept, strict=True):
             os.dup2(copied, stream)
@@ -4796,8 +4791,9 @@ def upload(
     resumable: bool = False,
 ) -> str:
     """Upload, in one commit, what evaluation needs of a complete folder of training or merging, and its card; returns
-    the commit's address. `resumable`: also all of that checkpoint, below LAST_CHECKPOINT. Weights and configs that the
-    repo holds of another model are deleted. VQAError where the folder is not complete or not all of it arrives."""
+    the commit's address. `resumable`: also all of that checkpoint, in place of what is below LAST_CHECKPOINT. Weights
+    and configs that the repo holds of another model are deleted. VQAError where the folder is not complete, or not all
+    of it arrives."""
     folder, api = Path(folder), HfApi(token=token)
     advice = f'it is complete in {folder}; upload it by python -c "import train_vqa; train_vqa.upload({str(folder)!r}, '
     advice += f'{repo!r}{f", revision={revision!r}" if revision else ""})"'
@@ -4814,7 +4810,7 @@ def upload(
         api.create_repo(repo, exist_ok=True)
         operations = [CommitOperationAdd(name, content) for name, content in sent.items()]
         for name in set(api.list_repo_files(repo, revision=revision)) - sent.keys():
-            if MODEL_FILES.fullmatch(name.removeprefix(f"{LAST_CHECKPOINT}/" if resumable else "")):
+            if MODEL_FILES.fullmatch(name) or (resumable and name.startswith(f"{LAST_CHECKPOINT}/")):
                 operations.append(CommitOperationDelete(name))
         commit = api.create_commit(repo, operations, commit_message=message, revision=revision)
         if lacking := sent.keys() - set(api.list_repo_files(repo, revision=commit.oid)):
@@ -4823,22 +4819,21 @@ def upload(
 
 
 class Uploader(TrainerCallback):
-    """Uploads what a run completes, by its first process alone, while training waits. It has to come after `RunGuard`,
-    which completes checkpoints. `failed` counts uploads that failed: each is told in a line, and training goes on."""
+    """Uploads what a run completes, by rank 0, for which the others wait. It has to come after `RunGuard`, which
+    completes checkpoints. `failed` counts uploads that failed: each is told in a line, and training goes on."""
 
-    def __init__(self, args: VQATrainingArguments, stop_signal: StopSignal):
-        self.args, self.stop_signal, self.failed = args, stop_signal, 0
+    def __init__(self, trainer: "VQATrainer"):
+        self.trainer, self.failed = trainer, 0
 
     def on_save(self, args, state, control, **kwargs):
         """With --hub_strategy every_save and checkpoint; after a signal there is no time for it."""
-        if args.hub_strategy != "end" and not self.stop_signal.signum:
-            self.send(f"checkpoint-{state.global_step}", resumable=args.hub_strategy == "checkpoint")
+        if args.hub_strategy != "end" and not self.trainer.stop_signal.signum:
+            by_first(args, self.send, f"checkpoint-{state.global_step}", args.hub_strategy == "checkpoint")
+            self.trainer.guard.since = time.monotonic()
 
     def send(self, name: str, resumable: bool = False) -> None:
         """Upload a folder of --output_dir, or that itself; says what came of it."""
-        args, folder = self.args, Path(self.args.output_dir) / name
-        if args.process_index > 0:
-            return
+        args, folder = self.trainer.args, Path(self.trainer.args.output_dir) / name
         options = {"revision": args.hub_revision, "token": args.hub_token, "resumable": resumable}
         try:
             print(f"Uploaded {folder}: {upload(folder, args.hub_model_id, message=name or 'Final model', **options)}")
@@ -4847,13 +4842,12 @@ class Uploader(TrainerCallback):
             end_bars()
             print(f"error: {error}", file=sys.stderr)
 
-    def send_final(self, status: int) -> int:
-        """Upload the model that training ended with; a signal ends that at once. Returns the exit status."""
-        out = self.args.output_dir
-        self.stop_signal.idle_message = f"{out} is complete, but not its upload to {self.args.hub_model_id}"
-        self.stop_signal.deferred = False
-        self.send("")
-        return status or int(self.failed > 0)
+    def send_final(self) -> None:
+        """Upload the model that training ended with; a signal ends that at once."""
+        args, stop_signal = self.trainer.args, self.trainer.stop_signal
+        stop_signal.idle_message = f"{args.output_dir} is complete, but not its upload to {args.hub_model_id}"
+        stop_signal.deferred = False
+        by_first(args, self.send, "")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -4879,7 +4873,8 @@ class VQATrainer(Trainer):
         self, *args, tokenizer: PreTrainedTokenizerBase, settings: dict, stop_signal: StopSignal | None = None, **kwargs
     ):
         super().__init__(*args, **kwargs)
-        self.tokenizer, self.settings, self.stop_signal = tokenizer, settings, stop_signal or StopSignal()
+        self.tokenizer, self.settings, self.stop_signal = tokenizer, settings, stop_signal or StopSignal(args=self.args)
+        self.args.about = {"vqa": {name: settings[name] for name in settings.keys() - {"training", "skipped"}}}
         # The Trainer would delete old checkpoints before the new one is complete.
         self.total_limit = self.args.save_total_limit
         self.args.save_total_limit = None
@@ -4902,8 +4897,10 @@ class VQATrainer(Trainer):
         if self.sharded:
             self.model_wrapped = Sharded(self.model)
             self.total_limit = self.total_limit or 1
-        self.guard = RunGuard(self)
+        self.guard, self.uploader = RunGuard(self), Uploader(self)
         self.add_callback(self.guard)
+        if self.args.upload:
+            self.add_callback(self.uploader)
 
     def train_safely(self, checkpoint: Path | None) -> None:
         """Train, from `checkpoint` if given. Interrupted: a signal stopped it, after a save. VQAError: memory or disk
@@ -5006,8 +5003,9 @@ class VQATrainer(Trainer):
             return write_weights(self.model, None) if self.sharded and not source else None
         folder = Path(output_dir or self.args.output_dir)
         folder.mkdir(parents=True, exist_ok=True)
-        for name in (MANIFEST_FILE, EVALUATION_DUE):  # of an earlier save of this step
-            (folder / name).unlink(missing_ok=True)
+        earlier = (folder / MANIFEST_FILE, folder / EVALUATION_DUE, *folder.glob("optimizer_*.pt"))
+        for file in earlier:  # of an earlier save of this step, maybe by more ranks
+            file.unlink(missing_ok=True)
         if isinstance(self.model, PeftModel):
             if origin := self.settings.get("base"):
                 config = self.model.active_peft_config
@@ -5275,7 +5273,7 @@ class RunGuard(TrainerCallback):
         self.stepping = False  # the optimizer is changing the weights
         self.evaluation_due = False  # a signal cut one short
         self.unlogged_loss = (0.0, 0)  # the sum of losses since the last log, and the step of that log
-        self.samples, self.seconds, self.since = 0, 0.0, time.monotonic()  # of training, since the last log
+        self.samples, self.seconds, self.since = 0, 0.0, time.monotonic()  # of this rank, since the last log
 
     def resume(self, checkpoint: Path | None) -> None:
         """Read where `checkpoint` stood; VQAError where that, or the Trainer's state, cannot be read."""
@@ -5302,7 +5300,8 @@ class RunGuard(TrainerCallback):
     def pace(self) -> dict[str, float]:
         """Samples a second since the last call, evaluations and saves not counted, and the GPU memory in GiB that the
         allocator holds: training's peak, for between steps it gives nothing back."""
-        speed = {"samples_per_second": self.samples / self.seconds} if self.seconds else {}
+        samples = sum(gather(self.trainer.args, self.samples))  # of the last batches the ranks have unequal shares
+        speed = {"samples_per_second": samples / self.seconds} if self.seconds else {}
         self.samples, self.seconds = 0, 0.0
         return speed | ({"gpu_memory_gib": torch.cuda.memory_reserved() / GIB} if torch.cuda.is_available() else {})
 
@@ -5370,7 +5369,7 @@ class RunGuard(TrainerCallback):
         """After a signal: save and stop; where the epoch ends with this step, what is due then comes first."""
         self.stepping = False
         now = time.monotonic()
-        self.samples += sum(len(rows) for rows, *_ in self.trainer.batches) * args.world_size
+        self.samples += sum(len(rows) for rows, *_ in self.trainer.batches)
         self.seconds, self.since = self.seconds + now - self.since, now
         self.trainer.batches = []
         if self.trainer.stop_signal.agree():
@@ -5821,6 +5820,17 @@ def build_model(
     return model, trained, base_fingerprint
 
 
+def make_ready(model: SpeechMixin, args: ModelArguments, training_args: VQATrainingArguments, every_n: int) -> None:
+    """Prepare a built model for training: spread it over the ranks, recompute its activations, compile its layers."""
+    if training_args.world_size > 1 and args.train_decoder == "full":
+        shard(model, training_args)
+    set_recomputation(model, every_n)
+    if args.compile_layers:
+        compile_decoder(model)
+    if args.use_liger_kernel:
+        use_liger(model)
+
+
 def choose_layout(base: str, asked: str | None) -> str:
     """The prompt layout to train: that `asked` for, else that of the base if it was trained here, else plain."""
     folder = resolve_model_dir(base)
@@ -5875,7 +5885,8 @@ def make_trainer(
 
 
 def finish(trainer: VQATrainer, memory: PeakMemory, target: StopAtLoss | None) -> int:
-    """Save what training ended with, evaluate it where no evaluation was asked for before; returns the exit status."""
+    """Save what training ended with, evaluate it where no evaluation was asked for before, and upload it; returns the
+    exit status."""
     args, stop_signal = trainer.args, trainer.stop_signal
     trainer.save_final()
     gather(args, None)  # until rank 0 has written
@@ -5893,10 +5904,12 @@ def finish(trainer: VQATrainer, memory: PeakMemory, target: StopAtLoss | None) -
         print(name_final_step(args, trainer.state, trainer.early_stopping))
     what = "adapter, projector" if isinstance(trainer.model, PeftModel) else "the full model"
     print(f"Saved {what}, tokenizer and {SETTINGS_FILE} to {args.output_dir}")
-    if target and not target.reached:
+    failed = bool(target and not target.reached)
+    if failed:
         print(f"error: the loss did not fall below --target_train_loss {target.target}", file=sys.stderr)
-        return 1
-    return 0
+    if args.upload:
+        trainer.uploader.send_final()
+    return int(failed or trainer.uploader.failed > 0)
 
 
 def name_final_step(args: VQATrainingArguments, state: TrainerState, early_stopping: EarlyStoppingCallback) -> str:
@@ -5949,30 +5962,23 @@ def train(
     every_n = plan(model, datasets, together(model_args, data_args, training_args))
     if data_args.dry_run:
         return 0
-    if training_args.world_size > 1 and model_args.train_decoder == "full":
-        shard(model, training_args)
-    set_recomputation(model, every_n)
-    if model_args.compile_layers:
-        compile_decoder(model)
-    if model_args.use_liger_kernel:
-        use_liger(model)
+    make_ready(model, model_args, training_args, every_n)
     if data_args.cache_features:
         store = FeatureStore(data_args.cache_features, model, processor, data_args.speech_token_jitter)
-        store.fill([dataset for dataset in datasets if dataset])
-        for dataset in filter(None, datasets):
+        present = [dataset for dataset in datasets if dataset]
+        store.fill(present)
+        for dataset in present:
             dataset.feature_store = store
 
     # 5. Training
     settings = settings_of(base_fingerprint, skipped)
     settings["data"] |= describe_data(data_args, train_rows, eval_rows)
-    training_args.about = {"vqa": {name: settings[name] for name in settings.keys() - {"training", "skipped"}}}
     if checkpoint:
         refuse_other_settings(checkpoint, settings)
         print(f"Resuming from {checkpoint}")
     memory = PeakMemory()
     target = StopAtLoss(data_args.target_train_loss) if data_args.target_train_loss is not None else None
-    callbacks = [memory, *([target] if target else [])]
-    multiple = model_args.padding_multiple
+    callbacks, multiple = [memory, *filter(None, [target])], model_args.padding_multiple
     trainer = make_trainer(trained, datasets, settings, multiple, callbacks, training_args, stop_signal)
     trainer.digests |= digests or set()
     marker = Path(training_args.output_dir) / STARTED_FILE
@@ -5980,14 +5986,10 @@ def train(
         marker.write_text(f"{model_args.adapter_path}\n", encoding="utf-8")
     elif training_args.should_save and not checkpoint:
         marker.unlink(missing_ok=True)
-    uploader = Uploader(training_args, stop_signal)
-    if training_args.upload:
-        trainer.add_callback(uploader)
     trainer.train_safely(checkpoint)
 
     # 6. Results
-    status = finish(trainer, memory, target)
-    return uploader.send_final(status) if training_args.upload else status
+    return finish(trainer, memory, target)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -5996,11 +5998,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     # Else a batch that is longer than all before makes the allocator give back and ask anew for most of its memory.
     if "PYTORCH_ALLOC_CONF" not in os.environ:
         os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
-    silence_other_ranks()
-    model_args, data_args, training_args = parse_arguments(sys.argv[1:] if argv is None else list(argv))
-    if not data_args.dry_run:  # which may plan for another card
-        limit_gpu_memory(model_args.gpu_memory_limit_gib)
     with contextlib.ExitStack() as stack:
+        if is_other_rank():
+            stack.enter_context(silent())
+        model_args, data_args, training_args = parse_arguments(sys.argv[1:] if argv is None else list(argv))
+        if not data_args.dry_run:  # which may plan for another card
+            limit_gpu_memory(model_args.gpu_memory_limit_gib)
         stop_signal = stack.enter_context(StopSignal(args=training_args))
         if data_args.check_data:
             prepare_data(data_args)
@@ -6022,15 +6025,14 @@ def run(entry) -> None:
         status = entry()
     except Interrupted as stop:
         end_bars()
-        print(stop, file=sys.stderr)
+        if not is_other_rank():
+            print(stop, file=sys.stderr)
         status = 128 + stop.signum
     except SystemExit as end:
         failed, status = True, end.code
     except Exception as error:
         failed, status = True, 1
         if is_first_to_fail():
-            if is_other_rank():
-                sys.stderr = sys.__stderr__
             end_bars()
             known = isinstance(error, VQAError)
             lines = [f"error: {line}" for line in str(error).splitlines()] if known else [traceback.format_exc()]

@@ -133,9 +133,13 @@ def test_saving_takes_the_memory_of_one_file(ranks):
 
 @pytest.mark.slow
 def test_one_rank_goes_on_with_what_two_saved(ranks, alone, argv, tmp_path):
-    shutil.copytree(ranks / "two" / "checkpoint-2", tmp_path / "checkpoint-2")
+    """And leaves no part of the optimizer that another rank wrote, in a save that did not end."""
+    for step in (2, 4):
+        shutil.copytree(ranks / "two" / f"checkpoint-{step}", tmp_path / f"checkpoint-{step}")
+    (tmp_path / "checkpoint-4" / vqa.MANIFEST_FILE).unlink()
     more = ("--gradient_accumulation_steps", "2", "--resume_from_checkpoint", "True")
     assert vqa.main(without_lora(argv(tmp_path, *RUN, *more))) == 0
+    assert [path.name for path in (tmp_path / "checkpoint-4").glob("optimizer*")] == ["optimizer.pt"]
     torch.testing.assert_close(log_of(tmp_path, "loss"), log_of(alone, "loss"), rtol=1e-4, atol=0)
 
 

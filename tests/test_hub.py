@@ -52,7 +52,7 @@ def test_each_save_and_the_final_model_arrive_and_are_evaluated(
     assert re.findall(r"Uploaded \S+: (\S+)", capsys.readouterr().out)[-1] == f"{hub.url}/me/vqa/commit/{3:040x}"
     _, step_4, _, final = hub.repos["me/vqa"]
     last = {name.removeprefix("last-checkpoint/") for name in final} - MODEL
-    assert last == {*vqa.RESUME_FILES[1:], "training_digests.dat"} - MODEL
+    assert last == {*vqa.RESUME_FILES, "rng_state.pth"} - MODEL
     assert {name for name in final if "/" not in name} == MODEL
     for name in MODEL - {"README.md", "manifest.json"}:
         assert final[name] == (out / name).read_bytes()
@@ -158,9 +158,19 @@ def test_uploading_a_folder_later(trained, hub, monkeypatch):
     assert refusal(vqa.upload, FIXTURES, "me/vqa").endswith("the save did not end; nothing was uploaded")
 
 
-def test_other_processes_upload_nothing(trained, hub):
-    args = SimpleNamespace(process_index=1, output_dir=str(trained))
-    vqa.Uploader(args, None).send("checkpoint-2")
+def test_a_checkpoint_takes_the_place_of_the_one_before(trained, hub):
+    """Which more ranks may have written."""
+    vqa.upload(trained / "checkpoint-2", "me/vqa", resumable=True)
+    files = set(hub.repos["me/vqa"][-1])
+    hub.repos["me/vqa"][-1]["last-checkpoint/optimizer_1.pt"] = b"of a second rank"
+    vqa.upload(trained / "checkpoint-4", "me/vqa", resumable=True)
+    assert files == hub.repos["me/vqa"][-1].keys()
+
+
+def test_other_ranks_upload_nothing(hub):
+    args = SimpleNamespace(process_index=1, world_size=1, hub_strategy="every_save")
+    trainer = SimpleNamespace(args=args, stop_signal=vqa.StopSignal(), guard=SimpleNamespace())
+    vqa.Uploader(trainer).on_save(args, SimpleNamespace(global_step=2), None)
     assert hub.asked == []
 
 

@@ -90,6 +90,23 @@ def test_shares_of_candidates_are_those_of_their_own_forward_passes(model, token
     assert alone.log_probs["No."] == pytest.approx(totals[1], rel=1e-4) and alone.shares == {"No.": 1.0}
 
 
+def test_a_replay_may_write_over_what_any_other_gave(model, tokenizer, rows, monkeypatch):
+    """CUDA graphs share their memory: which results a graph spoils depends on the order in which all were captured."""
+    model.processor = vqa.VQAProcessor(tokenizer, model.config, 56, "audio")
+    expected = ask(model, rows[0], "audio", 3, max_new_tokens=6, candidates=["Yes.", "No."])
+    plain, given = vqa.OneQuestion.replay, []
+
+    def replay(self, function, *args):
+        result = plain(self, function, *args)
+        for old in given:
+            old.fill_(9)
+        given[:] = result if isinstance(result, tuple) else [result]
+        return result
+
+    monkeypatch.setattr(vqa.OneQuestion, "replay", replay)
+    assert ask(model, rows[0], "audio", 3, max_new_tokens=6, candidates=["Yes.", "No."]) == expected
+
+
 def test_media_that_are_damaged_get_the_words_of_the_command_line(model, tokenizer, data):
     """Also a JPEG at whose damage Pillow guesses."""
     model.processor = vqa.VQAProcessor(tokenizer, model.config, 56)

@@ -390,8 +390,8 @@ def test_curves_come_from_the_log_of_the_folder_or_its_newest_checkpoint(trained
     assert ev.read_curves(running)["loss"] == curves["loss"][:2]
 
 
-def test_evaluations_and_saves_do_not_count_as_training_time(train, tmp_path, monkeypatch):
-    """Steps of one sample a second, by a clock that stands still but in steps, evaluations and saves."""
+def test_evaluations_saves_and_uploads_do_not_count_as_training_time(train, tmp_path, monkeypatch):
+    """Steps of one sample a second, by a clock that stands still but in steps, evaluations, saves and uploads."""
     now = [0.0]
     monkeypatch.setattr(vqa.time, "monotonic", lambda: now[0])
     step, evaluate, save = vqa.VQATrainer.training_step, vqa.VQATrainer.evaluate, vqa.VQATrainer.save_model
@@ -406,7 +406,10 @@ def test_evaluations_and_saves_do_not_count_as_training_time(train, tmp_path, mo
     monkeypatch.setattr(vqa.VQATrainer, "training_step", taking(1, step))
     monkeypatch.setattr(vqa.VQATrainer, "evaluate", taking(1000, evaluate))
     monkeypatch.setattr(vqa.VQATrainer, "save_model", taking(1000, save))
-    assert train(tmp_path / "out", *SIX_STEPS, *EVALUATION, "--save_steps", "1", "--eval_steps", "2") == 0
+    monkeypatch.setattr(vqa, "open_repo", lambda name, **_: name)
+    monkeypatch.setattr(vqa, "upload", taking(1000, lambda *_, **__: "its address"))
+    push = ("--push_to_hub", "True", "--hub_strategy", "every_save")
+    assert train(tmp_path / "out", *SIX_STEPS, *EVALUATION, "--save_steps", "1", "--eval_steps", "2", *push) == 0
     assert [speed for _, speed in ev.read_curves(tmp_path / "out")["samples_per_second"]] == [1.0, 1.0, 1.0]
 
 
