@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 
+import torch
 import tqdm.auto
 
 from tests.conftest import ROOT
@@ -66,6 +67,7 @@ class Script:
             os.setsid()
             os.environ.update(env)
             default_signals()
+            torch.set_num_threads(torch.get_num_threads())  # renews torch's pool; two threads at once would break it
             for bars in (tqdm.tqdm, tqdm.auto.tqdm):  # forks share their own lock, and one that is stopped may hold it
                 bars.set_lock(threading.RLock())
             os.dup2(writer, 1), os.dup2(writer, 2)
