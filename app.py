@@ -273,7 +273,7 @@ class Asker:
         clip = replace(clip, told=[(AGAIN.get(arm, "as given"), whose, answer.text, right), *clip.told])
         told = render(clip, how)
         yield clip, told, None
-        if wordings:  # by a call of its own, so that nobody waits for it to hear the answer
+        if wordings:  # by a call of its own: the answer waits neither for it nor for the graphs of a longer prompt
             candidates = [text for said in wordings.values() for text in said]
             scored = self.model.answer(frames, speech, question, 1, candidates)
             yield clip, told, shares_of(scored.log_probs, wordings)
@@ -457,9 +457,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         trained = ev.load_chosen_model(chosen, device)
     except ev.InputError as error:
         raise vqa.VQAError(str(error)) from error
-    asker, first = Asker(trained, rows, chosen.inputs.max_eval_frames, args.max_new_tokens), rows[0]
-    if first.audio_path or asker.mode == "text":  # the first question takes longer, so it is nobody's
-        list(asker.ask("", asker.clip_of(first), first.audio_path, first.question, first.question_type))
+    asker = Asker(trained, rows, chosen.inputs.max_eval_frames, args.max_new_tokens)
+    trained.model.warm_up(vqa.select_frames(asker.clip_of(rows[0]).frames, asker.max_frames), args.max_new_tokens)
     serve(asker)
     return 0
 

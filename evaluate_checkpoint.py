@@ -1371,11 +1371,15 @@ def comparison_table(pairs: Row) -> Table:
     return ("metric", "A", "B", "B - A", "95 % interval", "least", "only A", "only B", "p"), rows
 
 
+def arms_notes(arms: Row) -> list[str]:
+    """All sentences on the table of the arms."""
+    said = transcript_sentence(arms), borrowing_sentence(arms), left_out_sentence(arms)
+    return [*filter(None, said), *arm_sentences(arms)]
+
+
 def render_arms(arms: Row) -> str:
     """The table of the arms, and the sentences on it."""
-    said = transcript_sentence(arms), borrowing_sentence(arms), left_out_sentence(arms)
-    sentences = [*said, *arm_sentences(arms)]
-    return "\n".join([render_table(*arms_table(arms)), *map(_wrap, filter(None, sentences))])
+    return "\n".join([render_table(*arms_table(arms)), *map(_wrap, arms_notes(arms))])
 
 
 def denominator_lines(summary: Row) -> list[str]:
@@ -1621,8 +1625,8 @@ class RowFile(contextlib.AbstractContextManager):
             part.unlink()
 
     def put_in_order(self, keys: Iterable[Key]) -> None:
-        """Have the rows stand in the order of `keys`, others behind them: the file that one uninterrupted process
-        writes. InputError where the disk has no room for the file twice."""
+        """Have the rows stand in the order of `keys`, others behind them: as one uninterrupted process writes them.
+        InputError where the disk has no room for the file twice."""
         place = {key: number for number, key in enumerate(keys)}
         ordered = sorted(self.done, key=lambda key: place.get(key, len(place)))
         if ordered == list(self.done):
@@ -1703,7 +1707,7 @@ def media_flags(args: argparse.Namespace, manifest: Row) -> Row:
     """Where the media of a report lie: as `args` say, else as the flags of the run did."""
     names = ("frames_dir", "audio_dir", "frame_pattern", "audio_pattern", "eval_data_path")
     run = manifest.get("flags", {})
-    return {name: getattr(args, name) or run.get(name) for name in names}
+    return {name: value for name in names if (value := getattr(args, name) or run.get(name))}
 
 
 def score_only(args: argparse.Namespace) -> int:
@@ -2055,20 +2059,16 @@ def ask(args: argparse.Namespace) -> int:
         what = f"{len(args.frames)} frames, and the model is shown {limit} at most"
         raise InputError(f"--frames: {what}; give fewer, or raise --max_eval_frames")
     check_weights(chosen, device)
-    paths = list(map(Path, args.frames))
-    for path in paths:
+    for path in map(Path, args.frames):
         vqa.decode_frame(path, checking=True)
-    start = time.monotonic()
-    frames = list(map(vqa.decode_frame, paths))
-    speech = vqa.load_speech(Path(args.ask)) if args.ask else None
-    reading = time.monotonic() - start
+    if args.ask:
+        vqa.load_speech(Path(args.ask))
     model = load_chosen_model(chosen, device).model
-    start = time.monotonic()
-    answer = model.answer(frames, speech, args.ask_text, args.max_new_tokens)
-    seconds = reading + time.monotonic() - start
+    answer = model.answer(args.frames, args.ask, args.ask_text, args.max_new_tokens)
     ended = "stopped by itself" if answer.stopped else "cut off at --max_new_tokens"
     print(answer.text)
-    print(f"   {answer.n_tokens} tokens, {ended}; {1000 * seconds:.0f} ms, of these {1000 * reading:.0f} for the files")
+    total, reading = answer.ms["total"], answer.ms["media"]
+    print(f"   {answer.n_tokens} tokens, {ended}; {total:.0f} ms, of these {reading:.0f} for the files")
     return 0
 
 
@@ -2316,8 +2316,8 @@ def transcribe_rows(
     """VQARows that ask what the Whisper wrote down of their speech; as they were, those whose speech can be read; and
     the manifest's `asr`.
 
-    Each recording is transcribed once; what the rows file at `path` holds is kept. Batches are fixed slices of the
-    recordings and are done complete, so that a resumed run gives the same transcripts.
+    Each recording is transcribed once, by one of the ranks; what the rows file at `path` holds is kept. Batches are
+    fixed slices of the recordings and are done complete, so that a resumed run gives the same transcripts.
     """
     folder = find_asr_model(args.asr_model)
     readable = {row_key(annotation_of(row)): row for row in rows if row.speech_samples}
@@ -2328,17 +2328,24 @@ def transcribe_rows(
             known = {readable[key].audio_path: row["transcript"] for key, row in done.items()}
     recordings = sorted({row.audio_path for row in readable.values()})
     slices = [recordings[i : i + ASR_BATCH_SIZE] for i in range(0, len(recordings), ASR_BATCH_SIZE)]
-    wanted = list(itertools.chain(*(part for part in slices if not known.keys() >= set(part))))
+    slices = [part for part in slices if not known.keys() >= set(part)]
+    own = list(itertools.chain(*slices[vqa.rank() :: vqa.world_size()]))
     start = time.monotonic()
-    texts = transcribe(folder, wanted, device, dtype) if wanted else []
-    texts = dict(zip(wanted, texts, strict=True)) | known
+    texts = dict(zip(own, transcribe(folder, own, device, dtype) if own else (), strict=True))
+    if vqa.world_size() > 1:  # each rank needs all, to order the prompts alike
+        vqa.ranks_store().set(f"transcripts/{vqa.rank()}", json.dumps(list(texts.values())))
+        vqa.meet()
+        for rank in range(vqa.world_size()):
+            theirs = json.loads(vqa.ranks_store().get(f"transcripts/{rank}"))
+            texts |= zip(itertools.chain(*slices[rank :: vqa.world_size()]), theirs, strict=True)
+    texts |= known
     seconds, peak = time.monotonic() - start, None
     if device.type == "cuda":
         peak = torch.cuda.max_memory_allocated() / 2**30
         torch.cuda.empty_cache()
     rows = [dataclasses.replace(row, question=texts.get(row.audio_path, row.question)) for row in rows]
     record = {"model": args.asr_model, "folder": str(folder), "sha256": asr_digest(folder), "dtype": str(dtype)}
-    record |= {"recordings": len(recordings), "transcribed": len(wanted)}
+    record |= {"recordings": len(recordings), "transcribed": sum(map(len, slices))}
     return rows, readable, record | {"seconds": seconds, "peak_gpu_memory_gib": peak}
 
 
@@ -2589,9 +2596,9 @@ def answer_and_score(args: argparse.Namespace, stop: Any) -> int:
     # 6. Figures
     record = run_record(args, chosen, arms[main_arm], settings[main_arm], device) | of_data | {"gates": moved}
     record["frames"] = frames_that_differ(chosen.trained_frames, limit, (len(row["frames"]) for row in annotations))
+    sizes = {arm: inputs.batch_size for arm, inputs in arms.items()}
     record["runtime"] = {"seconds": seconds, "rows_answered": answered, "peak_gpu_memory_gib": peak}
-    record["runtime"]["world_size"] = vqa.world_size()
-    record["runtime"]["batch_size"] = {arm: inputs.batch_size for arm, inputs in arms.items()}
+    record["runtime"] |= {"world_size": vqa.world_size(), "batch_size": sizes}
     in_arms = summarise_arms(main_arm, scored, {arm: path.name for arm, path in files.items()})
     add_to_arms(in_arms, files, done)
     summary = summarise(annotations, scored[main_arm], arms=in_arms, manifest=record)
@@ -3242,13 +3249,14 @@ def summary_html(name: str, summary: Row, rows: Sequence[Scored]) -> str:
     """All figures of one run, from its summary and its scored rows with gold."""
     choice, floors, arms = summary["metrics"]["choice"], summary["baselines"], summary["arms"]
     beside = ", ".join(f"{line.replace('_', ' ')} {_show(floors[line])}" for line in REFERENCES)
-    notes = filter(None, [borrowing_sentence(arms), left_out_sentence(arms), *arm_sentences(arms)])
     frames, finish = summary["manifest"].get("frames"), summary["finish"]
     warnings = [*([FRAMES_DIFFER.format(**frames)] if frames else []), *summary["warnings"]]
+    right = f"{choice['correct']} of {choice['n']} right"
     parts = [
         f'<h2>{html.escape(name)}</h2><p class="head">choice {_show(choice["accuracy"])} %</p>',
-        f"<p>95 % interval {_show(choice['ci95'])}; {choice['correct']} of {choice['n']} right; floors: {beside}</p>",
-        f"{list_html(notes, 'p')}<ul class=warn>{list_html(warnings)}</ul>",
+        f"<p>95 % interval {_show(choice['ci95'])}; {right}; floors: {beside}</p>" if choice["n"] else "",
+        list_html([*denominator_lines(summary), *(arms_notes(arms) if choice["n"] else ())], "p"),
+        f"<ul class=warn>{list_html(warnings)}</ul>",
     ]
     if arms:
         header, lines = arms_table(arms)
@@ -3316,7 +3324,7 @@ def check_pictures(args: argparse.Namespace) -> None:
 def page_row(annotation: Row, answers: Sequence[Row | None], scored: Sequence[Scored | None], media: tuple) -> list:
     """A row of the page: key, type, question, short and full gold answer (None: no gold), `media` (entries of frames
     and speech), and for each column None or [text, bits of the metrics that are right (None: no gold), how it ended,
-    whose speech, whose frames]."""
+    whose speech, whose frames, transcript]."""
     cells: list[list[Any] | None] = []
     for answer, verdict in zip(answers, scored, strict=True):
         if verdict is None:
@@ -3325,8 +3333,9 @@ def page_row(annotation: Row, answers: Sequence[Row | None], scored: Sequence[Sc
         answer = answer or {}
         bits = sum(verdict.correct[metric] << i for i, metric in enumerate(METRICS)) if verdict.correct else None
         ended = f"{verdict.finish_reason}{': ' * ('error' in answer)}{answer.get('error', '')}"
-        cells.append([verdict.prediction, bits, ended, answer.get("audio_of"), answer.get("frames_of")])
-    gold = [annotation.get("short_answer"), annotation.get("answer")]
+        borrowed = map(answer.get, ("audio_of", "frames_of", "transcript"))
+        cells.append([verdict.prediction, bits, ended, *borrowed])
+    gold = [annotation["short_answer"], annotation["answer"]] if has_gold(annotation) else [None, None]
     named = [key_text(row_key(annotation)), annotation["question_type"], annotation["question"]]
     return [*named, *gold, *media, cells]
 
@@ -3512,6 +3521,7 @@ function answers() {
     });
     if (cell[3]) said.append(toRow("speech of", cell[3]));
     if (cell[4]) said.append(toRow("frames of", cell[4]));
+    if (cell[5] != null) said.append(make("div", "asked in the words: " + cell[5], {className: "text", dir: "auto"}));
     line.append(make("td", cell[2]));
   });
 }
@@ -3590,8 +3600,10 @@ def push_results(args: argparse.Namespace, summary: Row | None = None) -> None:
     """Put the figures of `summary` into the card of --push_results, in place of those of the same file, and the page of
     --report beside it, in one commit. None: only find out whether that can be done. InputError where it cannot, or
     where the repo holds another adapter than the one that answered."""
-    if vars(args).get("embed_media"):
+    if args.embed_media:
         raise InputError("--push_results: --embed_media puts frames and speech into the page; leave one of them out")
+    if not any(map(has_gold, read_annotations(args.eval_data_path, needs_gold=False)[: args.limit or None])):
+        raise InputError(f"--push_results: no row of {args.eval_data_path} has a gold answer; there are no figures")
     load_libraries()
     from huggingface_hub import CommitOperationAdd, HfApi, ModelCard
 
@@ -3600,7 +3612,7 @@ def push_results(args: argparse.Namespace, summary: Row | None = None) -> None:
     what, advice = "its card and manifest cannot be had", "upload the model first, or check name, network and token"
     if summary:
         what, advice = "nothing was uploaded", "--score_only --push_results tries again"
-    report, page, weights = vars(args).get("report"), f"results/{data.stem}.html", "adapter_model.safetensors"
+    page, weights = f"results/{data.stem}.html", "adapter_model.safetensors"
     try:
         with vqa.naming_hub_errors(f"--push_results {repo}: {what}", advice):
             files = [Path(api.hf_hub_download(repo, name, **at)) for name in (vqa.CARD_FILE, vqa.MANIFEST_FILE)]
@@ -3619,10 +3631,10 @@ def push_results(args: argparse.Namespace, summary: Row | None = None) -> None:
             card.data.model_name = card.data.model_name or repo
             intro, _, sections = card.text.partition(vqa.CARD_RESULTS)
             others = [part.strip() for part in sections.split("\n### ")[1:] if part.partition("\n")[0] != data.name]
-            link = f"\n\n[Every row]({page})" * bool(report)
+            link = f"\n\n[Every row]({urllib.parse.quote(page)})" * bool(args.report)
             others.append(f"{data.name}\n\n{textwrap.indent(render_summary(summary), '    ')}{link}")
             card.text = "\n\n### ".join([intro + vqa.CARD_RESULTS, *others]) + "\n"
-            sent = {vqa.CARD_FILE: str(card).encode()} | ({page: report} if report else {})
+            sent = {vqa.CARD_FILE: str(card).encode()} | ({page: args.report} if args.report else {})
             operations = [CommitOperationAdd(name, content) for name, content in sent.items()]
             commit = api.create_commit(repo, operations, commit_message=f"Results of {data.name}", **at)
     except vqa.VQAError as error:
@@ -3756,8 +3768,9 @@ def build_parser() -> argparse.ArgumentParser:
                         "beside it in audio_text")
     parser.add_argument("--frames", nargs="+", metavar="IMAGE", help="the clip of --ask, in order in time")
     parser.add_argument("--push_results", metavar="USER/REPO", help="add the figures to the model card of this repo on "
-                        "the Hugging Face hub (user/repo, user/repo@branch), and the page of --report; never rows, "
-                        "frames or speech. The token is that of HF_TOKEN or of `hf auth login`")
+                        "the Hugging Face hub (user/repo, user/repo@branch), and upload the page of --report, which "
+                        "holds questions and answers; never frames or speech. The token is that of HF_TOKEN or of "
+                        "`hf auth login`")
     parser.add_argument("--score_only", **switch, help="score the predictions in --output_file; no model")
     parser.add_argument("--compare", nargs=2, metavar=("A", "B"), help="two files of rows or predictions; print "
                         "their paired differences. Predictions without video_id or gold answers need --eval_data_path")

@@ -9,6 +9,7 @@ import evaluate_checkpoint as ev
 import train_vqa as vqa
 from tests.conftest import EVAL_DATA, FIXTURES, read_jsonl, refusal, write_jsonl
 from tests.test_media import spoken, write
+from tests.test_report import Page
 
 FRAMES = sorted((FIXTURES / "frames/fx-001").iterdir())[:2]
 SPEECH = FIXTURES / "audio/fx-001_qa_000101_nbi_status.wav"
@@ -120,7 +121,12 @@ def test_without_any_gold_there_are_answers_and_no_accuracy_until_a_file_with_go
     gold = write_jsonl(data.jsonl.with_name("gold.jsonl"), read_jsonl(data.jsonl))
     complete = evaluate("--arms", "black_frames", name="complete", data=data.eval_flags)
     data.rewrite(without_gold(*range(5)))
-    result = evaluate("--arms", "black_frames", data=data.eval_flags)
+    page = data.jsonl.with_name("page.html")
+    result = evaluate("--arms", "black_frames", "--report", page, data=data.eval_flags)
+    shown = Page(page)
+    assert [row[3:5] for row in shown.data["rows"]] == [[None, None]] * 5
+    assert [cell[1] for row in shown.data["rows"] for cell in row[7]] == [None] * 10
+    assert "5 of 5 rows have no gold answer" in shown.text and "Does it see" not in shown.text
     assert result.status == 0 and result.summary["n_without_gold"] == 5
     assert {metric["accuracy"] for metric in result.summary["metrics"].values()} == {None}
     assert "No accuracy: --score_only scores these answers, given a file with the gold ones" in result.out

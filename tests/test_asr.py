@@ -15,8 +15,10 @@ from transformers import (
 
 import evaluate_checkpoint as ev
 import train_vqa as vqa
-from tests.conftest import FIXTURES, edit_json, read_jsonl, without_time
+from tests.conftest import EVAL_DATA, FIXTURES, edit_json, read_jsonl, without_time
 from tests.make_tiny_models import N_BPE, fixture_wording, train_bpe
+from tests.test_evaluation_ranks import Launch
+from tests.test_report import Page
 
 # In the order of a multilingual Whisper.
 SPECIAL = ("<|endoftext|>", "<|startoftranscript|>", "<|en|>", "<|de|>", "<|translate|>", "<|transcribe|>",
@@ -72,7 +74,7 @@ def rows_of(result, arm="asr_text"):
 
 
 def test_each_recording_is_transcribed_once_and_asked_in_words(cascade, whisper, tmp_path, monkeypatch):
-    result = cascade()
+    result = cascade("--report", tmp_path / "page.html")
     rows, summary = rows_of(result), result.summary
     assert result.status == 0 and "Passing `generation_config`" not in result.err
     stored = {ev.row_key(row): row for row in read_jsonl(FIXTURES / "smoke.jsonl")}
@@ -85,7 +87,12 @@ def test_each_recording_is_transcribed_once_and_asked_in_words(cascade, whisper,
     assert (found["n"], found["exact"]) == (5, 0) and found["word_error_rate"] > 0.5
     assert found["words"] == sum(len(ev.plain_words(row["question"]).split()) for row in rows)
     assert f"asr_text, WER {100 * found['word_error_rate']:.1f}" in result.out
-    assert "(lower case, no punctuation)" in " ".join(result.out.split())
+    sentence = ev.transcript_sentence(summary["arms"])
+    assert "(lower case, no punctuation)" in sentence and sentence in " ".join(result.out.split())
+    page = Page(tmp_path / "page.html")
+    assert sentence in page.text and page.data["columns"] == ["audio", "asr_text"]
+    heard = {row[0]: [cell[5] for cell in row[7]] for row in page.data["rows"]}
+    assert heard == {ev.key_text(ev.row_key(row)): [None, row["transcript"]] for row in rows}
     known = summary["manifest"]["asr"]
     assert (known["model"], known["recordings"], known["transcribed"]) == (str(whisper), 5, 5)
     assert known["sha256"] == json.loads((tmp_path / "x.asr_text.jsonl.run.json").read_text())["asr_sha256"]
@@ -104,6 +111,17 @@ def test_a_run_that_was_stopped_goes_on_without_transcribing_again(cascade, monk
     again = cascade()
     assert again.status == 0 and again.summary["manifest"]["asr"]["transcribed"] == 0
     assert again.summary["arms"]["asr_text"]["transcripts"] == complete.summary["arms"]["asr_text"]["transcripts"]
+
+
+def test_ranks_share_the_recordings(cascade, whisper, trained, tmp_path):
+    """All are one slice, which rank 0 transcribes; both ask in its words."""
+    alone = cascade(name="alone")
+    flags = ["--checkpoint_path", trained, *EVAL_DATA, "--max_new_tokens", 4, "--output_file", tmp_path / "x.jsonl"]
+    launched = Launch([*flags, "--arms", "asr_text", "--asr_model", whisper], 2)
+    assert launched.end() == [0, 0] and launched.said()[1] == "", launched.said()
+    both = read_jsonl(tmp_path / "x.asr_text.jsonl")
+    assert list(map(without_time, both)) == list(map(without_time, rows_of(alone)))
+    assert json.loads((tmp_path / "x.summary.json").read_text())["manifest"]["asr"]["transcribed"] == 5
 
 
 def test_where_the_transcript_is_the_question_the_answer_is_that_of_the_text_arm(cascade, rows, monkeypatch):

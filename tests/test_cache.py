@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 import evaluate_checkpoint as ev
 import train_vqa as vqa
-from tests.conftest import EVAL_DATA, PAD, TRAIN_DATA, refusal, same_tensors, weights_of
+from tests.conftest import EVAL_DATA, PAD, TRAIN_DATA, read_jsonl, refusal, same_tensors, weights_of, without_time
 
 
 @pytest.fixture()
@@ -246,8 +246,8 @@ def test_training_and_every_arm_of_evaluation_with_the_cache_are_those_without_i
     for name, more in (("cached", cache), ("without", ())):
         result = evaluate(*arms, "--batch_size", 1, *more, checkpoint=tmp_path / "warm", name=name)
         assert result.status == 0, result.err
-        files = {arm: (tmp_path / part["file"]).read_text() for arm, part in result.summary["arms"].items()}
-        answers[name] = files
+        files = {arm: read_jsonl(tmp_path / part["file"]) for arm, part in result.summary["arms"].items()}
+        answers[name] = {arm: [without_time(row) for row in rows] for arm, rows in files.items()}
     assert answers["cached"] == answers["without"] and len(answers["cached"]) == 6
 
 

@@ -1,5 +1,7 @@
 """An evaluation by several ranks: the rows and figures of one process, also after kills, and each line printed once."""
 
+import functools
+import itertools
 import json
 import os
 import re
@@ -13,7 +15,7 @@ import pytest
 import torch
 
 import evaluate_checkpoint as ev
-from tests.conftest import FIXTURES, ROOT, read_jsonl, write_jsonl
+from tests.conftest import FIXTURES, ROOT, read_jsonl, without_time, write_jsonl
 from tests.faults import Script
 from tests.test_generation import without_times
 
@@ -21,14 +23,22 @@ ROWS = 16
 ARMS = ("--arms", "first_frame")
 
 
+LAUNCHES = itertools.count()
+
+
+@functools.cache
+def store():
+    """One for all launches: a fork that frees the store of an earlier one would wait for a thread that it lacks."""
+    return torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+
+
 class Launch:
     """What torchrun does, in forks that have torch already: a store for all, and as one rank fails, SIGTERM to the
     others. `limits`: rank -> the `file_limit` of its Script."""
 
     def __init__(self, flags, count, limits=()):
-        self.store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-        env = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(self.store.port), "WORLD_SIZE": str(count)}
-        env["TORCHELASTIC_USE_AGENT_STORE"] = "True"
+        env = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store().port), "WORLD_SIZE": str(count)}
+        env["TORCHELASTIC_RESTART_COUNT"] = str(next(LAUNCHES))  # each launch has its own keys
         self.ranks = [
             Script(
                 "evaluate_checkpoint.py",
@@ -107,13 +117,16 @@ def launch(command, tmp_path):
 
 
 def assert_same_files(folder, undisturbed):
-    """The same rows, byte for byte, in files of the same names; and the same figures."""
+    """The same rows but for their times, in files of the same names; and the same figures."""
     names = sorted(file.name for file in undisturbed.parent.iterdir())
     assert sorted(file.name for file in folder.glob("x.*")) == names
     for name in names:
         one, other = folder / name, undisturbed.parent / name
         if name.endswith(".summary.json"):
             one, other = (without_times(json.loads(file.read_text())) for file in (one, other))
+            assert one == other
+        elif name.endswith(".jsonl"):
+            one, other = ([without_time(row) for row in read_jsonl(file)] for file in (one, other))
             assert one == other
         else:
             assert one.read_bytes() == other.read_bytes()

@@ -226,6 +226,25 @@ def test_figures_are_added_to_the_card(trained, evaluate, hub, tmp_path, monkeyp
     assert ev.main(["--compare", "me/vqa", "me/other"]) == 2
 
 
+def test_the_page_of_all_rows_goes_beside_the_card(trained, evaluate, hub, tmp_path, data):
+    """As it is on disk; one that holds frames and speech is refused, and figures that there cannot be, before any row
+    is answered."""
+    vqa.upload(trained, "me/vqa")
+    page = tmp_path / "page.html"
+    push = ("--push_results", "me/vqa", "--report", page)
+    embedded = evaluate(*push, "--embed_media")
+    assert embedded.status == 2 and "--push_results: --embed_media puts frames and speech" in embedded.err
+    data.rewrite(lambda rows: [{**rows[0], "answer": None}, *rows[1:]])
+    bare = evaluate(*push, "--limit", "1", data=data.eval_flags)
+    assert bare.status == 2 and "has a gold answer; there are no figures" in bare.err
+    assert embedded.rows is bare.rows is None and not page.exists() and len(hub.messages) == 1
+    done = evaluate(*push)
+    assert done.status == 0 and "Uploaded README.md and results/smoke.html: " in done.out
+    files = hub.repos["me/vqa"][-1]
+    assert files.keys() == MODEL | {"results/smoke.html"} and files["results/smoke.html"] == page.read_bytes()
+    assert "[Every row](results/smoke.html)" in files["README.md"].decode()
+
+
 @pytest.mark.slow
 def test_adapters_on_the_hub_are_trained_on_and_merged(trained, argv, hub, tmp_path, tiny):
     vqa.upload(trained, "me/vqa")
