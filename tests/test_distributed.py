@@ -25,7 +25,8 @@ TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--np
 SHARED = (*SIX_STEPS, *EVALUATION, "--save_steps", "2", "--gradient_accumulation_steps", "1")
 STORES = []  # never freed: a fork that frees one waits for its thread, which the fork does not have
 
-# What is trained, with how many rows a batch: five rows fill the last batches of an epoch in part, or not at all.
+# What is trained, with how many rows a batch: five rows fill the last batches of an epoch in part, or not at all. The
+# whole decoder is in test_fsdp.py.
 BOTH = ("--train_vision_tower", "True", "--train_audio_encoder", "True")
 EQUAL = {
     "all tokens of frames": (1, ()),
@@ -33,7 +34,6 @@ EQUAL = {
     "speech alone, by length": (2, ("--audio_tokens", "speech", "--train_sampling_strategy", "group_by_length")),
     "speech alone, frames in pairs, encoders": (1, ("--audio_tokens", "speech", "--frame_mode", "video", *BOTH)),
     "nothing for the second rank": (5, ("--train_sampling_strategy", "sequential")),
-    "the whole decoder": (1, ("--train_decoder", "full", *BOTH)),
     "no speech": (1, ("--input_mode", "text")),
     "answers, and cached features": (1, ("--eval_answers", "5", "--cache_features", "{}-features")),
 }
@@ -223,11 +223,9 @@ def test_two_ranks_train_as_one_with_twice_the_accumulation(argv, tmp_path):
 
     def flags(ranks, place, size, more):
         folder = tmp_path / f"{place}-{ranks}"
-        full = "full" in more
-        given = [*argv(folder)] if not full else [flag for flag in argv(folder) if flag not in ("--lora_r", "4")]
         return [
-            *given, *EVAL_DATA[:2], "--eval_strategy", "epoch", "--per_device_eval_batch_size", "2",
-            *(() if full else ("--lora_dropout", "0")), *(flag.format(folder) for flag in more),
+            *argv(folder), *EVAL_DATA[:2], "--eval_strategy", "epoch", "--per_device_eval_batch_size", "2",
+            "--lora_dropout", "0", *(flag.format(folder) for flag in more),
             "--max_eval_frames", "2", "--per_device_train_batch_size", str(size), "--learning_rate", "1e-3",
             "--gradient_accumulation_steps", str(2 // ranks), "--num_train_epochs", "2", "--logging_steps", "1",
             "--save_strategy", "epoch", "--save_only_model", "True",

@@ -97,8 +97,8 @@ def distance(one, other) -> float:
 
 @pytest.mark.slow
 def test_two_ranks_train_as_one(ranks, alone, fresh):
-    names = ("step", "loss", "grad_norm")
-    torch.testing.assert_close(log_of(ranks / "two", *names), log_of(alone, *names), rtol=1e-5, atol=0)
+    for names in (("step", "loss", "grad_norm"), ("step", "eval_loss", "eval_contains")):
+        torch.testing.assert_close(log_of(ranks / "two", *names), log_of(alone, *names), rtol=1e-5, atol=0)
     one, two, start = weights_of(alone), weights_of(ranks / "two"), dict(fresh().named_parameters())
     assert one.keys() == two.keys() == start.keys()
     assert distance(one, two) < 0.01 * distance(one, start)
