@@ -4503,9 +4503,9 @@ def write_digests(folder: Path, digests: Iterable[bytes] | None) -> None:
 
 def write_manifest(folder: Path) -> None:
     """Write the sizes and hashes of the files of `folder` beside them, once all of them have reached the disk."""
-    paths = sorted(path for path in folder.iterdir() if path.name != CARD_FILE)
-    for path in paths:
+    for path in folder.iterdir():
         sync(path)
+    paths = sorted(path for path in folder.iterdir() if path.name != CARD_FILE)
     files = {
         path.name: {"bytes": path.stat().st_size, "sha256": digest}
         for path, digest in zip(paths, ahead(sha256_of, paths, MAX_WORKERS), strict=True)
@@ -5984,8 +5984,8 @@ def train(
     marker = Path(training_args.output_dir) / STARTED_FILE
     if training_args.should_save and model_args.adapter_path:
         marker.write_text(f"{model_args.adapter_path}\n", encoding="utf-8")
-    elif training_args.should_save and not checkpoint:
-        marker.unlink(missing_ok=True)
+    elif training_args.should_save and not checkpoint and marker.is_file():
+        marker.unlink()
     trainer.train_safely(checkpoint)
 
     # 6. Results
