@@ -132,7 +132,7 @@ def test_the_estimate_of_memory_counts_4_bits(fresh, tiny, tokenizer):
         model = fresh(load_in_4bit=four, device=device, dtype=torch.bfloat16)
         with torch.device(device):
             vqa.add_lora(model, r=4)
-        args = vqa.ModelArguments(load_in_4bit=four, lora_r=4)
+        args = SimpleNamespace(num_gpus=1, **vars(vqa.ModelArguments(load_in_4bit=four, lora_r=4)))
         found.append(vqa.estimate_memory(model, 100, args, torch.bfloat16, False, 1)["weights"])
     linear = sum(p.numel() for name, p in model.named_parameters() if ".base_layer.weight" in name)
     assert found[0] == found[1]

@@ -8,6 +8,7 @@ import shutil
 import sys
 import types
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -344,7 +345,7 @@ def test_what_cannot_work_here_is_refused_before_weights_load(flags, message, tr
 
 
 def arguments(**settings):
-    return vqa.ModelArguments(lora_r=4, **settings)
+    return SimpleNamespace(num_gpus=1, **vars(vqa.ModelArguments(lora_r=4, **settings)))
 
 
 def test_estimate_of_a_case_done_by_hand(fresh):
