@@ -13,6 +13,7 @@ import time
 import torch
 import tqdm.auto
 
+import train_vqa as vqa
 from tests.conftest import ROOT
 
 SIGNALS = [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, 129)]
@@ -67,6 +68,8 @@ class Script:
             os.setsid()
             os.environ.update(env)
             default_signals()
+            for cached in (vqa.ranks_store, vqa.is_first_to_fail):  # of an earlier test in this process
+                cached.cache_clear()
             torch.set_num_threads(torch.get_num_threads())  # renews torch's pool; two threads at once would break it
             for bars in (tqdm.tqdm, tqdm.auto.tqdm):  # forks share their own lock, and one that is stopped may hold it
                 bars.set_lock(threading.RLock())
