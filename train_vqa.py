@@ -690,7 +690,7 @@ class VQATrainingArguments(OfferedArguments):
 
     push_to_hub: bool = flag(
         False,
-        "Upload the final model to the Hugging Face hub, and nothing else: what --checkpoint_path needs, and its card. "
+        "Upload the final model to the Hugging Face hub: what --checkpoint_path needs, and its card. "
         "Needs a token that may write, from the environment variable HF_TOKEN or `hf auth login`.",
     )
     hub_model_id: str | None = flag(
@@ -5496,16 +5496,16 @@ def parts_of_weights(args: SimpleNamespace) -> int:
 def estimate_memory(
     model: SpeechMixin,
     tokens: int,
-    args: ModelArguments,
+    args: SimpleNamespace,
     dtype: torch.dtype,
     cached_features: bool,
     every_n: int,
     states: float = 8,
 ) -> dict[str, int]:
-    """Bytes of GPU memory at the peak of training on batches of `tokens`, by what takes them; an estimate. `states` are
-    from `optimizer_bytes`. `model` has its adapter, and may be on the meta device; with `cached_features` its frozen
-    encoders are off the GPU. Not counted: activations of trained encoders, and of frozen ones while they run; the
-    logits at answer positions; what --use_liger_kernel saves."""
+    """Bytes of GPU memory at the peak of training on batches of `tokens`, by what takes them; an estimate. `args` are
+    from `together`, `states` from `optimizer_bytes`. `model` has its adapter, and may be on the meta device; with
+    `cached_features` its frozen encoders are off the GPU. Not counted: activations of trained encoders, and of frozen
+    ones while they run; the logits at answer positions; what --use_liger_kernel saves."""
     text = model.config.text_config
     size = dtype.itemsize
     count = text.num_hidden_layers
