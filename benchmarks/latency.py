@@ -29,6 +29,7 @@ one with those of larger ones.
 
 import argparse
 import gc
+import itertools
 import json
 import statistics
 import sys
@@ -175,11 +176,12 @@ def ask_cascade(
 ) -> dict[str, float]:
     """One spoken question, transcribed and then asked in words."""
     start = time.perf_counter()
-    media = vqa.read_media(model.processor, clip, speech)
+    media = vqa.read_media(model.processor, clip, speech, model.device)
     transcribe(next(media)[0])
-    cut = list(media)
+    cut = list(itertools.islice(media, len(clip)))
     before = 1000 * (time.perf_counter() - start)
     ms = model.answer(cut, question=question, max_new_tokens=tokens).ms
+    list(media)  # the frames are checked meanwhile
     return {**ms, "media": before + ms["media"], "total": before + ms["total"]}
 
 
@@ -267,13 +269,14 @@ def load(args: argparse.Namespace, four_bits: bool):
     return adapted, tokenizer
 
 
-def measure_precision(precision: str, args: argparse.Namespace, rows: list, folder: Path) -> tuple[list, list, dict]:
-    """Figures of all designs in one precision: by design, by length of speech, and of equal tokens."""
+def measure_precision(precision: str, args: argparse.Namespace, rows: list, folder: Path, report: dict) -> None:
+    """Add to `report` the figures of all designs in one precision: by design, by length of speech, and of equal tokens;
+    after each design it is printed and written."""
     adapted, tokenizer = load(args, precision == "4bit")
     model = adapted.get_base_model()
     clips = [vqa.select_frames(row.frame_paths, args.frames) for row in rows]
     asked = [(clip, row.audio_path, row.question) for clip, row in zip(clips, rows, strict=True)]
-    results, lengths, equal, transcribe = [], [], {}, None
+    equal, transcribe = report["equal"].setdefault(precision, {}), None
     for design in args.designs:
         tokens, cascaded = DESIGNS[design]
         if design != "seed" and adapted is not None and precision != "4bit":
@@ -299,18 +302,19 @@ def measure_precision(precision: str, args: argparse.Namespace, rows: list, fold
             equal[design] = equal_tokens(model, asked, args.max_new_tokens)
         if torch.cuda.is_available():
             result["peak_reserved_gib"] = torch.cuda.max_memory_reserved() / 2**30
-        results.append(result)
-        print(json.dumps({name: value for name, value in result.items() if name != "ms"}), flush=True)
+        report["designs"].append(result)
         if design in ("speech", "video", "cascade", "cascade_video"):
             for seconds in args.seconds:
                 spoken = [
                     (c, speech_of(row, seconds, folder), row.question) for c, row in zip(clips, rows, strict=True)
                 ]
                 found = measure(ask, spoken[: args.length_repeats], args.max_new_tokens, args.limit)
-                lengths.append({"precision": precision, "design": design, "seconds": seconds} | found)
+                report["lengths"].append({"precision": precision, "design": design, "seconds": seconds} | found)
         if args.profile and design != "seed":
             print(f"\n{precision} {design}\n{profiled(partial(ask, *asked[0], args.max_new_tokens))}", flush=True)
-    return results, lengths, {precision: equal}
+        show(report)
+        if args.output:
+            args.output.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
 
 
 def show(report: dict) -> None:
@@ -320,7 +324,7 @@ def show(report: dict) -> None:
         return f"{found['median'][part]:.1f} ({found['p95'][part]:.1f})"
 
     references = {r["precision"]: r["median"]["total"] for r in report["designs"] if r["design"] == "seed"}
-    print(f"\n{report['device']}; ms, median (95th percentile)\n")
+    print(f"\n{report['device']}, so far; ms, median (95th percentile)\n")
     print("| precision | design | n | media | first token | decoded | each token | end to end | x seed |")
     print("|---|---|---|---|---|---|---|---|---|")
     for r in report["designs"]:
@@ -335,7 +339,7 @@ def show(report: dict) -> None:
         print("|---" * (len(names) + 1) + "|")
     for seconds in dict.fromkeys(r["seconds"] for r in report["lengths"]):
         row = {(r["precision"], r["design"]): both(r, "total") for r in report["lengths"] if r["seconds"] == seconds}
-        print(f"| {seconds:g} | " + " | ".join(row[name] for name in names) + " |")
+        print(f"| {seconds:g} | " + " | ".join(row.get(name, "") for name in names) + " |")
     for precision, designs in report["equal"].items():
         for design, shares in designs.items():
             print(f"equal, {precision} {design}: " + ", ".join(f"{n} {share:.1%}" for n, share in shares.items()))
@@ -382,15 +386,9 @@ def main(argv: list[str] | None = None) -> None:
     report = {**machine(), "designs": [], "lengths": [], "equal": {}}
     with patch.object(vqa, "stop_token_ids", lambda tokenizer: []), tempfile.TemporaryDirectory() as folder:
         for precision in args.precisions:
-            results, lengths, equal = measure_precision(precision, args, rows, Path(folder))
-            report["designs"] += results
-            report["lengths"] += lengths
-            report["equal"] |= equal
-            if args.output:
-                args.output.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+            measure_precision(precision, args, rows, Path(folder), report)
             gc.collect()
             torch.cuda.empty_cache()
-    show(report)
 
 
 if __name__ == "__main__":
