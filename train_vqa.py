@@ -180,6 +180,7 @@ DECODE_ERRORS = (
 )
 STREAMED_BYTES = 10**9  # a WAV's header that claims as much was written before its length was known
 MAX_FRAME_PIXELS = 50_000_000  # 150 MB decoded; an endoscope has 2 million, a decompression bomb billions
+REDUCING_GAP, BICUBIC_BITS = 2.0, 22  # how frames are scaled: Pillow's argument, and the digits of its weights
 MAX_ASPECT = 100  # Qwen2-VL refuses sides of more than 200 : 1, and scaling down rounds the short one
 # Layer III bit rates in kbit/s: of MPEG 2 and 2.5, of MPEG 1.
 MP3_KBPS = (
@@ -266,9 +267,9 @@ PREFILL_TOKENS = 16384  # prompts read at a time: enough to fill a GPU, and what
 # --eval_answers: a token keeps 57 kB at full size, so that 32 rows of 2,700 tokens take 5 GB; answers are cut as by
 # evaluate_checkpoint.py's default.
 ANSWERS_AT_ONCE, ANSWER_TOKENS = 32, 32
-# One question at a time: its prompt is padded to a multiple of the first, the keys are read to one of the second. Each
-# length that occurs takes a CUDA graph; for speech of up to 1,500 tokens these are 12 and 4.
-PROMPT_BUCKET, KEYS_BUCKET = 128, 512
+# One question at a time: its prompt is padded to a multiple of the first, the keys are read to one of the second, in
+# blocks of the third. Each length that occurs takes a CUDA graph; for speech of up to 1,500 tokens these are 12 and 4.
+PROMPT_BUCKET, KEYS_BUCKET, KEYS_BLOCK = 128, 512, 64
 ANSWERS_DIR = "eval_answers"  # in --output_dir: step-N.jsonl with the rows, step-N.summary.json with their scores
 ANSWER_METRICS = ("choice", "contains", "stopped")  # each logged as eval_...
 SCORER = Path(__file__).resolve().with_name("evaluate_checkpoint.py")  # run, not imported: it imports this file
@@ -997,7 +998,7 @@ def check_compiler(device_type: str) -> None:
     if failure:
         raise VQAError(
             f"--compile_layers: the compiler {compiler} does not work ({failure.splitlines()[0]}); fix it (Python.h "
-            f"is in the package python3-dev), name another in {variable}, or leave the flag out"
+            f"is in the package python3-dev), name another in {variable}, or set the flag to False"
         )
 
 
@@ -1568,10 +1569,10 @@ def what_is(data: bytes) -> tuple[str, str | None]:
     return tuple(next(found, ("in no format that is known", None)))
 
 
-def decode_frame(path: Path, checking: bool = False, damage: bool = False) -> Image.Image:
-    """A decoded frame in full size, RGB, upright (EXIF orientation applied). `damage` also finds damage at which Pillow
-    guesses; `checking` finds it too, but may give a smaller frame in grey, which takes less time. VQAError for a file
-    that is no JPEG, PNG or WebP, is damaged, or is too large or too thin for the model."""
+def decode_frame(path: Path, checking: bool = False) -> Image.Image:
+    """A decoded frame in full size, RGB, upright (EXIF orientation applied). `checking` also finds damage at which
+    Pillow guesses, but may give a smaller frame in grey, which takes less time. VQAError for a file that is no JPEG,
+    PNG or WebP, is damaged, or is too large or too thin for the model."""
 
     def refuse(what: str, advice: str = "replace it or remove the row") -> typing.NoReturn:
         raise VQAError(f"frame {path} {what}; {advice}")
@@ -1593,7 +1594,7 @@ def decode_frame(path: Path, checking: bool = False, damage: bool = False) -> Im
             if checking:
                 image.draft("L", (1, 1))  # an eighth of each side, and only of a JPEG
             image.load()
-            if (checking or damage) and kind == "a JPEG image" and (found := jpeg_damage(data)):
+            if checking and kind == "a JPEG image" and (found := jpeg_damage(data)):
                 refuse(f"is damaged (FFmpeg: {found})")
             if (turn := TURNS.get(orientation(image))) is not None:  # one of them is 0
                 image = image.transpose(turn)
@@ -1675,7 +1676,52 @@ def load_frame(path: Path, max_image_size: int) -> Image.Image:
 def shrink(image: Image.Image, max_image_size: int) -> Image.Image:
     """A frame scaled down, never up, to at most `max_image_size` pixels on its longer side."""
     size = fit_size(image.size, max_image_size)
-    return image.resize(size, Image.Resampling.BICUBIC, reducing_gap=2.0) if size != image.size else image
+    return image.resize(size, Image.Resampling.BICUBIC, reducing_gap=REDUCING_GAP) if size != image.size else image
+
+
+def reduction(size: tuple[int, int], wanted: tuple[int, int]) -> tuple[int, int]:
+    """By what `shrink` reduces a frame of `size` in each direction before it scales it to `wanted`."""
+    return tuple(int(side / less / REDUCING_GAP) or 1 for side, less in zip(size, wanted, strict=True))
+
+
+def copy_pixels(frame: Image.Image) -> torch.Tensor:
+    """The pixels of an RGB frame as uint8 [height, width, 4], of which the fourth means nothing, in page-locked memory
+    where there is a GPU. Pasted into memory that Pillow shares, since numpy's copy of an image keeps all other threads
+    from running: for 8 frames of 1240x1080 15 ms, however many threads make them."""
+    pixels = torch.empty((frame.height, frame.width, 4), dtype=torch.uint8, pin_memory=torch.cuda.is_available())
+    shared = Image.frombuffer("RGBX", frame.size, pixels.numpy(), "raw", "RGBX", 0, 1)
+    shared.readonly = False
+    shared.paste(frame)
+    return pixels
+
+
+@lru_cache(64)
+def bicubic_weights(side: float, pixels: int, wanted: int, device: torch.device) -> torch.Tensor:
+    """What each of the `pixels` on a `side` of a frame counts in each of those `wanted` on the scaled one: integers,
+    float64 [pixels, wanted], by 2**BICUBIC_BITS; as Pillow computes them (its src/libImaging/Resample.c). `side` is not
+    `pixels` where the last one is what was left over from a reduction."""
+    scale = float(np.float32(side)) / wanted
+    stretch, centers, at = max(scale, 1.0), (np.arange(wanted) + 0.5) * scale, np.arange(pixels)[:, None]
+    first, behind = (np.trunc(centers + reach * stretch + 0.5) for reach in (-2, 2))
+    x = np.abs((at - centers + 0.5) * (1 / stretch))
+    # Keys' kernel with a = -0.5.
+    weights = np.where(x < 1, (1.5 * x - 2.5) * x * x + 1, np.where(x < 2, (((x - 5) * x + 8) * x - 4) * -0.5, 0))
+    weights *= (at >= first) & (at < behind)
+    weights = weights / weights.cumsum(0)[-1] * 2**BICUBIC_BITS  # summed in Pillow's order
+    return torch.from_numpy(np.trunc(weights + np.copysign(0.5, weights))).to(device)
+
+
+def resize_on_device(frame: torch.Tensor, side: tuple[float, float], wanted: tuple[int, int]) -> torch.Tensor:
+    """Pillow's bicubic `resize` of a frame uint8 [height, width, 3] (or 4: see `copy_pixels`) to `wanted` (width,
+    height), bit for bit: products of integers, which float64 holds exactly. A GPU takes 0.3 ms for what takes a CPU 20.
+    `side` (width, height): see `bicubic_weights`. Returns uint8 [height, width, 3]."""
+    scaled = frame[..., :3].permute(2, 0, 1).double()
+    for length, pixels in zip(side, wanted, strict=True):  # Pillow, too, scales the width first, and rounds
+        if (length, scaled.shape[2]) != (pixels, pixels):
+            sums = scaled @ bicubic_weights(length, scaled.shape[2], pixels, frame.device)
+            scaled = (sums / 2**BICUBIC_BITS + 0.5).floor().clamp(0, 255)
+        scaled = scaled.transpose(1, 2)
+    return scaled.permute(1, 2, 0).to(torch.uint8)
 
 
 def decode_audio(path: Path) -> tuple[np.ndarray, int]:
@@ -2021,7 +2067,7 @@ class VQAProcessor:
         `cut_patches` made of them; in video mode those of `pair_frames`, or VQAError, which names `source`, where the
         frames differ in size. The model scales the patches: see `scale_pixels`."""
         cut = [frame if isinstance(frame, tuple) else self.cut_patches(frame) for frame in frames]
-        pixels = torch.from_numpy(np.concatenate([p for p, _ in cut]))
+        pixels = torch.cat([patches for patches, _ in cut])
         grid = torch.tensor([g for _, g in cut])
         if self.frame_mode == "video":
             if (grid != grid[0]).any():
@@ -2029,29 +2075,42 @@ class VQAProcessor:
             pixels, grid = pair_frames(pixels, grid)
         return pixels, grid
 
-    def cut_patches(self, frame: Image.Image) -> tuple[np.ndarray, tuple[int, int, int]]:
-        """A frame as patches, uint8 [patches, 3 * patch * patch], and its grid, both as the library lays them out."""
-        library, merge = self.image_processor, self.merge_size
-        patch, limits = library.patch_size, library.size
-        height, width = smart_resize(
-            *(frame.height, frame.width, patch * merge), limits["shortest_edge"], limits["longest_edge"]
-        )
-        if frame.size != (width, height):
-            frame = frame.resize((width, height), Image.Resampling.BICUBIC)
-        rows, columns = height // patch, width // patch
-        shape = rows // merge, merge, patch, columns // merge, merge, patch, 3
-        values = np.asarray(frame).reshape(shape).transpose(0, 3, 1, 4, 6, 2, 5)  # [rows..., columns..., 3, y, x]
+    def patched_size(self, size: tuple[int, int]) -> tuple[int, int]:
+        """(width, height) that a frame of `size` is scaled to, so that it consists of whole patches."""
+        library = self.image_processor
+        limits, factor = library.size, library.patch_size * self.merge_size
+        height, width = smart_resize(size[1], size[0], factor, limits["shortest_edge"], limits["longest_edge"])
+        return width, height
+
+    def cut_patches(self, frame: Image.Image) -> tuple[torch.Tensor, tuple[int, int, int]]:
+        """A frame as patches and their grid: see `lay_out`."""
+        size = self.patched_size(frame.size)
+        if frame.size != size:
+            frame = frame.resize(size, Image.Resampling.BICUBIC)
+        return self.lay_out(torch.from_numpy(np.array(frame)))
+
+    def lay_out(self, frame: torch.Tensor) -> tuple[torch.Tensor, tuple[int, int, int]]:
+        """Patches uint8 [patches, 3 * patch * patch] of a frame uint8 [height, width, 3] of `patched_size`, and its
+        grid, both as the library lays them out."""
+        merge, patch = self.merge_size, self.image_processor.patch_size
+        rows, columns = (side // patch for side in frame.shape[:2])
+        values = frame.reshape(rows // merge, merge, patch, columns // merge, merge, patch, 3)
+        values = values.permute(0, 3, 1, 4, 6, 2, 5)  # [rows..., columns..., 3, y, x]
         return values.reshape(rows * columns, -1), (1, rows, columns)
 
-    def log_mel(self, speech: np.ndarray, source: Path | str) -> tuple[torch.Tensor, torch.Tensor]:
-        """Mel of float32 [n] at 16 kHz, float32 [1, mel bins, frames], and its tokens, int64 [1]; VQAError, which
-        names `source`, where the encoder's window is too short for it."""
+    def log_mel(
+        self, speech: np.ndarray, source: Path | str, device: torch.device | str = "cpu"
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Mel of float32 [n] at 16 kHz, float32 [1, mel bins, frames] on the CPU, computed on `device`, and its tokens,
+        int64 [1]; VQAError, which names `source`, where the encoder's window is too short for it."""
         if len(speech) > self.max_samples:
             raise VQAError(
                 f"speech {source} lasts {len(speech) / SAMPLE_RATE:.1f} s, this model's "
                 f"encoder hears {self.max_samples / SAMPLE_RATE:.1f}; shorten it"
             )
-        mel = self.feature_extractor(speech, sampling_rate=SAMPLE_RATE, return_tensors="pt", padding="max_length")
+        mel = self.feature_extractor(
+            speech, sampling_rate=SAMPLE_RATE, return_tensors="pt", padding="max_length", device=device
+        )
         return mel["input_features"], torch.tensor([self.speech_tokens(len(speech))])
 
     def count_tokens(self, row: VQARow, frame_paths: Sequence[Path], with_answer: bool = True, silence: int = 0) -> int:
@@ -2132,22 +2191,33 @@ def mel_of(processor: VQAProcessor, path: Path, version: tuple) -> tuple[torch.T
     return processor.log_mel(load_speech(path), path)
 
 
-def read_media(processor: VQAProcessor, frames: Sequence, speech: np.ndarray | str | Path | None) -> Iterator:
-    """What `log_mel` makes of the speech of one question, where there is any, then what `cut_patches` makes of each
-    frame, decoded side by side. `frames` and `speech` are as `SpeechMixin.answer` takes them."""
+def read_media(
+    processor: VQAProcessor, frames: Sequence, speech: np.ndarray | str | Path | None, device: torch.device
+) -> Iterator:
+    """What `log_mel` makes of the speech of one question, where there is any, then of each frame what `cut_patches`
+    makes of it or, for a GPU, what `OneQuestion.cut` does: `copy_pixels` of the frame, reduced, and its size. At last
+    None for each file of a frame in which no damage was found at which Pillow guesses; before that, a frame may be
+    wrong. All is read side by side. `frames` and `speech` are as `SpeechMixin.answer` takes them."""
 
     def hear() -> tuple[torch.Tensor, torch.Tensor]:
         if isinstance(speech, str | Path):
-            return processor.log_mel(load_speech(Path(speech)), speech)
-        return processor.log_mel(speech, "given to answer()")
+            return processor.log_mel(load_speech(Path(speech)), speech, device)
+        return processor.log_mel(speech, "given to answer()", device)
 
-    def cut(frame) -> tuple[np.ndarray, tuple[int, int, int]]:
+    def cut(frame) -> tuple[torch.Tensor, tuple[int, ...]]:
         if isinstance(frame, tuple):
             return frame
-        frame = decode_frame(Path(frame), damage=True) if isinstance(frame, str | Path) else frame
-        return processor.cut_patches(shrink(frame, processor.max_image_size))
+        frame = decode_frame(Path(frame)) if isinstance(frame, str | Path) else frame
+        if device.type != "cuda":
+            return processor.cut_patches(shrink(frame, processor.max_image_size))
+        by = reduction(frame.size, fit_size(frame.size, processor.max_image_size))
+        return copy_pixels(frame.reduce(by) if max(by) > 1 else frame), frame.size
+
+    def check(path: str | Path) -> None:
+        decode_frame(Path(path), checking=True)
 
     jobs = [*([] if speech is None else [hear]), *(partial(cut, frame) for frame in frames)]
+    jobs += [partial(check, frame) for frame in frames if isinstance(frame, str | Path)]
     return ahead(lambda job: job(), jobs, len(jobs), MAX_WORKERS + 1)
 
 
@@ -2334,15 +2404,12 @@ def attend_within_frames(
     int32 [frames + 1] says where they begin, `max_length_q` how large the largest is. Returns [1, patches, heads, head
     size], and no weights.
     """
-    frames = len(cu_seq_lens_q) - 1
-    patches = query.shape[2]
-    sizes = [max_length_q] * frames if frames * max_length_q == patches else cu_seq_lens_q.diff().tolist()
-    parts = (query, key, value)
-    if len(set(sizes)) == 1:
+    frames, parts = len(cu_seq_lens_q) - 1, (query, key, value)
+    if frames * max_length_q == query.shape[2]:
         parts = [x[0].unflatten(1, (frames, max_length_q)).transpose(0, 1) for x in parts]
         mixed = F.scaled_dot_product_attention(*parts, scale=scaling).transpose(1, 2).flatten(0, 1)[None]
         return mixed, None
-    parts = zip(*(x.split(sizes, dim=2) for x in parts), strict=True)
+    parts = zip(*(x.split(cu_seq_lens_q.diff().tolist(), dim=2) for x in parts), strict=True)
     mixed = torch.cat([F.scaled_dot_product_attention(*frame, scale=scaling) for frame in parts], dim=2)
     return mixed.transpose(1, 2), None
 
@@ -2535,7 +2602,7 @@ class SpeechMixin:
     ) -> Answer:
         """Answer one question about a clip, spoken or in words, greedily.
 
-        All `frames` (in order in time: files, RGB images, or what `VQAProcessor.cut_patches` gives) are shown, scaled
+        All `frames` (in order in time: files, RGB images, or what `read_media` gives) are shown, scaled
         down to the size that training had. `speech` is a file, or float32 [n] at 16 kHz from `load_speech`; without it
         the `question` in words is asked; with both, both. Answers are cut off at `max_new_tokens`
         (evaluate_checkpoint.py: 32). Of `candidates` the log-probability, stop token included, is computed as well.
@@ -2555,11 +2622,13 @@ class SpeechMixin:
         )
         single = self.one_question = self.one_question or OneQuestion(self)
 
-        media, heard, tokens = read_media(processor, frames, speech), None, 0
+        on_gpu, heard, tokens = self.device.type == "cuda", None, 0
+        media = read_media(processor, frames, speech, self.device)
         if speech is not None:
             mel, tokens = next(media)
             heard = single.hear(mel)[:tokens]
-        pixels, grid = processor.patches_of(list(media), "given to answer()")
+        cut = [single.cut(*frame) if on_gpu else frame for frame in itertools.islice(media, len(frames))]
+        pixels, grid = processor.patches_of(cut, "given to answer()")
         times.append(time.perf_counter())
         seen = single.see(pixels, grid)
         counts = (grid.prod(-1) // processor.merge_size**2).tolist()
@@ -2573,6 +2642,7 @@ class SpeechMixin:
         stops = stop_token_ids(processor.tokenizer)
         while len(ids) < max_new_tokens and ids[-1] not in stops:
             ids.append(single.next())
+        list(media)  # a damaged frame is an error
         times.append(time.perf_counter())
         log_probs = dict(zip(candidates, single.score(spoken), strict=True)) if candidates else {}
         times.append(time.perf_counter())
@@ -2581,12 +2651,18 @@ class SpeechMixin:
         text = processor.tokenizer.decode(ids, skip_special_tokens=True).strip()
         return Answer(text, len(ids), ids[-1] in stops, log_probs, ids, parts)
 
-    def warm_up(self, frames: Sequence, max_new_tokens: int = 64) -> None:
+    def warm_up(self, frames: Sequence, max_new_tokens: int = 64, compile_layers: bool = True) -> None:
         """Ask about `frames` with speech of each length that makes another prompt, so that no later question about
-        frames of this size and number waits for a CUDA graph; says so in a line. Without a GPU there are no graphs."""
+        frames of this size and number waits for a CUDA graph; says so in a line. `compile_layers`: an answer takes a
+        fifth less time, this half a minute more; it needs what `check_compiler` looks for. Without a GPU there are no
+        graphs."""
         if self.device.type != "cuda":
             return
         start, processor = time.perf_counter(), self.processor
+        self.one_question = self.one_question or OneQuestion(self)
+        if compile_layers:
+            self.one_question.compile()
+        Image.core.set_blocks_max(4 * MAX_WORKERS)  # Pillow keeps the memory of decoded frames for the next ones
         longest, words = processor.encoder_tokens, None if processor.input_mode == "audio" else "?"
         tokens = [longest] if processor.audio_tokens == "full" else range(1, longest + PROMPT_BUCKET, PROMPT_BUCKET)
         spoken = [np.ones(min(n, longest) * SAMPLES_PER_TOKEN, np.float32) for n in tokens]
@@ -2604,21 +2680,31 @@ def attend_to_one_question(
     value: torch.Tensor,
     attention_mask: torch.Tensor | None,
     scaling: float,
+    places: torch.Tensor,
+    seen: int = 0,
     **kwargs,
 ) -> tuple[torch.Tensor, None]:
-    """The decoder's attention for `OneQuestion`, whatever kernel the model has otherwise: causal, or under a mask bool
-    [1, 1, n, seen]. Registered with transformers as QUESTION_ATTENTION. Under a mask its own sdpa path (in 5.17) copies
-    keys and values for each query head; here the query heads that share a key head are further queries of one head.
+    """The decoder's attention for `OneQuestion`, whatever kernel the model has otherwise. Registered with transformers
+    as QUESTION_ATTENTION. Keeps keys and values [1, key heads, n, head size] of new tokens at `places`, int64 [n], of
+    the module's `question_keys` and `question_values`. A prompt attends to itself, causally; under a mask bool
+    [1, 1, n, seen] new tokens attend to the first `seen` that are kept, a multiple of KEYS_BLOCK. A flash kernel would
+    go through the keys of a head on one of the GPU's processors; so these are products, in float32, and the query heads
+    that share a key head are further queries of one head.
 
     `query` is [1, heads, n, head size]. Returns [1, n, heads, head size], and no weights.
     """
+    module.question_keys.index_copy_(2, places, key)
+    module.question_values.index_copy_(2, places, value)
     if attention_mask is None:
         mixed = F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling, enable_gqa=True)
         return mixed.transpose(1, 2), None
-    shared = query.shape[1] // key.shape[1]
-    grouped, mask = query.reshape(1, key.shape[1], -1, query.shape[3]), attention_mask.repeat(1, 1, shared, 1)
-    mixed = F.scaled_dot_product_attention(grouped, key, value, attn_mask=mask, scale=scaling)
-    return mixed.reshape(query.shape).transpose(1, 2), None
+    keys, values = (kept[:, :, :seen].float() for kept in (module.question_keys, module.question_values))
+    grouped = query.unflatten(1, (key.shape[1], -1)).flatten(2, 3).float()  # [1, key heads, shared * n, head size]
+    scores = (grouped @ keys.transpose(2, 3) * scaling).unflatten(2, (-1, query.shape[2]))
+    weights = scores.masked_fill(~attention_mask[:, :, None], -math.inf).softmax(-1).flatten(2, 3)
+    blocks = weights.unflatten(3, (-1, KEYS_BLOCK)).transpose(2, 3), values.unflatten(2, (-1, KEYS_BLOCK))
+    mixed = torch.matmul(*blocks).sum(2)  # a sum of products, each of which has a block of the keys
+    return mixed.reshape(query.shape).transpose(1, 2).to(query.dtype), None
 
 
 AttentionInterface.register(QUESTION_ATTENTION, attend_to_one_question)
@@ -2626,45 +2712,50 @@ AttentionInterface.register(QUESTION_ATTENTION, attend_to_one_question)
 
 class OneQuestion:
     """The parts of `SpeechMixin.answer` that a GPU computes, on buffers that stay where they are, so that each can be a
-    CUDA graph: one launch in place of some thousand, for which a GPU that works on one question would wait. Stands in
-    for transformers' cache too: the decoder's layers call `update`."""
+    CUDA graph: one launch in place of some thousand, for which a GPU that works on one question would wait. After
+    `compile`, the decoder's layers are compiled in these graphs."""
 
     def __init__(self, model: SpeechMixin):
-        self.model, self.graphs, self.layers = model, {}, []
+        self.model, self.graphs, self.compiled = model, {}, {}
         self.length = self.position = self.width = 0  # of the prompt; behind it; the keys that a token may attend to
         self.state = self.logits = None  # see `step`; behind the prompt, [vocabulary]
-        self.places: torch.Tensor | None = None  # where keys and values of new tokens go, int64 [n]
-        self.seen = 0  # how many are attended to; 0: the new ones
+        self.room = 0  # how many keys and values each layer can keep
 
     def reserve(self) -> None:
         """Have room for `width` keys and values, and for those of the longest speech, so that it need not grow."""
-        if self.layers and self.layers[0][0].shape[2] >= self.width:
+        if self.room >= self.width:
             return
         text, embeddings = self.model.config.text_config, self.model.get_input_embeddings().weight
-        heads, size = text.num_key_value_heads, text.hidden_size // text.num_attention_heads
-        shape = text.num_hidden_layers, 2, 1, heads, self.width + self.model.processor.encoder_tokens, size
+        self.room = self.width + self.model.processor.encoder_tokens
+        shape = 1, text.num_key_value_heads, self.room, text.hidden_size // text.num_attention_heads
         self.graphs.clear()
-        self.layers = torch.zeros(shape, dtype=embeddings.dtype, device=embeddings.device).unbind()
+        for layer in self.model.model.language_model.layers:  # on the modules: so one compiled form serves all of them
+            layer.self_attn.question_keys = embeddings.new_zeros(shape)
+            layer.self_attn.question_values = embeddings.new_zeros(shape)
 
-    def update(self, keys: torch.Tensor, values: torch.Tensor, layer: int, *_) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keep keys and values [1, heads, n, head size] of new tokens; returns those that are attended to."""
-        kept = self.layers[layer]
-        for buffer, new in zip(kept, (keys, values), strict=True):
-            buffer.index_copy_(2, self.places, new)
-        return (kept[0][:, :, : self.seen], kept[1][:, :, : self.seen]) if self.seen else (keys, values)
+    def compile(self) -> None:
+        """Let graphs that are captured from now on have compiled layers, which fuse what lies between the products of
+        matrices. Frames have one form, prompts of all lengths one, and a token one."""
+        if not self.compiled:
+            warnings.filterwarnings("ignore", "TensorFloat32 tensor cores")  # advice for what need not be exact
+            self.graphs.clear()
+            layers = *self.model.model.visual.blocks, *self.model.model.language_model.layers
+            self.compiled = {layer: compiled_forward(layer) for layer in layers}
 
     def replay(self, function: typing.Callable, *args):
         """`function(*args)`, on a GPU as a CUDA graph, captured for each shape of the tensors and each value of other
         `args`. The next replay, of whatever function, may write over the result: all share one pool of memory."""
         if self.model.device.type != "cuda":
-            return function(*args)
+            with layers_as(self.model, self.compiled):
+                return function(*args)
         key = function, *((a.shape, a.dtype) if isinstance(a, torch.Tensor) else a for a in args)
         if key not in self.graphs:
             fixed = [a.clone() if isinstance(a, torch.Tensor) else a for a in args]
-            function(*fixed)  # kernels are loaded and chosen at their first use
             graph, pool = torch.cuda.CUDAGraph(), next((kept[0].pool() for kept in self.graphs.values()), None)
-            with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
-                result = function(*fixed)
+            with layers_as(self.model, self.compiled):
+                function(*fixed)  # kernels are loaded and chosen at their first use
+                with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+                    result = function(*fixed)
             self.graphs[key] = graph, fixed, result
         graph, fixed, result = self.graphs[key]
         for buffer, given in zip(fixed, args, strict=True):
@@ -2678,6 +2769,19 @@ class OneQuestion:
         heard = self.replay(self.model.encode_audio, *on_device({"mel": mel}, self.model.device).values(), None)
         return heard.clone()  # the frames' replay comes before it is read
 
+    def cut(self, pixels: torch.Tensor, size: tuple[int, int]) -> tuple[torch.Tensor, tuple[int, int, int]]:
+        """`VQAProcessor.cut_patches` of a frame of `size` (width, height) that `read_media` read for a GPU."""
+        patches, grid = self.replay(self.scale, pixels.to(self.model.device, non_blocking=True), size)
+        return patches.clone(), grid
+
+    def scale(self, pixels: torch.Tensor, size: tuple[int, int]) -> tuple[torch.Tensor, tuple[int, int, int]]:
+        """`cut` without a graph."""
+        processor = self.model.processor
+        once = fit_size(size, processor.max_image_size)
+        side = tuple(pixels / by for pixels, by in zip(size, reduction(size, once), strict=True))
+        whole = processor.patched_size(once)
+        return processor.lay_out(resize_on_device(resize_on_device(pixels, side, once), once, whole))
+
     def see(self, pixels: torch.Tensor, grid: torch.Tensor) -> torch.Tensor:
         """What the vision encoder makes of patches and their grid. Frames of several sizes take no graph, nor do
         attention kernels that read the grid."""
@@ -2687,8 +2791,8 @@ class OneQuestion:
             return model.encode_vision(pixels.to(device), grid.to(device))
         positions = get_vision_position_ids(grid[:1], config.spatial_merge_size).repeat(len(grid), 1)
         seqlens, longest = get_vision_attention_seqlens(grid, config)
-        inputs = on_device({"pixels": pixels, "positions": positions, "seqlens": seqlens}, device)
-        return self.replay(self.encode, *inputs.values(), longest)
+        layout = on_device({"positions": positions, "seqlens": seqlens}, device)
+        return self.replay(self.encode, pixels.to(device), *layout.values(), longest)
 
     def encode(
         self, pixels: torch.Tensor, positions: torch.Tensor, seqlens: torch.Tensor, longest: int
@@ -2697,8 +2801,7 @@ class OneQuestion:
         return self.model.encode_vision(pixels, None, position_ids=positions, cu_seqlens=seqlens, max_seqlen=longest)
 
     def decode(self, embeds: torch.Tensor, positions: torch.Tensor, places: torch.Tensor, seen=0, mask=None):
-        """The decoder's outputs [1, n, hidden] of new tokens, whose keys and values go to `places`."""
-        self.places, self.seen = places, seen
+        """The decoder's outputs [1, n, hidden] of new tokens: see `attend_to_one_question`."""
         decoder = self.model.model.language_model
         before = decoder.config._attn_implementation
         decoder.set_attn_implementation(QUESTION_ATTENTION)
@@ -2707,8 +2810,9 @@ class OneQuestion:
                 inputs_embeds=embeds,
                 attention_mask={"full_attention": mask},
                 position_ids=positions,
-                past_key_values=self,
-                use_cache=True,
+                use_cache=False,
+                places=places,
+                seen=seen,
             ).last_hidden_state
         finally:
             decoder.set_attn_implementation(before)
@@ -2755,12 +2859,11 @@ class OneQuestion:
         ids = torch.tensor([token for ids in candidates for token in ids], device=device)
         owner = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths))
         own = (owner[:, None] == owner).tril()
-        mask = F.pad(own, (self.length, 0), value=True).to(device)
+        mask = F.pad(F.pad(own, (self.length, 0), value=True), (0, self.width - self.length - len(ids))).to(device)
         places, positions = torch.arange(len(ids)) + self.length, own.sum(-1) - 1 + self.position
         embeds = self.model.get_input_embeddings()(ids[None])
-        seen = self.length + len(ids)
         positions = positions.expand(3, 1, -1).to(device)
-        hidden = self.decode(embeds, positions, places.to(device), seen, mask[None, None])[0]
+        hidden = self.decode(embeds, positions, places.to(device), self.width, mask[None, None])[0]
         logits = torch.cat([self.logits[None], self.model.lm_head(hidden)]).float().log_softmax(-1)
         starts = [end - length for end, length in zip(itertools.accumulate(lengths), lengths, strict=True)]
         before = torch.arange(len(ids))  # row i + 1 of `logits` is behind token i; the first token is behind the prompt
@@ -2799,31 +2902,42 @@ def set_recomputation(model: SpeechMixin, every_n: int) -> None:
             layer._gradient_checkpointing_func = RECOMPUTE
 
 
-def compile_decoder(model: SpeechMixin) -> None:
-    """Compile the decoder's layers, each by itself: they have one form, so that one compilation serves them all, and
-    all lengths (a batch of one sample, and evaluation, take one more each). What cannot be compiled is an error. After
-    `set_recomputation`. A layer's `forward` is replaced on the layer, since `layer.compile()` would take the
-    checkpointing around it into the graph. Gain at full size: 1.38 x, and 0.7 x the memory (docs/PERFORMANCE.md)."""
-    torch._functorch.config.activation_memory_budget = ACTIVATION_MEMORY_BUDGET
+def compiled_forward(layer: nn.Module) -> typing.Callable:
+    """The `forward` of a decoder's layer, compiled: all layers have one form, so that one compilation serves them, and
+    all lengths (a batch of one sample, a single token, and evaluation take one more each). What cannot be compiled is
+    an error. In place of `layer.compile()`, which would take checkpointing around the layer into the graph."""
     torch._dynamo.config.specialize_float = True  # else a layer is traced twice, and the trace not kept on disk
+    # The plain forward: some versions of transformers wrap their own checkpointing around it.
+    plain = getattr(type(layer).forward, "__wrapped__", type(layer).forward)
+    return torch.compile(plain.__get__(layer), dynamic=True, fullgraph=True)
+
+
+def compile_decoder(model: SpeechMixin) -> None:
+    """Compile the decoder's layers for training; after `set_recomputation`. Gain at full size: 1.38 x, and 0.7 x the
+    memory (docs/PERFORMANCE.md)."""
+    torch._functorch.config.activation_memory_budget = ACTIVATION_MEMORY_BUDGET
     torch._dynamo.config.optimize_ddp = False  # it would cut a layer at DDP's buckets, and then keep more activations
     for layer in model.model.language_model.layers:
-        # The plain forward: some versions of transformers wrap their own checkpointing around it.
-        plain = getattr(type(layer).forward, "__wrapped__", type(layer).forward)
-        layer.forward = torch.compile(plain.__get__(layer), dynamic=True, fullgraph=True)
+        layer.forward = compiled_forward(layer)
         if layer.gradient_checkpointing:
             layer.forward = partial(RECOMPUTE, layer.forward)
             layer.gradient_checkpointing = False
 
 
 @contextlib.contextmanager
-def plain_layers(model: SpeechMixin) -> Iterator[None]:
-    """Let the decoder's layers run uncompiled: with a cache each of them would have to be compiled by itself."""
-    compiled = {layer: vars(layer).pop("forward", None) for layer in model.model.language_model.layers}
+def layers_as(model: SpeechMixin, forwards: dict[nn.Module, typing.Callable] | None = None) -> Iterator[None]:
+    """Let layers run these in place of their `forward`. The decoder's others run uncompiled: with a cache of
+    transformers each of them would have to be compiled by itself."""
+    forwards = forwards or {}
+    layers = *model.model.language_model.layers, *forwards
+    before = {layer: vars(layer).pop("forward", None) for layer in layers}
+    for layer, forward in forwards.items():
+        layer.forward = forward
     try:
         yield
     finally:
-        for layer, forward in compiled.items():
+        for layer, forward in before.items():
+            vars(layer).pop("forward", None)
             if forward is not None:
                 layer.forward = forward
 
@@ -5180,7 +5294,7 @@ class VQATrainer(Trainer):
             return answer_batch(model, heeding_signals(samples), *decoding)
 
         samples = ahead(dataset.__getitem__, indices, 2 * size)
-        with contextlib.closing(samples), plain_layers(model), self.accelerator.autocast():
+        with contextlib.closing(samples), layers_as(model), self.accelerator.autocast():
             answers, fitting = answer_with_halving(samples, size, True, answer)
         if fitting < size:
             self.answers_at_once = fitting

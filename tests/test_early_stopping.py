@@ -334,7 +334,7 @@ def test_compiled_layers_answer_uncompiled_and_are_compiled_again_after(fresh, p
     vqa.set_recomputation(model, 2)
     vqa.compile_decoder(model)
     compiled = [vars(layer)["forward"] for layer in model.model.language_model.layers]
-    with vqa.plain_layers(model):
+    with vqa.layers_as(model):
         assert vqa.answer_batch(model, samples, *decoding) == expected
     assert [vars(layer)["forward"] for layer in model.model.language_model.layers] == compiled
 

@@ -2,11 +2,13 @@
 
 import json
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
 from conftest import EVAL_DATA, PAD, refusal, stir
+from PIL import Image
 
 import train_vqa as vqa
 
@@ -125,6 +127,38 @@ def test_media_that_are_damaged_get_the_words_of_the_command_line(model, tokeniz
     assert refusal(model.answer, [frame.with_name("none.jpg")], speech).startswith(
         f"frame {frame.with_name('none.jpg')}"
     )
+
+
+@pytest.mark.parametrize("frame_mode", ["images", "video"])
+def test_frames_that_a_gpu_scales_are_those_of_pillow(model, tokenizer, frame_mode):
+    """Bit for bit: of sizes that are scaled down, reduced first (also where pixels are left over), scaled to whole
+    patches alone, and left as they are."""
+    model.processor = processor = vqa.VQAProcessor(tokenizer, model.config, 84, "audio", "speech", frame_mode)
+    drawn, single = np.random.default_rng(0), vqa.OneQuestion(model)
+    for width, height in ((124, 108), (997, 171), (1920, 1080), (340, 338), (80, 61), (56, 84), (130, 800)):
+        frame = Image.fromarray(drawn.integers(0, 256, (height, width, 3), np.uint8))
+        expected, grid = processor.cut_patches(vqa.shrink(frame, 84))
+        reduced = frame.reduce(vqa.reduction(frame.size, vqa.fit_size(frame.size, 84)))
+        found = single.cut(vqa.copy_pixels(reduced), frame.size)
+        assert torch.equal(found[0], expected) and found[1] == grid
+
+
+def test_compiled_layers_answer_alike_in_three_forms(model, tokenizer, rows, monkeypatch):
+    """One for frames, one for prompts of all lengths, one for a token; candidates are read by plain layers."""
+    model.processor = vqa.VQAProcessor(tokenizer, model.config, 56, "audio", "speech")
+    how = {"max_new_tokens": 4, "candidates": ["Yes.", "No."]}
+    questions = [(rows[0], "text", 3), (rows[1], "audio", 8), (rows[0], "audio_text", 4)]
+    expected = [ask(model, *question, **how) for question in questions]
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+    monkeypatch.setattr(model, "one_question", vqa.OneQuestion(model))
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    model.one_question.compile()
+    for question, answer in zip(questions, expected, strict=True):
+        compiled = ask(model, *question, **how)
+        assert compiled.ids == answer.ids
+        assert list(compiled.log_probs.values()) == pytest.approx(list(answer.log_probs.values()), rel=1e-4)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 3
 
 
 def test_a_batch_is_answered_as_before(model, tokenizer, rows):
