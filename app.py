@@ -82,6 +82,8 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     add("--max_eval_frames", type=ev._at_least(0), help="frames a clip, evenly spaced. 0: all; None: as in training")
     add("--load_in_4bit", action="store_const", const=True, help="the decoder in 4 bits. None: as in training")
     add("--max_new_tokens", type=ev._at_least(1), default=32, help="tokens after which an answer is cut")
+    add("--compile_layers", choices=("True", "False"), default="True",
+        help="on a GPU: a fifth less time an answer, for half a minute at the start; needs a C compiler (True)")
     # fmt: on
     args = ev.parse_arguments(parser, argv)
     return argparse.Namespace(**vars(ev.build_parser().parse_args([])) | vars(args))
@@ -451,6 +453,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         ev.load_libraries()
         device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+        compiled = device.type == "cuda" and args.compile_layers == "True"
+        if compiled:
+            vqa.check_compiler(device.type)
         chosen = ev.choose_model(args, device)
         ev.check_weights(chosen, device)
         rows = read_rows(args, chosen.patterns)
@@ -458,7 +463,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ev.InputError as error:
         raise vqa.VQAError(str(error)) from error
     asker = Asker(trained, rows, chosen.inputs.max_eval_frames, args.max_new_tokens)
-    trained.model.warm_up(vqa.select_frames(asker.clip_of(rows[0]).frames, asker.max_frames), args.max_new_tokens)
+    frames = vqa.select_frames(asker.clip_of(rows[0]).frames, asker.max_frames)
+    trained.model.warm_up(frames, args.max_new_tokens, compiled)
     serve(asker)
     return 0
 
