@@ -1696,10 +1696,12 @@ def copy_pixels(frame: Image.Image) -> torch.Tensor:
 
 
 @lru_cache(64)
-def bicubic_weights(side: float, pixels: int, wanted: int, device: torch.device) -> torch.Tensor:
+def bicubic_weights(side: float, pixels: int, wanted: int, device: torch.device) -> torch.Tensor | None:
     """What each of the `pixels` on a `side` of a frame counts in each of those `wanted` on the scaled one: integers,
     float64 [pixels, wanted], by 2**BICUBIC_BITS; as Pillow computes them (its src/libImaging/Resample.c). `side` is not
-    `pixels` where the last one is what was left over from a reduction."""
+    `pixels` where the last one is what was left over from a reduction. None: the side stays as it is."""
+    if side == pixels == wanted:
+        return None
     scale = float(np.float32(side)) / wanted
     stretch, centers, at = max(scale, 1.0), (np.arange(wanted) + 0.5) * scale, np.arange(pixels)[:, None]
     first, behind = (np.trunc(centers + reach * stretch + 0.5) for reach in (-2, 2))
@@ -1711,15 +1713,13 @@ def bicubic_weights(side: float, pixels: int, wanted: int, device: torch.device)
     return torch.from_numpy(np.trunc(weights + np.copysign(0.5, weights))).to(device)
 
 
-def resize_on_device(frame: torch.Tensor, side: tuple[float, float], wanted: tuple[int, int]) -> torch.Tensor:
-    """Pillow's bicubic `resize` of a frame uint8 [height, width, 3] (or 4: see `copy_pixels`) to `wanted` (width,
-    height), bit for bit: products of integers, which float64 holds exactly. A GPU takes 0.3 ms for what takes a CPU 20.
-    `side` (width, height): see `bicubic_weights`. Returns uint8 [height, width, 3]."""
-    scaled = frame[..., :3].permute(2, 0, 1).double()
-    for length, pixels in zip(side, wanted, strict=True):  # Pillow, too, scales the width first, and rounds
-        if (length, scaled.shape[2]) != (pixels, pixels):
-            sums = scaled @ bicubic_weights(length, scaled.shape[2], pixels, frame.device)
-            scaled = (sums / 2**BICUBIC_BITS + 0.5).floor().clamp(0, 255)
+def resize_on_device(frame: torch.Tensor, *weights: torch.Tensor | None) -> torch.Tensor:
+    """Pillow's bicubic `resize` of a frame uint8 [height, width, 3], bit for bit: products of integers, which float64
+    holds exactly. A GPU takes 0.3 ms for what takes a CPU 20. `weights`: `bicubic_weights` of width and height."""
+    scaled = frame.permute(2, 0, 1).double()
+    for counts in weights:  # Pillow, too, scales the width first, and rounds
+        if counts is not None:
+            scaled = (scaled @ counts / 2**BICUBIC_BITS + 0.5).floor().clamp(0, 255)
         scaled = scaled.transpose(1, 2)
     return scaled.permute(1, 2, 0).to(torch.uint8)
 
@@ -2771,16 +2771,19 @@ class OneQuestion:
 
     def cut(self, pixels: torch.Tensor, size: tuple[int, int]) -> tuple[torch.Tensor, tuple[int, int, int]]:
         """`VQAProcessor.cut_patches` of a frame of `size` (width, height) that `read_media` read for a GPU."""
-        patches, grid = self.replay(self.scale, pixels.to(self.model.device, non_blocking=True), size)
+        processor, device = self.model.processor, self.model.device
+        once = fit_size(size, processor.max_image_size)
+        whole = processor.patched_size(once)
+        sides = [side / by for side, by in zip(size, reduction(size, once), strict=True)]
+        weights = [bicubic_weights(*at, device) for at in zip(sides, pixels.shape[1::-1], once, strict=True)]
+        weights += [bicubic_weights(*at, device) for at in zip(once, once, whole, strict=True)]
+        patches, grid = self.replay(self.scale, pixels.to(device, non_blocking=True), *weights)
         return patches.clone(), grid
 
-    def scale(self, pixels: torch.Tensor, size: tuple[int, int]) -> tuple[torch.Tensor, tuple[int, int, int]]:
-        """`cut` without a graph."""
-        processor = self.model.processor
-        once = fit_size(size, processor.max_image_size)
-        side = tuple(pixels / by for pixels, by in zip(size, reduction(size, once), strict=True))
-        whole = processor.patched_size(once)
-        return processor.lay_out(resize_on_device(resize_on_device(pixels, side, once), once, whole))
+    def scale(self, pixels: torch.Tensor, *weights: torch.Tensor | None) -> tuple[torch.Tensor, tuple[int, int, int]]:
+        """Patches and grid of what `copy_pixels` gave, scaled twice: to the size of training, then to whole patches."""
+        frame = resize_on_device(pixels[..., :3], *weights[:2])
+        return self.model.processor.lay_out(resize_on_device(frame, *weights[2:]))
 
     def see(self, pixels: torch.Tensor, grid: torch.Tensor) -> torch.Tensor:
         """What the vision encoder makes of patches and their grid. Frames of several sizes take no graph, nor do
