@@ -2713,7 +2713,7 @@ AttentionInterface.register(QUESTION_ATTENTION, attend_to_one_question)
 class OneQuestion:
     """The parts of `SpeechMixin.answer` that a GPU computes, on buffers that stay where they are, so that each can be a
     CUDA graph: one launch in place of some thousand, for which a GPU that works on one question would wait. After
-    `compile`, the decoder's layers are compiled in these graphs."""
+    `compile`, the layers of decoder and vision encoder are compiled in these graphs."""
 
     def __init__(self, model: SpeechMixin):
         self.model, self.graphs, self.compiled = model, {}, {}
