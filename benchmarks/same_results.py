@@ -62,7 +62,7 @@ MORE_RUNS = {  # beyond the combinations of modes
 }
 STATED = ("166,068,224", "9,099,000,320")  # trainable and all parameters at full size
 TOLERANCE = 1e-6  # relative, of logged figures
-LEFT_OUT = re.compile(r"versions|git|python|.*\.py|.*(seconds|runtime|_ms|duration|per_second)|logging_dir|run_name")
+LEFT_OUT = re.compile(r"versions|git|python|.*\.py|.*(seconds|runtime|_ms|duration|per_second)|logging_dir|run_name|at")
 HAS_BITSANDBYTES = importlib.util.find_spec("bitsandbytes") is not None
 
 
