@@ -11,6 +11,7 @@ import runpy
 import signal
 import socket
 import sys
+import tempfile
 import threading
 import traceback
 from pathlib import Path
@@ -86,7 +87,7 @@ def run(handles, itself, words, folder, environment):
         os.environ.clear()
         os.environ.update(environment)
         renew_after_fork(int(environment.get("OMP_NUM_THREADS", os.cpu_count())))
-        sys.executable = itself
+        sys.executable, tempfile.tempdir = itself, None
         try:
             interpret(words)
             status = 0
