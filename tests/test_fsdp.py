@@ -64,11 +64,11 @@ def main(tiny: Path, out: Path, *flags: str) -> None:
 
 
 @pytest.fixture(scope="module")
-def ranks(warm, tiny, argv, tmp_path_factory):
-    """The folder with what two ranks wrote."""
+def ranks(tiny, argv, tmp_path_factory):
+    """The folder with what two ranks wrote; not by `warm`, as memory is measured."""
     out = tmp_path_factory.mktemp("ranks")
     flags = without_lora(argv(out, *RUN, "--gradient_accumulation_steps", "1"))
-    command = [warm, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     command += ["-m", "tests.test_fsdp", str(tiny), str(out), *flags]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=400)
