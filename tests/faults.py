@@ -7,14 +7,13 @@ import resource
 import runpy
 import signal
 import sys
-import threading
 import time
 
 import torch
-import tqdm.auto
 
 import train_vqa as vqa
 from tests.conftest import ROOT
+from tests.warm import renew_after_fork
 
 SIGNALS = [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, 129)]
 _watchers = []  # an audit hook cannot be taken back: one is added once, and calls whoever watches last
@@ -41,13 +40,6 @@ def watching(on_change):
         _watchers.pop()
 
 
-def default_signals():
-    """What a shell in a terminal hands on, whatever started these tests."""
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, signal.SIG_DFL)
-
-
 class Script:
     """A script of this project, run as `python script flags` would, but in a fork, which has torch already.
 
@@ -67,12 +59,9 @@ class Script:
         try:
             os.setsid()
             os.environ.update(env)
-            default_signals()
+            renew_after_fork(torch.get_num_threads())
             for cached in (vqa.ranks_store, vqa.is_first_to_fail):  # of an earlier test in this process
                 cached.cache_clear()
-            torch.set_num_threads(torch.get_num_threads())  # renews torch's pool; two threads at once would break it
-            for bars in (tqdm.tqdm, tqdm.auto.tqdm):  # forks share their own lock, and one that is stopped may hold it
-                bars.set_lock(threading.RLock())
             os.dup2(writer, 1), os.dup2(writer, 2)
             sys.stdout, sys.stderr = (os.fdopen(fd, "w", buffering=1, closefd=False) for fd in (1, 2))
             if file_limit:

@@ -13,7 +13,6 @@ import shutil
 import signal
 import socket
 import subprocess
-import sys
 import threading
 import urllib.request
 import uuid
@@ -173,7 +172,7 @@ def snapshot(folder: Path) -> dict[str, tuple[int, int]]:
 
 
 @pytest.fixture(scope="module")
-def server(smoke, tmp_path_factory):
+def server(warm, smoke, tmp_path_factory):
     """The page of the smoke model on a copy of the fixtures, in a process of its own; ended by SIGTERM."""
     pytest.importorskip("gradio", reason="gradio is not installed: pip install -r requirements-app.txt")
     folder = tmp_path_factory.mktemp("page")
@@ -192,7 +191,7 @@ def server(smoke, tmp_path_factory):
     flags += ["--frames_dir", data / "frames", "--audio_dir", data / "audio"]
     environment = {**os.environ, "GRADIO_SERVER_PORT": str(port), "TMPDIR": str(temporary), "OMP_NUM_THREADS": "1"}
     environment.pop("GRADIO_SERVER_NAME", None)
-    command = [sys.executable, str(ROOT / "app.py"), *map(str, flags)]
+    command = [warm, str(ROOT / "app.py"), *map(str, flags)]
     with (folder / "log").open("w") as log:
         process = subprocess.Popen(command, cwd=empty, env=environment, stdout=log, stderr=subprocess.STDOUT)
     url = f"http://127.0.0.1:{port}/"

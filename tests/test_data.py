@@ -641,7 +641,7 @@ def test_what_is_no_empty_frame(data, train, capsys, tmp_path):
 def test_memory_of_many_rows(tmp_path, monkeypatch):
     """No more than 6 kB a row, the rows themselves included, with eight frames of its own for each."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    count, frame, speech = 120, tmp_path / "f.png", tmp_path / "s.wav"
+    count, frame, speech = 80, tmp_path / "f.png", tmp_path / "s.wav"
     Image.new("RGB", (4, 4)).save(frame)
     soundfile.write(speech, TONE, 16000)
     (tmp_path / "frames/vid-01").mkdir(parents=True)

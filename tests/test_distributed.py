@@ -7,7 +7,6 @@ import shlex
 import shutil
 import signal
 import subprocess
-import sys
 import time
 
 import pytest
@@ -15,12 +14,23 @@ import torch
 import torch.distributed as dist
 
 import train_vqa as vqa
-from tests.conftest import EVAL_DATA, EVALUATION, FIXTURES, ROOT, SIX_STEPS, read_jsonl, refusal, weights_of
-from tests.faults import Script, default_signals
+from tests.conftest import (
+    EVAL_DATA,
+    EVALUATION,
+    FIXTURES,
+    ROOT,
+    SIX_STEPS,
+    read_jsonl,
+    refusal,
+    weights_of,
+    write_jsonl,
+)
+from tests.faults import Script
 from tests.test_faults import RESUME, assert_same
 from tests.test_flags import LAUNCH_LINES
+from tests.warm import default_signals
 
-TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
+TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
 # Six steps of two rows over two epochs, with dropout, as SIX_STEPS, but one row on each rank.
 SHARED = (*SIX_STEPS, *EVALUATION, "--save_steps", "2", "--gradient_accumulation_steps", "1")
 STORES = []  # never freed: a fork that frees one waits for its thread, which the fork does not have
@@ -187,8 +197,8 @@ def test_the_flags_that_make_a_step_as_large_as_before(stored, flags, advice, tm
 
 
 @pytest.mark.slow
-def test_the_shell_script_trains_on_two_ranks_and_ends_with_the_signals_status(tmp_path):
-    env = {**os.environ, "NUM_GPUS": "2", "OMP_NUM_THREADS": "1", "PYTHON": sys.executable}
+def test_the_shell_script_trains_on_two_ranks_and_ends_with_the_signals_status(warm, tmp_path):
+    env = {**os.environ, "NUM_GPUS": "2", "OMP_NUM_THREADS": "1", "PYTHON": warm}
     flags = ("--max_steps", "500", "--save_strategy", "steps", "--save_steps", "1", "--target_train_loss", "0")
     with (tmp_path / "said").open("w") as said:
         command = ["bash", ROOT / "train_with_eval_FINAL.sh", "--smoke", *flags]
@@ -210,7 +220,9 @@ def test_the_shell_script_trains_on_two_ranks_and_ends_with_the_signals_status(t
 @pytest.mark.slow
 def test_the_public_line_trains_on_two_ranks(tiny, tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "offline")
-    paths = {"frames": FIXTURES / "frames", "audio": FIXTURES / "audio", "rows": FIXTURES / "smoke.jsonl"}
+    rows = [row | {"frames": row["frames"][:1]} for row in read_jsonl(FIXTURES / "smoke.jsonl")[:2]]
+    paths = {"frames": FIXTURES / "frames", "audio": FIXTURES / "audio"}
+    paths["rows"] = write_jsonl(tmp_path / "rows.jsonl", rows)
     line = shlex.split(LAUNCH_LINES["train_multivideo_overnight.sh"].format(**paths, out=tmp_path / "out"))
     started = Ranks(tmp_path, [*line, "--model_name_or_path", str(tiny), "--init", "random", "--lora_r", "4"])
     assert started.end()[0] == [0, 0]
@@ -218,7 +230,7 @@ def test_the_public_line_trains_on_two_ranks(tiny, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_two_ranks_train_as_one_with_twice_the_accumulation(argv, tmp_path):
+def test_two_ranks_train_as_one_with_twice_the_accumulation(warm, argv, tmp_path):
     """By torchrun itself, all in one start; and the other rank says nothing."""
 
     def flags(ranks, place, size, more):
@@ -233,7 +245,7 @@ def test_two_ranks_train_as_one_with_twice_the_accumulation(argv, tmp_path):
 
     settings = list(enumerate(EQUAL.values()))
     (tmp_path / "runs.json").write_text(json.dumps({"runs": [flags(2, i, *setting) for i, setting in settings]}))
-    command = [*TORCHRUN, ROOT / "tests" / "ranks.py", tmp_path / "runs.json"]
+    command = [warm, *TORCHRUN, ROOT / "tests" / "ranks.py", tmp_path / "runs.json"]
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     with subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as torchrun:
         for place, setting in settings:

@@ -58,11 +58,10 @@ def test_the_arms_show_that_it_hears_and_sees(choice):
     assert right["black_frames"] < 5
 
 
-def test_the_smoke_command_takes_the_decoder_in_full(tmp_path):
+def test_the_smoke_command_takes_the_decoder_in_full(warm, tmp_path):
     """Its own settings name no adapters then, which would be refused."""
-    printed = run_script(
-        ROOT / "train_with_eval_FINAL.sh", "--smoke", "--train-decoder=full", "--dry_run", folder=tmp_path
-    )
+    flags = ("--smoke", "--train-decoder=full", "--dry_run")
+    printed = run_script(ROOT / "train_with_eval_FINAL.sh", *flags, folder=tmp_path, PYTHON=warm)
     assert "without LoRA" in printed
 
 

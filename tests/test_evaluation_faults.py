@@ -13,8 +13,9 @@ import pytest
 
 import evaluate_checkpoint as ev
 from tests.conftest import FIXTURES, ROOT, read_jsonl, small_disk, without_time, write_jsonl
-from tests.faults import SIGNALS, Script, default_signals
+from tests.faults import SIGNALS, Script
 from tests.test_generation import without_times
+from tests.warm import default_signals
 
 ROWS = 24
 

@@ -8,7 +8,6 @@ import re
 import shutil
 import signal
 import subprocess
-import sys
 import time
 
 import pytest
@@ -137,10 +136,10 @@ def rows_in(folder):
 
 
 @pytest.mark.slow
-def test_torchrun_writes_what_one_process_writes(command, undisturbed, tmp_path):
+def test_torchrun_writes_what_one_process_writes(warm, command, undisturbed, tmp_path):
     flags = [ROOT / "evaluate_checkpoint.py", *command, *ARMS, "--output_file", tmp_path / "x.jsonl"]
     done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", *map(str, flags)],
+        [warm, "-m", "torch.distributed.run", "--nproc_per_node", "2", *map(str, flags)],
         capture_output=True, text=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr

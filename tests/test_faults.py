@@ -22,7 +22,8 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 import train_vqa as vqa
 from benchmarks import fuzz
 from tests.conftest import EVALUATION, ROOT, SIX_STEPS, refusal, same_tensors, small_disk, weights_of
-from tests.faults import SIGNALS, Script, default_signals, watching
+from tests.faults import SIGNALS, Script, watching
+from tests.warm import default_signals
 
 RESUME = ("--resume_from_checkpoint", "True")
 RUN = (*SIX_STEPS, *EVALUATION, "--save_steps", "2")  # as `trained`

@@ -65,7 +65,7 @@ def main(tiny: Path, out: Path, *flags: str) -> None:
 
 @pytest.fixture(scope="module")
 def ranks(tiny, argv, tmp_path_factory):
-    """The folder with what two ranks wrote."""
+    """The folder with what two ranks wrote; not by `warm`, as memory is measured."""
     out = tmp_path_factory.mktemp("ranks")
     flags = without_lora(argv(out, *RUN, "--gradient_accumulation_steps", "1"))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]

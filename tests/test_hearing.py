@@ -289,13 +289,17 @@ def test_loader_workers_see_the_epoch(jittered, persistent):
 
 @pytest.fixture()
 def workers_end():
-    """Loader workers that outlive an epoch are ended after the test, as by the script's end."""
-    yield
-    children, handler = multiprocessing.active_children(), signal.getsignal(signal.SIGCHLD)
-    vqa.end_workers()
-    for child in children:
-        child.join()
-    signal.signal(signal.SIGCHLD, handler)
+    """Ends loader workers that outlive an epoch, as the script's end does; torch would wait 5 s for each."""
+
+    def end():
+        children, handler = multiprocessing.active_children(), signal.getsignal(signal.SIGCHLD)
+        vqa.end_workers()
+        for child in children:
+            child.join()
+        signal.signal(signal.SIGCHLD, handler)
+
+    yield end
+    end()
 
 
 @pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
@@ -308,6 +312,7 @@ def test_a_resumed_run_draws_the_same_silence(train, tmp_path, workers_end, work
     whole, part = tmp_path / "whole", tmp_path / "part"
     assert train(whole, *flags) == 0
     for step in (1, 3):
+        workers_end()
         assert train(part / str(step), *flags, "--resume_from_checkpoint", whole / f"checkpoint-{step}") == 0
         assert same_tensors(weights_of(part / str(step)), weights_of(whole))
     assert vqa.load_settings(whole)["trained"]["speech_token_jitter"] == 20

@@ -8,7 +8,6 @@ that asks of it, 1 for mucosa_visibility), and 1 is dirty: without ears 3 + 3 + 
 import hashlib
 import json
 import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -100,9 +99,9 @@ def flags(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def results(flags):
+def results(warm, flags):
     """The folder with the figures, after rendering, training and evaluating by one command: a minute on two cores."""
-    command = [sys.executable, world.__file__, "--stage", "render,train,evaluate", *flags]
+    command = [warm, world.__file__, "--stage", "render,train,evaluate", *flags]
     done = subprocess.run(command, capture_output=True, text=True)
     folder = world.parse_args(["--stage", "evaluate", *flags]).out_dir
     logs = "".join(path.read_text()[-2000:] for path in folder.rglob("*.log"))

@@ -232,12 +232,12 @@ def test_a_run_that_misses_its_target_loss_fails(train, tmp_path, capsys):
 # ------------------------------------------------------------------------------------------------------- shell scripts
 
 
-def test_shell_scripts_see_to_the_tokenizer_and_the_packages(tmp_path):
-    """Side by side, with this interpreter as python3: three of four import torch."""
+def test_shell_scripts_see_to_the_tokenizer_and_the_packages(warm, tmp_path):
+    """Side by side; three of four import torch."""
     shutil.copy(ROOT / "train_with_eval_FINAL.sh", tmp_path)
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(tmp_path / "bare")], check=True)
     verify, environment = ["bash", str(ROOT / "verify_tokenizer.sh")], {**os.environ, "HF_HUB_OFFLINE": "1"}
-    python = {**environment, "PYTHON": sys.executable}
+    python = {**environment, "PYTHON": warm}
     commands = [
         ([*verify, str(TINY)], python),
         ([*verify, "no/such/model/folder"], python),

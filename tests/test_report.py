@@ -517,16 +517,22 @@ def test_all_arms_in_a_browser(of_arms, opened):
 def test_a_page_is_used_by_the_keyboard_alone(of_arms, opened):
     page = opened(of_arms.page)
     keys = [row[0] for row in Page(of_arms.page).data["rows"]]
-    page.keyboard.press("ArrowRight")
-    page.keyboard.press("ArrowRight")
-    assert page.inner_text("#key") == keys[2] and page.url.endswith(f"#row={keys[2].replace('/', '%2F')}")
+
+    def shows(number):
+        """Wait until the page, which follows its address, shows that row."""
+        page.wait_for_function("key => document.querySelector('#key').innerText === key", arg=keys[number])
+
+    for number in (1, 2):
+        page.keyboard.press("ArrowRight")
+        shows(number)
+    assert page.url.endswith(f"#row={keys[2].replace('/', '%2F')}")
     page.keyboard.press("ArrowLeft")
-    assert page.inner_text("#key") == keys[1]
+    shows(1)
     page.focus("#list")
     page.keyboard.press("ArrowDown")
-    assert page.inner_text("#key") == keys[2]
+    shows(2)
     page.go_back()
-    assert page.inner_text("#key") == keys[1]
+    shows(1)
     order = []
     page.evaluate("document.activeElement.blur(); window.scrollTo(0, 0)")
     page.focus("body > a")

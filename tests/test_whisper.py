@@ -81,7 +81,8 @@ def test_a_real_whisper_transcribes_spoken_questions_from_our_mel(program, voice
     print(f"{program}, {', '.join(voices)}: {found}")
     assert found["word_error_rate"] <= BOUNDS[program], heard
     ev.load_libraries()
-    assert ev.transcribe(whisper, paths, torch.device("cpu"), torch.float32) == [text.strip() for text in heard]
+    again = ev.transcribe(whisper, paths[:3], torch.device("cpu"), torch.float32)
+    assert again == [text.strip() for text in heard[:3]]
 
 
 def test_what_is_no_whisper_of_ctranslate2_is_refused():
