@@ -17,7 +17,7 @@ if [ $# -gt 0 ]; then
 fi
 
 # One half is shown as it goes, the other, which is the shorter one, when both have ended.
-half=(tests/test_{distributed,faults,evaluation_faults,end_to_end,app,report,main,early_stopping,fsdp}.py)
+half=(tests/test_{distributed,faults,evaluation_faults,end_to_end,app,report,main,early_stopping,fsdp,speed}.py)
 log=$(mktemp)
 "$python" -m pytest -p no:cacheprovider "${selection[@]}" "${half[@]}" >"$log" 2>&1 &
 other=$!

@@ -143,6 +143,7 @@ def test_frames_that_a_gpu_scales_are_those_of_pillow(model, tokenizer, frame_mo
         assert torch.equal(found[0], expected) and found[1] == grid
 
 
+@pytest.mark.parametrize("model", ["adapter", "4 bits"], indirect=True)
 def test_compiled_layers_answer_alike_in_three_forms(model, tokenizer, rows, monkeypatch):
     """One for frames, one for prompts of all lengths, one for a token; candidates are read by plain layers."""
     model.processor = vqa.VQAProcessor(tokenizer, model.config, 56, "audio", "speech")
