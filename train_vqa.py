@@ -2906,7 +2906,7 @@ def set_recomputation(model: SpeechMixin, every_n: int) -> None:
 
 
 def compiled_forward(layer: nn.Module) -> typing.Callable:
-    """The `forward` of a decoder's layer, compiled: all layers have one form, so that one compilation serves them, and
+    """The `forward` of a layer, compiled: all layers of a model have one form, so that one compilation serves them, and
     all lengths (a batch of one sample, a single token, and evaluation take one more each). What cannot be compiled is
     an error. In place of `layer.compile()`, which would take checkpointing around the layer into the graph."""
     torch._dynamo.config.specialize_float = True  # else a layer is traced twice, and the trace not kept on disk
