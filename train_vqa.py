@@ -2061,7 +2061,7 @@ class VQAProcessor:
         return sample
 
     def patches_of(
-        self, frames: Sequence[Image.Image | tuple[np.ndarray, tuple[int, int, int]]], source: str = ""
+        self, frames: Sequence[Image.Image | tuple[torch.Tensor, tuple[int, int, int]]], source: str = ""
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Patches, uint8 [patches, 3 * patch * patch], and their grid int64 [frames, 3], of frames or of what
         `cut_patches` made of them; in video mode those of `pair_frames`, or VQAError, which names `source`, where the
@@ -2427,7 +2427,7 @@ class Answer:
     log_probs: dict[str, float] = field(default_factory=dict)  # natural logarithms, of the candidates asked for
     ids: list[int] = field(default_factory=list)  # of the tokens, the stop token included
     # ms, one part after the other: `media` until the last frame is decoded and cut, `first_token` from then on,
-    # `decode` of the others, `candidates`; and the `total`
+    # `decode` of the others (by then all frames are checked too), `candidates`; and the `total`
     ms: dict[str, float] = field(default_factory=dict, compare=False)
 
     @property
@@ -2602,12 +2602,11 @@ class SpeechMixin:
     ) -> Answer:
         """Answer one question about a clip, spoken or in words, greedily.
 
-        All `frames` (in order in time: files, RGB images, or what `read_media` gives) are shown, scaled
-        down to the size that training had. `speech` is a file, or float32 [n] at 16 kHz from `load_speech`; without it
-        the `question` in words is asked; with both, both. Answers are cut off at `max_new_tokens`
-        (evaluate_checkpoint.py: 32). Of `candidates` the log-probability, stop token included, is computed as well.
-        VQAError for neither speech nor question, no frame, files that cannot be decoded, and speech longer than the
-        encoder's window.
+        All `frames` (in order in time: files, RGB images, or what `read_media` gives) are shown, scaled down to the
+        size that training had. `speech` is a file, or float32 [n] at 16 kHz from `load_speech`; without it the
+        `question` in words is asked; with both, both. Answers are cut off at `max_new_tokens` (evaluate_checkpoint.py:
+        32). Of `candidates` the log-probability, stop token included, is computed as well. VQAError for neither speech
+        nor question, no frame, files that cannot be decoded, and speech longer than the encoder's window.
 
         Files are decoded in threads, and the speech is encoded meanwhile. On a GPU everything runs as CUDA graphs (see
         `OneQuestion`), so that the weights must stay where they are after the first question.
@@ -2719,25 +2718,25 @@ class OneQuestion:
         self.model, self.graphs, self.compiled = model, {}, {}
         self.length = self.position = self.width = 0  # of the prompt; behind it; the keys that a token may attend to
         self.state = self.logits = None  # see `step`; behind the prompt, [vocabulary]
-        self.room = 0  # how many keys and values each layer can keep
 
     def reserve(self) -> None:
         """Have room for `width` keys and values, and for those of the longest speech, so that it need not grow."""
-        if self.room >= self.width:
+        # They are on the modules: so one compiled form serves all layers.
+        modules = [layer.self_attn for layer in self.model.model.language_model.layers]
+        if hasattr(modules[0], "question_keys") and modules[0].question_keys.shape[2] >= self.width:
             return
         text, embeddings = self.model.config.text_config, self.model.get_input_embeddings().weight
-        self.room = self.width + self.model.processor.encoder_tokens
-        shape = 1, text.num_key_value_heads, self.room, text.hidden_size // text.num_attention_heads
+        room = self.width + self.model.processor.encoder_tokens
+        shape = 1, text.num_key_value_heads, room, text.hidden_size // text.num_attention_heads
         self.graphs.clear()
-        for layer in self.model.model.language_model.layers:  # on the modules: so one compiled form serves all of them
-            layer.self_attn.question_keys = embeddings.new_zeros(shape)
-            layer.self_attn.question_values = embeddings.new_zeros(shape)
+        for module in modules:
+            module.question_keys, module.question_values = embeddings.new_zeros(shape), embeddings.new_zeros(shape)
 
     def compile(self) -> None:
         """Let graphs that are captured from now on have compiled layers, which fuse what lies between the products of
         matrices. Frames have one form, prompts of all lengths one, and a token one."""
         if not self.compiled:
-            warnings.filterwarnings("ignore", "TensorFloat32 tensor cores")  # advice for what need not be exact
+            warnings.filterwarnings("ignore", "TensorFloat32 tensor cores")  # it advises a coarser float32
             self.graphs.clear()
             layers = *self.model.model.visual.blocks, *self.model.model.language_model.layers
             self.compiled = {layer: compiled_forward(layer) for layer in layers}

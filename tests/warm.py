@@ -47,6 +47,7 @@ def default_signals():
 
 
 def renew_after_fork(threads):
+    """What a fork of the tests cannot share with them, and a process of its own would have anew."""
     default_signals()
     torch.set_num_threads(threads)  # renews torch's pool; two threads at once would break it
     for bars in (tqdm.tqdm, tqdm.auto.tqdm):  # forks share their own lock, and one that is stopped may hold it
