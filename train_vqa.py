@@ -1594,8 +1594,8 @@ def decode_frame(path: Path, checking: bool = False) -> Image.Image:
             if checking:
                 image.draft("L", (1, 1))  # an eighth of each side, and only of a JPEG
             image.load()
-            if checking and kind == "a JPEG image" and (found := jpeg_damage(data)):
-                refuse(f"is damaged (FFmpeg: {found})")
+            if checking:
+                check_pixels(path, data)
             if (turn := TURNS.get(orientation(image))) is not None:  # one of them is 0
                 image = image.transpose(turn)
             if image.mode.startswith("I"):  # 16 bits of grey; Pillow would cut off all above 255
@@ -1645,6 +1645,12 @@ def sound_png(data: bytes) -> bytes:
     if name != b"IEND":
         raise ValueError("it is cut off")
     return b"".join(kept)
+
+
+def check_pixels(path: Path, data: bytes) -> None:
+    """VQAError where the `data` of a frame have damage at which Pillow guesses, so that the decoded frame is wrong."""
+    if what_is(data)[0] == "a JPEG image" and (found := jpeg_damage(data)):
+        raise VQAError(f"frame {path} is damaged (FFmpeg: {found}); replace it or remove the row")
 
 
 def jpeg_damage(data: bytes) -> str | None:
@@ -2213,11 +2219,12 @@ def read_media(
         by = reduction(frame.size, fit_size(frame.size, processor.max_image_size))
         return copy_pixels(frame.reduce(by) if max(by) > 1 else frame), frame.size
 
-    def check(path: str | Path) -> None:
-        decode_frame(Path(path), checking=True)
+    def check(path: Path) -> None:
+        # Not a second decoding: the memory that Pillow keeps would get the size of small frames, and then grow again.
+        check_pixels(path, path.read_bytes())
 
     jobs = [*([] if speech is None else [hear]), *(partial(cut, frame) for frame in frames)]
-    jobs += [partial(check, frame) for frame in frames if isinstance(frame, str | Path)]
+    jobs += [partial(check, Path(frame)) for frame in frames if isinstance(frame, str | Path)]
     return ahead(lambda job: job(), jobs, len(jobs), MAX_WORKERS + 1)
 
 
@@ -2685,19 +2692,19 @@ def attend_to_one_question(
 ) -> tuple[torch.Tensor, None]:
     """The decoder's attention for `OneQuestion`, whatever kernel the model has otherwise. Registered with transformers
     as QUESTION_ATTENTION. Keeps keys and values [1, key heads, n, head size] of new tokens at `places`, int64 [n], of
-    the module's `question_keys` and `question_values`. A prompt attends to itself, causally; under a mask bool
+    the module's float32 `question_keys` and `question_values`. A prompt attends to itself, causally; under a mask bool
     [1, 1, n, seen] new tokens attend to the first `seen` that are kept, a multiple of KEYS_BLOCK. A flash kernel would
     go through the keys of a head on one of the GPU's processors; so these are products, in float32, and the query heads
     that share a key head are further queries of one head.
 
     `query` is [1, heads, n, head size]. Returns [1, n, heads, head size], and no weights.
     """
-    module.question_keys.index_copy_(2, places, key)
-    module.question_values.index_copy_(2, places, value)
+    module.question_keys.index_copy_(2, places, key.float())
+    module.question_values.index_copy_(2, places, value.float())
     if attention_mask is None:
         mixed = F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling, enable_gqa=True)
         return mixed.transpose(1, 2), None
-    keys, values = (kept[:, :, :seen].float() for kept in (module.question_keys, module.question_values))
+    keys, values = (kept[:, :, :seen] for kept in (module.question_keys, module.question_values))
     grouped = query.unflatten(1, (key.shape[1], -1)).flatten(2, 3).float()  # [1, key heads, shared * n, head size]
     scores = (grouped @ keys.transpose(2, 3) * scaling).unflatten(2, (-1, query.shape[2]))
     weights = scores.masked_fill(~attention_mask[:, :, None], -math.inf).softmax(-1).flatten(2, 3)
@@ -2725,12 +2732,12 @@ class OneQuestion:
         modules = [layer.self_attn for layer in self.model.model.language_model.layers]
         if hasattr(modules[0], "question_keys") and modules[0].question_keys.shape[2] >= self.width:
             return
-        text, embeddings = self.model.config.text_config, self.model.get_input_embeddings().weight
+        text = self.model.config.text_config
         room = self.width + self.model.processor.encoder_tokens
         shape = 1, text.num_key_value_heads, room, text.hidden_size // text.num_attention_heads
         self.graphs.clear()
         for module in modules:
-            module.question_keys, module.question_values = embeddings.new_zeros(shape), embeddings.new_zeros(shape)
+            module.question_keys, module.question_values = (torch.zeros(shape, device=self.model.device) for _ in "kv")
 
     def compile(self) -> None:
         """Let graphs that are captured from now on have compiled layers, which fuse what lies between the products of
