@@ -4522,8 +4522,10 @@ class StopSignal:
         return self
 
     def __exit__(self, *_) -> None:
+        # A rank that stops may meet the launcher's SIGTERM as it ends; that must not change its status.
+        ending = self.received and world_size() > 1
         for number, handler in self.before.items():
-            signal.signal(number, handler)
+            signal.signal(number, signal.SIG_IGN if ending else handler)
 
     def _handle(self, signum: int, _frame) -> None:
         self.received = self.received or signum
