@@ -1574,10 +1574,8 @@ def decode_frame(path: Path, checking: bool = False) -> Image.Image:
     Pillow guesses, but may give a smaller frame in grey, which takes less time. VQAError for a file that is no JPEG,
     PNG or WebP, is damaged, or is too large or too thin for the model."""
 
-    def refuse(what: str, advice: str = "replace it or remove the row") -> typing.NoReturn:
-        raise VQAError(f"frame {path} {what}; {advice}")
-
-    try:
+    refuse = partial(refuse_frame, path)
+    with naming_frame(path):
         data = path.read_bytes()
         kind, _ = what_is(data)
         if kind not in IMAGES:
@@ -1603,10 +1601,22 @@ def decode_frame(path: Path, checking: bool = False) -> Image.Image:
             if image.mode in ("P", "PA", "LA", "RGBA"):  # what is transparent keeps the colour it was stored with
                 image = image.convert("RGBA")
             return image.convert("RGB") if image.mode != "RGB" else image
+
+
+def refuse_frame(path: Path, what: str, advice: str = "replace it or remove the row") -> typing.NoReturn:
+    """VQAError: what is wrong with a frame, and what to do."""
+    raise VQAError(f"frame {path} {what}; {advice}")
+
+
+@contextlib.contextmanager
+def naming_frame(path: Path) -> Iterator[None]:
+    """VQAError that names the frame which cannot be read or decoded within."""
+    try:
+        yield
     except VQAError:
         raise
     except DECODE_ERRORS as error:
-        refuse(f"cannot be decoded ({error})")
+        refuse_frame(path, f"cannot be decoded ({error})")
 
 
 def orientation(image: Image.Image) -> int:
@@ -1650,7 +1660,7 @@ def sound_png(data: bytes) -> bytes:
 def check_pixels(path: Path, data: bytes) -> None:
     """VQAError where the `data` of a frame have damage at which Pillow guesses, so that the decoded frame is wrong."""
     if what_is(data)[0] == "a JPEG image" and (found := jpeg_damage(data)):
-        raise VQAError(f"frame {path} is damaged (FFmpeg: {found}); replace it or remove the row")
+        refuse_frame(path, f"is damaged (FFmpeg: {found})")
 
 
 def jpeg_damage(data: bytes) -> str | None:
@@ -2221,7 +2231,8 @@ def read_media(
 
     def check(path: Path) -> None:
         # Not a second decoding: the memory that Pillow keeps would get the size of small frames, and then grow again.
-        check_pixels(path, path.read_bytes())
+        with naming_frame(path):
+            check_pixels(path, path.read_bytes())
 
     jobs = [*([] if speech is None else [hear]), *(partial(cut, frame) for frame in frames)]
     jobs += [partial(check, Path(frame)) for frame in frames if isinstance(frame, str | Path)]
@@ -2737,7 +2748,8 @@ class OneQuestion:
         shape = 1, text.num_key_value_heads, room, text.hidden_size // text.num_attention_heads
         self.graphs.clear()
         for module in modules:
-            module.question_keys, module.question_values = (torch.zeros(shape, device=self.model.device) for _ in "kv")
+            module.question_keys = torch.zeros(shape, device=self.model.device)
+            module.question_values = torch.zeros_like(module.question_keys)
 
     def compile(self) -> None:
         """Let graphs that are captured from now on have compiled layers, which fuse what lies between the products of
@@ -4522,7 +4534,7 @@ class StopSignal:
         return self
 
     def __exit__(self, *_) -> None:
-        # A rank that stops may meet the launcher's SIGTERM as it ends; that must not change its status.
+        # The launcher's SIGTERM, which may come while a rank that stops ends, must not change its status.
         ending = self.received and world_size() > 1
         for number, handler in self.before.items():
             signal.signal(number, signal.SIG_IGN if ending else handler)
